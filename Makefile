@@ -1,0 +1,43 @@
+# make demo    set up, prepare data, train a GPT with DeepSpeed on what is here
+# make test    set up, run the whole test suite
+# make check   formatting, lint, types, generated files
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test check format setup clean
+
+setup: $(STAMP)
+
+# A compiler is what DeepSpeed's operators need; everything else comes from pyproject.toml at the pinned versions.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v c++ >/dev/null || { apt-get update -q && apt-get install -qy g++; } || \
+	  { echo "Halfstep needs a C++ compiler: install g++ and run make again" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Halfstep needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { apt-get install -qy python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m launcher.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m launcher.engine.dskeys --check
+	$(BIN)/python -m launcher.plan.catalogue --check
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs data build dist

@@ -1,0 +1,1 @@
+"""Halfstep's launcher: from a request to a trained model (spec -> plan -> engine)."""

@@ -1,0 +1,5 @@
+"""Let `python -m launcher` stand for `halfstep`."""
+
+from launcher.cli import console
+
+console()

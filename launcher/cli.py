@@ -1,0 +1,191 @@
+"""The command `halfstep VERB`: one function a verb, which reads its words and calls the chapter that does the work.
+
+halfstep data prepare --source stdlib --out data/stdlib --vocab-size 4096
+halfstep plan model=gpt2-124m data=data/stdlib zero=2 precision=fp16
+halfstep run model=gpt2-nano data=data/stdlib zero=2 precision=fp16
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher import rundir, topology
+from launcher.errors import EXIT_REFUSED, HalfstepError
+from launcher.plan import facts, present
+from launcher.plan.resolve import Plan, resolve
+from launcher.spec.load import Request, load
+from launcher.spec.schema import run_keys
+from launcher.submit import argv, local
+
+
+def main(words: list[str]) -> int:
+    """Run one verb and return the exit code; a HalfstepError becomes its three lines, with --debug its traceback."""
+    arguments, extra = _parser().parse_known_args(words)
+    if extra and not hasattr(arguments, "words"):
+        _parser().parse_args(words)  # says which word it does not know, and exits
+    try:
+        return arguments.verb(arguments, [*getattr(arguments, "words", []), *extra])
+    except HalfstepError as error:
+        if arguments.debug:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone (`| head`): nothing is wrong, and nobody to tell
+        return 0
+
+
+def console() -> None:
+    """Enter from the console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="halfstep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(debug=False)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    _data_verbs(verbs.add_parser("data", help="prepare or inspect a corpus"), common)
+    keys = "\n".join(f"  {name:<28} {sentence}" for name, sentence in run_keys().items())
+    for name, verb, text in (
+        ("plan", _plan, "decide everything about a run, show it, and start nothing"),
+        ("run", _run, "start a run on this host"),
+    ):
+        one = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            epilog=f"run keys:\n{keys}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.add_argument("words", nargs="*", metavar="RUN.toml | key=value")
+        one.add_argument("--ds-config", metavar="FILE", help="a DeepSpeed JSON used instead of the composition")
+        one.set_defaults(verb=verb)
+        if name == "plan":
+            one.add_argument("--json", action="store_true", help="print the plan as JSON")
+        else:
+            one.add_argument(
+                "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
+            )
+            one.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+    doctor = verbs.add_parser("doctor", help="check what a run needs", parents=[common])
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(verb=_doctor)
+    return parser
+
+
+def _data_verbs(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    prepare = verbs.add_parser("prepare", help="tokenise text to disk", parents=[common])
+    prepare.add_argument(
+        "--source", required=True, help="stdlib, text/JSONL/parquet files, a folder or glob, or a hub id"
+    )
+    prepare.add_argument("--out", required=True, type=Path, help="the folder to make")
+    prepare.add_argument("--vocab-size", type=int, help="train SentencePiece with this many tokens")
+    prepare.add_argument("--tokenizer", metavar="PATH_OR_ID", help="use this Hugging Face tokenizer instead")
+    prepare.add_argument("--field", default="text", help="the JSON or parquet field that holds the text")
+    prepare.add_argument("--validation-fraction", type=float, default=0.01, help="share of the tokens held back")
+    prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
+    prepare.set_defaults(verb=_data_prepare)
+    inspect = verbs.add_parser("inspect", help="show counts and a decoded sample", parents=[common])
+    inspect.add_argument("directory", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print the counts as JSON")
+    inspect.set_defaults(verb=_data_inspect)
+
+
+def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
+    own = ["--ds-config", arguments.ds_config] if arguments.ds_config else []
+    return load([*words, *own])
+
+
+def _decide(request: Request) -> Plan:
+    """Plan for the ranks that would be started here, or for those the request names."""
+    spec = request.spec
+    ranks_per_node = spec.gpus_per_node or topology.default_ranks_per_node()
+    world = topology.describe((spec.nodes or 1) * ranks_per_node, ranks_per_node)
+    if spec.hardware and world.accelerator == "cpu":
+        # Planned on a login node for the GPUs of another.
+        world = dataclasses.replace(world, accelerator="cuda", device_name=spec.hardware)
+
+    def count_parameters(config: dict[str, Any]) -> int:
+        from launcher.engine.build import count_parameters
+
+        return count_parameters(config)
+
+    return resolve(request, world, facts.read(spec, count_parameters))
+
+
+def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
+    plan = _decide(_request(arguments, words))
+    if arguments.json:
+        print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(present.lines(plan)))
+    return HalfstepError.exit_code if plan.refused_by else 0
+
+
+def _run(arguments: argparse.Namespace, words: list[str]) -> int:
+    request = _request(arguments, words)
+    plan = _decide(request)
+    plan.require_allowed()
+    path = rundir.location(request, plan).absolute()
+    command = argv.STARTERS[arguments.starter](plan, path)
+    if not arguments.dry_run:
+        with rundir.lease(path):
+            rundir.write_plan(path, request, plan)
+    print("$ " + shlex.join(command), flush=True)
+    return 0 if arguments.dry_run else local.start(command, path, plan.topology.ranks_per_node)
+
+
+def _data_prepare(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher.data.inspect import render
+    from launcher.data.prepare import prepare
+
+    manifest = prepare(
+        arguments.source,
+        arguments.out,
+        vocab_size=arguments.vocab_size,
+        tokenizer=arguments.tokenizer,
+        field=arguments.field,
+        validation=arguments.validation_fraction,
+        workers=arguments.workers,
+        progress=True,
+    )
+    print("\n".join(render(manifest)))
+    return 0
+
+
+def _data_inspect(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher.data.inspect import inspect, render
+
+    found = inspect(arguments.directory)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else "\n".join(render(found)))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, words: list[str]) -> int:
+    topology.prefer_cpu()
+    from launcher.engine import doctor
+
+    findings = doctor.examine(Path.cwd())
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(one) for one in findings], indent=2))
+    else:
+        for one in findings:
+            print(
+                f"{one.status:>4}  {one.name:<14} {one.found}"
+                + (f"\n      {'':<14} try: {one.mend}" if one.mend else "")
+            )
+    return EXIT_REFUSED if any(one.status == doctor.FAIL for one in findings) else 0

@@ -1,0 +1,1 @@
+"""What a run reads: text made into tokens once, and tokens handed out in an order anyone can recompute."""

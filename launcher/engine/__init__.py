@@ -1,0 +1,1 @@
+"""The work: one training process, from a Plan to metrics, over DeepSpeed."""

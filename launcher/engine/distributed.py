@@ -1,0 +1,92 @@
+"""Bring the ranks together: the process group, agreement on the plan, and errors that all ranks share."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.engine import opcache
+from launcher.errors import HalfstepError, TopologyError
+from launcher.plan.resolve import Plan
+from launcher.spec.digest import digest
+from launcher.topology import Rank
+
+
+def join(rank: Rank, plan: Plan) -> None:
+    """Join the process group and compare the plan with every other rank's, before anything is built.
+
+    Raises TopologyError where the ranks planned different things: another version, data folder or environment.
+    """
+    # DeepSpeed prints to stdout while it is imported and while it connects; a run's output is ours to write.
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
+
+        quiet_deepspeed()
+        opcache.load_operators(["ShareMemCommBuilder"] if plan.topology.accelerator == "cpu" else [])
+        deepspeed.init_distributed(verbose=False)
+    if plan.topology.accelerator == "cuda":
+        torch.cuda.set_device(rank.local_rank % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    digests = gather_objects(digest(plan.to_dict()))
+    if len(set(digests)) > 1:
+        odd = [number for number, one in enumerate(digests) if one != digests[0]]
+        raise TopologyError(
+            f"ranks {odd} worked out another plan than rank 0",
+            where="the digest of plan.json on every rank",
+            fix="give all hosts the same Halfstep, the same data folder and the same kind of device",
+        )
+
+
+def quiet_deepspeed(log: Path | None = None) -> None:
+    """Send DeepSpeed's log lines to a rank's log file, or nowhere until there is one."""
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.FileHandler(log, encoding="utf-8") if log else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [%(name)s] %(message)s"))
+    for other in (logger, logging.getLogger("transformers")):
+        for old in list(other.handlers):
+            other.removeHandler(old)
+        other.addHandler(handler)
+        other.propagate = False
+
+
+def device(rank: Rank, plan: Plan) -> torch.device:
+    """Return the device of this rank."""
+    if plan.topology.accelerator == "cuda":
+        return torch.device("cuda", rank.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's value, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result everywhere; its HalfstepError is raised on every rank."""
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [action()]
+        except HalfstepError as error:
+            result = [error]
+    dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], HalfstepError):
+        raise result[0]
+    return result[0]
+
+
+def leave() -> None:
+    """Leave the process group."""
+    sys.stdout.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()

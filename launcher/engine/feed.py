@@ -1,0 +1,47 @@
+"""Give a rank its share of every batch: the same global batch for any world size."""
+
+from collections.abc import Iterator
+
+import torch
+
+from launcher.data.order import windows_of_step
+from launcher.data.tokens import TokenFile
+from launcher.plan.resolve import Plan
+from launcher.topology import Rank
+
+
+class Feed:
+    """The training and validation sequences of one rank."""
+
+    def __init__(self, plan: Plan, rank: Rank, device: torch.device) -> None:
+        self._plan, self._rank, self._device = plan, rank, device
+        self._train = TokenFile(plan.data.train_prefix, vocabulary=plan.model.vocabulary)
+        prefix = plan.data.validation_prefix
+        self._validation = TokenFile(prefix, vocabulary=plan.model.vocabulary) if prefix else None
+
+    def micro_batches(self, step: int) -> Iterator[torch.Tensor]:
+        """Yield this rank's micro-batches of a step, each (micro, sequence + 1) token ids.
+
+        The windows of the step are dealt out micro-step by micro-step, rank by rank: which sequences make up the
+        global batch does not depend on how many ranks share it.
+        """
+        plan = self._plan
+        windows = windows_of_step(plan.seed, step, plan.batch.global_, plan.data.train_windows)
+        shares = windows.reshape(plan.batch.accumulation, plan.batch.ranks, plan.batch.micro)[:, self._rank.rank]
+        for share in shares:
+            yield self._train.batch(share, plan.sequence).to(self._device)
+
+    def validation_batches(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """Yield this rank's validation batches, each (micro, sequence + 1) token ids and how many rows count.
+
+        Every rank gets the same number of batches, or ZeRO stage 3 would wait for ever; the surplus rows count nothing.
+        """
+        plan = self._plan
+        if self._validation is None:
+            return
+        micro, ranks, total = plan.batch.micro, plan.batch.ranks, plan.data.validation_windows
+        for start in range(0, total, micro * ranks):
+            first = start + self._rank.rank * micro
+            rows = [min(row, total - 1) for row in range(first, first + micro)]
+            counted = max(0, min(micro, total - first))
+            yield self._validation.batch(rows, plan.sequence).to(self._device), counted

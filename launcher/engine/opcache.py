@@ -1,0 +1,65 @@
+"""Build DeepSpeed's compiled operators once a host, behind a lock that a dead process cannot leave behind.
+
+torch's own build lock is a plain file: a start killed at the wrong moment leaves it, and every later start waits for it
+without a word and without end (T25; torch/utils/file_baton.py). Ours is released by the kernel, and while we hold it
+nobody of ours can be building, so a plain lock file found then is stale and is removed.
+"""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def folder() -> Path:
+    """Return the private build folder: TORCH_EXTENSIONS_DIR where a user set it, else one per CPU type and version.
+
+    Hosts that share a home must not share builds for another instruction set (T11).
+    """
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(chosen)
+    from importlib.metadata import version
+
+    kind = hashlib.sha256(_cpu_flags().encode()).hexdigest()[:8]
+    name = f"{platform.machine()}-{kind}-py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "halfstep" / "ops" / name.replace("+", "-")
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def stale_locks(cache: Path) -> list[Path]:
+    """Return the build locks in a cache; they are stale if nobody is building."""
+    return sorted(cache.glob("*/lock"))
+
+
+def own_lock(cache: Path) -> FileLock:
+    """Return the lock that guards a cache, released by the kernel when its holder dies."""
+    return FileLock(cache / "halfstep.lock")
+
+
+def load_operators(names: list[str]) -> None:
+    """Build, or load what was built, one rank at a time; DeepSpeed then finds them loaded and takes no lock itself.
+
+    Must run before `deepspeed.init_distributed`, which loads the shared-memory operator on CPU (comm/torch.py).
+    """
+    cache = folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(cache)
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__
+
+    with own_lock(cache):
+        for lock in stale_locks(cache):
+            lock.unlink(missing_ok=True)
+        for name in names:
+            builder = get_accelerator().create_op_builder(name)
+            if builder is not None and __compatible_ops__.get(builder.NAME, False):
+                builder.load()

@@ -1,0 +1,59 @@
+"""What Halfstep says when it stops: three lines for a person and an exit code for a program."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+EXIT_REQUEST = 2
+EXIT_REFUSED = 3
+EXIT_NUMERICS = 76
+
+
+class HalfstepError(Exception):
+    """Stop with a sentence on what is wrong, where that came from, and what to do about it."""
+
+    exit_code = EXIT_REQUEST
+
+    def __init__(self, what: str, *, where: str, fix: str) -> None:
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+        self.more: tuple[HalfstepError, ...] = ()
+
+    def with_more(self, others: Sequence["HalfstepError"]) -> Self:
+        """Report other problems together with this one, so that a user mends them all at once."""
+        self.more = tuple(others)
+        return self
+
+    def __str__(self) -> str:
+        own = f"error: {self.what}\n from: {self.where}\n  try: {self.fix}"
+        return "\n".join([own, *map(str, self.more)])
+
+
+class RequestError(HalfstepError):
+    """The request is wrong: exit code 2."""
+
+
+class TopologyError(RequestError):
+    """The ranks that were started are not the ranks that were planned: exit code 2."""
+
+
+class RefusedError(HalfstepError):
+    """The request is well formed but cannot work: exit code 3."""
+
+    exit_code = EXIT_REFUSED
+
+
+class NumericsError(HalfstepError):
+    """The run cannot make progress: exit code 76."""
+
+    exit_code = EXIT_NUMERICS
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
+    """Return the choices that `word` most likely stood for, best first, possibly none."""
+    known = list(choices)
+    folded = {choice.lower(): choice for choice in reversed(known)}
+    matches = difflib.get_close_matches(word.lower(), folded, n=count, cutoff=0.6)
+    score = {match: difflib.SequenceMatcher(None, match, word.lower()).ratio() for match in matches}
+    # Far behind the best one, a match only shares a prefix (`optimizer.`) and would mislead.
+    return [folded[match] for match in matches if score[match] > score[matches[0]] - 0.1]

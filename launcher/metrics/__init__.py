@@ -1,0 +1,1 @@
+"""What was seen: records, quantities derived from them, and where they go; never torch."""

@@ -1,0 +1,126 @@
+"""Where records go: JSON lines that survive a crash, and a console for a terminal or a file."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launcher.metrics.record import EvaluationRecord, StepRecord
+
+
+class JsonLines:
+    """A file of JSON objects, one a line; every line is handed to the kernel as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, row: StepRecord | EvaluationRecord | dict[str, Any]) -> None:
+        """Append one row."""
+        content = row if isinstance(row, dict) else asdict(row)
+        self._file.write(json.dumps(content, allow_nan=False) + "\n")
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Append one event."""
+        self.write({"event": kind, **details, "time": time.time()})
+
+    def close(self) -> None:
+        """Sync and close."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Drop, atomically, the rows after `step` (and half a last line); return how many were dropped.
+
+    With step 0 everything goes, the evaluation before the first step included: it will be made again.
+    """
+    if not path.exists():
+        return 0
+    kept: list[str] = []
+    dropped = 0
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            keep = 0 < step and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        if keep:
+            kept.append(line)
+        else:
+            dropped += 1
+    if dropped:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as out:
+            out.write("".join(f"{line}\n" for line in kept))
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    return dropped
+
+
+class Screen:
+    """What a person sees: a live bar and every step on a terminal, a plain line now and then in a file."""
+
+    def __init__(self, steps: int, every: int, *, quiet: bool) -> None:
+        self._steps, self._every, self._quiet = steps, every, quiet
+        live = not quiet and sys.stdout.isatty()
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, emoji=False, markup=False)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not live,
+        )
+        self._task = self._progress.add_task("", total=steps)
+        self._live = live
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if not self._quiet:
+            self._console.print(text)
+
+    def step(self, record: StepRecord) -> None:
+        """Show one optimizer step."""
+        text = _step_text(record)
+        self._progress.update(self._task, completed=record.step, description=text)
+        if not self._live and (record.step % self._every == 0 or record.step in (1, self._steps) or record.overflow):
+            self.say(f"step {record.step:>6}/{self._steps}  {text}")
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Show one evaluation."""
+        loss = "not finite" if record.eval_loss is None else f"{record.eval_loss:.4f}"
+        perplexity = "-" if record.perplexity is None else f"{record.perplexity:,.1f}"
+        self.say(f"eval {record.step:>6}/{self._steps}  validation loss {loss}  perplexity {perplexity}")
+
+
+def _step_text(record: StepRecord) -> str:
+    parts = [f"loss {_number(record.loss, '.4f')}", f"lr {record.lr:.2e}", f"norm {_number(record.grad_norm, '.3f')}"]
+    if record.loss_scale is not None:
+        parts.append(f"scale {record.loss_scale:g}" + (" SKIPPED" if record.overflow else ""))
+    parts.append(f"{record.tokens_per_second:,.0f} tok/s")
+    if record.mfu is not None:
+        parts.append(f"MFU {100 * record.mfu:.1f}%")
+    parts.append(f"{record.peak_memory_bytes / 2**30:.2f} GiB")
+    return "  ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

@@ -1,0 +1,1 @@
+"""What will happen: a pure function from a request, a topology and facts to a frozen Plan."""

@@ -1,0 +1,59 @@
+"""The batch equation: global = micro x accumulation x ranks, solved exactly or explained."""
+
+from dataclasses import dataclass
+
+from launcher.errors import RequestError
+
+_LARGEST_DEFAULT_MICRO = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A solved batch equation; all counts in sequences, but for `accumulation` and `ranks`."""
+
+    global_: int
+    """Sequences per optimizer step."""
+    micro: int
+    """Sequences per rank and micro-step."""
+    accumulation: int
+    """Micro-steps per optimizer step."""
+    ranks: int
+    """Data-parallel ranks."""
+
+    def equation(self) -> str:
+        """Return the equation with its numbers, for a person."""
+        return f"{self.global_} = {self.micro} x {self.accumulation} x {self.ranks}  (global = micro x accumulation x ranks)"
+
+
+def solve(global_: int, micro: int | None, ranks: int, where: str = "batch.global") -> Batch:
+    """Find the accumulation, and the micro-batch where it is free: the largest divisor up to 8.
+
+    Raises RequestError with the nearest batches that do work; nothing is rounded silently.
+    """
+    if global_ % ranks:
+        raise RequestError(
+            f"batch.global={global_} cannot be shared by {ranks} ranks: {global_} / {ranks} is not whole",
+            where=where,
+            fix=f"take batch.global={_near(global_, ranks)}, or start a number of ranks that divides {global_}",
+        )
+    per_rank = global_ // ranks
+    if micro is None:
+        micro = next(size for size in range(min(_LARGEST_DEFAULT_MICRO, per_rank), 0, -1) if per_rank % size == 0)
+    if per_rank % micro:
+        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        raise RequestError(
+            f"batch.global={global_} is not batch.micro={micro} x a whole accumulation x {ranks} ranks",
+            where=where,
+            fix=f"take batch.global={_near(global_, micro * ranks)}, or batch.micro={_nearest_of(divisors, micro)}",
+        )
+    return Batch(global_=global_, micro=micro, accumulation=per_rank // micro, ranks=ranks)
+
+
+def _near(number: int, multiple: int) -> str:
+    below, above = number // multiple * multiple, -(-number // multiple) * multiple
+    return f"{below} or {above}" if below else str(above)
+
+
+def _nearest_of(divisors: list[int], wanted: int) -> str:
+    near = sorted(sorted(divisors, key=lambda size: abs(size - wanted))[:3])
+    return ", ".join(map(str, near[:-1])) + (" or " if len(near) > 1 else "") + str(near[-1])

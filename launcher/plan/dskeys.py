@@ -1,0 +1,295 @@
+"""Check a DeepSpeed configuration, key by key and at any depth, without importing DeepSpeed.
+
+DeepSpeed silently ignores a key that it does not know (`gradient_cliping`), converts values of the wrong type ("2" is
+2) and takes "auto" for "my default". The table of what it does know, `deepspeed_keys.json`, is read out of the
+installed DeepSpeed by `python -m launcher.engine.dskeys --write`, and a test keeps it true.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from launcher.errors import RequestError, nearest
+
+Entry = dict[str, Any]
+Origin = Callable[[str], str] | Mapping[str, str]
+Finding = tuple[str, str, str]
+
+_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("deepspeed_keys.json").read_text(encoding="utf-8"))
+DEEPSPEED_VERSION: str = _TABLE["deepspeed"]
+KEYS: Mapping[str, Entry] = _TABLE["keys"]
+
+_PARAMS: Mapping[str, Mapping[str, dict[str, Entry]]] = {
+    "optimizer.params": _TABLE["optimizers"],
+    "scheduler.params": _TABLE["schedulers"],
+}
+_ANY: Entry = {"type": "any", "default": None}
+_PHRASES = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "list": "a list",
+    "open": "a table",
+    "section": "a section with keys of its own",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong with one key."""
+
+    path: str
+    """Dotted path of the key, such as `zero_optimization.overlap_comm`."""
+    sentence: str
+    """What is wrong, to be read after the path and a colon."""
+    suggestion: str
+    """What to do about it."""
+    where: str
+    """Where the key came from."""
+
+
+def problems(config: Mapping[str, Any], origin: Origin = MappingProxyType({})) -> list[Problem]:
+    """Return everything that DeepSpeed would ignore, convert or refuse in `config`, in the order of its keys.
+
+    `origin` says where a dotted path came from: a function, or a mapping from paths (or from sections) to a phrase.
+    """
+    found = _walk(config, "", _members("", config), config)
+    return [
+        Problem(path=path, sentence=sentence, suggestion=suggestion, where=_whence(origin, path))
+        for path, sentence, suggestion in found
+    ]
+
+
+def default_of(path: str) -> Any:
+    """Return the value DeepSpeed uses where `path` is absent; None also where that depends on something else."""
+    return _known(path)["default"]
+
+
+def type_of(path: str) -> str:
+    """Return the type of `path`: words joined by "|" out of bool int float str enum list section open any object."""
+    return _known(path)["type"]
+
+
+def parse_value(path: str, text: str) -> Any:
+    """Turn the text after `ds.<path>=` into the value the table asks for.
+
+    Raises RequestError for a path DeepSpeed does not know and for a text that is no such value.
+    """
+    found: list[Finding] = []
+    for entry in _entries(path):
+        value = _typed(text, entry)
+        mismatches = list(_check(path, value, entry, {}))
+        if not mismatches:
+            return value
+        found = found or mismatches
+    if not found:  # no such path: let the walk find which part of it is wrong
+        block: Any = text
+        for name in reversed(path.split(".")):
+            block = {name: block}
+        siblings = {name: _ANY for params in _PARAMS.get(path.rpartition(".")[0], {}).values() for name in params}
+        found = [*_walk(block, "", _members("", {}), {}), _unknown(path, path.rpartition(".")[2], siblings)]
+    at, sentence, suggestion = found[0]
+    raise RequestError(f"{at}: {sentence}", where=f"ds.{path}={text}", fix=suggestion)
+
+
+def _walk(
+    block: Mapping[str, Any], path: str, members: Mapping[str, Entry] | None, config: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Check the keys of one section; `members` None means that any key may stand there."""
+    for name, value in block.items():
+        here = f"{path}.{name}" if path else name
+        entry = _ANY if members is None else members.get(name)
+        if here in _TABLE["removed"]:
+            yield _removed(here)
+        elif entry is None:
+            yield _unknown(here, name, members or {})
+        else:
+            other = str(entry.get("same_as", ""))
+            if other and other.rpartition(".")[2] in block:
+                yield here, f"it and {other} are two spellings of one setting", f"keep {other} only"
+            yield from _check(here, value, entry, config)
+
+
+def _check(path: str, value: Any, entry: Entry, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check one value against its entry, and what lies below it."""
+    kind = entry["type"]
+    if entry.get("deprecated"):
+        yield path, f"it is deprecated in DeepSpeed {DEEPSPEED_VERSION}", f"use {entry['successor']} instead"
+    if value == "auto":
+        yield _auto(path)
+    elif kind == "object":
+        yield path, "it takes a Python object, which no file or command line can hold", f"remove {path}"
+    elif value is None and entry["default"] is None:
+        return
+    elif kind in ("section", "open") and isinstance(value, Mapping):
+        here = entry.get("same_as", path)
+        yield from _walk(value, path, _members(here, config), config)
+    elif kind == "enum":
+        yield from _check_choice(path, value, entry)
+    elif not any(_fits(value, word, entry) for word in kind.split("|")):
+        yield _mistyped(path, value, entry)
+    elif isinstance(value, list):
+        yield from _check_list(path, value, entry)
+    elif isinstance(value, Mapping):
+        yield from _walk(value, path, None, config)
+    elif isinstance(value, int | float):
+        yield from _check_range(path, value, entry)
+
+
+def _check_choice(path: str, value: Any, entry: Entry) -> Iterator[Finding]:
+    exact = any(type(value) is type(choice) and value == choice for choice in entry.get("values", ()))
+    if exact or (isinstance(value, str) and value.lower() in entry.get("any_case", ())):
+        return
+    choices = [str(choice) for choice in (*entry.get("any_case", ()), *entry.get("values", ())) if choice != "auto"]
+    close = [] if len(choices) < 8 else nearest(str(value), choices)
+    yield path, f"{_shown(value)} is none of its values", f"use {_either(close or choices)}"
+
+
+def _check_list(path: str, value: list[Any], entry: Entry) -> Iterator[Finding]:
+    for index, item in enumerate(value):
+        yield from _check(f"{path}[{index}]", item, _ANY, {})
+        if item != "auto" and item not in entry.get("items", value):
+            yield path, f"{_shown(item)} is none of its values", f"use {_either(entry['items'])}"
+
+
+def _check_range(path: str, value: float, entry: Entry) -> Iterator[Finding]:
+    limits = {
+        "minimum": (value >= entry.get("minimum", value), "at least"),
+        "above": (value > entry.get("above", -math.inf), "more than"),
+        "maximum": (value <= entry.get("maximum", value), "at most"),
+        "below": (value < entry.get("below", math.inf), "less than"),
+    }
+    for word, (holds, phrase) in limits.items():
+        if word in entry and not holds:
+            yield path, f"{value} is out of its range", f"use a number that is {phrase} {entry[word]}"
+
+
+def _fits(value: Any, word: str, entry: Entry) -> bool:
+    """Say whether a value is of a type as it stands, without DeepSpeed's conversions."""
+    if word == "bool" or isinstance(value, bool):
+        return word in ("bool", "any") and (word == "any" or isinstance(value, bool))
+    if word == "int" and isinstance(value, float):  # 5e8 is how DeepSpeed's own documents write a bucket size
+        return value.is_integer() and not entry.get("exact")
+    types = {"int": int, "float": int | float, "str": str, "list": list, "any": object}
+    return isinstance(value, types.get(word, ())) and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _mistyped(path: str, value: Any, entry: Entry) -> Finding:
+    kind = entry["type"]
+    wanted = " or ".join(_PHRASES[word] for word in kind.split("|"))
+    fix = f"give {path} {wanted}"
+    meant = _typed(value, entry) if isinstance(value, str) else value
+    if meant is not value and any(_fits(meant, word, entry) for word in kind.split("|")):
+        fix = f"write {json.dumps(meant)} without quotes"
+    elif isinstance(value, float) and value.is_integer() and kind == "int":
+        fix = f"write {int(value)}"
+    elif kind == "bool" and value in (0, 1):
+        fix = f"write {'true' if value else 'false'}"
+    return path, f"it takes {wanted}, not {_shown(value)}", fix
+
+
+def _unknown(path: str, name: str, siblings: Mapping[str, Entry]) -> Finding:
+    """Name the right key: the same name in another section, then a similar one here, then a similar one anywhere."""
+    parent = path.rpartition(".")[0]
+    everywhere = [*KEYS, *(f"optimizer.params.{param}" for param in _TABLE["optimizers"]["adamw"])]
+    elsewhere = [
+        other for other in everywhere if other.rpartition(".")[2] == name and "same_as" not in KEYS.get(other, ())
+    ]
+    close = [f"{parent}.{other}" if parent else other for other in nearest(name, siblings)]
+    leaves = {other.rpartition(".")[2]: other for other in sorted(everywhere, reverse=True)}
+    guesses = (elsewhere if len(elsewhere) <= 3 else []) + close or [leaves[leaf] for leaf in nearest(name, leaves)]
+    fix = f"did you mean {_either(guesses[:3])}?" if guesses else f"remove {path}"
+    return path, f"DeepSpeed {DEEPSPEED_VERSION} has no such key", fix
+
+
+def _removed(path: str) -> Finding:
+    return path, f"DeepSpeed {DEEPSPEED_VERSION} refuses it: {_TABLE['removed'][path]}", f"remove {path}"
+
+
+def _auto(path: str) -> Finding:
+    sentence = '"auto" is for another program to fill in; DeepSpeed would take its own default or fail'
+    return path, sentence, f"write the value you want, or remove {path} to let Halfstep decide in the open"
+
+
+def _members(path: str, config: Mapping[str, Any]) -> Mapping[str, Entry] | None:
+    """Return the keys that may stand under `path`, or None where any may."""
+    if path in _PARAMS:
+        section = config.get(path.partition(".")[0])
+        chosen = section.get("type") if isinstance(section, Mapping) else None
+        return _PARAMS[path].get(str(chosen).lower())
+    if path and KEYS[path]["type"] == "open":
+        return None
+    prefix = f"{path}." if path else ""
+    return {
+        key[len(prefix) :]: entry
+        for key, entry in KEYS.items()
+        if key.startswith(prefix) and "." not in key[len(prefix) :]
+    }
+
+
+def _entries(path: str) -> list[Entry]:
+    """Return what `path` may be: one entry, or one for each optimizer (AdamW first) that has the parameter."""
+    if path in KEYS:
+        return [KEYS[path]]
+    parent, _, name = path.rpartition(".")
+    if parent in _PARAMS:
+        kinds = sorted(_PARAMS[parent], key=lambda kind: kind != "adamw")
+        return [_PARAMS[parent][kind][name] for kind in kinds if name in _PARAMS[parent][kind]]
+    inside_open = any(
+        path.startswith(f"{key}.") for key, entry in KEYS.items() if entry["type"] == "open" and key not in _PARAMS
+    )
+    return [_ANY] if inside_open else []
+
+
+def _known(path: str) -> Entry:
+    entries = _entries(path)
+    assert entries, f"the DeepSpeed key table has no {path}"
+    return entries[0]
+
+
+def _typed(text: str, entry: Entry) -> Any:
+    """Read a text as the first of the entry's types that it fits; as itself where it fits none."""
+    kind = entry["type"]
+    if text == "null":
+        return None
+    if kind == "enum":
+        return next((choice for choice in entry.get("values", ()) if str(choice) == text), text)
+    for word in kind.split("|"):
+        if word == "str":
+            return text
+        if word == "bool" and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if word == "int" and text.lstrip("+-").isdecimal():
+            return int(text)
+        try:
+            value = float(text) if word in ("int", "float") else json.loads(text)
+        except ValueError:
+            continue
+        if word == "int":
+            return int(value) if value.is_integer() else value
+        if word in ("float", "any") or isinstance(value, list if word == "list" else dict):
+            return value
+    return text
+
+
+def _whence(origin: Origin, path: str) -> str:
+    if not isinstance(origin, Mapping):
+        return origin(path)
+    key = path.partition("[")[0]
+    while key and key not in origin:
+        key = key.rpartition(".")[0]
+    below = (phrase for other, phrase in origin.items() if other.startswith(f"{path}."))
+    return origin[key] if key else next(below, "the DeepSpeed configuration")
+
+
+def _shown(value: Any) -> str:
+    return f"the text {json.dumps(value)}" if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,73 @@
+"""Show a Plan to a person."""
+
+from launcher.plan.resolve import Plan
+from launcher.spec.schema import flatten
+
+_GIB = 2**30
+
+
+def headline(plan: Plan) -> list[str]:
+    """Return the two lines with which a run introduces itself."""
+    topology = plan.topology
+    return [
+        f"{plan.model.name}: {plan.model.parameters:,} parameters, zero={plan.zero} precision={plan.precision} on "
+        f"{topology.world_size} x {topology.device_name or topology.accelerator}",
+        f"{plan.steps:,} steps of {plan.batch.global_} x {plan.sequence} tokens; batch {plan.batch.equation()}",
+    ]
+
+
+def warnings(plan: Plan) -> list[str]:
+    """Return the plan's warnings, each as a loud line."""
+    return [f"WARNING: {warning}" for warning in plan.warnings]
+
+
+def lines(plan: Plan) -> list[str]:
+    """Return the plan as text: shape, batch equation, data, memory, the resolved config with origins, and refusals."""
+    model, data = plan.model, plan.data
+    told = [
+        f"model        {model.name}: {model.parameters:,} parameters, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
+        f"             {'trained weights from ' + model.weights if model.weights else 'fresh initialisation'}, seed {plan.seed}",
+        f"cell         zero={plan.zero} precision={plan.precision}",
+        f"batch        {plan.batch.equation()}",
+        f"sequence     {plan.sequence} tokens; {plan.batch.global_ * plan.sequence:,} tokens a step",
+        f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
+        f"data         {data.path}: {data.train_tokens:,} training tokens in {data.train_windows:,} sequences; "
+        f"{data.validation_windows} validation sequences",
+        f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
+        f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}",
+        f"ranks        {plan.topology.world_size} on {plan.topology.nodes} node(s), "
+        f"{plan.topology.device_name or plan.topology.accelerator}",
+        f"memory       {plan.memory['model_states_total_bytes'] / _GIB:.3f} GiB of model states a rank "
+        f"(without {plan.memory['excludes']})",
+        f"run id       {plan.run_id}",
+        "",
+        "DeepSpeed config",
+    ]
+    leaves = flatten(plan.deepspeed)
+    width = max(len(key) for key in leaves) + max(len(_value(value)) for value in leaves.values()) + 2
+    for key in sorted(leaves):
+        told.append(f"  {f'{key} {_value(leaves[key]):>{width - len(key) - 1}}'}  # {plan.origins[key]}")
+    told += ["", *warnings(plan)]
+    told += [
+        f"REFUSED by rule {one['rule']}: {one['sentence']}\n     from: {one['where']}\n      try: {one['fix']}"
+        for one in plan.refused_by
+    ]
+    return told if told[-1] else told[:-1]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:,}".replace(",", "_") if isinstance(value, int) else str(value)
+
+
+def _shape(config: dict) -> str:
+    def first(*names: str) -> object:
+        return next((config[name] for name in names if name in config), "?")
+
+    layers, width, heads = (
+        first("num_hidden_layers", "n_layer"),
+        first("hidden_size", "n_embd"),
+        first("num_attention_heads", "n_head"),
+    )
+    return f"{layers} layers x {width} wide, {heads} heads"

@@ -1,0 +1,332 @@
+"""Turn a request into a Plan: pure, so that every rank and every machine works out the same one."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import RequestError
+from launcher.plan import batch as batch_equation
+from launcher.plan import dsconfig, hardware, memory, rules, schedule
+from launcher.plan.facts import DataFacts, Facts
+from launcher.spec.digest import digest, identity
+from launcher.spec.load import Request
+from launcher.spec.schema import RunSpec
+from launcher.topology import Topology
+from models import shapes
+from models.presets import PRESETS
+
+_DEFAULT_STEPS = 1000
+_LONGEST_DEFAULT_SEQUENCE = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """The network that will be built."""
+
+    name: str
+    config: dict[str, Any]
+    """A complete transformers config, `model_type` included."""
+    weights: str | None
+    """Where trained weights are loaded from; None: a fresh initialisation."""
+    parameters: int
+    """Distinct parameters; a tied head counts once."""
+    flops_per_token: float | None
+    """Forward and backward, causal attention counted; None where the family is not known."""
+    vocabulary: int
+    """Rows of the embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """The corpus and how it divides into sequences."""
+
+    path: str
+    train_prefix: str
+    validation_prefix: str | None
+    digest: str
+    train_tokens: int
+    train_windows: int
+    """Sequences in one epoch."""
+    validation_windows: int
+    """Sequences read at each evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every decision of a run; JSON-able, equal on every rank, never changed afterwards."""
+
+    run_id: str
+    identity: dict[str, Any]
+    """What may not change when a run continues in its directory."""
+    model: ModelPlan
+    data: DataPlan
+    batch: batch_equation.Batch
+    topology: Topology
+    sequence: int
+    steps: int
+    tokens: int
+    """Training tokens in all."""
+    zero: int
+    precision: str
+    seed: int
+    activation_checkpointing: bool
+    compile: bool
+    trust_remote_code: bool
+    schedule: schedule.Schedule
+    clip: float
+    eval_every: int
+    log_every: int
+    peak_flops: float | None
+    """Of one device, for MFU; None where not known."""
+    deepspeed: dict[str, Any]
+    origins: dict[str, str]
+    memory: dict[str, Any]
+    warnings: list[str]
+    refused_by: list[dict[str, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-able dictionaries."""
+        tree = dataclasses.asdict(self)
+        tree["batch"]["global"] = tree["batch"].pop("global_")
+        tree["topology"]["nodes"] = self.topology.nodes
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Plan":
+        """Rebuild a plan that `to_dict` wrote."""
+        tree = dict(tree)
+        batch = dict(tree["batch"])
+        batch["global_"] = batch.pop("global")
+        topology = {key: value for key, value in tree["topology"].items() if key != "nodes"}
+        return cls(
+            **{
+                **tree,
+                "model": ModelPlan(**tree["model"]),
+                "data": DataPlan(**tree["data"]),
+                "batch": batch_equation.Batch(**batch),
+                "topology": Topology(**topology),
+                "schedule": schedule.Schedule(**tree["schedule"]),
+            }
+        )
+
+    def require_allowed(self) -> None:
+        """Raise RequestError with every rule the request breaks."""
+        problems = [
+            RequestError(f"{one['sentence']} (rule {one['rule']})", where=one["where"], fix=one["fix"])
+            for one in self.refused_by
+        ]
+        if problems:
+            raise problems[0].with_more(problems[1:])
+
+
+def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
+    """Decide everything about a run; raises RequestError for what cannot be decided, lists broken rules in the plan."""
+    spec = request.spec
+    model, sizes, sequence = _model(spec, facts)
+    data = _data(spec, facts.data, sequence, model.vocabulary)
+    batch = batch_equation.solve(
+        spec.batch.global_, spec.batch.micro, topology.world_size, request.origins.get("batch.global", "batch.global")
+    )
+    tokens_per_step = batch.global_ * sequence
+    steps = spec.steps or (-(-spec.tokens // tokens_per_step) if spec.tokens else _DEFAULT_STEPS)
+    composed = dsconfig.compose(
+        spec,
+        batch=batch,
+        learning_rate=spec.optimizer.lr or schedule.default_peak(model.parameters),
+        sizes=sizes,
+        topology=topology,
+        own=facts.ds_config,
+        request_origins=request.origins,
+    )
+    curve = schedule.Schedule(
+        kind=spec.schedule.kind,
+        peak=float(composed.leaves.get("optimizer.params.lr", 0.0)),
+        warmup=schedule.default_warmup(steps) if spec.schedule.warmup is None else spec.schedule.warmup,
+        steps=steps,
+        min_ratio=spec.schedule.min_ratio,
+    )
+    demanded = dsconfig.demanded_by_run_keys(spec, batch, curve.peak, topology)
+    case = rules.Case(spec=spec, topology=topology, leaves=composed.leaves, origins=composed.origins, demanded=demanded)
+    decided: dict[str, Any] = {
+        "identity": {**identity(spec), "data": data.digest},
+        "model": model,
+        "data": data,
+        "batch": batch,
+        "topology": topology,
+        "sequence": sequence,
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "zero": spec.zero,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "activation_checkpointing": spec.activation_checkpointing,
+        "compile": spec.compile,
+        "trust_remote_code": spec.trust_remote_code,
+        "schedule": curve,
+        "clip": float(composed.leaves["gradient_clipping"]),
+        "eval_every": spec.eval.every,
+        "log_every": spec.log.every,
+        "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision),
+        "deepspeed": composed.config(),
+        "origins": composed.origins,
+        "memory": _memory(spec, model, topology),
+        "warnings": _warnings(spec, batch, data, steps),
+        "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
+    }
+    plan = Plan(run_id="", **decided)
+    return dataclasses.replace(plan, run_id=_run_id(plan))
+
+
+def _run_id(plan: Plan) -> str:
+    """Hash the plan without paths, logging and what is only said about it."""
+    tree = plan.to_dict()
+    for key in ("run_id", "log_every", "origins", "memory", "warnings", "refused_by", "peak_flops"):
+        del tree[key]
+    for key in ("path", "train_prefix", "validation_prefix"):
+        del tree["data"][key]
+    tree["identity"] = {k: v for k, v in tree["identity"].items() if k not in ("ds_config", "model.name")}
+    tree["model"].pop("name")
+    return digest(tree)
+
+
+def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]:
+    keys = spec.model
+    where = f"model={keys.name}"
+    try:
+        if facts.model is None:
+            preset = PRESETS[keys.name]
+            sequence = spec.sequence or min(preset.context, _LONGEST_DEFAULT_SEQUENCE)
+            vocabulary = keys.vocabulary or preset.vocabulary or facts.data.vocabulary
+            if vocabulary is None:
+                raise RequestError(
+                    f"{keys.name} takes the tokenizer's vocabulary, and this corpus does not say it",
+                    where=f"data={facts.data.path}",
+                    fix="give model.vocabulary=N, larger than the largest token id",
+                )
+            shape: shapes.Shape | None = shapes.shape_of(
+                preset,
+                layers=keys.layers,
+                width=keys.width,
+                heads=keys.heads,
+                dropout=keys.dropout,
+                vocabulary=vocabulary,
+                sequence=sequence,
+            )
+            config, weights, counted = shapes.hf_config(shape), None, None
+        else:
+            config, weights, counted = facts.model.config, facts.model.weights, facts.model.parameters
+            shape = shapes.from_hf_config(config)
+            vocabulary = int(config.get("vocab_size", shape.vocabulary if shape else 0))
+            sequence = spec.sequence or min(1024, _positions(config))
+            if sequence > _positions(config):
+                raise ValueError(f"sequence={sequence} is longer than the model's {_positions(config)} positions")
+            _same_tokenizer(facts, where)
+    except ValueError as error:
+        raise RequestError(
+            str(error), where=where, fix="change model.layers, model.width, model.heads or sequence"
+        ) from None
+    if shape is not None:
+        parameters, flops = shapes.parameters(shape), shapes.flops_per_token(shape, sequence, "causal")
+        sizes = dsconfig.Sizes(parameters=parameters, largest_tensor=shapes.largest_tensor(shape), width=shape.width)
+    else:
+        assert counted is not None, "facts count the parameters of a family the formulas do not know"
+        parameters, flops = counted, None
+        width = int(config.get("hidden_size", config.get("d_model", 1024)))
+        sizes = dsconfig.Sizes(parameters=parameters, largest_tensor=vocabulary * width, width=width)
+    model = ModelPlan(
+        name=keys.name,
+        config=config,
+        weights=weights,
+        parameters=parameters,
+        flops_per_token=flops,
+        vocabulary=vocabulary,
+    )
+    return model, sizes, sequence
+
+
+def _positions(config: dict[str, Any]) -> int:
+    return int(config.get("max_position_embeddings", config.get("n_positions", config.get("max_seq_len", 1024))))
+
+
+def _same_tokenizer(facts: Facts, where: str) -> None:
+    model, data = facts.model, facts.data
+    if model and model.vocabulary_digest and data.has_tokenizer and model.vocabulary_digest != data.vocabulary_digest:
+        raise RequestError(
+            "the data was made with another tokenizer than the model's own",
+            where=f"{where} and data={data.path}",
+            fix=f"prepare the data again with --tokenizer {where.removeprefix('model=hf:')}",
+        )
+
+
+def _data(spec: RunSpec, data: DataFacts, sequence: int, vocabulary: int) -> DataPlan:
+    where = f"data={data.path}"
+    if data.vocabulary is not None and data.vocabulary > vocabulary:
+        raise RequestError(
+            f"the data's tokenizer has {data.vocabulary} tokens, the model's embedding only {vocabulary} rows",
+            where=where,
+            fix=f"prepare the data with --vocab-size {vocabulary} or less, or give model.vocabulary={data.vocabulary}",
+        )
+    windows = max(0, (data.train_tokens - 1) // sequence)
+    if windows == 0:
+        raise RequestError(
+            f"sequence={sequence} is longer than the corpus, which has {data.train_tokens} training tokens",
+            where=where,
+            fix=f"take a sequence below {data.train_tokens}, or more text",
+        )
+    validation = max(0, (data.validation_tokens - 1) // sequence)
+    if validation == 0 and data.validation_prefix is not None:
+        raise RequestError(
+            f"sequence={sequence} is longer than the validation split, which has {data.validation_tokens} tokens",
+            where=where,
+            fix=f"take a sequence below {data.validation_tokens}, or prepare with a larger --validation-fraction",
+        )
+    return DataPlan(
+        path=data.path,
+        train_prefix=data.train_prefix,
+        validation_prefix=data.validation_prefix,
+        digest=data.digest,
+        train_tokens=data.train_tokens,
+        train_windows=windows,
+        validation_windows=min(validation, spec.eval.sequences),
+    )
+
+
+def _memory(spec: RunSpec, model: ModelPlan, topology: Topology) -> dict[str, Any]:
+    states = memory.model_states(
+        model.parameters,
+        zero=spec.zero,
+        precision=spec.precision,
+        optimizer=spec.optimizer.kind,
+        momentum=spec.optimizer.momentum,
+        ranks=topology.world_size,
+    )
+    return {
+        "model_states_bytes_per_rank": states,
+        "model_states_total_bytes": sum(states.values()),
+        "excludes": "activations, logits, communication buckets, temporaries, offload",
+    }
+
+
+def _warnings(spec: RunSpec, batch: batch_equation.Batch, data: DataPlan, steps: int) -> list[str]:
+    said = []
+    if spec.zero == 0 and spec.precision != "fp32":
+        fault = (
+            "never scales the loss and starts Adam one step late"
+            if spec.precision == "fp16"
+            else "starts Adam one step late"
+        )
+        said.append(
+            f"DO NOT TRUST zero=0 precision={spec.precision}: DeepSpeed 0.19.8 {fault} at stage 0, so this run does not "
+            "train the same model as stages 1 to 3. Take zero=1, which is the same mathematics, also on one rank."
+        )
+    if spec.precision == "fp16" and spec.fp16.scale == 0 and spec.fp16.window < 200:
+        said.append(
+            f"fp16.window={spec.fp16.window}: the step on which the scale doubles is half as large as it should be in "
+            "DeepSpeed 0.19.8, and with so short a window that happens often. Take 200 or more."
+        )
+    if batch.global_ * steps > data.train_windows:
+        epochs = batch.global_ * steps / data.train_windows
+        said.append(f"the run reads the corpus {epochs:.1f} times over")
+    if data.validation_prefix is None:
+        said.append("the corpus has no validation split: no evaluation")
+    return said

@@ -1,0 +1,165 @@
+"""What may not be combined: a table of named rules, one sentence each, all violations reported together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.spec.schema import RunSpec
+from launcher.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a rule looks at."""
+
+    spec: RunSpec
+    topology: Topology
+    leaves: dict[str, Any]
+    """The composed DeepSpeed config by dotted path."""
+    origins: dict[str, str]
+    demanded: dict[str, tuple[Any, str]]
+    """What the run keys say the config must hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """One rule that a request breaks."""
+
+    rule: str
+    sentence: str
+    where: str
+    fix: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A combination that does not work, why, and what to do instead."""
+
+    name: str
+    sentence: str
+    broken: Callable[[Case], bool]
+    where: Callable[[Case], str]
+    fix: str
+
+
+def _keys(*names: str) -> Callable[[Case], str]:
+    return lambda case: " ".join(f"{name}={getattr(case.spec, name)}" for name in names)
+
+
+def _set_by(path: str) -> Callable[[Case], str]:
+    return lambda case: f"{path} from {case.origins.get(path, 'nobody')}"
+
+
+_SCALED_FP16_AUTOCAST = "torch_autocast.dtype"
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="param-offload-needs-stage-3",
+        sentence="weights can move off the device only where they are sharded, at ZeRO stage 3",
+        broken=lambda c: c.spec.offload in ("cpu", "nvme") and c.spec.zero != 3,
+        where=_keys("offload", "zero"),
+        fix="take zero=3, or offload=optimizer-cpu at stages 1 to 3",
+    ),
+    Rule(
+        name="optimizer-offload-needs-sharding",
+        sentence="optimizer states can move to the host only at ZeRO stages 1 to 3",
+        broken=lambda c: c.spec.offload == "optimizer-cpu" and c.spec.zero == 0,
+        where=_keys("offload", "zero"),
+        fix="take zero=1 or higher, or offload=none",
+    ),
+    Rule(
+        name="nvme-needs-a-disk",
+        sentence="NVMe offload has to know the folder it may fill",
+        broken=lambda c: c.spec.offload == "nvme" and not c.spec.nvme_path,
+        where=_keys("offload", "nvme_path"),
+        fix="give nvme_path=/FOLDER on a local NVMe disk",
+    ),
+    Rule(
+        name="nvme-path-needs-nvme",
+        sentence="nvme_path does nothing without offload=nvme",
+        broken=lambda c: c.spec.nvme_path is not None and c.spec.offload != "nvme",
+        where=_keys("offload", "nvme_path"),
+        fix="add offload=nvme, or drop nvme_path",
+    ),
+    Rule(
+        name="offload-needs-a-device",
+        sentence="on CPU ranks weights, gradients and optimizer states are in host memory already: there is nothing to offload",
+        broken=lambda c: c.spec.offload != "none" and c.topology.accelerator == "cpu",
+        where=_keys("offload"),
+        fix="take offload=none, or plan for GPUs with hardware=NAME",
+    ),
+    Rule(
+        name="compile-unproved-at-stage-3",
+        sentence="torch.compile with ZeRO stage 3 graph-breaks at every gather and is unproved in this DeepSpeed",
+        broken=lambda c: c.spec.compile and c.spec.zero == 3,
+        where=_keys("compile", "zero"),
+        fix="take zero=2 or lower, or compile=false",
+    ),
+    Rule(
+        name="no-second-scheduler",
+        sentence="the learning rate is written by Halfstep; a DeepSpeed scheduler would overwrite it (and WarmupLR skips two steps)",
+        broken=lambda c: any(path.startswith("scheduler.") for path in c.leaves),
+        where=lambda c: next(f"{p} from {c.origins[p]}" for p in c.leaves if p.startswith("scheduler.")),
+        fix="drop it; use schedule.kind, schedule.warmup and schedule.min_ratio",
+    ),
+    Rule(
+        name="no-autocast-fp16-with-sharding",
+        sentence="torch_autocast in float16 at ZeRO 1 to 3 clips scaled gradients and never backs the scale off in DeepSpeed 0.19.8",
+        broken=lambda c: (
+            bool(c.leaves.get("torch_autocast.enabled"))
+            and "float16" in str(c.leaves.get(_SCALED_FP16_AUTOCAST, "")).replace("bfloat16", "")
+            and c.spec.zero > 0
+        ),
+        where=_set_by(_SCALED_FP16_AUTOCAST),
+        fix="use precision=fp16, or torch_autocast.dtype=bfloat16",
+    ),
+    Rule(
+        name="autocast-replaces-precision",
+        sentence="torch_autocast and a half-precision engine are two ways to do the same thing; both at once is neither",
+        broken=lambda c: bool(c.leaves.get("torch_autocast.enabled")) and c.spec.precision != "fp32",
+        where=_set_by("torch_autocast.enabled"),
+        fix="take precision=fp32 with torch_autocast, or precision alone",
+    ),
+    Rule(
+        name="no-fp32-accumulation-at-stage-0",
+        sentence="fp32 gradient accumulation in half precision is not implemented at ZeRO stage 0 in DeepSpeed 0.19.8",
+        broken=lambda c: (
+            c.leaves.get("data_types.grad_accum_dtype") == "fp32" and c.spec.zero == 0 and c.spec.precision != "fp32"
+        ),
+        where=_set_by("data_types.grad_accum_dtype"),
+        fix="drop the key, or take zero=1",
+    ),
+    Rule(
+        name="no-pipeline-or-tensor-parallelism",
+        sentence="Halfstep's batch equation and data order count data-parallel ranks only",
+        broken=lambda c: (
+            c.leaves.get("tensor_parallel.autotp_size", 0) not in (0, 1, None)
+            or c.leaves.get("sequence_parallel_size", 1) not in (1, None)
+        ),
+        where=lambda c: "tensor_parallel.autotp_size, sequence_parallel_size",
+        fix="leave them at 1",
+    ),
+)
+
+
+def violations(case: Case) -> list[Violation]:
+    """Return every rule a request breaks, then every key on which the DeepSpeed config and the run keys disagree."""
+    found = [
+        Violation(rule=rule.name, sentence=rule.sentence, where=rule.where(case), fix=rule.fix)
+        for rule in RULES
+        if rule.broken(case)
+    ]
+    return found + _disagreements(case)
+
+
+def _disagreements(case: Case) -> list[Violation]:
+    return [
+        Violation(
+            rule="config-agrees-with-run-keys",
+            sentence=f"{path} is {case.leaves[path]!r} in the DeepSpeed config, but {origin} makes it {value!r}",
+            where=case.origins[path],
+            fix=f"change {origin.removeprefix('run key ')}, which decides it, and drop {path}",
+        )
+        for path, (value, origin) in case.demanded.items()
+        if path in case.leaves and not path.startswith("optimizer.") and case.leaves[path] != value
+    ]

@@ -1,0 +1,296 @@
+"""The run directory: the one place where a run's request, plan, attempts and results meet, and its lease.
+
+request.toml plan.json ds_config.json origins.json      what was asked and decided
+metrics.jsonl events.jsonl summary.json                  what was seen
+attempts/0001/{env.json,rank-0.log,exit.json}            every start, on what, and how it ended
+lease                                                    held by the launch that is running
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from filelock import FileLock, Timeout
+
+from launcher import assets
+from launcher.errors import RequestError
+from launcher.plan.resolve import Plan
+from launcher.spec.load import Request, load
+from launcher.spec.schema import flatten, unflatten
+
+LEASE_STALE_SECONDS = 300
+"""A lease held from another host counts as abandoned when its file was not touched for this long."""
+
+_VERSIONED = (
+    "halfstep",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "sentencepiece",
+    "numpy",
+    "pydantic",
+)
+# What explains a run afterwards. Never the whole environment: it holds tokens and passwords.
+_ENVIRONMENT = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
+    "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF", "HF_HUB_OFFLINE", "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_PARTITION",
+    "SLURM_NTASKS", "SLURM_NNODES", "SLURM_STEP_NODELIST",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDir:
+    """Paths of one run, and of its present attempt."""
+
+    path: Path
+    attempt: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One row per optimizer step, and one per evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened besides steps."""
+        return self.path / "events.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The result."""
+        return self.path / "summary.json"
+
+    def rank_log(self, rank: int) -> Path:
+        """What one rank of this attempt had to say."""
+        return self.attempt / f"rank-{rank}.log"
+
+
+def location(request: Request, plan: Plan) -> Path:
+    """Return where a run lives: `out`, or runs/<run id> under the current folder."""
+    return Path(request.spec.out) if request.spec.out else Path.cwd() / "runs" / plan.run_id
+
+
+def write_plan(path: Path, request: Request, plan: Plan) -> None:
+    """Write what was asked and decided; refuse a directory that belongs to a different run or to something else."""
+    _refuse_another_run(path, plan)
+    with _user_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        given = {
+            key: value for key, value in flatten(request.spec.model_dump(by_alias=True)).items() if value is not None
+        }
+        asked = unflatten(
+            {key: value for key, value in given.items() if key in request.origins or key.startswith("ds.")}
+        )
+        write_atomic(path / "request.toml", tomli_w.dumps(asked))
+        write_json(path / "plan.json", plan.to_dict())
+        write_json(path / "ds_config.json", plan.deepspeed)
+        write_json(path / "origins.json", {"request": request.origins, "deepspeed": plan.origins})
+
+
+def read_plan(path: Path) -> tuple[Request, Plan]:
+    """Read a run directory that `write_plan` made."""
+    try:
+        plan = Plan.from_dict(json.loads((path / "plan.json").read_text("utf-8")))
+        return load([str(path / "request.toml")]), plan
+    except OSError as error:
+        raise RequestError(
+            f"{path} is not a run directory: {Path(str(error.filename)).name} is missing or unreadable",
+            where=f"--run {path}",
+            fix="name a directory made by `halfstep run` or `launcher/train.py`",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"plan.json is damaged: {error}",
+            where=str(path / "plan.json"),
+            fix="start the run again with its key=value words",
+        ) from None
+
+
+def _refuse_another_run(path: Path, plan: Plan) -> None:
+    if not path.exists():
+        return
+    file = path / "plan.json"
+    if not path.is_dir() or (not file.is_file() and any(item.name != "lease" for item in path.iterdir())):
+        raise RequestError(
+            f"{path} exists and is not a run directory",
+            where=f"out={path}",
+            fix="choose an out that does not exist yet",
+        )
+    if not file.is_file():
+        return
+    _, there = read_plan(path)
+    old, new = there.identity, plan.identity
+    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if changed:
+        told = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
+        raise RequestError(
+            f"{path} belongs to a different run: {told}"
+            + (f", and {len(changed) - 4} more" if len(changed) > 4 else ""),
+            where=f"out={path}",
+            fix="choose another out (or none), or ask for the same run again",
+        )
+
+
+def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
+    """Make the next attempts/NNNN and write env.json into it."""
+    attempts = path / "attempts"
+    with _user_errors(path):
+        attempts.mkdir(exist_ok=True)
+        number = 1 + max((int(one.name) for one in attempts.iterdir() if one.name.isdigit()), default=0)
+        attempt = attempts / f"{number:04d}"
+        attempt.mkdir()
+        write_json(attempt / "env.json", {**describe_environment(), **extra})
+    return RunDir(path=path, attempt=attempt)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions, host, code revision and an allow-list of variables."""
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "time": time.time(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "folder": str(Path.cwd()),
+        "versions": versions,
+        "code_revision": code_revision(),
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    }
+
+
+def code_revision() -> str | None:
+    """Return the git commit of a clone, with `+changed` where files differ from it; None for an installed wheel."""
+    root = assets.source_root()
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changed" if changed.strip() else "")
+
+
+@contextlib.contextmanager
+def lease(path: Path) -> Iterator[Path]:
+    """Hold a run directory for one launch; the kernel gives it back when the holder dies, however it dies.
+
+    Raises RequestError where another launch holds it. On a shared file system without locks between hosts, the file's
+    age decides (LEASE_STALE_SECONDS): whoever holds it touches it.
+    """
+    file = path / "lease"
+    with _user_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file.with_name(".lease.lock"), timeout=0)
+    holder = _read_holder(file)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise _held(path, holder) from None
+    try:
+        if holder and holder.get("host") != socket.gethostname() and _age(file) < LEASE_STALE_SECONDS:
+            raise _held(path, holder)
+        write_json(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _held(path: Path, holder: dict[str, Any]) -> RequestError:
+    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}" if holder else "another launch"
+    return RequestError(
+        f"{path} is in use by {who}",
+        where=f"out={path}",
+        fix="wait for it to end, stop it, or choose another out",
+    )
+
+
+def _read_holder(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _age(file: Path) -> float:
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return float("inf")
+
+
+def write_exit(attempt: Path, code: int, cause: str, rank: int, **more: Any) -> None:
+    """Write how an attempt ended; the first to write wins, so that a follow-up failure does not hide the cause."""
+    content = _pretty({"code": code, "cause": cause, "rank": rank, "time": time.time(), **more})
+    with contextlib.suppress(FileExistsError, OSError):
+        temporary = attempt / f".exit.json.{os.getpid()}"
+        temporary.write_text(content, "utf-8")
+        try:
+            os.link(temporary, attempt / "exit.json")
+        finally:
+            temporary.unlink()
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a file with a value's JSON, atomically."""
+    write_atomic(file, _pretty(value))
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(
+            f"{path} cannot be written: {error.strerror}",
+            where=f"out={path}",
+            fix="check permissions and free space, or choose another out",
+        ) from None
+
+
+def finished(path: Path) -> dict[str, Any] | None:
+    """Return the summary of a run that is done, else None."""
+    try:
+        summary = json.loads((path / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("status") == "done" else None

@@ -1,0 +1,50 @@
+"""The command line that starts a run's ranks on this host, one function for each starter."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher import assets
+from launcher.plan.resolve import Plan
+from launcher.topology import free_port
+
+Starter = Callable[[Plan, Path], list[str]]
+
+
+def _tool(name: str, module: str) -> list[str]:
+    """Return how to call a tool of this Python: the script beside the interpreter, else its module."""
+    script = Path(sys.executable).parent / name
+    return [str(script)] if script.exists() else [sys.executable, "-m", module]
+
+
+def _script(run: Path) -> list[str]:
+    return [str(assets.train_script()), "--run", str(run)]
+
+
+def deepspeed(plan: Plan, run: Path) -> list[str]:
+    """Return the `deepspeed` command; the port is free now, where its default 29500 is everybody's (T24)."""
+    tool = _tool("deepspeed", "deepspeed.launcher.runner")
+    ranks = plan.topology.ranks_per_node
+    return [*tool, "--num_gpus", str(ranks), "--master_port", str(free_port()), *_script(run)]
+
+
+def torchrun(plan: Plan, run: Path) -> list[str]:
+    """Return the `torchrun` command; --standalone finds its own port."""
+    ranks = plan.topology.ranks_per_node
+    return [*_tool("torchrun", "torch.distributed.run"), "--standalone", "--nproc_per_node", str(ranks), *_script(run)]
+
+
+def accelerate(plan: Plan, run: Path) -> list[str]:
+    """Return the `accelerate launch` command.
+
+    Also on CPU it takes --multi_gpu to start several ranks: with --cpu it starts one, whatever --num_processes says.
+    """
+    ranks = plan.topology.ranks_per_node
+    spread = ["--multi_gpu"] if ranks > 1 else []
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    port = ["--main_process_port", str(free_port())]
+    tool = _tool("accelerate", "accelerate.commands.accelerate_cli")
+    return [*tool, "launch", *spread, "--num_processes", str(ranks), *options, *port, *_script(run)]
+
+
+STARTERS: dict[str, Starter] = {"deepspeed": deepspeed, "torchrun": torchrun, "accelerate": accelerate}

@@ -1,0 +1,197 @@
+"""Which processes take part, and on what: ranks from whoever set them, devices from what is there."""
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import TopologyError
+
+# Rank, local rank, world size, local world size, in the words of each starter. `deepspeed`, `torchrun` and
+# `accelerate launch` all use the first row; the SLURM row is what a bare `srun` sets; the last is Open MPI's.
+_RANK_VARIABLES = {
+    "launcher": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE"),
+    "mpirun": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The world a plan is made for: the same on every rank of it."""
+
+    world_size: int
+    """Ranks in all."""
+    ranks_per_node: int
+    """Ranks on each node."""
+    accelerator: str
+    """`cuda` or `cpu`."""
+    fused_adam: bool = False
+    """Whether DeepSpeed's fused Adam can be built here: a GPU, and a CUDA compiler beside it."""
+    device_name: str = ""
+    """What the device calls itself, empty where unknown."""
+
+    @property
+    def nodes(self) -> int:
+        """Hosts that take part."""
+        return max(1, self.world_size // self.ranks_per_node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """This process's place in the world, and who assigned it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    source: str
+    """`launcher`, `srun`, `mpirun`, or `none` for a process started by hand."""
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Rank:
+    """Read this process's rank from its starter's variables; a process nobody numbered is a world of one.
+
+    Raises TopologyError where the variables are incomplete, no numbers, or contradict each other.
+    """
+    for source, names in _RANK_VARIABLES.items():
+        rank_name, local_name, world_name, local_world_name = names
+        if rank_name not in environ or world_name not in environ:
+            continue
+        if source == "srun" and "SLURM_STEP_ID" not in environ:
+            continue  # inside an allocation but not under srun: sbatch sets SLURM_PROCID=0 for its own shell
+        rank, world_size = _number(environ, rank_name), _number(environ, world_name)
+        local_world_size = _number(environ, local_world_name, default=world_size)
+        local_rank = _number(environ, local_name, default=rank % max(1, local_world_size))
+        if not 0 <= rank < world_size or not 0 <= local_rank < max(local_world_size, 1):
+            raise TopologyError(
+                f"rank {rank} (local {local_rank} of {local_world_size}) does not fit a world of {world_size}",
+                where=f"{rank_name}, {local_name}, {world_name}, {local_world_name} in the environment",
+                fix="start the ranks with one of deepspeed, torchrun, accelerate launch or srun, not with two at once",
+            )
+        return Rank(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            local_world_size=local_world_size,
+            source=source,
+        )
+    return Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none")
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, "")
+    if not text and default is not None:
+        return default
+    # SLURM_STEP_TASKS_PER_NODE reads "2(x3)" for three nodes of two: its first number is what counts here.
+    number = re.fullmatch(r"(-?\d+)(\(x\d+\))?(,.*)?" if name.endswith("TASKS_PER_NODE") else r"(-?\d+)", text.strip())
+    if number is None:
+        raise TopologyError(
+            f"{name}={text!r} is not a whole number",
+            where="the environment of this process",
+            fix=f"unset {name}, or let the launcher set it",
+        )
+    return int(number[1])
+
+
+def gpu_count(environ: Mapping[str, str] = os.environ) -> int:
+    """Count the GPUs this process may use, without loading torch: the driver's list, narrowed by CUDA_VISIBLE_DEVICES."""
+    if environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return 0
+    try:
+        present = len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
+    except OSError:
+        return 0
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    return min(present, len([one for one in visible.split(",") if one.strip() not in ("", "-1")]))
+
+
+def has_cuda_compiler(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether nvcc is at hand, which DeepSpeed needs to build its fused optimizers."""
+    home = environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=environ.get("PATH")) is not None or Path(home, "bin", "nvcc").exists()
+
+
+def device_name() -> str:
+    """Return the first GPU's model as the driver prints it, else empty."""
+    for info in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def usable_cores() -> int:
+    """Count the cores this process may run on (an affinity mask or a cgroup may leave fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_ranks_per_node(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many ranks to start here unless told: one for each GPU, else two on a CPU that has two cores."""
+    return gpu_count(environ) or min(2, usable_cores())
+
+
+def describe(world_size: int, ranks_per_node: int, environ: Mapping[str, str] = os.environ) -> Topology:
+    """Describe a world of `world_size` ranks whose nodes are like this one."""
+    on_gpu = gpu_count(environ) > 0
+    return Topology(
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        accelerator="cuda" if on_gpu else "cpu",
+        fused_adam=on_gpu and has_cuda_compiler(environ),
+        device_name=device_name() if on_gpu else "",
+    )
+
+
+def prefer_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell DeepSpeed that there is no GPU, where there is none; left to itself it looks for other devices first."""
+    if gpu_count(environ) == 0:
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def prepare_environment(rank: Rank, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what torch and DeepSpeed read at import, where the starter left it unset.
+
+    Threads per rank default to cores / ranks: left alone, every rank takes all cores and two ranks on two cores run at
+    half speed. DeepSpeed looks for mpi4py unless all five rendezvous variables stand (comm/comm.py, init_distributed).
+    """
+    prefer_cpu(environ)
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, rank.local_world_size))))
+    environ["RANK"], environ["LOCAL_RANK"] = str(rank.rank), str(rank.local_rank)
+    environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"] = str(rank.world_size), str(rank.local_world_size)
+    if rank.source == "srun":
+        # Every rank works the same address out of the same variables, so that no ssh and no hostfile is needed.
+        environ.setdefault("MASTER_ADDR", _first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+        job = int(environ.get("SLURM_JOB_ID", "0")) * 16 + int(environ.get("SLURM_STEP_ID", "0"))
+        environ.setdefault("MASTER_PORT", str(20000 + job % 12000))
+    elif rank.world_size == 1:
+        environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        environ.setdefault("MASTER_PORT", str(free_port()))
+    # With LOCAL_SIZE set, DeepSpeed leaves 69 MB of shared memory behind for every killed CPU rank.
+    environ.pop("LOCAL_SIZE", None)
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing on this host listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first_host(nodelist: str) -> str:
+    """Return the first host of a SLURM node list: `n[03-07,9],m1` -> `n03`."""
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.partition(",")[0]
+    first = re.match(r"\d+", rest)
+    return prefix + (first[0] if first else "")

@@ -1,0 +1,86 @@
+"""Next-token cross-entropy: fp32 where it matters, and nothing in fp32 that is as large as the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CPU_CHUNK_ELEMENTS = 1 << 18
+"""Logits in work at a time on a CPU: 1 MiB in fp32, which stays in a core's second-level cache."""
+CHUNK_ELEMENTS = 1 << 24
+"""The same elsewhere: 64 MiB in fp32, large enough that starting the kernels costs nothing."""
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy in nats of `logits` (batch, sequence, vocabulary) against `targets` (batch, sequence).
+
+    `targets[b, t]` is the token that follows position t: nothing is shifted here. Rows whose target is `ignore_index`
+    add nothing and get a gradient of exactly 0; `mean` is over the other rows, and 0 when there are none. The result is
+    a scalar in fp32 (fp64 for fp64 logits).
+
+    Log-sum-exp, softmax, the sum and the product with the upstream gradient are fp32, made chunk by chunk; kept for the
+    backward pass are the logits as they are and one fp32 number a row. With 16-bit logits the peak is 4 bytes a logit
+    (the logits and their gradient) where transformers' ForCausalLMLoss holds 14. Raises ValueError for shapes that do
+    not belong together and for a reduction other than `mean` and `sum`.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"the loss is reduced by mean or sum, not {reduction!r}")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, not {tuple(targets.shape)}"
+        )
+    rows, row_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    return _ChunkedCrossEntropy.apply(rows, row_targets, ignore_index, reduction == "mean")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Compute the loss and its gradient over chunks of rows.
+
+    The gradient gets its own storage. Writing it over the logits would save another 2 bytes a logit, but the logits may
+    be what an earlier operation saved for its own backward pass (a soft cap's tanh saves its output), and the caller
+    still holds them: what either reads after this would be a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, mean: bool) -> Tensor:
+        valid = targets != ignore_index
+        picked = torch.where(valid, targets, 0)[:, None]
+        log_sum_exp = torch.empty(len(logits), dtype=_precise(logits), device=logits.device)
+        buffer = _buffer(logits)
+        for start in range(0, len(logits), len(buffer)):
+            part = slice(start, start + len(buffer))
+            exponentials = buffer[: len(log_sum_exp[part])]
+            largest = exponentials.copy_(logits[part]).amax(dim=-1, keepdim=True)
+            exponentials.sub_(largest).exp_()
+            torch.log(exponentials.sum(dim=-1), out=log_sum_exp[part]).add_(largest[:, 0])
+        losses = log_sum_exp - logits.gather(1, picked)[:, 0]
+        count = valid.sum().clamp(min=1) if mean else torch.ones_like(targets[:1].sum())
+        ctx.save_for_backward(logits, picked, valid, log_sum_exp, count)
+        return losses.masked_fill_(~valid, 0).sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, picked, valid, log_sum_exp, count = ctx.saved_tensors
+        gradient, buffer = torch.empty_like(logits), _buffer(logits)
+        # Under loss scaling the upstream gradient is 2^16 and more. It is applied here, before the rounding to 16 bit:
+        # after it small probabilities would be 0 already, and a gradient that does not fit must become inf to be seen.
+        scale = torch.where(valid, upstream.to(log_sum_exp.dtype) / count, 0)[:, None]
+        for start in range(0, len(logits), len(buffer)):
+            part = slice(start, start + len(buffer))
+            probabilities = buffer[: len(log_sum_exp[part])]
+            probabilities.copy_(logits[part]).sub_(log_sum_exp[part, None]).exp_()
+            probabilities.scatter_(1, picked[part], probabilities.gather(1, picked[part]) - 1)
+            gradient[part] = probabilities.mul_(scale[part])
+        return gradient, None, None, None
+
+
+def _precise(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _buffer(logits: Tensor) -> Tensor:
+    elements = CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS
+    rows = max(1, min(len(logits), elements // logits.shape[-1]))
+    return logits.new_empty((rows, logits.shape[-1]), dtype=_precise(logits))

@@ -1,0 +1,65 @@
+"""What several test folders share: a corpus small enough to make by hand, and a way to plan without a machine."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.plan import facts
+from launcher.plan.resolve import Plan, resolve
+from launcher.spec.load import load
+from launcher.topology import Topology
+
+
+def write_pair(prefix: Path, tokens: int) -> None:
+    """Write a Megatron pair of one document whose token ids are 0, 1, 2, ... below 100, without torch."""
+    prefix.with_suffix(".bin").write_bytes(b"".join(struct.pack("<H", n % 100) for n in range(tokens)))
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 1, 2)
+    prefix.with_suffix(".idx").write_bytes(header + struct.pack("<iqqq", tokens, 0, 0, 1))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Return a prepared folder with 100,000 training and 5,000 validation tokens and a vocabulary of 4096."""
+    folder = tmp_path / "corpus"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(b"not a real one")
+    splits = {}
+    for split, tokens in (("train", 100_000), ("validation", 5_000)):
+        write_pair(folder / split, tokens)
+        sizes = {ending: (folder / f"{split}.{ending}").stat().st_size for ending in ("bin", "idx")}
+        splits[split] = {"tokens": tokens, "documents": 1, "prefix": split, "bytes": sizes}
+    manifest = {
+        "format": facts.MANIFEST_FORMAT,
+        "kind": facts.MANIFEST_KIND,
+        "source": {"asked": "by hand"},
+        "tokenizer": {
+            "kind": "sentencepiece",
+            "path": "tokenizer",
+            "sha256": facts.tokenizer_sha256(folder / "tokenizer"),
+            "vocabulary": 4096,
+            "end_of_text": 0,
+            "name": "by hand",
+        },
+        "token_dtype": "uint16",
+        "max_token_id": 99,
+        "seed": 0,
+        "splits": splits,
+        "versions": {},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def plan(corpus: Path) -> Callable[..., Plan]:
+    """Return a function that plans key=value words for two CPU ranks, or for another topology."""
+
+    def make(*words: str, topology: Topology | None = None) -> Plan:
+        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+        world = topology or Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
+        return resolve(request, world, facts.read(request.spec, lambda config: 1))
+
+    return make

@@ -1,0 +1,105 @@
+"""The layers: who may import whom, and that planning never loads torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# From the design: every chapter, and the chapters it may import at module level.
+MAY_IMPORT = {
+    "launcher.cli": {"spec", "topology", "plan", "rundir", "metrics", "submit", "errors", "assets"},
+    "launcher.train": {"spec", "topology", "plan", "rundir", "metrics", "data", "engine", "errors", "assets"},
+    "launcher.submit": {"plan", "rundir", "topology", "errors", "assets"},
+    "launcher.data": {"plan", "errors", "assets"},
+    "launcher.engine": {"plan", "rundir", "topology", "metrics", "data", "spec", "errors", "assets", "models"},
+    "launcher.rundir": {"spec", "plan", "errors", "assets"},
+    "launcher.metrics": {"plan", "errors"},
+    "launcher.plan": {"spec", "topology", "errors", "assets", "models.shapes", "models.presets"},
+    "launcher.spec": {"models.presets", "errors"},
+    "launcher.topology": {"errors"},
+    "launcher.errors": set(),
+    "launcher.assets": set(),
+    "models": set(),
+}
+# Edges inside functions, for verbs that need them.
+LATE = {"launcher.cli": {"data", "engine"}, "launcher.train": {"engine"}, "launcher.plan": set()}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
+MAY_BE_HEAVY = ("launcher.engine", "launcher.data", "models.build", "models.loss")
+
+
+def _modules() -> list[tuple[str, Path]]:
+    found = []
+    for package in ("launcher", "models"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            parts = list(file.relative_to(ROOT).with_suffix("").parts)
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), file))
+    return found
+
+
+def _chapter(module: str) -> str:
+    if module.split(".")[0] == "models":
+        return "models"
+    return ".".join(module.split(".")[:2])
+
+
+def _imports(file: Path) -> list[tuple[str, bool]]:
+    """Return every imported module of a file, and whether the import stands at module level."""
+    tree = ast.parse(file.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module in ("launcher", "models") else []
+            found += [(name, id(node) in top) for name in names or [node.module]]
+    return found
+
+
+@pytest.mark.parametrize(("module", "file"), _modules(), ids=[name for name, _ in _modules()])
+def test_no_module_imports_from_a_higher_layer(module: str, file: Path) -> None:
+    chapter = _chapter(module)
+    if chapter == "launcher":
+        return
+    allowed = MAY_IMPORT[chapter]
+    for imported, at_top in _imports(file):
+        if imported.split(".")[0] not in ("launcher", "models") or _chapter(imported) == chapter:
+            continue
+        short = imported.removeprefix("launcher.")
+        extra = set() if at_top else LATE.get(chapter, set())
+        named = {short, short.split(".")[0], ".".join(imported.split(".")[:2])}
+        assert named & (allowed | extra), f"{module} imports {imported}, which {chapter} may not"
+
+
+@pytest.mark.parametrize(("module", "file"), _modules(), ids=[name for name, _ in _modules()])
+def test_torch_stays_in_the_work_layers(module: str, file: Path) -> None:
+    heavy = [name for name, _ in _imports(file) if name.split(".")[0] in HEAVY]
+    assert not heavy or module.startswith(MAY_BE_HEAVY), f"{module} imports {heavy}"
+
+
+def test_no_package_has_a_single_module_and_none_is_called_utils() -> None:
+    for package in {file.parent for _, file in _modules()}:
+        modules = [file for file in package.glob("*.py") if file.name != "__init__.py"]
+        assert len(modules) > 1, f"{package.name} has one module"
+        assert not any(file.stem in ("utils", "helpers", "common") for file in modules)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["plan", "--help"], ["plan", "model=gpt2-124m", "data=DATA"], ["run", "--dry-run", "model=gpt2-nano", "data=DATA"]],
+    ids=lambda words: " ".join(words),
+)
+def test_planning_never_loads_torch(words: list[str], corpus: Path) -> None:
+    words = [word.replace("DATA", str(corpus)) for word in words]
+    program = (
+        "import sys\nfrom launcher.cli import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
+        f"heavy = sorted(set(sys.modules) & {HEAVY!r})\n"
+        "assert not code and not heavy, (code, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

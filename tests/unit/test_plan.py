@@ -1,0 +1,238 @@
+"""Plans: the batch equation, the learning rate, the DeepSpeed config and its origins, rules and run ids."""
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher import assets
+from launcher.errors import RequestError
+from launcher.plan import batch, catalogue, dsconfig, memory, rules, schedule
+from launcher.plan.resolve import Plan
+from launcher.spec.schema import flatten
+from launcher.topology import Topology
+
+Make = Callable[..., Plan]
+GPUS = Topology(world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3")
+
+
+@given(st.integers(1, 4096), st.none() | st.integers(1, 64), st.integers(1, 64))
+def test_the_batch_equation_holds_exactly_or_is_refused(global_: int, micro: int | None, ranks: int) -> None:
+    try:
+        solved = batch.solve(global_, micro, ranks)
+    except RequestError:
+        assert global_ % (ranks * (micro or 1)) != 0
+        return
+    assert solved.micro * solved.accumulation * solved.ranks == global_ == solved.global_
+    assert micro in (None, solved.micro)
+
+
+def test_a_batch_that_does_not_divide_is_explained_with_ones_that_do(plan: Make) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan("batch.global=33")
+    assert caught.value.what == "batch.global=33 cannot be shared by 2 ranks: 33 / 2 is not whole"
+    assert caught.value.fix.startswith("take batch.global=32 or 34")
+    with pytest.raises(RequestError) as caught:
+        plan("batch.global=32", "batch.micro=5")
+    assert caught.value.fix == "take batch.global=30 or 40, or batch.micro=2, 4 or 8"
+
+
+@given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1))
+def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(warmup: int, steps: int, kind: str, ratio: float) -> None:
+    curve = schedule.Schedule(kind=kind, peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio)
+    rates = [curve.learning_rate(step) for step in range(1, steps + 1)]
+    assert rates[max(warmup, 1) - 1] == 1.0
+    assert all(a < b for a, b in zip(rates[: warmup - 1], rates[1:warmup], strict=False))
+    assert all(a >= b for a, b in zip(rates[max(warmup, 1) - 1 :], rates[max(warmup, 1) :], strict=False))
+    assert rates[-1] == pytest.approx(1.0 if kind == "constant" else ratio)
+
+
+def test_five_steps_of_the_learning_rate_by_hand() -> None:
+    curve = schedule.Schedule(kind="linear", peak=8.0, warmup=2, steps=6, min_ratio=0.0)
+    assert [curve.learning_rate(step) for step in range(1, 7)] == [4.0, 8.0, 6.0, 4.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_resolved_config_is_as_recorded(plan: Make, zero: int, precision: str, request: pytest.FixtureRequest) -> None:
+    made = plan(f"zero={zero}", f"precision={precision}", "steps=100")
+    golden = Path(__file__).parents[1] / "golden" / f"ds_config-z{zero}-{precision}.json"
+    text = json.dumps({"config": made.deepspeed, "origins": dict(sorted(made.origins.items()))}, indent=2) + "\n"
+    if not golden.exists():
+        golden.write_text(text)
+    assert text == golden.read_text(), f"if the change is meant, delete tests/golden/{golden.name} and run again"
+
+
+def test_every_key_of_every_cell_has_an_origin_and_none_is_auto(plan: Make) -> None:
+    for zero in range(4):
+        for precision in ("fp32", "fp16", "bf16"):
+            made = plan(f"zero={zero}", f"precision={precision}")
+            leaves = flatten(made.deepspeed)
+            assert leaves.keys() == made.origins.keys()
+            assert "auto" not in leaves.values()
+
+
+def test_cells_of_a_comparison_share_their_arithmetic(plan: Make) -> None:
+    for zero in range(4):
+        for precision in ("fp32", "fp16", "bf16"):
+            config = flatten(plan(f"zero={zero}", f"precision={precision}").deepspeed)
+            assert config["communication_data_type"] == "fp32"
+            assert config.get("data_types.grad_accum_dtype") == ("fp32" if zero else None)
+            assert config["gradient_clipping"] == 1.0
+
+
+def test_buckets_are_scaled_to_the_model(plan: Make) -> None:
+    small = flatten(plan("zero=2").deepspeed)
+    assert small["zero_optimization.reduce_bucket_size"] == plan().model.parameters
+    big = flatten(plan("zero=2", "model=gpt2-124m", topology=GPUS).deepspeed)
+    assert big["zero_optimization.reduce_bucket_size"] == 2**26
+
+
+def test_a_key_that_two_files_decide_differently_names_both() -> None:
+    leaves, origins = {}, {}
+    dsconfig.merge(leaves, origins, {"a.b": 1, "c": 2}, "zero/1.json")
+    dsconfig.merge(leaves, origins, {"c": 2}, "base.json")
+    assert origins == {"a.b": "zero/1.json", "c": "zero/1.json"}
+    with pytest.raises(RequestError) as caught:
+        dsconfig.merge(leaves, origins, {"a.b": 3}, "precision/fp16.json")
+    assert caught.value.what == "a.b is 1 in zero/1.json and 3 in precision/fp16.json"
+
+
+def test_a_misspelt_deepspeed_key_is_refused_with_the_right_one(plan: Make) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan("ds.gradient_cliping=0.5")
+    assert "gradient_cliping" in caught.value.what
+    assert "gradient_clipping" in caught.value.fix
+    assert caught.value.where == "ds.gradient_cliping from the command line"
+
+
+@pytest.mark.parametrize("value", ["auto", '"auto"'])
+def test_auto_never_reaches_deepspeed(plan: Make, value: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan(f"ds.zero_optimization.overlap_comm={value}")
+    assert "auto" in caught.value.what
+
+
+def test_a_users_deepspeed_key_wins_and_says_so(plan: Make) -> None:
+    made = plan("zero=2", "ds.zero_optimization.overlap_comm=true")
+    assert made.deepspeed["zero_optimization"]["overlap_comm"] is True
+    assert made.origins["zero_optimization.overlap_comm"] == "ds.zero_optimization.overlap_comm from the command line"
+
+
+def test_an_own_config_replaces_the_composition_and_is_completed(plan: Make, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "gradient_clipping": 0.5}))
+    made = plan(f"--ds-config={file}", "zero=2", "optimizer.clip=0.5")
+    assert made.refused_by == []
+    assert made.deepspeed["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert made.origins["zero_optimization.reduce_bucket_size"] == "--ds-config mine.json"
+    assert made.deepspeed["train_batch_size"] == 32
+    assert made.clip == 0.5
+
+
+def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 64, "fp16": {"enabled": True}}))
+    made = plan(f"--ds-config={file}", "zero=2")
+    assert {one["rule"] for one in made.refused_by} == {"config-agrees-with-run-keys"}
+    assert len(made.refused_by) == 3
+    with pytest.raises(RequestError):
+        made.require_allowed()
+
+
+@pytest.mark.parametrize(
+    ("words", "broken"),
+    [
+        (["offload=cpu", "zero=2"], {"param-offload-needs-stage-3"}),
+        (["offload=nvme", "zero=1"], {"param-offload-needs-stage-3", "nvme-needs-a-disk"}),
+        (["offload=optimizer-cpu", "zero=0"], {"optimizer-offload-needs-sharding"}),
+        (["offload=nvme", "zero=3"], {"nvme-needs-a-disk"}),
+        (["nvme_path=/disk"], {"nvme-path-needs-nvme"}),
+        (["compile=true", "zero=3"], {"compile-unproved-at-stage-3"}),
+        (["ds.scheduler.type=WarmupLR"], {"no-second-scheduler"}),
+        (
+            ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=float16", "zero=2"],
+            {"no-autocast-fp16-with-sharding"},
+        ),
+        (["precision=bf16", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"], {"autocast-replaces-precision"}),
+        (["precision=bf16", "zero=0", "ds.data_types.grad_accum_dtype=fp32"], {"no-fp32-accumulation-at-stage-0"}),
+        (["ds.tensor_parallel.autotp_size=2"], {"no-pipeline-or-tensor-parallelism"}),
+        (["ds.train_batch_size=64"], {"config-agrees-with-run-keys"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_each_rule_refuses_what_it_is_for(plan: Make, words: list[str], broken: set[str]) -> None:
+    assert {one["rule"] for one in plan(*words, topology=GPUS).refused_by} == broken
+
+
+def test_every_rule_is_tripped_by_a_test() -> None:
+    tripped = {name for rule in test_each_rule_refuses_what_it_is_for.pytestmark for case in rule.args[1] for name in case[1]}
+    tripped.add("offload-needs-a-device")
+    assert tripped >= {rule.name for rule in rules.RULES}
+
+
+def test_offload_on_cpu_ranks_is_refused(plan: Make) -> None:
+    assert [one["rule"] for one in plan("offload=optimizer-cpu", "zero=2").refused_by] == ["offload-needs-a-device"]
+
+
+def test_half_precision_at_stage_0_is_warned_of_loudly(plan: Make) -> None:
+    assert "DO NOT TRUST zero=0 precision=fp16" in plan("zero=0", "precision=fp16").warnings[0]
+    assert "DO NOT TRUST zero=0 precision=bf16" in plan("zero=0", "precision=bf16").warnings[0]
+    assert not any("TRUST" in one for one in plan("zero=0", "precision=fp32").warnings + plan("zero=1").warnings)
+
+
+def test_the_run_id_is_the_question_not_its_place(plan: Make) -> None:
+    assert plan().run_id == plan("out=/elsewhere", "log.every=3").run_id
+    others = [plan(*words).run_id for words in (["seed=1"], ["zero=2"], ["steps=7"], ["optimizer.lr=1e-4"], ["batch.micro=4"])]
+    assert len({plan().run_id, *others}) == 6
+
+
+def test_a_plan_survives_json(plan: Make) -> None:
+    made = plan("zero=3", "precision=fp16")
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_fused_adam_is_planned_only_where_it_can_be_built(plan: Make) -> None:
+    assert plan().deepspeed["optimizer"]["params"]["torch_adam"] is True
+    assert plan(topology=GPUS).deepspeed["optimizer"]["params"]["torch_adam"] is False
+
+
+def test_peak_arithmetic_is_known_for_an_h100_and_unknown_for_a_cpu(plan: Make) -> None:
+    assert plan(topology=GPUS).peak_flops == 989e12
+    assert plan().peak_flops is None
+    with pytest.raises(RequestError, match="hardware=h10"):
+        plan("hardware=h10")
+
+
+@pytest.mark.parametrize(("words", "what"), [
+    (["sequence=200000"], "sequence=200000 is longer than the corpus, which has 100000 training tokens"),
+    (["sequence=6000"], "sequence=6000 is longer than the validation split, which has 5000 tokens"),
+    (["model.vocabulary=4095"], "the data's tokenizer has 4096 tokens, the model's embedding only 4095 rows"),
+])  # fmt: skip
+def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, words: list[str], what: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan(*words)
+    assert caught.value.what == what
+
+
+@given(st.integers(1, 10**9), st.integers(1, 64), st.sampled_from([0, 1, 2, 3]), st.sampled_from(["fp32", "fp16", "bf16"]))
+def test_a_higher_stage_never_needs_more_model_state(parameters: int, ranks: int, zero: int, precision: str) -> None:
+    def total(stage: int) -> int:
+        return sum(memory.model_states(parameters, zero=stage, precision=precision, optimizer="adamw", momentum=0, ranks=ranks).values())
+
+    if 1 <= zero < 3:
+        assert total(zero + 1) <= total(zero)
+
+
+def test_model_states_of_sixteen_bytes_a_parameter() -> None:
+    parameters = Fraction(1_000_000)
+    states = memory.model_states(int(parameters), zero=3, precision="bf16", optimizer="adamw", momentum=0, ranks=4)
+    assert states == {"weights": 500_000, "gradients": 1_000_000, "fp32_masters": 1_000_000, "optimizer_moments": 2_000_000}
+
+
+def test_the_fragments_page_is_up_to_date() -> None:
+    assert (assets.folder("ds_configs") / "README.md").read_text() == catalogue.page()
