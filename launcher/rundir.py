@@ -32,6 +32,7 @@ from launcher.spec.schema import flatten, unflatten
 LEASE_STALE_SECONDS = 300
 """A lease held from another host counts as abandoned when its file was not touched for this long."""
 
+_LEASE, _LOCK = "lease", ".lease.lock"
 _VERSIONED = (
     "halfstep",
     "torch",
@@ -74,6 +75,10 @@ class RunDir:
     def summary(self) -> Path:
         """The result."""
         return self.path / "summary.json"
+
+    def touch_lease(self) -> None:
+        """Tell other hosts that this launch is alive."""
+        os.utime(self.path / _LEASE)
 
     def rank_log(self, rank: int) -> Path:
         """What one rank of this attempt had to say."""
@@ -125,7 +130,7 @@ def _refuse_another_run(path: Path, plan: Plan) -> None:
     if not path.exists():
         return
     file = path / "plan.json"
-    if not path.is_dir() or (not file.is_file() and any(item.name != "lease" for item in path.iterdir())):
+    if not path.is_dir() or (not file.is_file() and any(item.name not in (_LEASE, _LOCK) for item in path.iterdir())):
         raise RequestError(
             f"{path} exists and is not a run directory",
             where=f"out={path}",
@@ -197,10 +202,10 @@ def lease(path: Path) -> Iterator[Path]:
     Raises RequestError where another launch holds it. On a shared file system without locks between hosts, the file's
     age decides (LEASE_STALE_SECONDS): whoever holds it touches it.
     """
-    file = path / "lease"
+    file = path / _LEASE
     with _user_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file.with_name(".lease.lock"), timeout=0)
+    lock = FileLock(path / _LOCK, timeout=0)
     holder = _read_holder(file)
     try:
         lock.acquire()

@@ -14,7 +14,7 @@ def windows_of_step(seed: int, step: int, global_batch: int, num_windows: int) -
 
     Steps count from 1. Sequence j of step s is number g = (s - 1) * global_batch + j of the whole run; it belongs to
     epoch g // num_windows, in which every window comes up exactly once, in an order of that epoch's own. A step may
-    lie across the border of two epochs. World size plays no part: rank slices are cut from this one list.
+    lie across the border of two epochs. World size plays no part: ranks deal this one list among themselves.
     """
     assert step >= 1, f"steps count from 1, not {step}"
     assert global_batch >= 1, f"a global batch has sequences, not {global_batch}"
@@ -22,13 +22,6 @@ def windows_of_step(seed: int, step: int, global_batch: int, num_windows: int) -
     first = (step - 1) * global_batch
     epoch, position = divmod(first + np.arange(global_batch, dtype=np.int64), num_windows)
     return permute(position, num_windows, seed, epoch)
-
-
-def windows_of_rank(windows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Return the consecutive share of a step's windows that one rank reads; the shares in rank order make the whole."""
-    assert len(windows) % world_size == 0, f"{len(windows)} windows do not divide over {world_size} ranks"
-    share = len(windows) // world_size
-    return windows[rank * share : (rank + 1) * share]
 
 
 def permute(position: np.ndarray, size: int, seed: int, epoch: np.ndarray | int = 0) -> np.ndarray:

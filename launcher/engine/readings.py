@@ -58,7 +58,8 @@ class Readings:
 
     def loss_scale(self) -> float | None:
         """Return the present loss scale, or None without loss scaling."""
-        return float(self._engine.optimizer.cur_scale) if self._scaled else None
+        # The one reading of the scale that works with every wrapper (engine.py, _get_optimizer_loss_scale).
+        return float(self._engine._get_optimizer_loss_scale()) if self._scaled else None
 
     def after_step(self, loss: torch.Tensor, data_seconds: float) -> StepReading:
         """Read the step that just ended; `loss` is this rank's mean over its micro-batches. A collective call."""

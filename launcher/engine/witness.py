@@ -1,7 +1,6 @@
 """Rank 0's pen: every record goes to metrics.jsonl, the screen and the summary; the other ranks keep silent."""
 
 import math
-import os
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -57,7 +56,7 @@ class Witness:
         if record.loss is None:
             self.event("loss_not_finite", step=record.step)
         if record.step % 20 == 0:
-            os.utime(self._where.path / "lease")  # tells other hosts that this launch is alive
+            self._where.touch_lease()
 
     def evaluation(self, record: EvaluationRecord | None) -> None:
         """Take down one evaluation."""

@@ -1,0 +1,221 @@
+"""Two DeepSpeed ranks prove that a model starts with the same values at every ZeRO stage and in every precision.
+
+Run by torchrun, this file is the program of a rank: it writes what it found to rank-N.json in the folder it is given.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.build import build, initial_statistics
+from models.loss import next_token_loss
+from models.presets import PRESETS
+from models.shapes import hf_config, shape_of
+
+FAMILIES = ("gpt2-nano", "llama-nano")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VOCABULARY = 384
+SEED = 1234
+
+
+def ds_config(stage: int, precision: str) -> dict:
+    config = {
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 1.0,
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    return config
+
+
+def config_of(name: str) -> dict:
+    return hf_config(shape_of(PRESETS[name], layers=2, width=64, vocabulary=VOCABULARY))
+
+
+def digests(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, str]:
+    """Hash every parameter, rounded to `dtype`, and every buffer as it is."""
+    import deepspeed
+
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        whole = (
+            deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+        )
+        with whole:
+            found[name] = _digest(parameter.detach().to(dtype))
+    return found | {name: _digest(buffer) for name, buffer in model.named_buffers()}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    data = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()
+
+
+def losses(name: str, stage: int, precision: str, *, checkpointing: bool = False, steps: int = 1) -> list[float]:
+    """Train a few steps and return the losses, the mean of the ranks."""
+    import deepspeed
+
+    config = ds_config(stage, precision)
+    model = build(
+        config_of(name), seed=SEED, zero3=config if stage == 3 else None, activation_checkpointing=checkpointing
+    )
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    tokens = torch.arange(33) * (7 + torch.distributed.get_rank()) % VOCABULARY
+    seen = []
+    for _ in range(steps):
+        loss = next_token_loss(engine(tokens[None, :-1]).logits, tokens[None, 1:])
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        seen.append(total.item() / torch.distributed.get_world_size())
+        engine.backward(loss)
+        engine.step()
+    engine.destroy()
+    return seen
+
+
+def rank_main(out: Path) -> None:
+    """Measure everything the tests below assert, in one start of the ranks."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    gathered_elements: list[int] = []
+
+    class Recorded(deepspeed.zero.GatheredParameters):
+        def __enter__(self) -> None:
+            gathered_elements.append(sum(parameter.ds_numel for parameter in self.params))
+            super().__enter__()
+
+    deepspeed.zero.GatheredParameters = Recorded
+    found: dict = {"digests": {}, "losses": {}, "checkpointed": {}, "elements": {}, "untouched": True}
+    for name in FAMILIES:
+        for precision, dtype in PRECISIONS.items():
+            state = torch.get_rng_state()
+            plain = build(config_of(name), seed=SEED)
+            gathered_elements.clear()
+            split = build(config_of(name), seed=SEED, zero3=ds_config(3, precision))
+            found["elements"][name] = [max(gathered_elements), sum(p.numel() for p in plain.parameters())]
+            found["untouched"] &= torch.equal(state, torch.get_rng_state())
+            found["partitioned"] = all(hasattr(p, "ds_id") and p.numel() == 0 for p in split.parameters())
+            found["statistics"] = initial_statistics(split)
+            found["digests"][f"{name} {precision}"] = [digests(plain, dtype), digests(split, dtype)]
+            found["losses"][f"{name} {precision}"] = [losses(name, stage, precision) for stage in range(4)]
+        found["checkpointed"][name] = [
+            [losses(name, stage, "fp32", checkpointing=on, steps=3) for on in (False, True)] for stage in range(4)
+        ]
+    found["loaded"] = loaded_digests(out)
+    found["torn"] = refusals(out)
+    (out / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+
+
+def loaded_digests(out: Path) -> list[dict[str, str]]:
+    """Save a checkpoint from rank 0 and load it plainly and under `zero.Init`, with another seed."""
+    folder, config = out / "checkpoint", config_of("llama-nano")
+    saved = build(config, seed=99)
+    if torch.distributed.get_rank() == 0:
+        saved.save_pretrained(folder)
+    torch.distributed.barrier()
+    plain = build(config, seed=1, weights=str(folder))
+    split = build(config, seed=2, weights=str(folder), zero3=ds_config(3, "bf16"))
+    after = build(config, seed=99, dtype=torch.bfloat16)  # loading left no stage 3 behind
+    return [digests(model, torch.bfloat16) for model in (saved, plain, split, after)]
+
+
+def refusals(out: Path) -> str:
+    """Return what `build` says, on this rank, of an architecture that forgets a parameter."""
+    from transformers import LlamaForCausalLM
+
+    known = LlamaForCausalLM._init_weights
+    LlamaForCausalLM._init_weights = lambda self, module: None
+    try:
+        build(config_of("llama-nano"), seed=1, zero3=ds_config(3, "fp32"))
+    except ValueError as error:
+        return str(error)
+    finally:
+        LlamaForCausalLM._init_weights = known
+    return "accepted"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    out = tmp_path_factory.mktemp("ranks")
+    root = Path(__file__).resolve().parents[2]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_SIZE"}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, str(out)], env=environment, cwd=out, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_partitioned_model_has_the_rounded_values_of_a_plain_one(ranks: list[dict], name: str, precision: str):
+    for found in ranks:
+        plain, split = found["digests"][f"{name} {precision}"]
+        assert plain == split
+        assert plain == ranks[0]["digests"][f"{name} {precision}"][0]
+
+
+def test_the_whole_model_is_never_gathered(ranks: list[dict]):
+    for name in FAMILIES:
+        largest, whole = ranks[0]["elements"][name]
+        assert largest < whole * 0.6
+    assert ranks[0]["partitioned"]
+
+
+def test_the_callers_random_state_is_left_alone(ranks: list[dict]):
+    assert all(found["untouched"] for found in ranks)
+
+
+def test_the_statistics_of_a_partitioned_model_are_the_architectures(ranks: list[dict]):
+    for _, deviation in ranks[1]["statistics"].values():
+        assert deviation == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_first_loss_is_the_same_at_every_stage(ranks: list[dict], name: str, precision: str):
+    first = [stage[0] for stage in ranks[0]["losses"][f"{name} {precision}"]]
+    assert first[0] == pytest.approx(math.log(VOCABULARY), abs=0.2)
+    assert max(first) - min(first) < (1e-6 if precision == "fp32" else 2e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activation_checkpointing_changes_no_loss_at_any_stage(ranks: list[dict], name: str):
+    for without, checkpointed in ranks[0]["checkpointed"][name]:
+        assert checkpointed == pytest.approx(without, abs=1e-5)
+        assert without[2] < without[0]
+
+
+def test_a_checkpoint_loads_the_same_with_and_without_partitioning(ranks: list[dict]):
+    for found in ranks:
+        saved, plain, split, after = found["loaded"]
+        assert saved == plain == split == after
+
+
+def test_an_architecture_that_forgets_a_parameter_stops_every_rank(ranks: list[dict]):
+    assert {found["torn"] for found in ranks} == {
+        "LlamaForCausalLM._init_weights leaves parameters of the outermost module without a value"
+    }
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))

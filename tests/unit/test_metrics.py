@@ -1,0 +1,71 @@
+"""Quantities by hand, and the files they go to."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launcher.metrics import derive
+from launcher.metrics.record import StepRecord
+from launcher.metrics.sinks import JsonLines, Screen, truncate_after
+
+RECORD = StepRecord(
+    step=1, tokens=4096, loss=8.5, lr=1e-3, grad_norm=2.0, loss_scale=65536.0, overflow=False, skipped_steps=0, step_seconds=0.5,
+    data_seconds=0.01, tokens_per_second=8192.0, mfu=None, peak_memory_bytes=2**30, time=0.0,
+)  # fmt: skip
+
+
+def test_derived_quantities_by_hand() -> None:
+    assert derive.tokens_per_second(4096, 0.5) == 8192
+    assert derive.mfu(1000, 6e9, 12e12, 2) == 0.25
+    assert derive.mfu(1000, 6e9, None, 2) is None
+    assert derive.mfu(1000, None, 12e12, 2) is None
+    assert derive.perplexity(0.0) == 1.0
+    assert derive.perplexity(1e4) is None
+    assert derive.perplexity(math.nan) is None
+    assert [derive.finite(x) for x in (1.0, math.inf, math.nan, None)] == [1.0, None, None, None]
+
+
+def test_a_median_leaves_the_warm_up_out() -> None:
+    assert derive.median_of_steady([100, 100, 100, 100, 100, 1, 2, 3]) == 2
+    assert derive.median_of_steady([5.0]) == 5.0
+    assert derive.median_of_steady([]) is None
+
+
+def test_records_are_whole_lines_of_json(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.write(RECORD)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == dataclasses.asdict(RECORD), "before it is closed, too"
+    with pytest.raises(ValueError, match="Out of range"):
+        sink.write(dataclasses.replace(RECORD, loss=math.nan))
+    sink.close()
+
+
+def test_rows_after_a_step_are_dropped_with_half_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "eval_loss": 1.0}, {"step": 1}, {"step": 2}, {"step": 2, "eval_loss": 1.0}, {"step": 3}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    assert truncate_after(file, 2) == 2
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:4]
+    assert truncate_after(file, 0) == 4
+    assert file.read_text() == ""
+    assert truncate_after(tmp_path / "absent", 1) == 0
+
+
+def test_a_file_gets_plain_lines_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(steps=25, every=10, quiet=False) as screen:
+        for step in range(1, 26):
+            screen.step(dataclasses.replace(RECORD, step=step))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/25", "10/25", "20/25", "25/25"]
+    assert lines[0] == "step      1/25  loss 8.5000  lr 1.00e-03  norm 2.000  scale 65536  8,192 tok/s  1.00 GiB"
+
+
+def test_a_skipped_step_is_shown_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(steps=25, every=10, quiet=False) as screen:
+        screen.step(dataclasses.replace(RECORD, step=3, overflow=True, grad_norm=None))
+    assert capsys.readouterr().out == (
+        "step      3/25  loss 8.5000  lr 1.00e-03  norm not finite  scale 65536 SKIPPED  8,192 tok/s  1.00 GiB\n"
+    )

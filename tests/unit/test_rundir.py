@@ -1,0 +1,154 @@
+"""The run directory: what is written, whose it is, and who may use it."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher import rundir
+from launcher.errors import RequestError
+from launcher.plan import facts
+from launcher.plan.resolve import Plan, resolve
+from launcher.spec.load import Request, load
+from launcher.topology import Topology
+
+WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
+
+
+@pytest.fixture
+def decide(corpus: Path) -> Callable[..., tuple[Request, Plan]]:
+    def make(*words: str, world: Topology = WORLD) -> tuple[Request, Plan]:
+        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+        return request, resolve(request, world, facts.read(request.spec, lambda config: 1))
+
+    return make
+
+
+def test_a_run_directory_holds_request_plan_config_and_origins(decide: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "it's a run"
+    request, plan = decide("zero=3", "optimizer.lr=1e-4", "ds.zero_optimization.overlap_comm=false", f"out={out}")
+    rundir.write_plan(rundir.location(request, plan), request, plan)
+    asked = tomllib.loads((out / "request.toml").read_text())
+    assert asked["zero"] == 3
+    assert asked["optimizer"] == {"lr": 1e-4}
+    assert asked["ds"] == {"zero_optimization": {"overlap_comm": False}}
+    assert "seed" not in asked, "a default was not asked for"
+    assert json.loads((out / "ds_config.json").read_text()) == plan.deepspeed
+    assert json.loads((out / "origins.json").read_text())["deepspeed"] == plan.origins
+    again, same = rundir.read_plan(out)
+    assert (again.spec, same) == (request.spec, plan)
+
+
+def test_without_out_the_directory_is_named_by_the_run_id(decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    request, plan = decide()
+    assert rundir.location(request, plan) == tmp_path / "runs" / plan.run_id
+
+
+@pytest.mark.parametrize("words", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]])
+def test_a_run_goes_on_in_its_directory_when_only_these_change(decide: Callable, tmp_path: Path, words: list[str]) -> None:
+    rundir.write_plan(tmp_path / "run", *decide())
+    rundir.write_plan(tmp_path / "run", *decide(*words))
+    rundir.write_plan(tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu")))
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["seed=1"], "seed was 0 and is now 1"),
+        (["optimizer.lr=1e-5"], "optimizer.lr was None and is now 1e-05"),
+        (["model=llama-nano"], "model.name was 'gpt2-nano' and is now 'llama-nano'"),
+        (["batch.global=64"], "batch.global was 32 and is now 64"),
+    ],
+)
+def test_a_directory_of_a_different_run_is_refused(decide: Callable, tmp_path: Path, words: list[str], what: str) -> None:
+    rundir.write_plan(tmp_path / "run", *decide())
+    before = (tmp_path / "run" / "plan.json").read_bytes()
+    with pytest.raises(RequestError) as caught:
+        rundir.write_plan(tmp_path / "run", *decide(*words))
+    assert what in caught.value.what
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before
+
+
+def test_another_corpus_makes_another_run(decide: Callable, corpus: Path, tmp_path: Path) -> None:
+    rundir.write_plan(tmp_path / "run", *decide())
+    manifest = corpus / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("by hand", "by another hand"))
+    with pytest.raises(RequestError, match="data was"):
+        rundir.write_plan(tmp_path / "run", *decide())
+
+
+def test_a_folder_of_something_else_is_not_taken(decide: Callable, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(RequestError, match="not a run directory"):
+        rundir.write_plan(tmp_path, *decide())
+
+
+def test_a_folder_that_cannot_be_made_is_named(decide: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot be written: Not a directory"):
+        rundir.write_plan(tmp_path / "file" / "run", *decide())
+
+
+def test_every_start_is_a_new_attempt_with_its_environment(decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    rundir.write_plan(tmp_path / "run", *decide())
+    attempts = [rundir.start_attempt(tmp_path / "run", {"world_size": 2}) for _ in range(2)]
+    assert [one.attempt.name for one in attempts] == ["0001", "0002"]
+    text = (attempts[0].attempt / "env.json").read_text()
+    environment = json.loads(text)
+    assert environment["environment"]["SLURM_JOB_ID"] == "77"
+    assert {"torch", "deepspeed", "python"} <= environment["versions"].keys()
+    assert "a secret" not in text
+
+
+def test_the_first_cause_of_an_exit_stands(tmp_path: Path) -> None:
+    rundir.write_exit(tmp_path, 76, "the cause", rank=1)
+    rundir.write_exit(tmp_path, 1, "the follow-up", rank=0)
+    written = json.loads((tmp_path / "exit.json").read_text())
+    assert (written["code"], written["cause"], written["rank"]) == (76, "the cause", 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
+
+
+HOLDER = "import sys, pathlib; from launcher import rundir\nwith rundir.lease(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+
+
+def test_two_launches_do_not_share_a_directory_and_a_dead_one_gives_it_back(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(RequestError, match=f"in use by process {holder.pid}"), rundir.lease(tmp_path / "run"):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    holder.stdin.close()
+    with rundir.lease(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / "lease").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "run" / "lease").exists()
+
+
+def test_a_lease_of_another_host_counts_until_it_is_stale(tmp_path: Path) -> None:
+    lease = tmp_path / "lease"
+    lease.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with pytest.raises(RequestError, match="in use by process 1 on elsewhere"), rundir.lease(tmp_path):
+        pass
+    old = lease.stat().st_mtime - rundir.LEASE_STALE_SECONDS - 1
+    os.utime(lease, (old, old))
+    with rundir.lease(tmp_path):
+        assert json.loads(lease.read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": "x"}'])
+def test_a_damaged_plan_is_a_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(RequestError):
+        rundir.read_plan(tmp_path)
