@@ -6,7 +6,7 @@ import tokenize
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from launcher.data import hub
 from launcher.errors import RequestError, nearest
@@ -100,11 +100,10 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
 
 
 def _json_texts(path: Path, field: str) -> Iterator[str]:
-    opened: IO[bytes] = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[assignment]
     offset = 0
     try:
-        with opened:
-            for number, line in enumerate(opened, start=1):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
                 text = _decode(line.removeprefix(_BOM) if number == 1 else line, path, offset)
                 offset += len(line)
                 if text.strip():
@@ -127,7 +126,9 @@ def _json_text(line: str, field: str, path: Path, number: int) -> str:
             fix="JSON lines hold one object a line, not one array over many" if array else "mend or remove that line",
         ) from None
     except (RecursionError, ValueError) as error:
-        raise RequestError(f"line {number} is not JSON that Python reads: {error}", where=where, fix="remove it") from None
+        raise RequestError(
+            f"line {number} is JSON that cannot be read: {error}", where=where, fix="remove that line"
+        ) from None
     if not isinstance(row, dict):
         raise RequestError(
             f"line {number} is a JSON {type(row).__name__}, not an object with a field {field!r}",

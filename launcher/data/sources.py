@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from launcher.data import readers
-from launcher.data.readers import PIECE_CHARACTERS, Piece
+from launcher.data.readers import Piece
 from launcher.errors import RequestError
 
 STDLIB, FILES, HUB = "stdlib", "files", "hub"
@@ -145,6 +145,3 @@ def _hub_name(asked: str) -> tuple[str, str | None, str]:
             fix="hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or hub:OWNER/NAME:SPLIT",
         )
     return match["name"], match["config"], match["split"] or "train"
-
-
-__all__ = ["FILES", "HUB", "PIECE_CHARACTERS", "STDLIB", "Piece", "Source", "Tally", "find", "pieces"]

@@ -97,7 +97,7 @@ class _Sizes:
 
 
 def _read_sizes(path: Path) -> _Sizes:
-    # The header is checked first: DeepSpeed's reader asserts, and fails again in its own __del__ when it could not open.
+    # The header is checked first: DeepSpeed's reader asserts, and its __del__ fails again when it could not open.
     again = "copy the pair again, or prepare the data again"
     try:
         with path.open("rb") as file:
@@ -105,7 +105,9 @@ def _read_sizes(path: Path) -> _Sizes:
         file_bytes = path.stat().st_size
     except OSError as error:
         raise RequestError(
-            f"the token index cannot be read: {error.strerror}", where=str(path), fix="give the path without .bin or .idx"
+            f"the token index cannot be read: {error.strerror}",
+            where=str(path),
+            fix="give the path without .bin or .idx",
         ) from None
     fields = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
     magic, version, code, items, boundaries = fields

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def join(rank: Rank, plan: Plan) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
 
+        # DeepSpeed calls these thousands of times under their old names (comm/torch.py).
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         quiet_deepspeed()
         opcache.load_operators(["ShareMemCommBuilder"] if plan.topology.accelerator == "cpu" else [])
         deepspeed.init_distributed(verbose=False)
