@@ -23,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/python -m launcher.demo
+	$(BIN)/halfstep data prepare --source stdlib --out data/stdlib --vocab-size 4096
+	$(BIN)/halfstep run model=gpt2-nano zero=2 precision=fp16 data=data/stdlib out=runs/demo batch.global=48 steps=200
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)

@@ -150,6 +150,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
 
 
 def _data_prepare(arguments: argparse.Namespace, words: list[str]) -> int:
+    topology.prefer_cpu()  # DeepSpeed's dataset format brings DeepSpeed's accelerator with it
     from launcher.data.inspect import render
     from launcher.data.prepare import prepare
 
@@ -168,6 +169,7 @@ def _data_prepare(arguments: argparse.Namespace, words: list[str]) -> int:
 
 
 def _data_inspect(arguments: argparse.Namespace, words: list[str]) -> int:
+    topology.prefer_cpu()
     from launcher.data.inspect import inspect, render
 
     found = inspect(arguments.directory)

@@ -65,8 +65,12 @@ def count_parameters(config: dict[str, Any], *, trust_remote_code: bool = False)
     Raises ValueError, one sentence, for a configuration that makes no model.
     """
     configuration = _configuration(config, None, trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust_remote_code)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # Nothing is allocated here, so what the constructor objects to is the configuration.
+        raise ValueError(f"the configuration makes no {configuration.model_type} model: {_one_line(error)}") from error
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -101,8 +105,11 @@ def _configuration(config: dict[str, Any], weights: str | None, trust_remote_cod
             raise ValueError(f"transformers knows no model_type {model_type!r}")
         return CONFIG_MAPPING[model_type].from_dict(values)
     except (StrictDataclassError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the configuration makes no {model_type} model: {reason}") from error
+        raise ValueError(f"the configuration makes no {model_type} model: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _zero3_dtype(zero3: dict[str, Any]) -> torch.dtype:
@@ -143,8 +150,7 @@ def _load(
             weights, config=configuration, output_loading_info=True, **options
         )
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the weights of {weights} cannot be loaded: {reason}") from error
+        raise ValueError(f"the weights of {weights} cannot be loaded: {_one_line(error)}") from error
     finally:
         del live
     missing = sorted(report["missing_keys"])

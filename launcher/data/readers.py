@@ -80,7 +80,7 @@ def _text_pieces(path: Path) -> Iterator[Piece]:
 
 def _cut_bytes(buffer: bytes) -> int:
     """Return where to cut: after the last line break, else before the last space, else between two characters."""
-    if stop := buffer.rfind(b"\n", 0, -1) + 1 or max(buffer.rfind(b" ", 1), 0):
+    if stop := buffer.rfind(b"\n") + 1 or max(buffer.rfind(b" ", 1), 0):
         return stop
     stop = len(buffer) - 1
     while stop > len(buffer) - 5 and buffer[stop] & 0xC0 == 0x80:  # A continuation byte of UTF-8.

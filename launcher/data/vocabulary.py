@@ -16,6 +16,8 @@ _BLOCK_CHARACTERS = 16 * 2**10
 # SentencePiece drops longer sentences without a word (4192 bytes unless told otherwise).
 _LINE_CHARACTERS = 4096
 _LINE_BYTES = 4 * _LINE_CHARACTERS + 1
+# The 256 bytes, unknown, end of text, line break and tab: asked for fewer, SentencePiece does not say what is too few.
+_CERTAIN_TOKENS = 260
 
 
 def sample_blocks(texts: Iterable[str], seed: int, limit: int = SAMPLE_CHARACTERS) -> list[str]:
@@ -66,7 +68,7 @@ def train(blocks: list[str], vocab_size: int) -> SentencePiece:
             sentence_iterator=_sentences(blocks),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, _CERTAIN_TOKENS),
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,

@@ -25,7 +25,8 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
     """Return the `deepspeed` command; the port is free now, where its default 29500 is everybody's (T24)."""
     tool = _tool("deepspeed", "deepspeed.launcher.runner")
     ranks = plan.topology.ranks_per_node
-    return [*tool, "--num_gpus", str(ranks), "--master_port", str(free_port()), *_script(run)]
+    quiet = ["--log_level", "error"]  # its own lines about processes and ports would bury the run's
+    return [*tool, "--num_gpus", str(ranks), "--master_port", str(free_port()), *quiet, *_script(run)]
 
 
 def torchrun(plan: Plan, run: Path) -> list[str]:

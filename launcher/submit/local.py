@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from launcher.topology import usable_cores
+from launcher.topology import prefer_cpu, usable_cores
 
 
 def start(argv: list[str], run: Path, ranks: int) -> int:
@@ -15,6 +15,7 @@ def start(argv: list[str], run: Path, ranks: int) -> int:
     """
     before = _attempts(run)
     environment = dict(os.environ)
+    prefer_cpu(environment)
     # torchrun would set one thread a rank, whatever the machine has.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     with subprocess.Popen(argv, env=environment) as process:
