@@ -49,6 +49,18 @@ class NumericsError(HalfstepError):
     exit_code = EXIT_NUMERICS
 
 
+class Interrupted(HalfstepError):
+    """Somebody pressed Ctrl-C: exit code 130, as a shell has it."""
+
+    exit_code = 130
+
+
+class Fault(HalfstepError):
+    """Something went wrong that nobody foresaw: exit code 1."""
+
+    exit_code = 1
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """Return the choices that `word` most likely stood for, best first, possibly none."""
     known = list(choices)

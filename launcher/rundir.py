@@ -152,13 +152,18 @@ def _refuse_another_run(path: Path, plan: Plan) -> None:
 
 
 def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
-    """Make the next attempts/NNNN and write env.json into it."""
+    """Make the next attempts/NNNN, write env.json into it, and put the last attempt's results away into its own folder."""
     attempts = path / "attempts"
     with _user_errors(path):
         attempts.mkdir(exist_ok=True)
         number = 1 + max((int(one.name) for one in attempts.iterdir() if one.name.isdigit()), default=0)
         attempt = attempts / f"{number:04d}"
         attempt.mkdir()
+        previous = attempts / f"{number - 1:04d}"
+        for name in ("metrics.jsonl", "summary.json"):
+            # Nothing is lost: what an earlier attempt measured moves into its folder.
+            if (path / name).exists() and previous.is_dir():
+                (path / name).replace(previous / name)
         write_json(attempt / "env.json", {**describe_environment(), **extra})
     return RunDir(path=path, attempt=attempt)
 
@@ -246,16 +251,20 @@ def _age(file: Path) -> float:
         return float("inf")
 
 
-def write_exit(attempt: Path, code: int, cause: str, rank: int, **more: Any) -> None:
-    """Write how an attempt ended; the first to write wins, so that a follow-up failure does not hide the cause."""
-    content = _pretty({"code": code, "cause": cause, "rank": rank, "time": time.time(), **more})
-    with contextlib.suppress(FileExistsError, OSError):
-        temporary = attempt / f".exit.json.{os.getpid()}"
+def write_exit(attempt: Path, code: int, cause: str, rank: int) -> bool:
+    """Write how an attempt ended and return True; the first to write wins, so that a follow-up failure hides no cause."""
+    content = _pretty({"code": code, "cause": cause, "rank": rank, "time": time.time()})
+    temporary = attempt / f".exit.json.{os.getpid()}"
+    try:
         temporary.write_text(content, "utf-8")
-        try:
-            os.link(temporary, attempt / "exit.json")
-        finally:
-            temporary.unlink()
+        os.link(temporary, attempt / "exit.json")
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # it cannot be written, so it has to be said
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def write_atomic(file: Path, text: str) -> None:

@@ -4,6 +4,7 @@ deepspeed launcher/train.py [RUN.toml] key=value ... [--ds-config FILE]
 deepspeed launcher/train.py --run DIR        (also under torchrun, accelerate launch, srun, or plain python)
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -75,4 +76,7 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # a rank that failed must not wait for the others while Python takes its process group down

@@ -130,11 +130,9 @@ def _construction(zero3: dict[str, Any] | None) -> Iterator[None]:
         if zero3 is not None:
             import deepspeed
             from transformers.integrations.deepspeed import prevent_arange_dtype_change
-            from transformers.modeling_utils import set_zero3_state
 
             stack.enter_context(prevent_arange_dtype_change())  # zero.Init would make rotary frequencies 16-bit
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3))
-            stack.enter_context(set_zero3_state())  # keeps transformers from entering it a second time
         yield
 
 

@@ -46,16 +46,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, mean: bool) -> Tensor:
         valid = targets != ignore_index
         picked = torch.where(valid, targets, 0)[:, None]
-        log_sum_exp = torch.empty(len(logits), dtype=_precise(logits), device=logits.device)
         buffer = _buffer(logits)
+        log_sum_exp = buffer.new_empty(len(logits))
         for start in range(0, len(logits), len(buffer)):
             part = slice(start, start + len(buffer))
             exponentials = buffer[: len(log_sum_exp[part])]
-            largest = exponentials.copy_(logits[part]).amax(dim=-1, keepdim=True)
-            exponentials.sub_(largest).exp_()
+            values = _precise(logits[part], exponentials)
+            largest = values.amax(dim=-1, keepdim=True)
+            torch.sub(values, largest, out=exponentials).exp_()
             torch.log(exponentials.sum(dim=-1), out=log_sum_exp[part]).add_(largest[:, 0])
         losses = log_sum_exp - logits.gather(1, picked)[:, 0]
-        count = valid.sum().clamp(min=1) if mean else torch.ones_like(targets[:1].sum())
+        count = valid.sum().clamp(min=1) if mean else log_sum_exp.new_ones(())
         ctx.save_for_backward(logits, picked, valid, log_sum_exp, count)
         return losses.masked_fill_(~valid, 0).sum() / count
 
@@ -64,23 +65,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         logits, picked, valid, log_sum_exp, count = ctx.saved_tensors
         gradient, buffer = torch.empty_like(logits), _buffer(logits)
+        exact = gradient.dtype == buffer.dtype
         # Under loss scaling the upstream gradient is 2^16 and more. It is applied here, before the rounding to 16 bit:
         # after it small probabilities would be 0 already, and a gradient that does not fit must become inf to be seen.
         scale = torch.where(valid, upstream.to(log_sum_exp.dtype) / count, 0)[:, None]
         for start in range(0, len(logits), len(buffer)):
             part = slice(start, start + len(buffer))
-            probabilities = buffer[: len(log_sum_exp[part])]
-            probabilities.copy_(logits[part]).sub_(log_sum_exp[part, None]).exp_()
+            probabilities = gradient[part] if exact else buffer[: len(log_sum_exp[part])]
+            torch.sub(_precise(logits[part], probabilities), log_sum_exp[part, None], out=probabilities).exp_()
             probabilities.scatter_(1, picked[part], probabilities.gather(1, picked[part]) - 1)
-            gradient[part] = probabilities.mul_(scale[part])
+            probabilities.mul_(scale[part])
+            if not exact:
+                gradient[part] = probabilities
         return gradient, None, None, None
 
 
-def _precise(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+def _precise(logits: Tensor, buffer: Tensor) -> Tensor:
+    return logits if logits.dtype == buffer.dtype else buffer.copy_(logits)
 
 
 def _buffer(logits: Tensor) -> Tensor:
     elements = CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS
     rows = max(1, min(len(logits), elements // logits.shape[-1]))
-    return logits.new_empty((rows, logits.shape[-1]), dtype=_precise(logits))
+    return logits.new_empty((rows, logits.shape[-1]), dtype=torch.promote_types(logits.dtype, torch.float32))

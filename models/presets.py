@@ -81,7 +81,7 @@ def _gpt3(layers: int, width: int, heads: int, changed: str = "") -> Preset:
 PRESETS: dict[str, Preset] = {
     "gpt2-nano": Preset(
         family="gpt2",
-        layers=4,
+        layers=2,
         width=128,
         heads=4,
         kv_heads=4,
@@ -89,11 +89,11 @@ PRESETS: dict[str, Preset] = {
         vocabulary=None,
         context=128,
         tied=True,
-        source="Halfstep: GPT-2's architecture in a size that one CPU core trains in about a minute",
+        source="Halfstep: GPT-2's architecture; one CPU core does 100 steps of 32 x 128 tokens in half a minute",
     ),
     "llama-nano": Preset(
         family="llama",
-        layers=4,
+        layers=2,
         width=128,
         heads=4,
         kv_heads=2,

@@ -43,14 +43,16 @@ def _bar() -> Iterator[Report]:
 
 
 class _Lines:
+    """Says nothing at all about a preparation that is over before there is anything to wait for."""
+
     def __init__(self) -> None:
-        self._stage, self._next = "", 0.0
+        self._next = time.monotonic() + _LINE_EVERY_SECONDS
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if stage == self._stage and now < self._next:
+        if now < self._next:
             return
-        self._stage, self._next = stage, now + _LINE_EVERY_SECONDS
+        self._next = now + _LINE_EVERY_SECONDS
         share = f" of {total / 1e6:.1f}" if total else ""
         amount = f": {done / 1e6:.1f}{share} MB of text" if done else ""
         print(f"{stage}{amount}", file=sys.stderr, flush=True)

@@ -55,7 +55,7 @@ def load(folder: Path, kind: str) -> Tokenizer:
 class SentencePiece:
     """A SentencePiece model whose decode(encode(text)) is text, whatever the text.
 
-    A line break is a token of its own (see `vocabulary.py`), so lines are encoded apart: same tokens, half the time.
+    No token reaches over a line break (see `vocabulary.py`), so lines are encoded apart: same tokens, half the time.
     """
 
     kind = SENTENCEPIECE

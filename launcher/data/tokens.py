@@ -135,7 +135,7 @@ def _settle_dtype(sizes: _Sizes, path: Path) -> type[np.integer]:
         raise RequestError(
             f"the tokens cannot be read: {error.strerror}", where=str(path), fix="the .bin belongs beside its .idx"
         ) from None
-    if False:
+    if sizes.tokens == 0:
         raise RequestError("there are no tokens in it", where=str(path), fix="name a corpus that holds text")
     for item_bytes, dtype in _DTYPES[sizes.code].items():
         if file_bytes == sizes.tokens * item_bytes:
@@ -151,8 +151,9 @@ def _settle_dtype(sizes: _Sizes, path: Path) -> type[np.integer]:
 class TokenWriter:
     """Write documents into a new .bin/.idx pair; made by `open_writer`."""
 
-    # The index holds sizes as int32 (indexed_dataset.py, `_Writer.write`): a longer document becomes several items.
-    _ITEM_TOKENS = 2**30
+    # A longer document becomes several items: the builder copies an item in memory before it writes it, and the index
+    # holds sizes as int32 (indexed_dataset.py, `add_item_numpy`, `_Writer.write`).
+    _ITEM_TOKENS = 2**24
 
     def __init__(self, builder: MMapIndexedDatasetBuilder) -> None:
         self._builder = builder

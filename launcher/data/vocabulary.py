@@ -16,8 +16,8 @@ _BLOCK_CHARACTERS = 16 * 2**10
 # SentencePiece drops longer sentences without a word (4192 bytes unless told otherwise).
 _LINE_CHARACTERS = 4096
 _LINE_BYTES = 4 * _LINE_CHARACTERS + 1
-# The 256 bytes, unknown, end of text, line break and tab: asked for fewer, SentencePiece does not say what is too few.
-_CERTAIN_TOKENS = 260
+# The 256 bytes, unknown and end of text: asked for fewer, SentencePiece does not say how many it takes.
+_CERTAIN_TOKENS = 258
 
 
 def sample_blocks(texts: Iterable[str], seed: int, limit: int = SAMPLE_CHARACTERS) -> list[str]:
@@ -54,12 +54,13 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def train(blocks: list[str], vocab_size: int) -> SentencePiece:
-    r"""Train a SentencePiece model of exactly `vocab_size` tokens.
+    """Train a SentencePiece model of exactly `vocab_size` tokens.
 
     BPE, not unigram: it only counts, so the result does not depend on the order of floating-point sums or on the number
     of threads, and it trains in seconds where unigram takes more than a minute. Nothing is unknown (byte fallback) and
-    nothing is changed (identity normalisation, no dummy prefix, all whitespace kept); a line break and a tab are tokens
-    of their own, since SentencePiece cannot learn pieces that hold them. Raises RequestError when the corpus does not
+    nothing is changed (identity normalisation, no dummy prefix, all whitespace kept). Line breaks and tabs are kept out
+    of the training, where SentencePiece has no use for them: each is the token of its byte, and no token reaches over
+    a line break, so that a text may be cut there. Raises RequestError when the corpus does not
     give that many tokens, or needs more.
     """
     model = io.BytesIO()
@@ -74,7 +75,6 @@ def train(blocks: list[str], vocab_size: int) -> SentencePiece:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n", "\t"],
             unk_id=0,
             eos_id=1,
             eos_piece=END_OF_TEXT,

@@ -33,7 +33,14 @@ def join(rank: Rank, plan: Plan) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         quiet_deepspeed()
         opcache.load_operators(["ShareMemCommBuilder"] if plan.topology.accelerator == "cpu" else [])
-        deepspeed.init_distributed(verbose=False)
+        try:
+            deepspeed.init_distributed(verbose=False)
+        except (dist.DistError, RuntimeError) as error:
+            raise TopologyError(
+                f"rank {rank.rank} of {rank.world_size} cannot meet the others: {str(error).splitlines()[0]}",
+                where=f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}",
+                fix="check that the address is reachable and the port free: `deepspeed --master_port N`, or `halfstep run`",
+            ) from error
     if plan.topology.accelerator == "cuda":
         torch.cuda.set_device(rank.local_rank % torch.cuda.device_count())
     else:

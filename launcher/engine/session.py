@@ -1,8 +1,12 @@
 """One training process from joining the others to its summary."""
 
 import contextlib
+import errno
+import sys
 import traceback
 from pathlib import Path
+
+import torch
 
 from launcher import rundir
 from launcher.engine import distributed
@@ -10,7 +14,7 @@ from launcher.engine.build import build
 from launcher.engine.feed import Feed
 from launcher.engine.loop import Listeners, train
 from launcher.engine.witness import Witness
-from launcher.errors import HalfstepError
+from launcher.errors import Fault, HalfstepError, Interrupted, RefusedError
 from launcher.plan import present
 from launcher.plan.resolve import Plan
 from launcher.rundir import RunDir
@@ -40,21 +44,44 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank) -> int:
         try:
             _train(where, plan, rank)
         except BaseException as error:
-            with where.rank_log(rank.rank).open("a", encoding="utf-8") as log:
-                traceback.print_exc(file=log)
-            code = (
-                error.exit_code
-                if isinstance(error, HalfstepError)
-                else 130
-                if isinstance(error, KeyboardInterrupt)
-                else 1
-            )
-            cause = error.what if isinstance(error, HalfstepError) else f"{type(error).__name__}: {error}"
-            rundir.write_exit(where.attempt, code, cause, rank.rank)
-            raise
+            return _fail(where, rank, error)
         rundir.write_exit(where.attempt, 0, "done", rank.rank)
         distributed.leave()
     return 0
+
+
+def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
+    """Write down how this rank failed, say it if no other rank has, and return the exit code."""
+    log = where.rank_log(rank.rank)
+    with log.open("a", encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    told = _explain(error, log)
+    first = rundir.write_exit(where.attempt, told.exit_code, told.what, rank.rank)
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    if first and not isinstance(error, KeyboardInterrupt):
+        print(told, file=sys.stderr, flush=True)
+    return told.exit_code
+
+
+def _explain(error: BaseException, log: Path) -> HalfstepError:
+    if isinstance(error, HalfstepError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted", where="the keyboard", fix="start the same command again")
+    if isinstance(error, torch.OutOfMemoryError):
+        return RefusedError(
+            f"out of device memory: {str(error).splitlines()[0]}",
+            where=str(log),
+            fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return RefusedError(
+            "the disk is full", where=str(error.filename or log), fix="free some space, or write elsewhere: out=DIR"
+        )
+    return Fault(
+        f"{type(error).__name__}: {error}", where=str(log), fix="read the traceback there; --debug shows it here"
+    )
 
 
 def _train(where: RunDir, plan: Plan, rank: Rank) -> None:

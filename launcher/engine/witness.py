@@ -8,7 +8,7 @@ from typing import Any, Self
 from launcher import rundir
 from launcher.metrics import derive
 from launcher.metrics.record import EvaluationRecord, StepRecord
-from launcher.metrics.sinks import JsonLines, Screen, truncate_after
+from launcher.metrics.sinks import JsonLines, Screen
 from launcher.plan.resolve import Plan
 from launcher.rundir import RunDir
 
@@ -26,9 +26,8 @@ class Witness:
     def __enter__(self) -> Self:
         self.screen.__enter__()
         if self._writes:
-            dropped = truncate_after(self._where.metrics, 0)
             self._metrics, self._events = JsonLines(self._where.metrics), JsonLines(self._where.events)
-            self.event("start", attempt=self._where.attempt.name, run_id=self._plan.run_id, rows_dropped=dropped)
+            self.event("start", attempt=self._where.attempt.name, run_id=self._plan.run_id)
         return self
 
     def __exit__(

@@ -36,34 +36,6 @@ class JsonLines:
         self._file.close()
 
 
-def truncate_after(path: Path, step: int) -> int:
-    """Drop, atomically, the rows after `step` (and half a last line); return how many were dropped.
-
-    With step 0 everything goes, the evaluation before the first step included: it will be made again.
-    """
-    if not path.exists():
-        return 0
-    kept: list[str] = []
-    dropped = 0
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            keep = 0 < step and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            keep = False
-        if keep:
-            kept.append(line)
-        else:
-            dropped += 1
-    if dropped:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write("".join(f"{line}\n" for line in kept))
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
-    return dropped
-
-
 class Screen:
     """What a person sees: a live bar and every step on a terminal, a plain line now and then in a file."""
 

@@ -1,5 +1,6 @@
 """Write ds_configs/README.md from the fragments and the rules: `python -m launcher.plan.catalogue [--check]`."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def _partners(file: Path) -> str:
     return "; ".join(f"{other} {', '.join(values)}" for other, values in allowed.items())
 
 
+@functools.cache
 def _legal_cases() -> list[dict[str, object]]:
     topology = Topology(world_size=8, ranks_per_node=8, accelerator="cuda")
     legal = []

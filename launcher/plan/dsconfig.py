@@ -205,6 +205,9 @@ def tuned(spec: RunSpec, sizes: Sizes) -> dict[str, tuple[Any, str]]:
 
 
 def _refuse_unknown(config: dict[str, Any], origins: dict[str, str]) -> None:
-    problems = [RequestError(f"{one.path}: {one.sentence}", where=one.where, fix=one.suggestion) for one in dskeys.problems(config, origins)]
+    problems = [
+        RequestError(f"{one.path}: {one.sentence}", where=one.where, fix=one.suggestion)
+        for one in dskeys.problems(config, origins)
+    ]
     if problems:
         raise problems[0].with_more(problems[1:])

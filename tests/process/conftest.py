@@ -13,7 +13,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-WORDS = ["model=gpt2-nano", "batch.global=8", "batch.micro=2", "sequence=64", "steps=20", "eval.every=10", "eval.sequences=6"]
+WORDS = [
+    "model=gpt2-nano",
+    "batch.global=8",
+    "batch.micro=2",
+    "sequence=64",
+    "steps=20",
+    "eval.every=10",
+    "eval.sequences=6",
+]
 """A run small enough for a test: 8 sequences of 64 tokens a step on two ranks, accumulation 2."""
 
 
@@ -47,7 +55,11 @@ class Outcome:
 
 def environment(scratch: Path) -> dict[str, str]:
     """Return this process's environment without what a developer may have set, and with a build cache of the tests' own."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "PYTHONPATH", "LOCAL_SIZE", "RANK", "WORLD_SIZE")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("OMP_NUM_THREADS", "PYTHONPATH", "LOCAL_SIZE", "RANK", "WORLD_SIZE")
+    }
     return {**kept, "TORCH_EXTENSIONS_DIR": str(scratch / "ops"), "HF_HUB_OFFLINE": "1"}
 
 
@@ -65,8 +77,21 @@ def data(scratch: Path) -> Path:
     folder.mkdir()
     for file in files:
         (folder / Path(file).with_suffix(".txt").name).write_bytes(Path(file).read_bytes())
-    words = ["data", "prepare", "--source", str(folder), "--out", str(out), "--vocab-size", "512", "--validation-fraction", "0.05"]
-    done = subprocess.run([BIN / "halfstep", *words], capture_output=True, text=True, env=environment(scratch), timeout=300)
+    words = [
+        "data",
+        "prepare",
+        "--source",
+        str(folder),
+        "--out",
+        str(out),
+        "--vocab-size",
+        "512",
+        "--validation-fraction",
+        "0.05",
+    ]
+    done = subprocess.run(
+        [BIN / "halfstep", *words], capture_output=True, text=True, env=environment(scratch), timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -79,7 +104,13 @@ def start(scratch: Path) -> Callable[..., Outcome]:
         out = scratch / "runs" / name
         words = [str(word).replace("{out}", str(out)) for word in command]
         done = subprocess.run(
-            words, cwd=cwd, env={**environment(scratch), **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+            words,
+            cwd=cwd,
+            env={**environment(scratch), **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
         )
         return Outcome(out=out, returncode=done.returncode, output=done.stdout)
 

@@ -75,9 +75,17 @@ def test_a_finished_run_is_not_trained_again(start: Callable[..., Outcome], cell
     outcome = cell(2, "fp16")
     before = (outcome.out / "metrics.jsonl").read_bytes()
     again = start(
-        "again", [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "launcher/train.py", "--run", str(outcome.out)]
+        "again",
+        [
+            str(BIN / "torchrun"),
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "launcher/train.py",
+            "--run",
+            str(outcome.out),
+        ],
     )
     assert again.returncode == 0, again.output
     assert "is finished" in again.output
     assert (outcome.out / "metrics.jsonl").read_bytes() == before
-

@@ -129,7 +129,8 @@ def loaded_digests(out: Path) -> list[dict[str, str]]:
     torch.distributed.barrier()
     plain = build(config, seed=1, weights=str(folder))
     split = build(config, seed=2, weights=str(folder), zero3=ds_config(3, "bf16"))
-    after = build(config, seed=99, dtype=torch.bfloat16)  # loading left no stage 3 behind
+    after = build(config, seed=99, dtype=torch.bfloat16)
+    assert not any(hasattr(p, "ds_id") for p in after.parameters()), "loading left stage 3 behind"
     return [digests(model, torch.bfloat16) for model in (saved, plain, split, after)]
 
 

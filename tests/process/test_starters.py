@@ -18,7 +18,21 @@ Cell = Callable[[int, str], Outcome]
     ("starter", "words"),
     [
         ("torchrun", ["--standalone", "--nproc_per_node", "2"]),
-        ("accelerate", ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]),
+        (
+            "accelerate",
+            [
+                "launch",
+                "--multi_gpu",
+                "--num_processes",
+                "2",
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+            ],
+        ),
     ],
 )
 def test_another_starter_gives_the_same_losses_to_the_last_digit(
@@ -95,7 +109,9 @@ def test_activation_checkpointing_and_compile_change_no_loss(start: Start, cell:
 
 
 def test_doctor_finds_this_machine_fit(scratch: Path) -> None:
-    done = subprocess.run([BIN / "halfstep", "doctor", "--json"], capture_output=True, text=True, env=environment(scratch), cwd=scratch)
+    done = subprocess.run(
+        [BIN / "halfstep", "doctor", "--json"], capture_output=True, text=True, env=environment(scratch), cwd=scratch
+    )
     findings = {one["name"]: one for one in json.loads(done.stdout)}
     assert done.returncode == 0, findings
     assert findings["operators"]["status"] == "ok"

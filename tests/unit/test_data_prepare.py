@@ -1,8 +1,10 @@
 """A corpus folder: right in every byte it promises, there whole or not at all, and explained when it cannot be made."""
 
+import contextlib
 import inspect as python_inspect
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.data import tokenizer
+from launcher.data import encode, progress, readers, tokenizer
 from launcher.data.inspect import inspect, render
 from launcher.data.prepare import prepare
 from launcher.data.tokens import TokenFile
@@ -95,7 +97,11 @@ def _documents(ids: list[int], end_of_text: int) -> list[list[int]]:
     return [ids[start + 1 : stop] for start, stop in itertools.pairwise(cuts)]
 
 
-def test_any_number_of_workers_makes_the_same_folder(made: Path, source: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_and_any_size_of_pieces_makes_the_same_folder(
+    made: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 2000)
     prepare(str(source), tmp_path / "corpus", **{**OPTIONS, "workers": 3})
     assert contents(tmp_path / "corpus") == contents(made)
 
@@ -235,12 +241,16 @@ def test_a_killed_preparation_leaves_no_folder_no_process_and_the_next_one_clean
         prepare({str(tmp_path / "a.jsonl")!r}, {str(tmp_path / "corpus")!r}, vocab_size=512, workers=2, progress=report)
         """
     )
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said
-    deadline = time.monotonic() + 30
-    while living(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert living(process.pid) == []
+    try:
+        assert process.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 20
+        while living(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert living(process.pid) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     assert not (tmp_path / "corpus").exists()
     left = [path.name for path in tmp_path.iterdir() if path.is_dir()]
     assert len(left) == 1
@@ -308,8 +318,19 @@ def test_a_damaged_folder_is_refused_by_inspect_and_not_taken_for_done(
         prepare(str(source), copy, **OPTIONS)
 
 
-def test_progress_in_a_file_is_plain_lines(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_in_a_file_is_plain_lines(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 0.0)
     prepare(str(source), tmp_path / "corpus", **{**OPTIONS, "progress": True})
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["reading", "training the tokenizer", "tokenising"]
+    assert {line.split(":")[0] for line in lines} == {"reading", "training the tokenizer", "tokenising"}
     assert all(line.isprintable() for line in lines)
+
+
+def test_a_preparation_that_is_soon_over_says_nothing_on_the_way(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 3600.0)
+    prepare(str(source), tmp_path / "corpus", **{**OPTIONS, "progress": True})
+    assert capsys.readouterr().err == ""

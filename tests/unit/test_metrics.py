@@ -9,7 +9,7 @@ import pytest
 
 from launcher.metrics import derive
 from launcher.metrics.record import StepRecord
-from launcher.metrics.sinks import JsonLines, Screen, truncate_after
+from launcher.metrics.sinks import JsonLines, Screen
 
 RECORD = StepRecord(
     step=1, tokens=4096, loss=8.5, lr=1e-3, grad_norm=2.0, loss_scale=65536.0, overflow=False, skipped_steps=0, step_seconds=0.5,
@@ -37,21 +37,12 @@ def test_a_median_leaves_the_warm_up_out() -> None:
 def test_records_are_whole_lines_of_json(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "metrics.jsonl")
     sink.write(RECORD)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == dataclasses.asdict(RECORD), "before it is closed, too"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == dataclasses.asdict(RECORD), (
+        "before it is closed, too"
+    )
     with pytest.raises(ValueError, match="Out of range"):
         sink.write(dataclasses.replace(RECORD, loss=math.nan))
     sink.close()
-
-
-def test_rows_after_a_step_are_dropped_with_half_a_line(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    rows = [{"step": 0, "eval_loss": 1.0}, {"step": 1}, {"step": 2}, {"step": 2, "eval_loss": 1.0}, {"step": 3}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
-    assert truncate_after(file, 2) == 2
-    assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:4]
-    assert truncate_after(file, 0) == 4
-    assert file.read_text() == ""
-    assert truncate_after(tmp_path / "absent", 1) == 0
 
 
 def test_a_file_gets_plain_lines_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,10 +51,10 @@ def test_gpt2_scales_the_residual_projections_by_depth():
     deviations = {name.removeprefix("transformer."): value for name, (_, value) in statistics.items()}
     assert deviations == {
         "wte.weight": pytest.approx(0.02, rel=0.02),
-        "h.3.attn.c_attn.weight": pytest.approx(0.02, rel=0.02),
-        "h.3.attn.c_proj.weight": pytest.approx(0.02 / math.sqrt(8), rel=0.02),
-        "h.3.mlp.c_fc.weight": pytest.approx(0.02, rel=0.02),
-        "h.3.mlp.c_proj.weight": pytest.approx(0.02 / math.sqrt(8), rel=0.02),
+        "h.1.attn.c_attn.weight": pytest.approx(0.02, rel=0.02),
+        "h.1.attn.c_proj.weight": pytest.approx(0.02 / math.sqrt(4), rel=0.02),
+        "h.1.mlp.c_fc.weight": pytest.approx(0.02, rel=0.02),
+        "h.1.mlp.c_proj.weight": pytest.approx(0.02 / math.sqrt(4), rel=0.02),
     }
 
 

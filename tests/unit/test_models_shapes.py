@@ -115,7 +115,9 @@ def test_any_override_is_counted_as_transformers_does(
 ):
     overridden = shape_of(PRESETS[name], layers=layers, width=heads * head_dim, heads=heads, vocabulary=vocabulary)
     assert heads % overridden.kv_heads == 0
-    assert parameters(overridden) == sum(parameter.numel() for parameter in on_meta(hf_config(overridden)).parameters())
+    sizes = [parameter.numel() for parameter in on_meta(hf_config(overridden)).parameters()]
+    assert parameters(overridden) == sum(sizes)
+    assert shapes.largest_tensor(overridden) == max(sizes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -123,6 +125,13 @@ def test_a_configuration_is_plain_json_and_reads_back_as_its_shape(name: str):
     config = hf_config(shape(name))
     assert json.loads(json.dumps(config)) == config
     assert from_hf_config(config) == dataclasses.replace(shape(name), norm_eps=1e-5, rope_theta=None, rope_scaling=())
+
+
+def test_the_largest_tensor_of_a_thin_gpt2_is_its_fused_projection():
+    config = CONFIG_MAPPING["gpt2"](n_embd=32, n_head=2, n_layer=1, n_inner=16, vocab_size=20, n_positions=8).to_dict()
+    found = from_hf_config(config)
+    assert found is not None
+    assert shapes.largest_tensor(found) == 3 * 32 * 32 == max(weight.numel() for weight in on_meta(config).parameters())
 
 
 def test_gpt2_uses_the_fused_gelu():
@@ -197,6 +206,8 @@ def test_an_override_is_written_in_the_familys_own_keys(family: str):
     assert found is not None
     assert (found.layers, found.width, found.heads, found.kv_heads) == (2, 128, 8, 2)
     assert (found.ffn, found.dropout) == (320, 0.25)
+    # A head_dim of its own, not width / heads, stays.
+    assert found.head_dim == SMALL[family].get("head_dim", 16)
     model = on_meta(changed)
     assert parameters(found) == sum(parameter.numel() for parameter in model.parameters())
     assert model.config.attention_dropout == 0.25

@@ -17,7 +17,9 @@ from launcher.spec.schema import flatten
 from launcher.topology import Topology
 
 Make = Callable[..., Plan]
-GPUS = Topology(world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3")
+GPUS = Topology(
+    world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3"
+)
 
 
 @given(st.integers(1, 4096), st.none() | st.integers(1, 64), st.integers(1, 64))
@@ -42,7 +44,9 @@ def test_a_batch_that_does_not_divide_is_explained_with_ones_that_do(plan: Make)
 
 
 @given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1))
-def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(warmup: int, steps: int, kind: str, ratio: float) -> None:
+def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(
+    warmup: int, steps: int, kind: str, ratio: float
+) -> None:
     curve = schedule.Schedule(kind=kind, peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio)
     rates = [curve.learning_rate(step) for step in range(1, steps + 1)]
     assert rates[max(warmup, 1) - 1] == 1.0
@@ -58,7 +62,9 @@ def test_five_steps_of_the_learning_rate_by_hand() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_the_resolved_config_is_as_recorded(plan: Make, zero: int, precision: str, request: pytest.FixtureRequest) -> None:
+def test_the_resolved_config_is_as_recorded(
+    plan: Make, zero: int, precision: str, request: pytest.FixtureRequest
+) -> None:
     made = plan(f"zero={zero}", f"precision={precision}", "steps=100")
     golden = Path(__file__).parents[1] / "golden" / f"ds_config-z{zero}-{precision}.json"
     text = json.dumps({"config": made.deepspeed, "origins": dict(sorted(made.origins.items()))}, indent=2) + "\n"
@@ -125,7 +131,9 @@ def test_a_users_deepspeed_key_wins_and_says_so(plan: Make) -> None:
 
 def test_an_own_config_replaces_the_composition_and_is_completed(plan: Make, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "gradient_clipping": 0.5}))
+    file.write_text(
+        json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "gradient_clipping": 0.5})
+    )
     made = plan(f"--ds-config={file}", "zero=2", "optimizer.clip=0.5")
     assert made.refused_by == []
     assert made.deepspeed["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
@@ -158,7 +166,10 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
             ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=float16", "zero=2"],
             {"no-autocast-fp16-with-sharding"},
         ),
-        (["precision=bf16", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"], {"autocast-replaces-precision"}),
+        (
+            ["precision=bf16", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"],
+            {"autocast-replaces-precision"},
+        ),
         (["precision=bf16", "zero=0", "ds.data_types.grad_accum_dtype=fp32"], {"no-fp32-accumulation-at-stage-0"}),
         (["ds.tensor_parallel.autotp_size=2"], {"no-pipeline-or-tensor-parallelism"}),
         (["ds.train_batch_size=64"], {"config-agrees-with-run-keys"}),
@@ -170,13 +181,19 @@ def test_each_rule_refuses_what_it_is_for(plan: Make, words: list[str], broken: 
 
 
 def test_every_rule_is_tripped_by_a_test() -> None:
-    tripped = {name for rule in test_each_rule_refuses_what_it_is_for.pytestmark for case in rule.args[1] for name in case[1]}
-    tripped.add("offload-needs-a-device")
+    tripped = {
+        name for rule in test_each_rule_refuses_what_it_is_for.pytestmark for case in rule.args[1] for name in case[1]
+    }
+    tripped.add("nvme-unproved-on-cpu")
     assert tripped >= {rule.name for rule in rules.RULES}
 
 
-def test_offload_on_cpu_ranks_is_refused(plan: Make) -> None:
-    assert [one["rule"] for one in plan("offload=optimizer-cpu", "zero=2").refused_by] == ["offload-needs-a-device"]
+def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> None:
+    assert plan("offload=optimizer-cpu", "zero=2").refused_by == []
+    assert plan("offload=cpu", "zero=3").refused_by == []
+    assert [one["rule"] for one in plan("offload=nvme", "zero=3", "nvme_path=/disk").refused_by] == [
+        "nvme-unproved-on-cpu"
+    ]
 
 
 def test_half_precision_at_stage_0_is_warned_of_loudly(plan: Make) -> None:
@@ -187,7 +204,9 @@ def test_half_precision_at_stage_0_is_warned_of_loudly(plan: Make) -> None:
 
 def test_the_run_id_is_the_question_not_its_place(plan: Make) -> None:
     assert plan().run_id == plan("out=/elsewhere", "log.every=3").run_id
-    others = [plan(*words).run_id for words in (["seed=1"], ["zero=2"], ["steps=7"], ["optimizer.lr=1e-4"], ["batch.micro=4"])]
+    others = [
+        plan(*words).run_id for words in (["seed=1"], ["zero=2"], ["steps=7"], ["optimizer.lr=1e-4"], ["batch.micro=4"])
+    ]
     assert len({plan().run_id, *others}) == 6
 
 
@@ -219,10 +238,16 @@ def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, words: list
     assert caught.value.what == what
 
 
-@given(st.integers(1, 10**9), st.integers(1, 64), st.sampled_from([0, 1, 2, 3]), st.sampled_from(["fp32", "fp16", "bf16"]))
+@given(
+    st.integers(1, 10**9), st.integers(1, 64), st.sampled_from([0, 1, 2, 3]), st.sampled_from(["fp32", "fp16", "bf16"])
+)
 def test_a_higher_stage_never_needs_more_model_state(parameters: int, ranks: int, zero: int, precision: str) -> None:
     def total(stage: int) -> int:
-        return sum(memory.model_states(parameters, zero=stage, precision=precision, optimizer="adamw", momentum=0, ranks=ranks).values())
+        return sum(
+            memory.model_states(
+                parameters, zero=stage, precision=precision, optimizer="adamw", momentum=0, ranks=ranks
+            ).values()
+        )
 
     if 1 <= zero < 3:
         assert total(zero + 1) <= total(zero)
@@ -231,7 +256,12 @@ def test_a_higher_stage_never_needs_more_model_state(parameters: int, ranks: int
 def test_model_states_of_sixteen_bytes_a_parameter() -> None:
     parameters = Fraction(1_000_000)
     states = memory.model_states(int(parameters), zero=3, precision="bf16", optimizer="adamw", momentum=0, ranks=4)
-    assert states == {"weights": 500_000, "gradients": 1_000_000, "fp32_masters": 1_000_000, "optimizer_moments": 2_000_000}
+    assert states == {
+        "weights": 500_000,
+        "gradients": 1_000_000,
+        "fp32_masters": 1_000_000,
+        "optimizer_moments": 2_000_000,
+    }
 
 
 def test_the_fragments_page_is_up_to_date() -> None:

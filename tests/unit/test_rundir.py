@@ -44,14 +44,20 @@ def test_a_run_directory_holds_request_plan_config_and_origins(decide: Callable,
     assert (again.spec, same) == (request.spec, plan)
 
 
-def test_without_out_the_directory_is_named_by_the_run_id(decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_out_the_directory_is_named_by_the_run_id(
+    decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     request, plan = decide()
     assert rundir.location(request, plan) == tmp_path / "runs" / plan.run_id
 
 
-@pytest.mark.parametrize("words", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]])
-def test_a_run_goes_on_in_its_directory_when_only_these_change(decide: Callable, tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
+)
+def test_a_run_goes_on_in_its_directory_when_only_these_change(
+    decide: Callable, tmp_path: Path, words: list[str]
+) -> None:
     rundir.write_plan(tmp_path / "run", *decide())
     rundir.write_plan(tmp_path / "run", *decide(*words))
     rundir.write_plan(tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu")))
@@ -66,7 +72,9 @@ def test_a_run_goes_on_in_its_directory_when_only_these_change(decide: Callable,
         (["batch.global=64"], "batch.global was 32 and is now 64"),
     ],
 )
-def test_a_directory_of_a_different_run_is_refused(decide: Callable, tmp_path: Path, words: list[str], what: str) -> None:
+def test_a_directory_of_a_different_run_is_refused(
+    decide: Callable, tmp_path: Path, words: list[str], what: str
+) -> None:
     rundir.write_plan(tmp_path / "run", *decide())
     before = (tmp_path / "run" / "plan.json").read_bytes()
     with pytest.raises(RequestError) as caught:
@@ -95,11 +103,17 @@ def test_a_folder_that_cannot_be_made_is_named(decide: Callable, tmp_path: Path)
         rundir.write_plan(tmp_path / "file" / "run", *decide())
 
 
-def test_every_start_is_a_new_attempt_with_its_environment(decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_start_is_a_new_attempt_with_its_environment(
+    decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "a secret")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     rundir.write_plan(tmp_path / "run", *decide())
-    attempts = [rundir.start_attempt(tmp_path / "run", {"world_size": 2}) for _ in range(2)]
+    attempts = []
+    for measured in ("first", "second"):
+        attempts.append(rundir.start_attempt(tmp_path / "run", {"world_size": 2}))
+        attempts[-1].metrics.write_text(measured)
+    assert (attempts[0].attempt / "metrics.jsonl").read_text() == "first", "what an attempt measured is kept"
     assert [one.attempt.name for one in attempts] == ["0001", "0002"]
     text = (attempts[0].attempt / "env.json").read_text()
     environment = json.loads(text)
@@ -109,8 +123,8 @@ def test_every_start_is_a_new_attempt_with_its_environment(decide: Callable, tmp
 
 
 def test_the_first_cause_of_an_exit_stands(tmp_path: Path) -> None:
-    rundir.write_exit(tmp_path, 76, "the cause", rank=1)
-    rundir.write_exit(tmp_path, 1, "the follow-up", rank=0)
+    assert rundir.write_exit(tmp_path, 76, "the cause", rank=1)
+    assert not rundir.write_exit(tmp_path, 1, "the follow-up", rank=0)
     written = json.loads((tmp_path / "exit.json").read_text())
     assert (written["code"], written["cause"], written["rank"]) == (76, "the cause", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
@@ -121,7 +135,9 @@ HOLDER = "import sys, pathlib; from launcher import rundir\nwith rundir.lease(pa
 
 def test_two_launches_do_not_share_a_directory_and_a_dead_one_gives_it_back(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root
+    )
     assert holder.stdout is not None
     assert holder.stdin is not None
     assert holder.stdout.readline() == b"held\n"

@@ -22,7 +22,13 @@ def refused(*words: str) -> RequestError:
 def test_words_become_a_typed_spec_and_keep_their_origin() -> None:
     request = load([*BASE, "zero=3", "optimizer.lr=6e-4", "batch.global=64", "compile=true", "tokens=2e9"])
     spec = request.spec
-    assert (spec.zero, spec.optimizer.lr, spec.batch.global_, spec.compile, spec.tokens) == (3, 6e-4, 64, True, 2_000_000_000)
+    assert (spec.zero, spec.optimizer.lr, spec.batch.global_, spec.compile, spec.tokens) == (
+        3,
+        6e-4,
+        64,
+        True,
+        2_000_000_000,
+    )
     assert spec.model.name == "gpt2-nano"
     assert request.origins["zero"] == "the command line"
 
@@ -85,7 +91,9 @@ def test_a_word_that_is_no_key_value_is_refused() -> None:
 
 def test_a_run_file_is_read_and_the_command_line_overrides_it(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('model = "gpt2-nano"\ndata = "corpus"\nzero = 2\n[optimizer]\nlr = 6e-4\n[ds.zero_optimization]\noverlap_comm = true\n')
+    file.write_text(
+        'model = "gpt2-nano"\ndata = "corpus"\nzero = 2\n[optimizer]\nlr = 6e-4\n[ds.zero_optimization]\noverlap_comm = true\n'
+    )
     request = load([str(file), "zero=3"])
     assert request.spec.zero == 3
     assert request.spec.optimizer.lr == 6e-4
@@ -119,17 +127,39 @@ def test_relative_paths_are_taken_from_the_current_folder(tmp_path: Path, monkey
 
 
 def test_ds_keys_take_their_type_from_json() -> None:
-    spec = load([*BASE, "ds.optimizer.params.betas=[0.9, 0.95]", "ds.communication_data_type=fp16", "ds.wall_clock_breakdown=true"]).spec
-    assert spec.ds == {"optimizer.params.betas": [0.9, 0.95], "communication_data_type": "fp16", "wall_clock_breakdown": True}
+    spec = load(
+        [
+            *BASE,
+            "ds.optimizer.params.betas=[0.9, 0.95]",
+            "ds.communication_data_type=fp16",
+            "ds.wall_clock_breakdown=true",
+        ]
+    ).spec
+    assert spec.ds == {
+        "optimizer.params.betas": [0.9, 0.95],
+        "communication_data_type": "fp16",
+        "wall_clock_breakdown": True,
+    }
 
 
 def test_every_run_key_has_a_sentence() -> None:
-    assert {"zero", "batch.global", "batch.micro", "model.name", "fp16.initial_scale_power", "eval.every"} <= run_keys().keys()
+    assert {
+        "zero",
+        "batch.global",
+        "batch.micro",
+        "model.name",
+        "fp16.initial_scale_power",
+        "eval.every",
+    } <= run_keys().keys()
     assert all(sentence.endswith((".", ")")) for sentence in run_keys().values())
 
 
 keys = st.text("abc", min_size=1, max_size=2)
-trees = st.recursive(st.dictionaries(keys, st.integers(), max_size=3), lambda inner: st.dictionaries(keys, inner, min_size=1, max_size=3), max_leaves=8)
+trees = st.recursive(
+    st.dictionaries(keys, st.integers(), max_size=3),
+    lambda inner: st.dictionaries(keys, inner, min_size=1, max_size=3),
+    max_leaves=8,
+)
 
 
 @given(trees)

@@ -38,7 +38,9 @@ def test_a_batch_shell_is_not_a_rank_of_srun() -> None:
 
 
 def test_ranks_of_mpirun() -> None:
-    rank = topology.from_environment({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"})
+    rank = topology.from_environment(
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+    )
     assert (rank.rank, rank.local_rank, rank.world_size, rank.source) == (1, 1, 2, "mpirun")
 
 
@@ -61,7 +63,9 @@ def test_srun_ranks_agree_on_an_address_and_a_port() -> None:
     assert environments == [("n03", str(20000 + (77 * 16 + 2) % 12000), "4")] * 2
 
 
-@pytest.mark.parametrize(("nodes", "first"), [("n[03-07,9],m1", "n03"), ("a-1", "a-1"), ("x,y", "x"), ("gpu-[1,3]", "gpu-1")])
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n[03-07,9],m1", "n03"), ("a-1", "a-1"), ("x,y", "x"), ("gpu-[1,3]", "gpu-1")]
+)
 def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
     environment = {**SRUN, "SLURM_STEP_NODELIST": nodes}
     topology.prepare_environment(topology.from_environment(environment), environment)
