@@ -152,7 +152,7 @@ def _refuse_another_run(path: Path, plan: Plan) -> None:
 
 
 def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
-    """Make the next attempts/NNNN, write env.json into it, and put the last attempt's results away into its own folder."""
+    """Make the next attempts/NNNN with its env.json, and move the last attempt's results into its own folder."""
     attempts = path / "attempts"
     with _user_errors(path):
         attempts.mkdir(exist_ok=True)
@@ -252,7 +252,7 @@ def _age(file: Path) -> float:
 
 
 def write_exit(attempt: Path, code: int, cause: str, rank: int) -> bool:
-    """Write how an attempt ended and return True; the first to write wins, so that a follow-up failure hides no cause."""
+    """Write how an attempt ended and return True; the first to write wins, so a follow-up hides no cause."""
     content = _pretty({"code": code, "cause": cause, "rank": rank, "time": time.time()})
     temporary = attempt / f".exit.json.{os.getpid()}"
     try:

@@ -103,13 +103,11 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def gpu_count(environ: Mapping[str, str] = os.environ) -> int:
-    """Count the GPUs this process may use, without loading torch: the driver's list, narrowed by CUDA_VISIBLE_DEVICES."""
+    """Count the GPUs this process may use, without torch: the driver's list, less what CUDA_VISIBLE_DEVICES hides."""
     if environ.get("DS_ACCELERATOR", "cuda") != "cuda":
         return 0
-    try:
-        present = len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
-    except OSError:
-        return 0
+    # In some containers only the device files are there.
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
@@ -167,7 +165,10 @@ def prepare_environment(rank: Rank, environ: MutableMapping[str, str] = os.envir
     """
     prefer_cpu(environ)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, rank.local_world_size))))
-    environ["RANK"], environ["LOCAL_RANK"] = str(rank.rank), str(rank.local_rank)
+    # DeepSpeed takes LOCAL_RANK for the device; where each task sees only its own GPU, that one is number 0.
+    gpus = gpu_count(environ)
+    device = rank.local_rank % gpus if gpus else rank.local_rank
+    environ["RANK"], environ["LOCAL_RANK"] = str(rank.rank), str(device)
     environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"] = str(rank.world_size), str(rank.local_world_size)
     if rank.source == "srun":
         # Every rank works the same address out of the same variables, so that no ssh and no hostfile is needed.

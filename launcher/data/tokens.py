@@ -34,6 +34,9 @@ _DTYPES: dict[int, dict[int, type[np.integer]]] = {
 }
 
 
+_MEGATRON_UINT16 = 8
+
+
 class TokenFile:
     """All tokens of a .bin/.idx pair as one stream, mapped into memory and cut into windows.
 
@@ -169,6 +172,13 @@ class TokenWriter:
         self.documents += 1
 
 
+def _write_code(index: Path, code: int) -> None:
+    """Overwrite the dtype code: DeepSpeed's builder writes uint16 as 6, which Megatron-LM and GPT-NeoX read as floats."""
+    with index.open("r+b") as file:
+        file.seek(_HEADER.size - 17)  # the code, one byte, stands before two 64-bit counts
+        file.write(bytes([code]))
+
+
 @contextlib.contextmanager
 def open_writer(prefix: Path, dtype: np.dtype) -> Iterator[TokenWriter]:
     """Open a pair for writing; the index appears when the block ends well."""
@@ -176,6 +186,8 @@ def open_writer(prefix: Path, dtype: np.dtype) -> Iterator[TokenWriter]:
     try:
         yield TokenWriter(builder)
         builder.finalize(f"{prefix}.idx")
+        if dtype == np.uint16:
+            _write_code(Path(f"{prefix}.idx"), _MEGATRON_UINT16)
     except BaseException:
         # The builder has no way to close without an index; a full disk makes even the closing fail.
         with contextlib.suppress(OSError):

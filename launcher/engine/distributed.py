@@ -39,7 +39,7 @@ def join(rank: Rank, plan: Plan) -> None:
             raise TopologyError(
                 f"rank {rank.rank} of {rank.world_size} cannot meet the others: {str(error).splitlines()[0]}",
                 where=f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}",
-                fix="check that the address is reachable and the port free: `deepspeed --master_port N`, or `halfstep run`",
+                fix="check that the address can be reached and the port is free (`deepspeed --master_port N`)",
             ) from error
     if plan.topology.accelerator == "cuda":
         torch.cuda.set_device(rank.local_rank % torch.cuda.device_count())

@@ -140,7 +140,7 @@ def _lock() -> Iterator[Finding]:
     default = Path.home() / ".cache" / "torch_extensions"
     stale = [*opcache.stale_locks(opcache.folder()), *default.glob("*/*/lock")]
     if stale:
-        mend = f"if nothing is being compiled, remove it: a start without Halfstep would wait for it for ever (rm {stale[0]})"
+        mend = f"if nothing is compiling, rm {stale[0]}: a start without Halfstep would wait for it for ever"
         yield Finding(name="build lock", status=WARN, found=str(stale[0]), mend=mend)
     else:
         yield Finding(name="build lock", status=OK, found="none left behind")

@@ -23,7 +23,8 @@ def folder() -> Path:
     from importlib.metadata import version
 
     kind = hashlib.sha256(_cpu_flags().encode()).hexdigest()[:8]
-    name = f"{platform.machine()}-{kind}-py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+    versions = f"py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+    name = f"{platform.machine()}-{kind}-{versions}"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "halfstep" / "ops" / name.replace("+", "-")
 
 

@@ -18,6 +18,7 @@ from launcher.errors import Fault, HalfstepError, Interrupted, RefusedError
 from launcher.plan import present
 from launcher.plan.resolve import Plan
 from launcher.rundir import RunDir
+from launcher.spec.digest import digest
 from launcher.spec.load import Request
 from launcher.topology import Rank
 
@@ -91,6 +92,7 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
         for line in [*present.headline(plan), f"run directory {where.path}", *present.warnings(plan)]:
             witness.screen.say(line)
         engine = build(plan, device)
+        torch.manual_seed(int(digest([plan.seed, rank.rank]), 16) % 2**63)  # dropout, different on every rank
         train(engine, plan, Feed(plan, rank, device), Listeners(step=witness.step, evaluation=witness.evaluation))
         if rank.rank == 0:
             witness.summarise()

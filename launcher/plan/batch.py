@@ -22,7 +22,8 @@ class Batch:
 
     def equation(self) -> str:
         """Return the equation with its numbers, for a person."""
-        return f"{self.global_} = {self.micro} x {self.accumulation} x {self.ranks}  (global = micro x accumulation x ranks)"
+        numbers = f"{self.global_} = {self.micro} x {self.accumulation} x {self.ranks}"
+        return f"{numbers}  (global = micro x accumulation x ranks)"
 
 
 def solve(global_: int, micro: int | None, ranks: int, where: str = "batch.global") -> Batch:

@@ -134,7 +134,7 @@ def demanded_by_run_keys(
         "gradient_accumulation_steps": (batch.accumulation, "the batch equation"),
         "gradient_clipping": (spec.optimizer.clip, "run key optimizer.clip"),
         "zero_optimization.stage": (spec.zero, "run key zero"),
-        # DeepSpeed has no list entry for torch's SGD at stages 1 to 3 (engine.py, _do_sanity_check), which works all the same.
+        # torch's SGD works at stages 1 to 3 but is not on DeepSpeed's list (engine.py, _do_sanity_check).
         "zero_allow_untested_optimizer": (spec.optimizer.kind == "sgd", "run key optimizer.kind"),
         "fp16.enabled": (spec.precision == "fp16", "run key precision"),
         "bf16.enabled": (spec.precision == "bf16", "run key precision"),

@@ -25,8 +25,9 @@ def lines(plan: Plan) -> list[str]:
     """Return the plan as text: shape, batch equation, data, memory, the resolved config with origins, and refusals."""
     model, data = plan.model, plan.data
     told = [
-        f"model        {model.name}: {model.parameters:,} parameters, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
-        f"             {'trained weights from ' + model.weights if model.weights else 'fresh initialisation'}, seed {plan.seed}",
+        f"model        {model.name}: {model.parameters:,} parameters, {_shape(model.config)}, "
+        f"vocabulary {model.vocabulary:,}",
+        f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
         f"cell         zero={plan.zero} precision={plan.precision}",
         f"batch        {plan.batch.equation()}",
         f"sequence     {plan.sequence} tokens; {plan.batch.global_ * plan.sequence:,} tokens a step",

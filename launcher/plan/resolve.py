@@ -316,8 +316,8 @@ def _warnings(spec: RunSpec, batch: batch_equation.Batch, data: DataPlan, steps:
             else "starts Adam one step late"
         )
         said.append(
-            f"DO NOT TRUST zero=0 precision={spec.precision}: DeepSpeed 0.19.8 {fault} at stage 0, so this run does not "
-            "train the same model as stages 1 to 3. Take zero=1, which is the same mathematics, also on one rank."
+            f"DO NOT TRUST zero=0 precision={spec.precision}: DeepSpeed 0.19.8 {fault} at stage 0, so this run does "
+            "not train the same model as stages 1 to 3. Take zero=1, which is the same mathematics, also on one rank."
         )
     if spec.precision == "fp16" and spec.fp16.scale == 0 and spec.fp16.window < 200:
         said.append(

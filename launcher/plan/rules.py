@@ -90,21 +90,21 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="compile-unproved-at-stage-3",
-        sentence="at ZeRO stage 3 torch.compile breaks its graph at every gather: more start-up time for no proven gain",
+        sentence="at ZeRO stage 3 torch.compile breaks its graph at every gather: a slower start for no proven gain",
         broken=lambda c: c.spec.compile and c.spec.zero == 3,
         where=_keys("compile", "zero"),
         fix="take zero=2 or lower, or compile=false",
     ),
     Rule(
         name="no-second-scheduler",
-        sentence="the learning rate is written by Halfstep; a DeepSpeed scheduler would overwrite it (and WarmupLR skips two steps)",
+        sentence="Halfstep writes the learning rate; a DeepSpeed scheduler would overwrite it",
         broken=lambda c: any(path.startswith("scheduler.") for path in c.leaves),
         where=lambda c: next(f"{p} from {c.origins[p]}" for p in c.leaves if p.startswith("scheduler.")),
         fix="drop it; use schedule.kind, schedule.warmup and schedule.min_ratio",
     ),
     Rule(
         name="no-autocast-fp16-with-sharding",
-        sentence="torch_autocast in float16 at ZeRO 1 to 3 clips scaled gradients and never backs the scale off in DeepSpeed 0.19.8",
+        sentence="in DeepSpeed 0.19.8 torch_autocast in float16 at ZeRO 1 to 3 clips gradients that are still scaled",
         broken=lambda c: (
             bool(c.leaves.get("torch_autocast.enabled"))
             and "float16" in str(c.leaves.get(_SCALED_FP16_AUTOCAST, "")).replace("bfloat16", "")
@@ -115,7 +115,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="autocast-replaces-precision",
-        sentence="torch_autocast and a half-precision engine are two ways to do the same thing; both at once is neither",
+        sentence="torch_autocast and a half-precision engine are two ways to do one thing; both at once is neither",
         broken=lambda c: bool(c.leaves.get("torch_autocast.enabled")) and c.spec.precision != "fp32",
         where=_set_by("torch_autocast.enabled"),
         fix="take precision=fp32 with torch_autocast, or precision alone",

@@ -11,7 +11,7 @@ from models.presets import PRESETS
 def _integral(value: Any) -> Any:
     """Let `2e9` and `1_000` stand for whole numbers, which is how people write token counts."""
     if isinstance(value, bool):
-        raise ValueError("true and false are not numbers")  # noqa: TRY004 (pydantic reports ValueError, not TypeError)
+        raise ValueError("true and false are not numbers")
     if isinstance(value, str):
         try:
             number = float(value.replace("_", ""))

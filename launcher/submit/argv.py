@@ -30,9 +30,12 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
 
 
 def torchrun(plan: Plan, run: Path) -> list[str]:
-    """Return the `torchrun` command; --standalone finds its own port."""
-    ranks = plan.topology.ranks_per_node
-    return [*_tool("torchrun", "torch.distributed.run"), "--standalone", "--nproc_per_node", str(ranks), *_script(run)]
+    """Return the `torchrun` command; --standalone finds its own port.
+
+    The `--` keeps torchrun from reading our --run as a short form of its own --run-path.
+    """
+    tool = _tool("torchrun", "torch.distributed.run")
+    return [*tool, "--standalone", "--nproc_per_node", str(plan.topology.ranks_per_node), "--", *_script(run)]
 
 
 def accelerate(plan: Plan, run: Path) -> list[str]:

@@ -54,7 +54,7 @@ class Outcome:
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """Return this process's environment without what a developer may have set, and with a build cache of the tests' own."""
+    """Return this process's environment without what a developer may have set, with a build cache of its own."""
     kept = {
         k: v
         for k, v in os.environ.items()

@@ -4,10 +4,11 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from process.conftest import BIN, Outcome
+from process.conftest import BIN, WORDS, Outcome
 
 from launcher.metrics.record import StepRecord
 
@@ -71,21 +72,12 @@ def test_half_precision_at_stage_0_warns_on_the_screen(cell: Cell, precision: st
     assert f"WARNING: DO NOT TRUST zero=0 precision={precision}" in cell(0, precision).output
 
 
-def test_a_finished_run_is_not_trained_again(start: Callable[..., Outcome], cell: Cell) -> None:
+def test_a_finished_run_is_not_trained_again(start: Callable[..., Outcome], cell: Cell, data: Path) -> None:
     outcome = cell(2, "fp16")
     before = (outcome.out / "metrics.jsonl").read_bytes()
-    again = start(
-        "again",
-        [
-            str(BIN / "torchrun"),
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "launcher/train.py",
-            "--run",
-            str(outcome.out),
-        ],
-    )
+    words = [*WORDS, "zero=2", "precision=fp16", f"data={data}", f"out={outcome.out}"]
+    again = start("again", [str(BIN / "halfstep"), "run", *words])
     assert again.returncode == 0, again.output
     assert "is finished" in again.output
     assert (outcome.out / "metrics.jsonl").read_bytes() == before
+    assert [attempt.name for attempt in (outcome.out / "attempts").iterdir()] == ["0001"]

@@ -1,4 +1,4 @@
-"""Every other way to start: torchrun, accelerate, a bare process, an installed wheel, `halfstep run`; and failing well."""
+"""Every other way to start: torchrun, accelerate, a bare process, a wheel, `halfstep run`; and failing well."""
 
 import json
 import subprocess
@@ -101,9 +101,9 @@ def test_another_run_in_the_same_directory_is_refused_on_all_ranks(start: Start,
 
 
 def test_activation_checkpointing_and_compile_change_no_loss(start: Start, cell: Cell, data: Path) -> None:
-    for word in ("activation_checkpointing=true", "compile=true"):
+    for word, starter in (("activation_checkpointing=true", "accelerate"), ("compile=true", "torchrun")):
         words = [*WORDS, word, "zero=2", "precision=fp32", f"data={data}", "out={out}"]
-        outcome = start(word, [str(BIN / "halfstep"), "run", "--with", "torchrun", *words], timeout=400)
+        outcome = start(word, [str(BIN / "halfstep"), "run", "--with", starter, *words], timeout=400)
         assert outcome.returncode == 0, outcome.output
         assert outcome.losses == pytest.approx(cell(2, "fp32").losses, abs=2e-4)
 

@@ -114,7 +114,7 @@ def test_a_writer_that_fails_leaves_no_index(tmp_path: Path) -> None:
         ),
         (
             lambda p: p.with_suffix(".bin").write_bytes(b"1234"),
-            "a.bin has 4 bytes, its index speaks of 3 tokens, which take 6",
+            "a.bin has 4 bytes, its index speaks of 3 tokens, which take 6 or 24",
         ),
     ],
 )
@@ -134,3 +134,11 @@ def test_a_pair_without_tokens_is_refused(tmp_path: Path) -> None:
 def test_opening_a_pair_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     TokenFile(write(tmp_path / "a", [[1, 2, 3]]))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(np.uint16, 8), (np.int32, 4)])
+def test_what_is_written_carries_megatrons_own_code_for_its_type(tmp_path: Path, dtype: type, code: int) -> None:
+    with open_writer(tmp_path / "a", np.dtype(dtype)) as writer:
+        writer.add_document(np.array([1, 2, 3], dtype=dtype))
+    assert (tmp_path / "a.idx").read_bytes()[17] == code
+    assert TokenFile(tmp_path / "a").slice(0, 3) == [1, 2, 3]

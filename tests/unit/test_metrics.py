@@ -12,8 +12,8 @@ from launcher.metrics.record import StepRecord
 from launcher.metrics.sinks import JsonLines, Screen
 
 RECORD = StepRecord(
-    step=1, tokens=4096, loss=8.5, lr=1e-3, grad_norm=2.0, loss_scale=65536.0, overflow=False, skipped_steps=0, step_seconds=0.5,
-    data_seconds=0.01, tokens_per_second=8192.0, mfu=None, peak_memory_bytes=2**30, time=0.0,
+    step=1, tokens=4096, loss=8.5, lr=1e-3, grad_norm=2.0, loss_scale=65536.0, overflow=False, skipped_steps=0,
+    step_seconds=0.5, data_seconds=0.01, tokens_per_second=8192.0, mfu=None, peak_memory_bytes=2**30, time=0.0,
 )  # fmt: skip
 
 

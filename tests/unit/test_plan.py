@@ -1,5 +1,6 @@
 """Plans: the batch equation, the learning rate, the DeepSpeed config and its origins, rules and run ids."""
 
+import itertools
 import json
 from collections.abc import Callable
 from fractions import Fraction
@@ -50,8 +51,8 @@ def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(
     curve = schedule.Schedule(kind=kind, peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio)
     rates = [curve.learning_rate(step) for step in range(1, steps + 1)]
     assert rates[max(warmup, 1) - 1] == 1.0
-    assert all(a < b for a, b in zip(rates[: warmup - 1], rates[1:warmup], strict=False))
-    assert all(a >= b for a, b in zip(rates[max(warmup, 1) - 1 :], rates[max(warmup, 1) :], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(rates[:warmup]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[max(warmup, 1) - 1 :]))
     assert rates[-1] == pytest.approx(1.0 if kind == "constant" else ratio)
 
 

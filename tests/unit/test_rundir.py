@@ -130,7 +130,13 @@ def test_the_first_cause_of_an_exit_stands(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
 
 
-HOLDER = "import sys, pathlib; from launcher import rundir\nwith rundir.lease(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+HOLDER = """
+import pathlib, sys
+from launcher import rundir
+with rundir.lease(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_two_launches_do_not_share_a_directory_and_a_dead_one_gives_it_back(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def test_a_word_that_is_no_key_value_is_refused() -> None:
 def test_a_run_file_is_read_and_the_command_line_overrides_it(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
-        'model = "gpt2-nano"\ndata = "corpus"\nzero = 2\n[optimizer]\nlr = 6e-4\n[ds.zero_optimization]\noverlap_comm = true\n'
+        'model = "gpt2-nano"\ndata = "corpus"\nzero = 2\n'
+        "[optimizer]\nlr = 6e-4\n[ds.zero_optimization]\noverlap_comm = true\n"
     )
     request = load([str(file), "zero=3"])
     assert request.spec.zero == 3
