@@ -87,6 +87,21 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Rank:
     return Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none")
 
 
+def check(rank: Rank, planned: int, nodes: int | None, ranks_per_node: int | None) -> None:
+    """Compare the ranks that were started with the plan's and with those the request names, if it does.
+
+    Raises TopologyError with both numbers.
+    """
+    asked = (nodes or 1) * ranks_per_node if ranks_per_node else None
+    for wanted, origin in ((planned, "plan.json"), (asked, "nodes x gpus_per_node")):
+        if wanted is not None and wanted != rank.world_size:
+            raise TopologyError(
+                f"{rank.world_size} rank(s) were started, {wanted} were planned",
+                where=f"the environment ({rank.source}) against {origin}",
+                fix=f"start {wanted} rank(s), or ask for {rank.world_size}: nodes=N gpus_per_node=M",
+            )
+
+
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name, "")
     if not text and default is not None:

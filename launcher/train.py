@@ -1,7 +1,9 @@
 """Train one model: the table of contents of a training process.
 
-deepspeed launcher/train.py [RUN.toml] key=value ... [--ds-config FILE]
-deepspeed launcher/train.py --run DIR        (also under torchrun, accelerate launch, srun, or plain python)
+    deepspeed launcher/train.py [RUN.toml] key=value ... [--ds-config FILE]
+    deepspeed launcher/train.py --run DIR        or run=DIR, which torchrun and accelerate do not take for their own
+
+Also under torchrun, accelerate launch, srun, mpirun, or plain python.
 """
 
 import os
@@ -13,48 +15,42 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launcher import rundir, topology
-from launcher.errors import HalfstepError, RequestError, TopologyError
+from launcher.errors import HalfstepError, RequestError
 from launcher.plan import facts
 from launcher.plan.resolve import Plan, resolve
 from launcher.spec.load import Request, load
 
 
 def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
-    """Return the run directory, the request and the plan: read from `--run DIR`, or worked out from the words."""
-    if words[:1] == ["--run"]:
-        if len(words) != 2:
-            raise RequestError(
-                "--run takes one run directory and nothing else", where="the command line", fix="--run DIR"
-            )
-        path = Path(words[1]).absolute()
+    """Return the run directory, the request and the plan: read from a run directory, or worked out from the words."""
+    words = [f"run={words[1]}", *words[2:]] if words[:1] == ["--run"] and len(words) > 1 else words
+    if words and words[0].startswith(("run=", "--run")):
+        directory = words[0].partition("=")[2]
+        if len(words) > 1 or not directory:
+            said = " ".join(words)
+            raise RequestError("--run takes one run directory and no key=value words", where=said, fix="--run DIR")
+        path = Path(directory).absolute()
         request, plan = rundir.read_plan(path)
     else:
         request = load(words)
         world = topology.describe(rank.world_size, rank.local_world_size)
-
-        def count_parameters(config: dict) -> int:
-            from launcher.engine.build import count_parameters
-
-            return count_parameters(config)
-
-        plan = resolve(request, world, facts.read(request.spec, count_parameters))
+        plan = resolve(request, world, facts.read(request.spec, _count_parameters))
         path = rundir.location(request, plan)
-    asked = (request.spec.nodes or 1) * request.spec.gpus_per_node if request.spec.gpus_per_node else None
-    for planned in (plan.topology.world_size, asked):
-        if planned is not None and planned != rank.world_size:
-            raise TopologyError(
-                f"{rank.world_size} ranks were started, {planned} were planned",
-                where=f"the environment set by {rank.source}, and nodes x gpus_per_node or plan.json",
-                fix=f"start {planned} ranks, or plan for {rank.world_size}",
-            )
+    topology.check(rank, plan.topology.world_size, request.spec.nodes, request.spec.gpus_per_node)
     plan.require_allowed()
     return path, request, plan
+
+
+def _count_parameters(config: dict) -> int:
+    from launcher.engine.build import count_parameters
+
+    return count_parameters(config)
 
 
 def main(words: list[str]) -> int:
     """Run one training process and return its exit code."""
     if "-h" in words or "--help" in words:
-        print(__doc__ + "\n`halfstep plan --help` lists the run keys.")
+        print(f"{__doc__}\n`halfstep plan --help` lists the run keys.")
         return 0
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank")) and word != "--debug"]
     rank = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none")

@@ -173,7 +173,7 @@ class TokenWriter:
 
 
 def _write_code(index: Path, code: int) -> None:
-    """Overwrite the dtype code: DeepSpeed's builder writes uint16 as 6, which Megatron-LM and GPT-NeoX read as floats."""
+    """Overwrite the dtype code: DeepSpeed's builder writes uint16 as 6, which Megatron-LM reads as floats."""
     with index.open("r+b") as file:
         file.seek(_HEADER.size - 17)  # the code, one byte, stands before two 64-bit counts
         file.write(bytes([code]))

@@ -18,7 +18,8 @@ def _tool(name: str, module: str) -> list[str]:
 
 
 def _script(run: Path) -> list[str]:
-    return [str(assets.train_script()), "--run", str(run)]
+    # Not --run: torchrun, and accelerate through it, take that for a short form of their own --run-path and eat it.
+    return [str(assets.train_script()), f"run={run}"]
 
 
 def deepspeed(plan: Plan, run: Path) -> list[str]:
@@ -30,12 +31,9 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
 
 
 def torchrun(plan: Plan, run: Path) -> list[str]:
-    """Return the `torchrun` command; --standalone finds its own port.
-
-    The `--` keeps torchrun from reading our --run as a short form of its own --run-path.
-    """
+    """Return the `torchrun` command; --standalone finds its own port."""
     tool = _tool("torchrun", "torch.distributed.run")
-    return [*tool, "--standalone", "--nproc_per_node", str(plan.topology.ranks_per_node), "--", *_script(run)]
+    return [*tool, "--standalone", "--nproc_per_node", str(plan.topology.ranks_per_node), *_script(run)]
 
 
 def accelerate(plan: Plan, run: Path) -> list[str]:

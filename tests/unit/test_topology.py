@@ -82,3 +82,13 @@ def test_threads_default_to_cores_over_ranks_and_are_left_alone_when_set(monkeyp
     environment = {**world, "OMP_NUM_THREADS": "1"}
     topology.prepare_environment(topology.from_environment(environment), environment)
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_ranks_other_than_the_planned_ones_are_refused_with_both_numbers() -> None:
+    rank = topology.from_environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
+    topology.check(rank, 2, None, None)
+    topology.check(rank, 2, 1, 2)
+    with pytest.raises(TopologyError, match=r"2 rank\(s\) were started, 4 were planned"):
+        topology.check(rank, 4, None, None)
+    with pytest.raises(TopologyError, match=r"2 rank\(s\) were started, 6 were planned"):
+        topology.check(rank, 2, 3, 2)
