@@ -119,10 +119,10 @@ def _decide(request: Request) -> Plan:
         # Planned on a login node for the GPUs of another.
         world = dataclasses.replace(world, accelerator="cuda", device_name=spec.hardware)
 
-    def count_parameters(config: dict[str, Any]) -> int:
+    def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
         from launcher.engine.build import count_parameters
 
-        return count_parameters(config)
+        return count_parameters(config, trust_remote_code)
 
     return resolve(request, world, facts.read(spec, count_parameters))
 

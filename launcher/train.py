@@ -41,10 +41,10 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     return path, request, plan
 
 
-def _count_parameters(config: dict) -> int:
+def _count_parameters(config: dict, trust_remote_code: bool) -> int:
     from launcher.engine.build import count_parameters
 
-    return count_parameters(config)
+    return count_parameters(config, trust_remote_code)
 
 
 def main(words: list[str]) -> int:

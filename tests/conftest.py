@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.plan import corpus as corpus_facts
 from launcher.plan import facts
 from launcher.plan.resolve import Plan, resolve
 from launcher.spec.load import load
@@ -32,13 +33,13 @@ def corpus(tmp_path: Path) -> Path:
         sizes = {ending: (folder / f"{split}.{ending}").stat().st_size for ending in ("bin", "idx")}
         splits[split] = {"tokens": tokens, "documents": 1, "prefix": split, "bytes": sizes}
     manifest = {
-        "format": facts.MANIFEST_FORMAT,
-        "kind": facts.MANIFEST_KIND,
+        "format": corpus_facts.MANIFEST_FORMAT,
+        "kind": corpus_facts.MANIFEST_KIND,
         "source": {"asked": "by hand"},
         "tokenizer": {
             "kind": "sentencepiece",
             "path": "tokenizer",
-            "sha256": facts.tokenizer_sha256(folder / "tokenizer"),
+            "sha256": corpus_facts.tokenizer_sha256(folder / "tokenizer"),
             "vocabulary": 4096,
             "end_of_text": 0,
             "name": "by hand",
@@ -60,6 +61,6 @@ def plan(corpus: Path) -> Callable[..., Plan]:
     def make(*words: str, topology: Topology | None = None) -> Plan:
         request = load(["model=gpt2-nano", f"data={corpus}", *words])
         world = topology or Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-        return resolve(request, world, facts.read(request.spec, lambda config: 1))
+        return resolve(request, world, facts.read(request.spec, lambda config, trust: 1))
 
     return make

@@ -18,7 +18,7 @@ from launcher.data.progress import Report, reporter
 from launcher.data.readers import Piece
 from launcher.data.split import validation_tokens
 from launcher.errors import RequestError
-from launcher.plan.facts import MANIFEST_FORMAT, MANIFEST_KIND, tokenizer_sha256
+from launcher.plan.corpus import MANIFEST_FORMAT, MANIFEST_KIND, tokenizer_sha256
 
 MANIFEST = "manifest.json"
 _LARGEST_FRACTION = 0.3

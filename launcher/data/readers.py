@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.data import hub
 from launcher.errors import RequestError, nearest
+from launcher.plan import hub
 
 PIECE_CHARACTERS = 2**20
 KNOWN_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md", ".py", ".gz")

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import sentencepiece
 
-from launcher.data import hub
 from launcher.errors import RequestError
+from launcher.plan import hub
 
 SENTENCEPIECE, HUGGINGFACE = "sentencepiece", "huggingface"
 _MODEL_FILE = "tokenizer.model"

@@ -56,10 +56,10 @@ def _model(plan: Plan, device: torch.device) -> PreTrainedModel:
         ) from error
 
 
-def count_parameters(config: dict[str, Any]) -> int:
+def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
     """Count a model's parameters on the meta device, for families the formulas do not know."""
     try:
-        return model_build.count_parameters(config)
+        return model_build.count_parameters(config, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
             f"transformers does not know this model: {str(error).splitlines()[0]}",

@@ -7,7 +7,8 @@ from typing import Any
 from launcher.errors import RequestError
 from launcher.plan import batch as batch_equation
 from launcher.plan import dsconfig, hardware, memory, rules, schedule
-from launcher.plan.facts import DataFacts, Facts
+from launcher.plan.corpus import DataFacts
+from launcher.plan.facts import Facts
 from launcher.spec.digest import digest, identity
 from launcher.spec.load import Request
 from launcher.spec.schema import RunSpec
