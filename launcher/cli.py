@@ -15,6 +15,7 @@ from typing import Any
 
 from launcher import rundir, topology
 from launcher.errors import EXIT_REFUSED, HalfstepError
+from launcher.lease import lease
 from launcher.plan import facts, present
 from launcher.plan.resolve import Plan, resolve
 from launcher.spec.load import Request, load
@@ -143,7 +144,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     path = rundir.location(request, plan).absolute()
     command = argv.STARTERS[arguments.starter](plan, path)
     if not arguments.dry_run:
-        with rundir.lease(path):
+        with lease(path):
             rundir.write_plan(path, request, plan)
     print("$ " + shlex.join(command), flush=True)
     return 0 if arguments.dry_run else local.start(command, path, plan.topology.ranks_per_node)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import Any, Self
 
 EXIT_REQUEST = 2
 EXIT_REFUSED = 3
@@ -24,9 +24,19 @@ class HalfstepError(Exception):
         self.more = tuple(others)
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Rank 0 sends its errors to the others, and an exception's own pickling knows no keyword arguments.
+        return _rebuild, (type(self), self.what, self.where, self.fix, self.more)
+
     def __str__(self) -> str:
         own = f"error: {self.what}\n from: {self.where}\n  try: {self.fix}"
         return "\n".join([own, *map(str, self.more)])
+
+
+def _rebuild(
+    kind: type[HalfstepError], what: str, where: str, fix: str, more: tuple[HalfstepError, ...]
+) -> HalfstepError:
+    return kind(what, where=where, fix=fix).with_more(more)
 
 
 class RequestError(HalfstepError):

@@ -11,28 +11,26 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from filelock import FileLock, Timeout
 
 from launcher import assets
 from launcher.errors import RequestError
+from launcher.files import cannot_write, pretty, write_atomic, write_json
+from launcher.lease import LEASE_FILES
 from launcher.plan.resolve import Plan
 from launcher.spec.load import Request, load
 from launcher.spec.schema import flatten, unflatten
 
-LEASE_STALE_SECONDS = 300
-"""A lease held from another host counts as abandoned when its file was not touched for this long."""
-
-_LEASE, _LOCK = "lease", ".lease.lock"
 _VERSIONED = (
     "halfstep",
     "torch",
@@ -76,10 +74,6 @@ class RunDir:
         """The result."""
         return self.path / "summary.json"
 
-    def touch_lease(self) -> None:
-        """Tell other hosts that this launch is alive."""
-        os.utime(self.path / _LEASE)
-
     def rank_log(self, rank: int) -> Path:
         """What one rank of this attempt had to say."""
         return self.attempt / f"rank-{rank}.log"
@@ -92,8 +86,8 @@ def location(request: Request, plan: Plan) -> Path:
 
 def write_plan(path: Path, request: Request, plan: Plan) -> None:
     """Write what was asked and decided; refuse a directory that belongs to a different run or to something else."""
-    _refuse_another_run(path, plan)
-    with _user_errors(path):
+    refuse_another_run(path, plan)
+    with cannot_write(path):
         path.mkdir(parents=True, exist_ok=True)
         given = {
             key: value for key, value in flatten(request.spec.model_dump(by_alias=True)).items() if value is not None
@@ -111,7 +105,8 @@ def read_plan(path: Path) -> tuple[Request, Plan]:
     """Read a run directory that `write_plan` made."""
     try:
         plan = Plan.from_dict(json.loads((path / "plan.json").read_text("utf-8")))
-        return load([str(path / "request.toml")]), plan
+        origins = json.loads((path / "origins.json").read_text("utf-8"))["request"]
+        return Request(spec=load([str(path / "request.toml")]).spec, origins=origins), plan
     except OSError as error:
         raise RequestError(
             f"{path} is not a run directory: {Path(str(error.filename)).name} is missing or unreadable",
@@ -126,11 +121,12 @@ def read_plan(path: Path) -> tuple[Request, Plan]:
         ) from None
 
 
-def _refuse_another_run(path: Path, plan: Plan) -> None:
+def refuse_another_run(path: Path, plan: Plan) -> None:
+    """Raise RequestError where a directory belongs to a different run, or is something else."""
     if not path.exists():
         return
     file = path / "plan.json"
-    if not path.is_dir() or (not file.is_file() and any(item.name not in (_LEASE, _LOCK) for item in path.iterdir())):
+    if not path.is_dir() or (not file.is_file() and any(item.name not in LEASE_FILES for item in path.iterdir())):
         raise RequestError(
             f"{path} exists and is not a run directory",
             where=f"out={path}",
@@ -154,7 +150,7 @@ def _refuse_another_run(path: Path, plan: Plan) -> None:
 def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
     """Make the next attempts/NNNN with its env.json, and move the last attempt's results into its own folder."""
     attempts = path / "attempts"
-    with _user_errors(path):
+    with cannot_write(path):
         attempts.mkdir(exist_ok=True)
         number = 1 + max((int(one.name) for one in attempts.iterdir() if one.name.isdigit()), default=0)
         attempt = attempts / f"{number:04d}"
@@ -165,6 +161,7 @@ def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
             if (path / name).exists() and previous.is_dir():
                 (path / name).replace(previous / name)
         write_json(attempt / "env.json", {**describe_environment(), **extra})
+        shutil.copy(path / "plan.json", attempt / "plan.json")  # a later attempt may continue with another stage
     return RunDir(path=path, attempt=attempt)
 
 
@@ -200,60 +197,9 @@ def code_revision() -> str | None:
     return commit + ("+changed" if changed.strip() else "")
 
 
-@contextlib.contextmanager
-def lease(path: Path) -> Iterator[Path]:
-    """Hold a run directory for one launch; the kernel gives it back when the holder dies, however it dies.
-
-    Raises RequestError where another launch holds it. On a shared file system without locks between hosts, the file's
-    age decides (LEASE_STALE_SECONDS): whoever holds it touches it.
-    """
-    file = path / _LEASE
-    with _user_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / _LOCK, timeout=0)
-    holder = _read_holder(file)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise _held(path, holder) from None
-    try:
-        if holder and holder.get("host") != socket.gethostname() and _age(file) < LEASE_STALE_SECONDS:
-            raise _held(path, holder)
-        write_json(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
-        try:
-            yield file
-        finally:
-            file.unlink(missing_ok=True)
-    finally:
-        lock.release()
-
-
-def _held(path: Path, holder: dict[str, Any]) -> RequestError:
-    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}" if holder else "another launch"
-    return RequestError(
-        f"{path} is in use by {who}",
-        where=f"out={path}",
-        fix="wait for it to end, stop it, or choose another out",
-    )
-
-
-def _read_holder(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _age(file: Path) -> float:
-    try:
-        return time.time() - file.stat().st_mtime
-    except OSError:
-        return float("inf")
-
-
 def write_exit(attempt: Path, code: int, cause: str, rank: int) -> bool:
     """Write how an attempt ended and return True; the first to write wins, so a follow-up hides no cause."""
-    content = _pretty({"code": code, "cause": cause, "rank": rank, "time": time.time()})
+    content = pretty({"code": code, "cause": cause, "rank": rank, "time": time.time()})
     temporary = attempt / f".exit.json.{os.getpid()}"
     try:
         temporary.write_text(content, "utf-8")
@@ -265,40 +211,6 @@ def write_exit(attempt: Path, code: int, cause: str, rank: int) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old content or the new and nothing between."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Replace a file with a value's JSON, atomically."""
-    write_atomic(file, _pretty(value))
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-@contextlib.contextmanager
-def _user_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RequestError(
-            f"{path} cannot be written: {error.strerror}",
-            where=f"out={path}",
-            fix="check permissions and free space, or choose another out",
-        ) from None
 
 
 def finished(path: Path) -> dict[str, Any] | None:

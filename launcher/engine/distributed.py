@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.engine import opcache
-from launcher.errors import HalfstepError, TopologyError
+from launcher.errors import Fault, HalfstepError, RefusedError, TopologyError
 from launcher.plan.resolve import Plan
 from launcher.spec.digest import digest
 from launcher.topology import Rank
@@ -32,6 +33,12 @@ def join(rank: Rank, plan: Plan) -> None:
         # DeepSpeed calls these thousands of times under their old names (comm/torch.py).
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         quiet_deepspeed()
+        if plan.topology.accelerator == "cuda" and not torch.cuda.is_available():
+            raise RefusedError(
+                f"the plan is for a GPU, and torch {torch.__version__} cannot use one here",
+                where="torch.cuda.is_available()",
+                fix="install a torch build for CUDA, or plan for CPU ranks: DS_ACCELERATOR=cpu, without hardware=",
+            )
         opcache.load_operators(["ShareMemCommBuilder"] if plan.topology.accelerator == "cpu" else [])
         try:
             deepspeed.init_distributed(verbose=False)
@@ -82,13 +89,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result everywhere; its HalfstepError is raised on every rank."""
+    """Run `action` on rank 0 and return its result everywhere; what it raises is raised on every rank."""
     result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             result = [action()]
         except HalfstepError as error:
             result = [error]
+        except Exception as error:  # whatever it is, the others must hear of it, or they would wait for ever
+            traceback.print_exc()
+            result = [Fault(f"{type(error).__name__}: {error}", where="rank 0", fix="read the traceback above")]
     dist.broadcast_object_list(result, src=0)
     if isinstance(result[0], HalfstepError):
         raise result[0]

@@ -15,6 +15,7 @@ from launcher.engine.feed import Feed
 from launcher.engine.loop import Listeners, train
 from launcher.engine.witness import Witness
 from launcher.errors import Fault, HalfstepError, Interrupted, RefusedError
+from launcher.lease import lease
 from launcher.plan import present
 from launcher.plan.resolve import Plan
 from launcher.rundir import RunDir
@@ -29,7 +30,8 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank) -> int:
     with contextlib.ExitStack() as held:
 
         def open_directory() -> RunDir | None:
-            held.enter_context(rundir.lease(path))
+            rundir.refuse_another_run(path, plan)
+            held.enter_context(lease(path))
             rundir.write_plan(path, request, plan)
             done = rundir.finished(path)
             if done is not None and done["run_id"] == plan.run_id:
@@ -46,7 +48,8 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank) -> int:
             _train(where, plan, rank)
         except BaseException as error:
             return _fail(where, rank, error)
-        rundir.write_exit(where.attempt, 0, "done", rank.rank)
+        if rank.rank == 0:  # the others are done before rank 0 has written the summary
+            rundir.write_exit(where.attempt, 0, "done", rank.rank)
         distributed.leave()
     return 0
 

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from launcher import rundir
+from launcher.files import write_json
 from launcher.metrics import derive
 from launcher.metrics.record import EvaluationRecord, StepRecord
 from launcher.metrics.sinks import JsonLines, Screen
@@ -54,8 +54,6 @@ class Witness:
             self.event("overflow", step=record.step, loss_scale=record.loss_scale, skipped_steps=record.skipped_steps)
         if record.loss is None:
             self.event("loss_not_finite", step=record.step)
-        if record.step % 20 == 0:
-            self._where.touch_lease()
 
     def evaluation(self, record: EvaluationRecord | None) -> None:
         """Take down one evaluation."""
@@ -107,7 +105,7 @@ class Witness:
             "attempts": int(self._where.attempt.name),
             "warnings": plan.warnings,
         }
-        rundir.write_json(self._where.summary, summary)
+        write_json(self._where.summary, summary)
         self.event("done", step=last.step)
         if last_eval and first_eval and last_eval.perplexity and first_eval.perplexity:
             self.screen.say(

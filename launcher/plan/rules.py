@@ -50,29 +50,50 @@ def _set_by(path: str) -> Callable[[Case], str]:
     return lambda case: f"{path} from {case.origins.get(path, 'nobody')}"
 
 
+def _offload(case: Case, what: str) -> str | None:
+    """Return where the composed config moves `param` or `optimizer` to, or None where they stay."""
+    device = case.leaves.get(f"zero_optimization.offload_{what}.device")
+    return None if device == "none" else device
+
+
+def _offloaded(what: str) -> Callable[[Case], str]:
+    path = f"zero_optimization.offload_{what}.device"
+    return lambda case: f"zero={case.spec.zero} and {path}={case.leaves[path]} from {case.origins[path]}"
+
+
 _SCALED_FP16_AUTOCAST = "torch_autocast.dtype"
 
 RULES: tuple[Rule, ...] = (
     Rule(
         name="param-offload-needs-stage-3",
         sentence="weights can move off the device only where they are sharded, at ZeRO stage 3",
-        broken=lambda c: c.spec.offload in ("cpu", "nvme") and c.spec.zero != 3,
-        where=_keys("offload", "zero"),
+        broken=lambda c: bool(_offload(c, "param")) and c.spec.zero != 3,
+        where=_offloaded("param"),
         fix="take zero=3, or offload=optimizer-cpu at stages 1 to 3",
     ),
     Rule(
         name="optimizer-offload-needs-sharding",
         sentence="optimizer states can move to the host only at ZeRO stages 1 to 3",
-        broken=lambda c: c.spec.offload == "optimizer-cpu" and c.spec.zero == 0,
-        where=_keys("offload", "zero"),
+        broken=lambda c: bool(_offload(c, "optimizer")) and c.spec.zero == 0,
+        where=_offloaded("optimizer"),
         fix="take zero=1 or higher, or offload=none",
     ),
     Rule(
         name="nvme-needs-a-disk",
         sentence="NVMe offload has to know the folder it may fill",
-        broken=lambda c: c.spec.offload == "nvme" and not c.spec.nvme_path,
+        broken=lambda c: any(
+            _offload(c, what) == "nvme" and not c.leaves.get(f"zero_optimization.offload_{what}.nvme_path")
+            for what in ("param", "optimizer")
+        ),
         where=_keys("offload", "nvme_path"),
         fix="give nvme_path=/FOLDER on a local NVMe disk",
+    ),
+    Rule(
+        name="nvme-needs-stage-3",
+        sentence="states can move to NVMe only at ZeRO stage 3",
+        broken=lambda c: _offload(c, "optimizer") == "nvme" and c.spec.zero in (1, 2),
+        where=_offloaded("optimizer"),
+        fix="take zero=3, or offload=optimizer-cpu",
     ),
     Rule(
         name="nvme-path-needs-nvme",
@@ -84,7 +105,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="nvme-unproved-on-cpu",
         sentence="NVMe offload is unproved on CPU ranks (offload to host memory works there)",
-        broken=lambda c: c.spec.offload == "nvme" and c.topology.accelerator == "cpu",
+        broken=lambda c: "nvme" in (_offload(c, "param"), _offload(c, "optimizer")) and c.topology.accelerator == "cpu",
         where=_keys("offload"),
         fix="take offload=cpu, or plan for GPUs with hardware=NAME",
     ),
@@ -135,8 +156,9 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: (
             c.leaves.get("tensor_parallel.autotp_size", 0) not in (0, 1, None)
             or c.leaves.get("sequence_parallel_size", 1) not in (1, None)
+            or c.leaves.get("pipeline.stages", 1) not in (1, None)
         ),
-        where=lambda c: "tensor_parallel.autotp_size, sequence_parallel_size",
+        where=lambda c: "tensor_parallel.autotp_size, sequence_parallel_size, pipeline.stages",
         fix="leave them at 1",
     ),
 )

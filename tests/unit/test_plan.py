@@ -157,7 +157,9 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
     ("words", "broken"),
     [
         (["offload=cpu", "zero=2"], {"param-offload-needs-stage-3"}),
-        (["offload=nvme", "zero=1"], {"param-offload-needs-stage-3", "nvme-needs-a-disk"}),
+        (["offload=nvme", "zero=1"], {"param-offload-needs-stage-3", "nvme-needs-a-disk", "nvme-needs-stage-3"}),
+        (["zero=2", "ds.zero_optimization.offload_param.device=cpu"], {"param-offload-needs-stage-3"}),
+        (["ds.pipeline.stages=2"], {"no-pipeline-or-tensor-parallelism"}),
         (["offload=optimizer-cpu", "zero=0"], {"optimizer-offload-needs-sharding"}),
         (["offload=nvme", "zero=3"], {"nvme-needs-a-disk"}),
         (["nvme_path=/disk"], {"nvme-path-needs-nvme"}),

@@ -12,6 +12,7 @@ import pytest
 
 from launcher import rundir
 from launcher.errors import RequestError
+from launcher.lease import LEASE_STALE_SECONDS, lease
 from launcher.plan import facts
 from launcher.plan.resolve import Plan, resolve
 from launcher.spec.load import Request, load
@@ -132,8 +133,8 @@ def test_the_first_cause_of_an_exit_stands(tmp_path: Path) -> None:
 
 HOLDER = """
 import pathlib, sys
-from launcher import rundir
-with rundir.lease(pathlib.Path(sys.argv[1])):
+from launcher.lease import lease
+with lease(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -147,26 +148,26 @@ def test_two_launches_do_not_share_a_directory_and_a_dead_one_gives_it_back(tmp_
     assert holder.stdout is not None
     assert holder.stdin is not None
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(RequestError, match=f"in use by process {holder.pid}"), rundir.lease(tmp_path / "run"):
+    with pytest.raises(RequestError, match=f"in use by process {holder.pid}"), lease(tmp_path / "run"):
         pass
     holder.kill()
     holder.wait()
     holder.stdout.close()
     holder.stdin.close()
-    with rundir.lease(tmp_path / "run"):
+    with lease(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / "lease").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "run" / "lease").exists()
 
 
 def test_a_lease_of_another_host_counts_until_it_is_stale(tmp_path: Path) -> None:
-    lease = tmp_path / "lease"
-    lease.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with pytest.raises(RequestError, match="in use by process 1 on elsewhere"), rundir.lease(tmp_path):
+    file = tmp_path / "lease"
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with pytest.raises(RequestError, match="in use by process 1 on elsewhere"), lease(tmp_path):
         pass
-    old = lease.stat().st_mtime - rundir.LEASE_STALE_SECONDS - 1
-    os.utime(lease, (old, old))
-    with rundir.lease(tmp_path):
-        assert json.loads(lease.read_text())["pid"] == os.getpid()
+    old = file.stat().st_mtime - LEASE_STALE_SECONDS - 1
+    os.utime(file, (old, old))
+    with lease(tmp_path):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": "x"}'])
