@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import rundir, topology
-from launcher.errors import EXIT_REFUSED, HalfstepError
+from launcher.errors import EXIT_REFUSED, HalfstepError, RequestError
 from launcher.lease import lease
 from launcher.plan import facts, present
-from launcher.plan.resolve import Plan, resolve
+from launcher.plan.plan import Plan
+from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
 from launcher.spec.schema import run_keys
 from launcher.submit import argv, local
@@ -111,12 +112,12 @@ def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
     return load([*words, *own])
 
 
-def _decide(request: Request) -> Plan:
-    """Plan for the ranks that would be started here, or for those the request names."""
+def _decide(request: Request, *, elsewhere: bool) -> Plan:
+    """Plan for the ranks that the request names or that would be started here; `elsewhere`, on its `hardware`."""
     spec = request.spec
     ranks_per_node = spec.gpus_per_node or topology.default_ranks_per_node()
     world = topology.describe((spec.nodes or 1) * ranks_per_node, ranks_per_node)
-    if spec.hardware and world.accelerator == "cpu":
+    if elsewhere and spec.hardware and world.accelerator == "cpu":
         # Planned on a login node for the GPUs of another.
         world = dataclasses.replace(world, accelerator="cuda", device_name=spec.hardware)
 
@@ -129,7 +130,7 @@ def _decide(request: Request) -> Plan:
 
 
 def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
-    plan = _decide(_request(arguments, words))
+    plan = _decide(_request(arguments, words), elsewhere=True)
     if arguments.json:
         print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -139,9 +140,16 @@ def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
 
 def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     request = _request(arguments, words)
-    plan = _decide(request)
+    if (request.spec.nodes or 1) > 1:
+        raise RequestError(
+            f"`halfstep run` starts ranks on this host, not on {request.spec.nodes}",
+            where=f"nodes from {request.origins['nodes']}",
+            fix="start launcher/train.py with srun or with deepspeed and a hostfile",
+        )
+    plan = _decide(request, elsewhere=False)
     plan.require_allowed()
     path = rundir.location(request, plan).absolute()
+    rundir.refuse_another_run(path, plan)
     command = argv.STARTERS[arguments.starter](plan, path)
     if not arguments.dry_run:
         with lease(path):

@@ -27,7 +27,7 @@ from launcher import assets
 from launcher.errors import RequestError
 from launcher.files import cannot_write, pretty, write_atomic, write_json
 from launcher.lease import LEASE_FILES
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from launcher.spec.load import Request, load
 from launcher.spec.schema import flatten, unflatten
 

@@ -69,7 +69,9 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Rank:
         if source == "srun" and "SLURM_STEP_ID" not in environ:
             continue  # inside an allocation but not under srun: sbatch sets SLURM_PROCID=0 for its own shell
         rank, world_size = _number(environ, rank_name), _number(environ, world_name)
-        local_world_size = _number(environ, local_world_name, default=world_size)
+        # The deepspeed launcher says LOCAL_SIZE where the others say LOCAL_WORLD_SIZE.
+        local_size = _number(environ, "LOCAL_SIZE", default=world_size) if source == "launcher" else world_size
+        local_world_size = _number(environ, local_world_name, default=local_size)
         local_rank = _number(environ, local_name, default=rank % max(1, local_world_size))
         if not 0 <= rank < world_size or not 0 <= local_rank < max(local_world_size, 1):
             raise TopologyError(
@@ -180,9 +182,15 @@ def prepare_environment(rank: Rank, environ: MutableMapping[str, str] = os.envir
     """
     prefer_cpu(environ)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, rank.local_world_size))))
-    # DeepSpeed takes LOCAL_RANK for the device; where each task sees only its own GPU, that one is number 0.
     gpus = gpu_count(environ)
-    device = rank.local_rank % gpus if gpus else rank.local_rank
+    if gpus > 1 and rank.local_world_size > gpus:
+        raise TopologyError(
+            f"{rank.local_world_size} ranks on this host share {gpus} GPUs",
+            where=f"the environment set by {rank.source}, and CUDA_VISIBLE_DEVICES",
+            fix=f"start {gpus} ranks on this host, one for each GPU",
+        )
+    # DeepSpeed takes LOCAL_RANK for the device; where each task sees only its own GPU, that one is number 0.
+    device = 0 if gpus == 1 else rank.local_rank
     environ["RANK"], environ["LOCAL_RANK"] = str(rank.rank), str(device)
     environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"] = str(rank.world_size), str(rank.local_world_size)
     if rank.source == "srun":

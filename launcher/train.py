@@ -17,7 +17,8 @@ if __name__ == "__main__":
 from launcher import rundir, topology
 from launcher.errors import HalfstepError, RequestError
 from launcher.plan import facts
-from launcher.plan.resolve import Plan, resolve
+from launcher.plan.plan import Plan
+from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from launcher.plan import corpus as corpus_facts
 from launcher.plan import facts
-from launcher.plan.resolve import Plan, resolve
+from launcher.plan.plan import Plan
+from launcher.plan.resolve import resolve
 from launcher.spec.load import load
 from launcher.topology import Topology
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from launcher.engine import opcache
 from launcher.errors import RefusedError, RequestError
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from models import build as model_build
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -20,7 +20,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def build(plan: Plan, device: torch.device) -> DeepSpeedEngine:
     """Return an engine whose optimizer holds the planned parameters; raises RequestError for a model that cannot be."""
     model = _model(plan, device)
-    names = ["FusedAdamBuilder"] if not plan.deepspeed["optimizer"]["params"].get("torch_adam", True) else []
+    names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
         if names:
             opcache.load_operators(names)
@@ -32,6 +32,15 @@ def build(plan: Plan, device: torch.device) -> DeepSpeedEngine:
     if plan.compile:
         engine.compile()
     return engine
+
+
+def _compiled_optimizer(plan: Plan) -> list[str]:
+    """Return the operator that DeepSpeed will compile for the optimizer (engine.py, _configure_basic_optimizer)."""
+    optimizer = plan.deepspeed["optimizer"]
+    if optimizer["type"].lower() not in ("adam", "adamw") or optimizer.get("params", {}).get("torch_adam", False):
+        return []
+    offloaded = plan.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    return ["CPUAdamBuilder" if offloaded or plan.topology.accelerator == "cpu" else "FusedAdamBuilder"]
 
 
 def _model(plan: Plan, device: torch.device) -> PreTrainedModel:

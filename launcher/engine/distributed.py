@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from launcher.engine import opcache
 from launcher.errors import Fault, HalfstepError, RefusedError, TopologyError
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from launcher.spec.digest import digest
 from launcher.topology import Rank
 
@@ -49,7 +49,7 @@ def join(rank: Rank, plan: Plan) -> None:
                 fix="check that the address can be reached and the port is free (`deepspeed --master_port N`)",
             ) from error
     if plan.topology.accelerator == "cuda":
-        torch.cuda.set_device(rank.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device(rank, plan))
     else:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     digests = gather_objects(digest(plan.to_dict()))

@@ -6,7 +6,7 @@ import torch
 
 from launcher.data.order import windows_of_step
 from launcher.data.tokens import TokenFile
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from launcher.topology import Rank
 
 

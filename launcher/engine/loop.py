@@ -11,7 +11,7 @@ from launcher.engine.feed import Feed
 from launcher.engine.readings import Readings, StepReading, sum_over_ranks
 from launcher.metrics import derive
 from launcher.metrics.record import EvaluationRecord, StepRecord
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from models.loss import next_token_loss
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Readings:
 
     def after_step(self, loss: torch.Tensor, data_seconds: float) -> StepReading:
         """Read the step that just ended; `loss` is this rank's mean over its micro-batches. A collective call."""
-        own = [float(loss), data_seconds, float(peak_memory_bytes())]
+        own = [float(loss), data_seconds, float(peak_memory_bytes(self._plan.topology.accelerator))]
         everyone = _gather(own, loss.device)
         overflow = not self._engine.was_step_applied()
         return StepReading(
@@ -86,9 +86,9 @@ class Readings:
         return norm
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(accelerator: str) -> int:
     """Return this process's peak: most reserved by torch on a GPU, else the high-water mark of its resident size."""
-    if torch.cuda.is_available():
+    if accelerator == "cuda":
         return torch.cuda.max_memory_reserved()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

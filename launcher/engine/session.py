@@ -17,7 +17,7 @@ from launcher.engine.witness import Witness
 from launcher.errors import Fault, HalfstepError, Interrupted, RefusedError
 from launcher.lease import lease
 from launcher.plan import present
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
 from launcher.spec.digest import digest
 from launcher.spec.load import Request

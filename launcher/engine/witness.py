@@ -9,7 +9,7 @@ from launcher.files import write_json
 from launcher.metrics import derive
 from launcher.metrics.record import EvaluationRecord, StepRecord
 from launcher.metrics.sinks import JsonLines, Screen
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
 
 

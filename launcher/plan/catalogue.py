@@ -90,6 +90,7 @@ def _legal_cases() -> list[dict[str, object]]:
                         leaves=composed.leaves,
                         origins=composed.origins,
                         demanded=demanded,
+                        asked=frozenset(),
                     )
                 ):
                     legal.append(case)

@@ -82,14 +82,15 @@ def compose(
     if own is not None:
         merge(leaves, origins, flatten(own), f"--ds-config {Path(spec.ds_config or '').name}")
         for key, (value, origin) in demanded.items():
-            if key not in leaves and not _replaced_by_own_section(key, own):
+            if key not in leaves and not _meant_for_another_optimizer(key, leaves, demanded):
                 merge(leaves, origins, {key: value}, origin)
     else:
         folder = assets.folder("ds_configs").parent
         for file in fragments(spec):
             merge(leaves, origins, read_fragment(file), file.relative_to(folder).as_posix())
         for key, (value, origin) in {**demanded, **tuned(spec, sizes)}.items():
-            merge(leaves, origins, {key: value}, origin)
+            if not _meant_for_another_optimizer(key, spec.ds, demanded):
+                merge(leaves, origins, {key: value}, origin)
     for key, value in spec.ds.items():
         leaves[key] = value
         origins[key] = f"ds.{key} from {request_origins.get(f'ds.{key}', 'the request')}"
@@ -119,9 +120,11 @@ def merge(leaves: dict[str, Any], origins: dict[str, str], more: dict[str, Any],
         origins.setdefault(key, origin)
 
 
-def _replaced_by_own_section(key: str, own: dict[str, Any]) -> bool:
-    """Tell whether a user's own optimizer, of another kind perhaps, makes our optimizer parameters meaningless."""
-    return key.startswith("optimizer.") and "optimizer" in own
+def _meant_for_another_optimizer(key: str, own: dict[str, Any], demanded: dict[str, tuple[Any, str]]) -> bool:
+    """Tell whether a user's own optimizer type makes a parameter of ours meaningless; all types have these two."""
+    kind = own.get("optimizer.type", demanded["optimizer.type"][0])
+    general = ("optimizer.type", "optimizer.params.lr", "optimizer.params.weight_decay")
+    return key.startswith("optimizer.") and key not in general and kind != demanded["optimizer.type"][0]
 
 
 def demanded_by_run_keys(

@@ -1,6 +1,6 @@
 """Show a Plan to a person."""
 
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from launcher.spec.schema import flatten
 
 _GIB = 2**30

@@ -1,7 +1,6 @@
 """Turn a request into a Plan: pure, so that every rank and every machine works out the same one."""
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import RequestError
@@ -9,6 +8,8 @@ from launcher.plan import batch as batch_equation
 from launcher.plan import dsconfig, hardware, memory, rules, schedule
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
+from launcher.plan.plan import DataPlan, ModelPlan, Plan
+from launcher.plan.warnings import warnings_of
 from launcher.spec.digest import digest, identity
 from launcher.spec.load import Request
 from launcher.spec.schema import RunSpec
@@ -18,106 +19,6 @@ from models.presets import PRESETS
 
 _DEFAULT_STEPS = 1000
 _LONGEST_DEFAULT_SEQUENCE = 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelPlan:
-    """The network that will be built."""
-
-    name: str
-    config: dict[str, Any]
-    """A complete transformers config, `model_type` included."""
-    weights: str | None
-    """Where trained weights are loaded from; None: a fresh initialisation."""
-    parameters: int
-    """Distinct parameters; a tied head counts once."""
-    flops_per_token: float | None
-    """Forward and backward, causal attention counted; None where the family is not known."""
-    vocabulary: int
-    """Rows of the embedding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataPlan:
-    """The corpus and how it divides into sequences."""
-
-    path: str
-    train_prefix: str
-    validation_prefix: str | None
-    digest: str
-    train_tokens: int
-    train_windows: int
-    """Sequences in one epoch."""
-    validation_windows: int
-    """Sequences read at each evaluation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Every decision of a run; JSON-able, equal on every rank, never changed afterwards."""
-
-    run_id: str
-    identity: dict[str, Any]
-    """What may not change when a run continues in its directory."""
-    model: ModelPlan
-    data: DataPlan
-    batch: batch_equation.Batch
-    topology: Topology
-    sequence: int
-    steps: int
-    tokens: int
-    """Training tokens in all."""
-    zero: int
-    precision: str
-    seed: int
-    activation_checkpointing: bool
-    compile: bool
-    trust_remote_code: bool
-    schedule: schedule.Schedule
-    clip: float
-    eval_every: int
-    log_every: int
-    peak_flops: float | None
-    """Of one device, for MFU; None where not known."""
-    deepspeed: dict[str, Any]
-    origins: dict[str, str]
-    memory: dict[str, Any]
-    warnings: list[str]
-    refused_by: list[dict[str, str]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON-able dictionaries."""
-        tree = dataclasses.asdict(self)
-        tree["batch"]["global"] = tree["batch"].pop("global_")
-        tree["topology"]["nodes"] = self.topology.nodes
-        return tree
-
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> "Plan":
-        """Rebuild a plan that `to_dict` wrote."""
-        tree = dict(tree)
-        batch = dict(tree["batch"])
-        batch["global_"] = batch.pop("global")
-        topology = {key: value for key, value in tree["topology"].items() if key != "nodes"}
-        return cls(
-            **{
-                **tree,
-                "model": ModelPlan(**tree["model"]),
-                "data": DataPlan(**tree["data"]),
-                "batch": batch_equation.Batch(**batch),
-                "topology": Topology(**topology),
-                "schedule": schedule.Schedule(**tree["schedule"]),
-            }
-        )
-
-    def require_allowed(self) -> None:
-        """Raise RequestError with every rule the request breaks."""
-        problems = [
-            RequestError(f"{one['sentence']} (rule {one['rule']})", where=one["where"], fix=one["fix"])
-            for one in self.refused_by
-        ]
-        if problems:
-            raise problems[0].with_more(problems[1:])
 
 
 def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
@@ -141,15 +42,26 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
     )
     curve = schedule.Schedule(
         kind=spec.schedule.kind,
-        peak=float(composed.leaves.get("optimizer.params.lr", 0.0)),
+        peak=float(composed.leaves["optimizer.params.lr"]),
         warmup=schedule.default_warmup(steps) if spec.schedule.warmup is None else spec.schedule.warmup,
         steps=steps,
         min_ratio=spec.schedule.min_ratio,
     )
     demanded = dsconfig.demanded_by_run_keys(spec, batch, curve.peak, topology)
-    case = rules.Case(spec=spec, topology=topology, leaves=composed.leaves, origins=composed.origins, demanded=demanded)
+    case = rules.Case(
+        spec=spec,
+        topology=topology,
+        leaves=composed.leaves,
+        origins=composed.origins,
+        demanded=demanded,
+        asked=frozenset(request.origins),
+    )
     decided: dict[str, Any] = {
-        "identity": {**identity(spec), "data": data.digest},
+        "identity": {
+            **identity(spec),
+            "data": data.digest,
+            "ds_config": digest(facts.ds_config) if facts.ds_config else None,
+        },
         "model": model,
         "data": data,
         "batch": batch,
@@ -171,7 +83,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "deepspeed": composed.config(),
         "origins": composed.origins,
         "memory": _memory(spec, model, topology),
-        "warnings": _warnings(spec, batch, data, steps),
+        "warnings": warnings_of(spec, batch, data, curve, sequence),
         "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
     }
     plan = Plan(run_id="", **decided)
@@ -185,7 +97,7 @@ def _run_id(plan: Plan) -> str:
         del tree[key]
     for key in ("path", "train_prefix", "validation_prefix"):
         del tree["data"][key]
-    tree["identity"] = {k: v for k, v in tree["identity"].items() if k not in ("ds_config", "model.name")}
+    tree["identity"] = {k: v for k, v in tree["identity"].items() if k != "model.name"}
     tree["model"].pop("name")
     return digest(tree)
 
@@ -306,28 +218,3 @@ def _memory(spec: RunSpec, model: ModelPlan, topology: Topology) -> dict[str, An
         "model_states_total_bytes": sum(states.values()),
         "excludes": "activations, logits, communication buckets, temporaries, offload",
     }
-
-
-def _warnings(spec: RunSpec, batch: batch_equation.Batch, data: DataPlan, steps: int) -> list[str]:
-    said = []
-    if spec.zero == 0 and spec.precision != "fp32":
-        fault = (
-            "never scales the loss and starts Adam one step late"
-            if spec.precision == "fp16"
-            else "starts Adam one step late"
-        )
-        said.append(
-            f"DO NOT TRUST zero=0 precision={spec.precision}: DeepSpeed 0.19.8 {fault} at stage 0, so this run does "
-            "not train the same model as stages 1 to 3. Take zero=1, which is the same mathematics, also on one rank."
-        )
-    if spec.precision == "fp16" and spec.fp16.scale == 0 and spec.fp16.window < 200:
-        said.append(
-            f"fp16.window={spec.fp16.window}: the step on which the scale doubles is half as large as it should be in "
-            "DeepSpeed 0.19.8, and with so short a window that happens often. Take 200 or more."
-        )
-    if batch.global_ * steps > data.train_windows:
-        epochs = batch.global_ * steps / data.train_windows
-        said.append(f"the run reads the corpus {epochs:.1f} times over")
-    if data.validation_prefix is None:
-        said.append("the corpus has no validation split: no evaluation")
-    return said

@@ -19,6 +19,8 @@ class Case:
     origins: dict[str, str]
     demanded: dict[str, tuple[Any, str]]
     """What the run keys say the config must hold."""
+    asked: frozenset[str]
+    """The run keys that the request names itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,5 +185,10 @@ def _disagreements(case: Case) -> list[Violation]:
             fix=f"change {origin.removeprefix('run key ')}, which decides it, and drop {path}",
         )
         for path, (value, origin) in case.demanded.items()
-        if path in case.leaves and not path.startswith("optimizer.") and case.leaves[path] != value
+        if case.leaves.get(path, value) != value and _was_asked_for(case, path, origin)
     ]
+
+
+def _was_asked_for(case: Case, path: str, origin: str) -> bool:
+    """Tell whether a disagreement is one: an optimizer key of the user's own wins over a mere default of ours."""
+    return not path.startswith("optimizer.") or origin.removeprefix("run key ") in case.asked

@@ -41,18 +41,17 @@ def load(words: Sequence[str]) -> Request:
         if word == "--ds-config" or word.startswith("--ds-config="):
             path = word.partition("=")[2] or (remaining.pop(0) if remaining else "")
             _put(values, origins, "ds_config", path, _COMMAND_LINE, Path.cwd())
-        elif word.endswith(".toml") and "=" not in word:
+        elif word.endswith(".toml") and ("=" not in word or Path(word).is_file()):
             for key, value in _read_toml(Path(word)).items():
                 _put(values, origins, key, value, word, Path(word).absolute().parent)
         elif "=" in word and not word.startswith("-"):
             key, _, text = word.partition("=")
             _put(values, origins, key.strip(), _literal(key, text), _COMMAND_LINE, Path.cwd())
         else:
-            raise RequestError(
-                f"{word!r} is neither key=value nor a run file",
-                where=_COMMAND_LINE,
-                fix="write key=value without spaces around the =, or name a file that ends in .toml",
-            )
+            fix = "write key=value without spaces around the =, or name a file that ends in .toml"
+            if word.startswith("-"):
+                fix = "run keys have no dashes: zero=2, not --zero=2; `halfstep plan --help` lists keys and options"
+            raise RequestError(f"{word!r} is neither key=value nor a run file", where=_COMMAND_LINE, fix=fix)
     return Request(spec=_validate(values, origins), origins=origins)
 
 
@@ -74,7 +73,8 @@ def _put(values: dict[str, Any], origins: dict[str, str], key: str, value: Any, 
         elif key == "model.name" and value.startswith("hf:"):
             local = base / Path(value[3:]).expanduser()
             value = f"hf:{os.path.abspath(local)}" if local.exists() else value
-    values[key], origins[key] = value, origin
+    if value != "":  # `data=` with nothing behind it says nothing
+        values[key], origins[key] = value, origin
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -133,6 +133,9 @@ def _problem(detail: ErrorDetails, origins: dict[str, str]) -> RequestError:
         return RequestError(f"unknown run key {full!r}", where=origin, fix=_suggest_key(full, known))
     if detail["type"] == "missing":
         return RequestError(f"{key} is missing", where=_COMMAND_LINE, fix=_MISSING.get(key, f"give {key}=..."))
+    if detail["type"] == "model_type":
+        inside = ", ".join(name for name in known if name.startswith(f"{key}."))
+        return RequestError(f"{key} is a section, not a value", where=origin, fix=f"set one of {inside}")
     shown = detail["input"]
     message = detail["msg"].removeprefix("Value error, ")
     what = f"{key}={shown}: {message[:1].lower()}{message[1:]}" if key else message

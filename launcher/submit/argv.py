@@ -1,11 +1,13 @@
 """The command line that starts a run's ranks on this host, one function for each starter."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from launcher import assets
-from launcher.plan.resolve import Plan
+from launcher.errors import RequestError
+from launcher.plan.plan import Plan
 from launcher.topology import free_port
 
 Starter = Callable[[Plan, Path], list[str]]
@@ -23,11 +25,25 @@ def _script(run: Path) -> list[str]:
 
 
 def deepspeed(plan: Plan, run: Path) -> list[str]:
-    """Return the `deepspeed` command; the port is free now, where its default 29500 is everybody's (T24)."""
+    """Return the `deepspeed` command; the port is free now, where its default 29500 is everybody's (T24).
+
+    With --num_gpus it ignores CUDA_VISIBLE_DEVICES (launcher/runner.py, main): where that is set, devices are named.
+    """
     tool = _tool("deepspeed", "deepspeed.launcher.runner")
     ranks = plan.topology.ranks_per_node
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if plan.topology.accelerator == "cuda" else None
+    devices = ["--num_gpus", str(ranks)]
+    if visible:
+        chosen = [one.strip() for one in visible.split(",")][:ranks]
+        if not all(one.isdigit() for one in chosen):
+            raise RequestError(
+                "the deepspeed launcher knows GPUs by number only",
+                where=f"CUDA_VISIBLE_DEVICES={visible}",
+                fix="start with --with torchrun, or give the numbers that nvidia-smi shows",
+            )
+        devices = ["--include", f"localhost:{','.join(chosen)}"]
     quiet = ["--log_level", "error"]  # its own lines about processes and ports would bury the run's
-    return [*tool, "--num_gpus", str(ranks), "--master_port", str(free_port()), *quiet, *_script(run)]
+    return [*tool, *devices, "--master_port", str(free_port()), *quiet, *_script(run)]
 
 
 def torchrun(plan: Plan, run: Path) -> list[str]:

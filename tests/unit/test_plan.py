@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launcher import assets
 from launcher.errors import RequestError
 from launcher.plan import batch, catalogue, dsconfig, memory, rules, schedule
-from launcher.plan.resolve import Plan
+from launcher.plan.plan import Plan
 from launcher.spec.schema import flatten
 from launcher.topology import Topology
 

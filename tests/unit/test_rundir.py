@@ -14,7 +14,8 @@ from launcher import rundir
 from launcher.errors import RequestError
 from launcher.lease import LEASE_STALE_SECONDS, lease
 from launcher.plan import facts
-from launcher.plan.resolve import Plan, resolve
+from launcher.plan.plan import Plan
+from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
 from launcher.topology import Topology
 

@@ -1,0 +1,110 @@
+"""A Plan: every decision of a run as one frozen, JSON-able value."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import RequestError
+from launcher.plan.batch import Batch
+from launcher.plan.schedule import Schedule
+from launcher.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """The network that will be built."""
+
+    name: str
+    config: dict[str, Any]
+    """A complete transformers config, `model_type` included."""
+    weights: str | None
+    """Where trained weights are loaded from; None: a fresh initialisation."""
+    parameters: int
+    """Distinct parameters; a tied head counts once."""
+    flops_per_token: float | None
+    """Forward and backward, causal attention counted; None where the family is not known."""
+    vocabulary: int
+    """Rows of the embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """The corpus and how it divides into sequences."""
+
+    path: str
+    train_prefix: str
+    validation_prefix: str | None
+    digest: str
+    train_tokens: int
+    train_windows: int
+    """Sequences in one epoch."""
+    validation_windows: int
+    """Sequences read at each evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every decision of a run; JSON-able, equal on every rank, never changed afterwards."""
+
+    run_id: str
+    identity: dict[str, Any]
+    """What may not change when a run continues in its directory."""
+    model: ModelPlan
+    data: DataPlan
+    batch: Batch
+    topology: Topology
+    sequence: int
+    steps: int
+    tokens: int
+    """Training tokens in all."""
+    zero: int
+    precision: str
+    seed: int
+    activation_checkpointing: bool
+    compile: bool
+    trust_remote_code: bool
+    schedule: Schedule
+    clip: float
+    eval_every: int
+    log_every: int
+    peak_flops: float | None
+    """Of one device, for MFU; None where not known."""
+    deepspeed: dict[str, Any]
+    origins: dict[str, str]
+    memory: dict[str, Any]
+    warnings: list[str]
+    refused_by: list[dict[str, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-able dictionaries."""
+        tree = dataclasses.asdict(self)
+        tree["batch"]["global"] = tree["batch"].pop("global_")
+        tree["topology"]["nodes"] = self.topology.nodes
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Plan":
+        """Rebuild a plan that `to_dict` wrote."""
+        tree = dict(tree)
+        batch = dict(tree["batch"])
+        batch["global_"] = batch.pop("global")
+        topology = {key: value for key, value in tree["topology"].items() if key != "nodes"}
+        return cls(
+            **{
+                **tree,
+                "model": ModelPlan(**tree["model"]),
+                "data": DataPlan(**tree["data"]),
+                "batch": Batch(**batch),
+                "topology": Topology(**topology),
+                "schedule": Schedule(**tree["schedule"]),
+            }
+        )
+
+    def require_allowed(self) -> None:
+        """Raise RequestError with every rule the request breaks."""
+        problems = [
+            RequestError(f"{one['sentence']} (rule {one['rule']})", where=one["where"], fix=one["fix"])
+            for one in self.refused_by
+        ]
+        if problems:
+            raise problems[0].with_more(problems[1:])
