@@ -73,7 +73,7 @@ def worker(job: dict) -> None:
     steps = job["steps"] + WARMUP
     request = load([*words, f"steps={steps}", "schedule.kind=constant", "eval.every=0"])
     world = topology.describe(rank.world_size, rank.local_world_size)
-    plan = resolve(request, world, facts.read(request.spec, lambda config: 0))
+    plan = resolve(request, world, facts.read(request.spec, lambda config, trust: 0))
     distributed.join(rank, plan)
     rounds = []
     for number in range(job["rounds"]):
@@ -109,10 +109,11 @@ def _ours(plan, rank) -> float:
 
 
 def _plain(plan, rank) -> float:
-    """Return the tokens per second of a loop with nothing in it but DeepSpeed and the model's own loss."""
+    """Return the tokens per second of a loop with nothing in it but DeepSpeed, the model and the loss."""
     from launcher.engine import distributed
     from launcher.engine.build import build
     from launcher.engine.feed import Feed
+    from models.loss import next_token_loss
 
     device = distributed.device(rank, plan)
     engine = build(plan, device)
@@ -122,8 +123,7 @@ def _plain(plan, rank) -> float:
     moments = []
     for step in batches:
         for tokens in step:
-            inputs = tokens[:, :-1].contiguous()
-            loss = engine(input_ids=inputs, labels=inputs).loss
+            loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
             engine.backward(loss)
             engine.step()
         moments.append(time.perf_counter())

@@ -40,8 +40,8 @@ def examine(folder: Path) -> list[Finding]:
         _accelerator,
         _compiler,
         _ninja,
-        _operators,
         _lock,
+        _operators,
         _port,
         _threads,
         _shared_memory,
@@ -86,7 +86,16 @@ def _accelerator() -> Iterator[Finding]:
     import torch
 
     seen, usable = topology.gpu_count(), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if usable:
+    if usable and not seen:
+        mend = (
+            "unset DS_ACCELERATOR=cpu to use them"
+            if os.environ.get("DS_ACCELERATOR") == "cpu"
+            else "report this machine"
+        )
+        yield Finding(
+            name="accelerator", status=WARN, found=f"torch sees {usable} GPU(s), runs will use the CPU", mend=mend
+        )
+    elif usable:
         yield Finding(name="accelerator", status=OK, found=f"{usable} x {torch.cuda.get_device_name(0)}")
     elif seen:
         mend = "install a torch build for CUDA (this one is for CPU), or a driver that fits it"
@@ -128,12 +137,18 @@ def _operators() -> Iterator[Finding]:
     names = ["ShareMemCommBuilder"] if topology.gpu_count() == 0 else ["FusedAdamBuilder"]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            opcache.load_operators(names)
-    except (RuntimeError, OSError, ImportError) as error:
+            loaded = opcache.load_operators(names)
+    except (
+        Exception
+    ) as error:  # DeepSpeed and torch raise what they like while they compile; none of it may end the doctor
         mend = f"read the compiler's words above; empty {opcache.folder()} and try again"
         yield Finding(name="operators", status=FAIL, found=str(error).strip().splitlines()[0][:120], mend=mend)
         return
-    yield Finding(name="operators", status=OK, found=f"{', '.join(names)} built in {opcache.folder()}")
+    if loaded:
+        yield Finding(name="operators", status=OK, found=f"{', '.join(loaded)} built in {opcache.folder()}")
+    else:
+        mend = "nothing needs it: torch's own optimizer and gloo's own communication are used instead"
+        yield Finding(name="operators", status=OK, found=f"{', '.join(names)} does not fit this machine", mend=mend)
 
 
 def _lock() -> Iterator[Finding]:
@@ -158,8 +173,8 @@ def _port() -> Iterator[Finding]:
 
 def _threads() -> Iterator[Finding]:
     cores, ranks = topology.usable_cores(), topology.default_ranks_per_node()
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    if chosen and int(chosen) * ranks > cores:
+    chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if chosen.isdigit() and int(chosen) * ranks > cores:
         mend = f"unset OMP_NUM_THREADS or set it to {max(1, cores // ranks)}: ranks would fight over the cores"
         yield Finding(
             name="threads", status=WARN, found=f"OMP_NUM_THREADS={chosen} x {ranks} ranks > {cores} cores", mend=mend

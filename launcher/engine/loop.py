@@ -23,8 +23,8 @@ class Listeners:
     evaluation: Callable[[EvaluationRecord | None], None]
 
 
-def train(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners) -> None:
-    """Train from step 1 to the plan's last, evaluating before, in between and at the end."""
+def train(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners) -> StepRecord:
+    """Train from step 1 to the plan's last, evaluating before, in between and at the end; return the last record."""
     readings = Readings(engine, plan)
     tell.evaluation(evaluate(engine, feed, step=0))
     for step in range(1, plan.steps + 1):
@@ -48,9 +48,11 @@ def train(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners) -> N
             engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
         reading = readings.after_step(total / plan.batch.accumulation, waited)
-        tell.step(_record(plan, step, rate, reading, time.perf_counter() - started))
+        record = _record(plan, step, rate, reading, time.perf_counter() - started)
+        tell.step(record)
         if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
             tell.evaluation(evaluate(engine, feed, step=step))
+    return record
 
 
 @torch.no_grad()

@@ -46,8 +46,10 @@ def own_lock(cache: Path) -> FileLock:
     return FileLock(cache / "halfstep.lock")
 
 
-def load_operators(names: list[str]) -> None:
-    """Build, or load what was built, one rank at a time; DeepSpeed then finds them loaded and takes no lock itself.
+def load_operators(names: list[str]) -> list[str]:
+    """Build, or load what was built, one rank at a time, and return the names of those that fit this machine.
+
+    DeepSpeed then finds them loaded and takes no lock itself.
 
     Must run before `deepspeed.init_distributed`, which loads the shared-memory operator on CPU (comm/torch.py).
     """
@@ -57,6 +59,7 @@ def load_operators(names: list[str]) -> None:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops import __compatible_ops__
 
+    loaded = []
     with own_lock(cache):
         for lock in stale_locks(cache):
             lock.unlink(missing_ok=True)
@@ -64,3 +67,5 @@ def load_operators(names: list[str]) -> None:
             builder = get_accelerator().create_op_builder(name)
             if builder is not None and __compatible_ops__.get(builder.NAME, False):
                 builder.load()
+                loaded.append(name)
+    return loaded

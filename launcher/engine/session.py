@@ -14,7 +14,7 @@ from launcher.engine.build import build
 from launcher.engine.feed import Feed
 from launcher.engine.loop import Listeners, train
 from launcher.engine.witness import Witness
-from launcher.errors import Fault, HalfstepError, Interrupted, RefusedError
+from launcher.errors import Fault, HalfstepError, Interrupted, NumericsError, RefusedError
 from launcher.lease import lease
 from launcher.plan import present
 from launcher.plan.plan import Plan
@@ -22,6 +22,7 @@ from launcher.rundir import RunDir
 from launcher.spec.digest import digest
 from launcher.spec.load import Request
 from launcher.topology import Rank
+from models.build import initial_statistics
 
 
 def run(path: Path, request: Request, plan: Plan, rank: Rank) -> int:
@@ -96,6 +97,16 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
             witness.screen.say(line)
         engine = build(plan, device)
         torch.manual_seed(int(digest([plan.seed, rank.rank]), 16) % 2**63)  # dropout, different on every rank
-        train(engine, plan, Feed(plan, rank, device), Listeners(step=witness.step, evaluation=witness.evaluation))
+        if plan.model.weights is None:
+            witness.event("initialised", mean_and_std=initial_statistics(engine.module))
+        tell = Listeners(step=witness.step, evaluation=witness.evaluation)
+        last = train(engine, plan, Feed(plan, rank, device), tell)
+        learnt = last.loss is not None and last.skipped_steps < last.step
         if rank.rank == 0:
-            witness.summarise()
+            witness.summarise("done" if learnt else "diverged")
+    if not learnt:
+        raise NumericsError(
+            "the loss is not finite" if last.loss is None else f"all {last.step} steps were skipped for overflow",
+            where=str(where.metrics),
+            fix="take a smaller optimizer.lr or fp16.initial_scale_power, or precision=bf16",
+        )

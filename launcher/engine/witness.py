@@ -75,12 +75,12 @@ class Witness:
                 "its initialisation is not what it should be"
             )
 
-    def summarise(self) -> None:
-        """Write summary.json and say how it went."""
+    def summarise(self, status: str) -> None:
+        """Write summary.json and say how it went; `status` is `done` or `diverged`."""
         plan, last = self._plan, self._steps[-1]
         first_eval, last_eval = (self._evaluations[0], self._evaluations[-1]) if self._evaluations else (None, None)
         summary = {
-            "status": "done",
+            "status": status,
             "run_id": plan.run_id,
             "model": plan.model.name,
             "parameters": plan.model.parameters,
@@ -106,11 +106,11 @@ class Witness:
             "warnings": plan.warnings,
         }
         write_json(self._where.summary, summary)
-        self.event("done", step=last.step)
+        self.event(status, step=last.step)
         if last_eval and first_eval and last_eval.perplexity and first_eval.perplexity:
             self.screen.say(
-                f"done: validation perplexity {first_eval.perplexity:,.1f} -> {last_eval.perplexity:,.1f} in "
+                f"{status}: validation perplexity {first_eval.perplexity:,.1f} -> {last_eval.perplexity:,.1f} in "
                 f"{summary['wall_seconds']:.0f} s; {self._where.summary}"
             )
         else:
-            self.screen.say(f"done in {summary['wall_seconds']:.0f} s; {self._where.summary}")
+            self.screen.say(f"{status} in {summary['wall_seconds']:.0f} s; {self._where.summary}")
