@@ -3,6 +3,8 @@
 # make check   formatting, lint, types, generated files
 
 PYTHON ?= python3
+# More words for pip: where to find torch's CPU build, say, on a machine without a GPU.
+PIPFLAGS ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -18,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Halfstep needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { apt-get install -qy python3-venv && $(PYTHON) -m venv $(VENV); }
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIPFLAGS) -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIPFLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
@@ -33,7 +35,6 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m launcher.engine.dskeys --check
 	$(BIN)/python -m launcher.plan.catalogue --check
 
 format: $(STAMP)

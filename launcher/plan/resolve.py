@@ -31,10 +31,11 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
     )
     tokens_per_step = batch.global_ * sequence
     steps = spec.steps or (-(-spec.tokens // tokens_per_step) if spec.tokens else _DEFAULT_STEPS)
+    learning_rate = spec.optimizer.lr or schedule.default_peak(model.parameters)
     composed = dsconfig.compose(
         spec,
         batch=batch,
-        learning_rate=spec.optimizer.lr or schedule.default_peak(model.parameters),
+        learning_rate=learning_rate,
         sizes=sizes,
         topology=topology,
         own=facts.ds_config,
@@ -47,7 +48,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         steps=steps,
         min_ratio=spec.schedule.min_ratio,
     )
-    demanded = dsconfig.demanded_by_run_keys(spec, batch, curve.peak, topology)
+    demanded = dsconfig.demanded_by_run_keys(spec, batch, learning_rate, topology)
     case = rules.Case(
         spec=spec,
         topology=topology,

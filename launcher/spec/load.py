@@ -46,6 +46,10 @@ def load(words: Sequence[str]) -> Request:
                 _put(values, origins, key, value, word, Path(word).absolute().parent)
         elif "=" in word and not word.startswith("-"):
             key, _, text = word.partition("=")
+            if not all(key.split(".")):
+                raise RequestError(
+                    f"{word!r} has no key before the =", where=_COMMAND_LINE, fix="write key=value, such as zero=2"
+                )
             _put(values, origins, key.strip(), _literal(key, text), _COMMAND_LINE, Path.cwd())
         else:
             fix = "write key=value without spaces around the =, or name a file that ends in .toml"
@@ -144,6 +148,8 @@ def _problem(detail: ErrorDetails, origins: dict[str, str]) -> RequestError:
 
 
 def _suggest_key(key: str, known: dict[str, str]) -> str:
+    if key.startswith(("checkpoint.", "watch.")):
+        return "drop it: checkpoints are not written yet, and a run that was interrupted starts from its first step"
     last = key.rpartition(".")[2]
     close = nearest(key, known) or [name for name in known if name.rpartition(".")[2] == last]
     close = close or [name for name in known if nearest(last, [name.rpartition(".")[2]])]

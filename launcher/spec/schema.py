@@ -223,16 +223,16 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     """Return nested dictionaries from dotted paths: the inverse of `flatten`.
 
-    Raises KeyError with the path where one path is both a value and a section.
+    Raises KeyError with the path that is both a value and a section.
     """
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         *sections, last = path.split(".")
         branch = tree
-        for section in sections:
+        for depth, section in enumerate(sections, 1):
             branch = branch.setdefault(section, {})
             if not isinstance(branch, dict):
-                raise KeyError(path)
+                raise KeyError(".".join(sections[:depth]))
         if isinstance(branch.get(last), dict):
             raise KeyError(path)
         branch[last] = value

@@ -95,9 +95,13 @@ def test_a_stale_build_lock_does_not_hang_the_next_start(start: Start, cell: Cel
 def test_another_run_in_the_same_directory_is_refused_on_all_ranks(start: Start, cell: Cell, data: Path) -> None:
     there = cell(1, "bf16").out
     words = [*WORDS, "seed=1", "zero=1", "precision=bf16", f"data={data}", f"out={there}"]
-    outcome = start("other", [str(BIN / "halfstep"), "run", *words])
-    assert outcome.returncode == 2
-    assert f"error: {there} belongs to a different run: seed was 0 and is now 1" in outcome.output
+    outcome = start(
+        "other", [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "launcher/train.py", *words]
+    )
+    assert outcome.returncode != 0
+    assert outcome.output.count(f"error: {there} belongs to a different run: seed was 0 and is now 1") == 1
+    assert "Traceback (most" not in outcome.output
+    assert "exitcode  : 2 " in outcome.output, "of the rank that torchrun names"
 
 
 def test_activation_checkpointing_and_compile_change_no_loss(start: Start, cell: Cell, data: Path) -> None:

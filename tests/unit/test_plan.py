@@ -183,6 +183,24 @@ def test_each_rule_refuses_what_it_is_for(plan: Make, words: list[str], broken: 
     assert {one["rule"] for one in plan(*words, topology=GPUS).refused_by} == broken
 
 
+def test_a_users_own_optimizer_wins_over_defaults_and_not_over_run_keys(plan: Make) -> None:
+    made = plan("ds.optimizer.params.lr=0.5")
+    assert (made.schedule.peak, made.refused_by) == (0.5, [])
+    assert [one["rule"] for one in plan("optimizer.lr=0.1", "ds.optimizer.params.lr=0.5").refused_by] == [
+        "config-agrees-with-run-keys"
+    ]
+    lamb = plan("ds.optimizer.type=Lamb", topology=GPUS).deepspeed["optimizer"]
+    assert (lamb["type"], set(lamb["params"])) == ("Lamb", {"lr", "weight_decay"})
+
+
+def test_an_own_config_without_a_learning_rate_gets_the_planned_one(plan: Make, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 1}}))
+    made = plan(f"--ds-config={file}")
+    assert made.schedule.peak == 1e-3
+    assert made.deepspeed["optimizer"]["params"]["torch_adam"] is True
+
+
 def test_every_rule_is_tripped_by_a_test() -> None:
     tripped = {
         name for rule in test_each_rule_refuses_what_it_is_for.pytestmark for case in rule.args[1] for name in case[1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -176,3 +177,27 @@ def test_a_damaged_plan_is_a_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(RequestError):
         rundir.read_plan(tmp_path)
+
+
+def test_an_error_crosses_from_rank_to_rank_whole() -> None:
+    error = RequestError("what", where="where", fix="fix").with_more([RequestError("more", where="there", fix="that")])
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (RequestError, str(error))
+
+
+def test_the_origins_of_a_request_survive_the_directory(decide: Callable, tmp_path: Path) -> None:
+    rundir.write_plan(tmp_path / "run", *decide("zero=3"))
+    request, plan = rundir.read_plan(tmp_path / "run")
+    assert request.origins["zero"] == "the command line"
+    rundir.write_plan(tmp_path / "run", request, plan)
+    assert rundir.read_plan(tmp_path / "run")[0].origins == request.origins
+
+
+def test_an_own_config_is_known_by_its_content_not_its_place(decide: Callable, tmp_path: Path) -> None:
+    for name in ("one.json", "two.json"):
+        (tmp_path / name).write_text('{"zero_optimization": {"stage": 1}}')
+    rundir.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'one.json'}"))
+    rundir.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'two.json'}"))
+    (tmp_path / "two.json").write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}')
+    with pytest.raises(RequestError, match="ds_config was"):
+        rundir.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'two.json'}"))

@@ -89,6 +89,30 @@ def test_a_word_that_is_no_key_value_is_refused() -> None:
     assert refused("fast").what == "'fast' is neither key=value nor a run file"
 
 
+@pytest.mark.parametrize(
+    ("words", "what", "fix"),
+    [
+        (["=3"], "'=3' has no key before the =", "write key=value, such as zero=2"),
+        (["ds.=1"], "'ds.=1' has no key before the =", "write key=value, such as zero=2"),
+        (["batch=32"], "batch is a section, not a value", "set one of batch.global, batch.micro"),
+        (["model.name.x=1"], "model.name is given both as a value and as a section", "keep one of model.name=... and"),
+        (["--zero=2"], "'--zero=2' is neither key=value nor a run file", "run keys have no dashes: zero=2"),
+        (["checkpoint.every=10"], "unknown run key 'checkpoint.every'", "drop it: checkpoints are not written yet"),
+    ],
+)
+def test_an_odd_word_is_understood_as_what_it_was_meant_for(words: list[str], what: str, fix: str) -> None:
+    error = refused(*words)
+    assert error.what == what
+    assert error.fix.startswith(fix)
+
+
+def test_a_path_with_an_equals_sign_is_still_a_run_file(tmp_path: Path) -> None:
+    folder = tmp_path / "zero=2"
+    folder.mkdir()
+    (folder / "run.toml").write_text('model = "gpt2-nano"\ndata = "/data"\n')
+    assert load([str(folder / "run.toml")]).spec.model.name == "gpt2-nano"
+
+
 def test_a_run_file_is_read_and_the_command_line_overrides_it(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
