@@ -31,7 +31,7 @@ def test_a_documented_command_is_understood(command: str) -> None:
             words = ["model=gpt2-nano", "data=/data"] + [word for word in words if not word.endswith(".toml")]
     else:
         words = words[[Path(word).name for word in words].index("train.py") + 1 :]
-    if words and words[0] != "--run":
+    if words and not words[0].startswith(("--run", "run=")):
         assert load(words).spec.data
 
 
