@@ -70,6 +70,11 @@ class Fault(HalfstepError):
 
     exit_code = 1
 
+    @classmethod
+    def of(cls, error: BaseException, where: str) -> Self:
+        """Wrap an unforeseen exception; `where` may be the log that has its traceback."""
+        return cls(f"{type(error).__name__}: {error}", where=where, fix="--debug shows the traceback")
+
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """Return the choices that `word` most likely stood for, best first, possibly none."""

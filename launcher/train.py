@@ -1,9 +1,7 @@
 """Train one model: the table of contents of a training process.
 
-    deepspeed launcher/train.py [RUN.toml] key=value ... [--ds-config FILE]
-    deepspeed launcher/train.py --run DIR        or run=DIR, which torchrun and accelerate do not take for their own
-
-Also under torchrun, accelerate launch, srun, mpirun, or plain python.
+deepspeed launcher/train.py [RUN.toml] key=value ... [--ds-config FILE]
+torchrun ... launcher/train.py run=DIR       (--run DIR elsewhere; torchrun and accelerate take it for their own)
 """
 
 import os
@@ -15,7 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launcher import rundir, topology
-from launcher.errors import HalfstepError, RequestError
+from launcher.errors import Fault, HalfstepError, RequestError
 from launcher.plan import facts
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
@@ -62,14 +60,15 @@ def main(words: list[str]) -> int:
         from launcher.engine import session  # torch and DeepSpeed from here on
 
         return session.run(path, request, plan, rank)
-    except HalfstepError as error:
-        if "--debug" in sys.argv:
-            raise
-        if rank.local_rank == 0:  # the others of this host have the same to say
-            print(error, file=sys.stderr, flush=True)
-        return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # whatever it is, this rank must end, or the others would wait for it
+        if "--debug" in sys.argv:
+            raise
+        told = error if isinstance(error, HalfstepError) else Fault.of(error, where=f"rank {rank.rank}, at the start")
+        if rank.local_rank == 0 or told is not error:  # the others of this host have the same to say of a request
+            print(told, file=sys.stderr, flush=True)
+        return told.exit_code
 
 
 if __name__ == "__main__":

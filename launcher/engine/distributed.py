@@ -97,8 +97,9 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
         except HalfstepError as error:
             result = [error]
         except Exception as error:  # whatever it is, the others must hear of it, or they would wait for ever
-            traceback.print_exc()
-            result = [Fault(f"{type(error).__name__}: {error}", where="rank 0", fix="read the traceback above")]
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            result = [Fault.of(error, where="rank 0")]
     dist.broadcast_object_list(result, src=0)
     if isinstance(result[0], HalfstepError):
         raise result[0]

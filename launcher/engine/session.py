@@ -58,7 +58,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank) -> int:
 def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     """Write down how this rank failed, say it if no other rank has, and return the exit code."""
     log = where.rank_log(rank.rank)
-    with log.open("a", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be what failed
         traceback.print_exception(error, file=file)
     told = _explain(error, log)
     first = rundir.write_exit(where.attempt, told.exit_code, told.what, rank.rank)
@@ -80,9 +80,11 @@ def _explain(error: BaseException, log: Path) -> HalfstepError:
             where=str(log),
             fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RefusedError(
-            "the disk is full", where=str(error.filename or log), fix="free some space, or write elsewhere: out=DIR"
+            "the disk is full",
+            where=str(error.filename or log.parents[2]),
+            fix="free some space, or write elsewhere: out=DIR",
         )
     return Fault(
         f"{type(error).__name__}: {error}", where=str(log), fix="read the traceback there; --debug shows it here"
