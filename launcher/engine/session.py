@@ -86,9 +86,7 @@ def _explain(error: BaseException, log: Path) -> HalfstepError:
             where=str(error.filename or log.parents[2]),
             fix="free some space, or write elsewhere: out=DIR",
         )
-    return Fault(
-        f"{type(error).__name__}: {error}", where=str(log), fix="read the traceback there; --debug shows it here"
-    )
+    return Fault.of(error, where=str(log))
 
 
 def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
