@@ -100,6 +100,7 @@ def _data_verbs(parser: argparse.ArgumentParser, common: argparse.ArgumentParser
     prepare.add_argument("--field", default="text", help="the JSON or parquet field that holds the text")
     prepare.add_argument("--validation-fraction", type=float, default=0.01, help="share of the tokens held back")
     prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
+    prepare.add_argument("--json", action="store_true", help="print the manifest as JSON")
     prepare.set_defaults(verb=_data_prepare)
     inspect = verbs.add_parser("inspect", help="show counts and a decoded sample", parents=[common])
     inspect.add_argument("directory", type=Path)
@@ -173,7 +174,7 @@ def _data_prepare(arguments: argparse.Namespace, words: list[str]) -> int:
         workers=arguments.workers,
         progress=True,
     )
-    print("\n".join(render(manifest)))
+    print(json.dumps(manifest, indent=2, ensure_ascii=False) if arguments.json else "\n".join(render(manifest)))
     return 0
 
 
