@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import rundir, topology
-from launcher.errors import EXIT_REFUSED, HalfstepError, RequestError
+from launcher.errors import EXIT_REFUSED, Fault, HalfstepError, RequestError
 from launcher.lease import lease
 from launcher.plan import facts, present
 from launcher.plan.plan import Plan
@@ -36,12 +36,17 @@ def main(words: list[str]) -> int:
             raise
         print(error, file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone (`| head`): nothing is wrong, and nobody to tell
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(Fault.of(error, where=f"halfstep {' '.join(words)}"), file=sys.stderr)
+        return Fault.exit_code
 
 
 def console() -> None:

@@ -18,6 +18,8 @@ class HalfstepError(Exception):
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
         self.more: tuple[HalfstepError, ...] = ()
+        self.said_elsewhere = False
+        """Whether another rank has this to say, so that this one need not."""
 
     def with_more(self, others: Sequence["HalfstepError"]) -> Self:
         """Report other problems together with this one, so that a user mends them all at once."""

@@ -126,7 +126,7 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
     if not path.exists():
         return
     file = path / "plan.json"
-    if not path.is_dir() or (not file.is_file() and any(item.name not in LEASE_FILES for item in path.iterdir())):
+    if not path.is_dir() or (not file.is_file() and not all(_is_ours(item.name) for item in path.iterdir())):
         raise RequestError(
             f"{path} exists and is not a run directory",
             where=f"out={path}",
@@ -145,6 +145,13 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
             where=f"out={path}",
             fix="choose another out (or none), or ask for the same run again",
         )
+
+
+def _is_ours(name: str) -> bool:
+    """Tell whether a start that was cut short may have left this file."""
+    return name in LEASE_FILES or name.lstrip(".").startswith(
+        ("plan.json", "request.toml", "ds_config", "origins.json")
+    )
 
 
 def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
@@ -197,20 +204,28 @@ def code_revision() -> str | None:
     return commit + ("+changed" if changed.strip() else "")
 
 
-def write_exit(attempt: Path, code: int, cause: str, rank: int) -> bool:
-    """Write how an attempt ended and return True; the first to write wins, so a follow-up hides no cause."""
-    content = pretty({"code": code, "cause": cause, "rank": rank, "time": time.time()})
+def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
+    """Write how an attempt ended and return None, or the code that another rank wrote before.
+
+    The first to write wins, so that a follow-up failure hides no cause.
+    """
+    file = attempt / "exit.json"
     temporary = attempt / f".exit.json.{os.getpid()}"
     try:
-        temporary.write_text(content, "utf-8")
-        os.link(temporary, attempt / "exit.json")
-    except FileExistsError:
-        return False
-    except OSError:
-        return True  # it cannot be written, so it has to be said
+        temporary.write_text(pretty({"code": code, "cause": cause, "rank": rank, "time": time.time()}), "utf-8")
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            return int(json.loads(file.read_text("utf-8"))["code"])
+        except OSError:  # a file system without hard links
+            if file.exists():
+                return int(json.loads(file.read_text("utf-8"))["code"])
+            temporary.replace(file)
+    except (OSError, ValueError, KeyError):
+        return None  # it cannot be written, so it has to be said
     finally:
         temporary.unlink(missing_ok=True)
-    return True
+    return None
 
 
 def finished(path: Path) -> dict[str, Any] | None:

@@ -52,11 +52,12 @@ def main(words: list[str]) -> int:
         print(f"{__doc__}\n`halfstep plan --help` lists the run keys.")
         return 0
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank")) and word != "--debug"]
-    rank = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none")
+    rank, planned = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), False
     try:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
         path, request, plan = decide(words, rank)
+        planned = True
         from launcher.engine import session  # torch and DeepSpeed from here on
 
         return session.run(path, request, plan, rank)
@@ -66,7 +67,7 @@ def main(words: list[str]) -> int:
         if "--debug" in sys.argv:
             raise
         told = error if isinstance(error, HalfstepError) else Fault.of(error, where=f"rank {rank.rank}, at the start")
-        if rank.local_rank == 0 or told is not error:  # the others of this host have the same to say of a request
+        if not told.said_elsewhere and (planned or rank.local_rank == 0):  # ranks of one host plan the same
             print(told, file=sys.stderr, flush=True)
         return told.exit_code
 

@@ -55,11 +55,13 @@ def join(rank: Rank, plan: Plan) -> None:
     digests = gather_objects(digest(plan.to_dict()))
     if len(set(digests)) > 1:
         odd = [number for number, one in enumerate(digests) if one != digests[0]]
-        raise TopologyError(
+        error = TopologyError(
             f"ranks {odd} worked out another plan than rank 0",
             where="the digest of plan.json on every rank",
             fix="give all hosts the same Halfstep, the same data folder and the same kind of device",
         )
+        error.said_elsewhere = rank.rank != 0
+        raise error
 
 
 def quiet_deepspeed(log: Path | None = None) -> None:
@@ -102,6 +104,7 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
             result = [Fault.of(error, where="rank 0")]
     dist.broadcast_object_list(result, src=0)
     if isinstance(result[0], HalfstepError):
+        result[0].said_elsewhere = dist.get_rank() != 0
         raise result[0]
     return result[0]
 

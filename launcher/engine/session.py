@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launcher import rundir
 from launcher.engine import distributed
@@ -61,12 +62,12 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be what failed
         traceback.print_exception(error, file=file)
     told = _explain(error, log)
-    first = rundir.write_exit(where.attempt, told.exit_code, told.what, rank.rank)
+    cause = rundir.write_exit(where.attempt, told.exit_code, told.what, rank.rank)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
-    if first and not isinstance(error, KeyboardInterrupt):
+    if cause is None and not isinstance(error, KeyboardInterrupt):
         print(told, file=sys.stderr, flush=True)
-    return told.exit_code
+    return told.exit_code if cause is None else cause  # of the rank that failed first, and broke this one's connection
 
 
 def _explain(error: BaseException, log: Path) -> HalfstepError:
@@ -97,16 +98,36 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
             witness.screen.say(line)
         engine = build(plan, device)
         torch.manual_seed(int(digest([plan.seed, rank.rank]), 16) % 2**63)  # dropout, different on every rank
+        witness.event(
+            "built",
+            optimizer=type(engine.optimizer).__name__,
+            compiled=engine.is_compiled,
+            activation_checkpointing=engine.module.is_gradient_checkpointing,
+        )
         if plan.model.weights is None:
             witness.event("initialised", mean_and_std=initial_statistics(engine.module))
         tell = Listeners(step=witness.step, evaluation=witness.evaluation)
-        last = train(engine, plan, Feed(plan, rank, device), tell)
-        learnt = last.loss is not None and last.skipped_steps < last.step
+        failure = _train_or_diverge(engine, plan, Feed(plan, rank, device), tell)
         if rank.rank == 0:
-            witness.summarise("done" if learnt else "diverged")
-    if not learnt:
-        raise NumericsError(
-            "the loss is not finite" if last.loss is None else f"all {last.step} steps were skipped for overflow",
-            where=str(where.metrics),
-            fix="take a smaller optimizer.lr or fp16.initial_scale_power, or precision=bf16",
-        )
+            witness.summarise("diverged" if failure else "done")
+        if failure:
+            distributed.gather_objects(None)  # a launcher ends everybody when one rank fails: let rank 0 write first
+            raise NumericsError(
+                failure,
+                where=str(where.metrics),
+                fix="take a smaller optimizer.lr, or precision=bf16; in fp16 a smaller fp16.min_scale",
+            )
+
+
+def _train_or_diverge(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners) -> str | None:
+    """Train to the end and return None, or why the run cannot make progress; the same on every rank."""
+    try:
+        last = train(engine, plan, feed, tell)
+    except Exception as error:
+        # A bare Exception is what DeepSpeed raises, at stages 1 to 3 (runtime/fp16/loss_scaler.py, update_scale).
+        if "loss scale already at minimum" not in str(error):
+            raise
+        return "gradients overflow fp16 at the smallest loss scale"
+    if last.loss is None:
+        return "the loss is not finite"
+    return f"all {last.step} steps were skipped for overflow" if last.skipped_steps == last.step else None

@@ -77,6 +77,8 @@ class Witness:
 
     def summarise(self, status: str) -> None:
         """Write summary.json and say how it went; `status` is `done` or `diverged`."""
+        if not self._steps:
+            return
         plan, last = self._plan, self._steps[-1]
         first_eval, last_eval = (self._evaluations[0], self._evaluations[-1]) if self._evaluations else (None, None)
         summary = {

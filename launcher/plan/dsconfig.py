@@ -145,6 +145,8 @@ def demanded_by_run_keys(
     if spec.precision == "fp16":
         keys |= _loss_scaling(spec.fp16)
     keys |= {f"optimizer.{key}": value for key, value in _optimizer(spec.optimizer, learning_rate, topology).items()}
+    offload = read_fragment(assets.folder("ds_configs") / "offload" / f"{spec.offload}.json")
+    keys |= {key: (value, "run key offload") for key, value in offload.items() if key.endswith(".device")}
     if spec.offload == "nvme" and spec.nvme_path:
         keys |= {
             f"zero_optimization.offload_{what}.nvme_path": (spec.nvme_path, "run key nvme_path")

@@ -19,6 +19,8 @@ class ModelPlan:
     """A complete transformers config, `model_type` included."""
     weights: str | None
     """Where trained weights are loaded from; None: a fresh initialisation."""
+    weights_digest: str | None
+    """Identifies those weights, wherever they lie."""
     parameters: int
     """Distinct parameters; a tied head counts once."""
     flops_per_token: float | None

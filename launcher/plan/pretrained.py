@@ -1,5 +1,6 @@
 """Read what an `hf:` model says of itself: its config, whether it has weights, and its tokenizer."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from launcher.errors import RequestError
 from launcher.plan import hub
 from launcher.plan.corpus import vocabulary_digest
+from launcher.spec.digest import digest
 from launcher.spec.schema import RunSpec
 from models import shapes
 
@@ -21,6 +23,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_ENDS_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class ModelFacts:
     """Counted on the meta device where the formulas do not know the family."""
     weights: str | None
     """Where trained weights lie, or None for a bare config."""
+    weights_digest: str | None
+    """Identifies the weights, wherever they lie."""
     vocabulary_digest: str | None
     """Identifies the vocabulary of the tokenizer beside the model, or None where there is none."""
 
@@ -74,8 +79,20 @@ def read_model(spec: RunSpec, count_parameters: CountParameters) -> ModelFacts:
         config=config,
         parameters=None if known else count_parameters(config, spec.trust_remote_code),
         weights=(str(config_file.parent) if local else name) if has_weights else None,
+        weights_digest=(_fingerprint(config_file.parent) if local else name) if has_weights else None,
         vocabulary_digest=vocabulary_digest(config_file.parent / "tokenizer.json"),
     )
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return a digest of the weight files' names, sizes and ends: reading all of a large model would take minutes."""
+    known = []
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with file.open("rb") as content:
+            start = content.read(_ENDS_BYTES)
+            content.seek(max(0, file.stat().st_size - _ENDS_BYTES))
+            known.append([file.name, file.stat().st_size, hashlib.sha256(start + content.read()).hexdigest()])
+    return digest(known)
 
 
 def _download(name: str, where: str) -> Path:

@@ -61,6 +61,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "identity": {
             **identity(spec),
             "data": data.digest,
+            "weights": model.weights_digest,
             "ds_config": digest(facts.ds_config) if facts.ds_config else None,
         },
         "model": model,
@@ -99,7 +100,10 @@ def _run_id(plan: Plan) -> str:
     for key in ("path", "train_prefix", "validation_prefix"):
         del tree["data"][key]
     tree["identity"] = {k: v for k, v in tree["identity"].items() if k != "model.name"}
-    tree["model"].pop("name")
+    del tree["model"]["name"], tree["model"]["weights"]
+    for section in tree["deepspeed"]["zero_optimization"].values():
+        if isinstance(section, dict):
+            section.pop("nvme_path", None)
     return digest(tree)
 
 
@@ -151,6 +155,7 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
         name=keys.name,
         config=config,
         weights=weights,
+        weights_digest=facts.model.weights_digest if facts.model else None,
         parameters=parameters,
         flops_per_token=flops,
         vocabulary=vocabulary,
@@ -159,7 +164,8 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
 
 
 def _positions(config: dict[str, Any]) -> int:
-    return int(config.get("max_position_embeddings", config.get("n_positions", config.get("max_seq_len", 1024))))
+    known = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((int(value) for value in known if value is not None), 1024)
 
 
 def _same_tokenizer(facts: Facts, where: str) -> None:

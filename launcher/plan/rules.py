@@ -130,7 +130,7 @@ RULES: tuple[Rule, ...] = (
         sentence="in DeepSpeed 0.19.8 torch_autocast in float16 at ZeRO 1 to 3 clips gradients that are still scaled",
         broken=lambda c: (
             bool(c.leaves.get("torch_autocast.enabled"))
-            and "float16" in str(c.leaves.get(_SCALED_FP16_AUTOCAST, "")).replace("bfloat16", "")
+            and str(c.leaves.get(_SCALED_FP16_AUTOCAST)).lower().removeprefix("torch.") in ("float16", "fp16", "half")
             and c.spec.zero > 0
         ),
         where=_set_by(_SCALED_FP16_AUTOCAST),
@@ -153,6 +153,24 @@ RULES: tuple[Rule, ...] = (
         fix="drop the key, or take zero=1",
     ),
     Rule(
+        name="untested-optimizer-needs-consent",
+        sentence="at ZeRO 1 to 3 DeepSpeed takes Adam, AdamW, Adagrad, Lion and Muon only, unless told otherwise",
+        broken=lambda c: (
+            c.spec.zero > 0
+            and str(c.leaves.get("optimizer.type")).lower() not in ("adam", "adamw", "adagrad", "lion", "muon")
+            and not c.leaves.get("zero_allow_untested_optimizer")
+        ),
+        where=_set_by("optimizer.type"),
+        fix="add ds.zero_allow_untested_optimizer=true, or take zero=0",
+    ),
+    Rule(
+        name="gradient-norm-is-needed",
+        sentence="every step's record holds the gradient norm",
+        broken=lambda c: c.leaves.get("zero_optimization.compute_grad_norm") is False,
+        where=_set_by("zero_optimization.compute_grad_norm"),
+        fix="drop the key",
+    ),
+    Rule(
         name="no-pipeline-or-tensor-parallelism",
         sentence="Halfstep's batch equation and data order count data-parallel ranks only",
         broken=lambda c: (
@@ -173,7 +191,21 @@ def violations(case: Case) -> list[Violation]:
         for rule in RULES
         if rule.broken(case)
     ]
-    return found + _disagreements(case)
+    return found + _disagreements(case) + _dropped(case)
+
+
+def _dropped(case: Case) -> list[Violation]:
+    """Return the run keys that were asked for and have no place beside the user's own optimizer."""
+    return [
+        Violation(
+            rule="config-agrees-with-run-keys",
+            sentence=f"{origin} has no place in the optimizer {case.leaves.get('optimizer.type')}",
+            where=case.origins.get("optimizer.type", "the DeepSpeed config"),
+            fix=f"drop the {origin}, or set ds.optimizer.params.* directly",
+        )
+        for path, (_, origin) in case.demanded.items()
+        if path not in case.leaves and path != "optimizer.type" and _was_asked_for(case, path, origin)
+    ]
 
 
 def _disagreements(case: Case) -> list[Violation]:
@@ -191,4 +223,5 @@ def _disagreements(case: Case) -> list[Violation]:
 
 def _was_asked_for(case: Case, path: str, origin: str) -> bool:
     """Tell whether a disagreement is one: an optimizer key of the user's own wins over a mere default of ours."""
-    return not path.startswith("optimizer.") or origin.removeprefix("run key ") in case.asked
+    named = origin.removeprefix("run keys ").removeprefix("run key ").split(", ")
+    return not path.startswith("optimizer.") or not case.asked.isdisjoint(named)

@@ -42,7 +42,7 @@ def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: 
     assert json.loads((outcome.out / "attempts/0001/env.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3), ("bf16", 2e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-6), ("bf16", 1e-6)])
 def test_the_first_step_is_the_same_at_every_stage(cell: Cell, precision: str, tolerance: float) -> None:
     first = [cell(zero, precision).losses[0] for zero in range(4)]
     assert max(first) - min(first) <= tolerance, first
@@ -51,13 +51,13 @@ def test_the_first_step_is_the_same_at_every_stage(cell: Cell, precision: str, t
     assert abs(first[0] - math.log(512)) < 0.2, "a fresh model guesses uniformly"
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3), ("bf16", 2e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-4), ("bf16", 5e-4)])
 def test_the_sharded_stages_train_the_same_model(cell: Cell, precision: str, tolerance: float) -> None:
     curves = [cell(zero, precision).losses for zero in (1, 2, 3)]
     norms = [[row["grad_norm"] for row in cell(zero, precision).steps] for zero in (1, 2, 3)]
     for other in (1, 2):
         assert max(abs(a - b) for a, b in zip(curves[0], curves[other], strict=True)) <= tolerance
-        assert max(abs(a - b) / a for a, b in zip(norms[0], norms[other], strict=True)) <= 20 * tolerance
+        assert max(abs(a - b) / a for a, b in zip(norms[0], norms[other], strict=True)) <= 10 * tolerance
 
 
 def test_fp32_is_the_same_at_stage_0(cell: Cell) -> None:

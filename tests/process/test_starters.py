@@ -107,6 +107,11 @@ def test_activation_checkpointing_and_compile_change_no_loss(start: Start, cell:
         outcome = start(word, [str(BIN / "halfstep"), "run", "--with", starter, *words], timeout=400)
         assert outcome.returncode == 0, outcome.output
         assert outcome.losses == pytest.approx(cell(2, "fp32").losses, abs=2e-4)
+        built = json.loads((outcome.out / "events.jsonl").read_text().splitlines()[1])
+        assert (built["activation_checkpointing"], built["compiled"]) == (
+            starter == "accelerate",
+            starter == "torchrun",
+        )
 
 
 def test_doctor_finds_this_machine_fit(scratch: Path) -> None:

@@ -144,6 +144,14 @@ def test_an_own_config_replaces_the_composition_and_is_completed(plan: Make, tmp
     assert made.clip == 0.5
 
 
+def test_offload_is_added_to_an_own_config(plan: Make, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    made = plan(f"--ds-config={file}", "zero=3", "offload=cpu")
+    assert made.deepspeed["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert made.refused_by == []
+
+
 def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 64, "fp16": {"enabled": True}}))
@@ -177,6 +185,16 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
         (["precision=bf16", "zero=0", "ds.data_types.grad_accum_dtype=fp32"], {"no-fp32-accumulation-at-stage-0"}),
         (["ds.tensor_parallel.autotp_size=2"], {"no-pipeline-or-tensor-parallelism"}),
         (["ds.train_batch_size=64"], {"config-agrees-with-run-keys"}),
+        (["optimizer.beta1=0.5", "ds.optimizer.params.betas=[0.9,0.99]"], {"config-agrees-with-run-keys"}),
+        (
+            ["optimizer.beta1=0.5", "ds.optimizer.type=Lamb"],
+            {"config-agrees-with-run-keys", "untested-optimizer-needs-consent"},
+        ),
+        (["ds.zero_optimization.compute_grad_norm=false"], {"gradient-norm-is-needed"}),
+        (
+            ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=half", "zero=2"],
+            {"no-autocast-fp16-with-sharding"},
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

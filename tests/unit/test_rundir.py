@@ -126,8 +126,8 @@ def test_every_start_is_a_new_attempt_with_its_environment(
 
 
 def test_the_first_cause_of_an_exit_stands(tmp_path: Path) -> None:
-    assert rundir.write_exit(tmp_path, 76, "the cause", rank=1)
-    assert not rundir.write_exit(tmp_path, 1, "the follow-up", rank=0)
+    assert rundir.write_exit(tmp_path, 76, "the cause", rank=1) is None
+    assert rundir.write_exit(tmp_path, 1, "the follow-up", rank=0) == 76
     written = json.loads((tmp_path / "exit.json").read_text())
     assert (written["code"], written["cause"], written["rank"]) == (76, "the cause", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
