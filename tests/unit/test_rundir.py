@@ -64,6 +64,8 @@ def test_a_run_goes_on_in_its_directory_when_only_these_change(
     rundir.write_plan(tmp_path / "run", *decide())
     rundir.write_plan(tmp_path / "run", *decide(*words))
     rundir.write_plan(tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu")))
+    there = rundir.read_plan(tmp_path / "run")[1]
+    assert there.topology.world_size == 4, "the last one asked for stands"
 
 
 @pytest.mark.parametrize(
