@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launcher import assets, topology
 from launcher.engine import opcache
+from launcher.errors import HalfstepError
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _FREE_BYTES_WANTED = 5 * 2**30
@@ -141,8 +142,9 @@ def _operators() -> Iterator[Finding]:
     except (
         Exception
     ) as error:  # DeepSpeed and torch raise what they like while they compile; none of it may end the doctor
-        mend = f"read the compiler's words above; empty {opcache.folder()} and try again"
-        yield Finding(name="operators", status=FAIL, found=str(error).strip().splitlines()[0][:120], mend=mend)
+        reason = error.what if isinstance(error, HalfstepError) else str(error).strip().partition("\n")[0]
+        mend = f"mend the compiler or CUDA toolkit, empty {opcache.folder()} and try again"
+        yield Finding(name="operators", status=FAIL, found=reason, mend=mend)
         return
     if loaded:
         yield Finding(name="operators", status=OK, found=f"{', '.join(loaded)} built in {opcache.folder()}")

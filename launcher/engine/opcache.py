@@ -8,9 +8,12 @@ nobody of ours can be building, so a plain lock file found then is stale and is 
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 from filelock import FileLock
+
+from launcher.errors import RefusedError
 
 
 def folder() -> Path:
@@ -52,7 +55,10 @@ def load_operators(names: list[str]) -> list[str]:
     DeepSpeed then finds them loaded and takes no lock itself.
 
     Must run before `deepspeed.init_distributed`, which loads the shared-memory operator on CPU (comm/torch.py).
+    Raises RefusedError where an operator cannot be built.
     """
+    # ninja's wheel lies beside the interpreter, which is on PATH only in an activated environment.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     cache = folder()
     cache.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(cache)
@@ -66,6 +72,14 @@ def load_operators(names: list[str]) -> list[str]:
         for name in names:
             builder = get_accelerator().create_op_builder(name)
             if builder is not None and __compatible_ops__.get(builder.NAME, False):
-                builder.load()
+                try:
+                    builder.load()
+                except (RuntimeError, OSError, ImportError) as error:
+                    reason = str(error).strip().partition("\n")[0].partition(": [")[0]  # the compiler's line follows
+                    raise RefusedError(
+                        f"DeepSpeed's operator {builder.NAME} cannot be built: {reason}",
+                        where=str(cache),
+                        fix="`halfstep doctor` says what is missing; --debug shows the compiler's words",
+                    ) from error
                 loaded.append(name)
     return loaded
