@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from launcher.plan import corpus as corpus_facts
 from launcher.plan import facts
@@ -13,6 +14,10 @@ from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import load
 from launcher.topology import Topology
+
+# A deadline would be a test of the machine's load.
+settings.register_profile("halfstep", deadline=None)
+settings.load_profile("halfstep")
 
 
 def write_pair(prefix: Path, tokens: int) -> None:
