@@ -88,6 +88,7 @@ def compose(
         folder = assets.folder("ds_configs").parent
         for file in fragments(spec):
             merge(leaves, origins, read_fragment(file), file.relative_to(folder).as_posix())
+        demanded.setdefault("zero_allow_untested_optimizer", (False, "no optimizer asks for it"))
         for key, (value, origin) in {**demanded, **tuned(spec, sizes)}.items():
             if not _meant_for_another_optimizer(key, spec.ds, demanded):
                 merge(leaves, origins, {key: value}, origin)
@@ -137,11 +138,12 @@ def demanded_by_run_keys(
         "gradient_accumulation_steps": (batch.accumulation, "the batch equation"),
         "gradient_clipping": (spec.optimizer.clip, "run key optimizer.clip"),
         "zero_optimization.stage": (spec.zero, "run key zero"),
-        # torch's SGD works at stages 1 to 3 but is not on DeepSpeed's list (engine.py, _do_sanity_check).
-        "zero_allow_untested_optimizer": (spec.optimizer.kind == "sgd", "run key optimizer.kind"),
         "fp16.enabled": (spec.precision == "fp16", "run key precision"),
         "bf16.enabled": (spec.precision == "bf16", "run key precision"),
     }
+    if spec.optimizer.kind == "sgd":
+        # torch's SGD works at stages 1 to 3 but is not on DeepSpeed's list (engine.py, _do_sanity_check).
+        keys["zero_allow_untested_optimizer"] = (True, "run key optimizer.kind")
     if spec.precision == "fp16":
         keys |= _loss_scaling(spec.fp16)
     keys |= {f"optimizer.{key}": value for key, value in _optimizer(spec.optimizer, learning_rate, topology).items()}

@@ -212,6 +212,13 @@ def test_a_users_own_optimizer_wins_over_defaults_and_not_over_run_keys(plan: Ma
     assert (lamb["type"], set(lamb["params"])) == ("Lamb", {"lr", "weight_decay"})
 
 
+def test_an_optimizer_that_deepspeed_has_not_tested_is_planned_with_consent_as_the_rule_says(plan: Make) -> None:
+    lamb = plan("ds.optimizer.type=Lamb", topology=GPUS)
+    assert [one["fix"] for one in lamb.refused_by] == ["add ds.zero_allow_untested_optimizer=true, or take zero=0"]
+    assert plan("ds.optimizer.type=Lamb", "ds.zero_allow_untested_optimizer=true", topology=GPUS).refused_by == []
+    assert plan("ds.optimizer.type=Lamb", "zero=0", "precision=fp32", topology=GPUS).refused_by == []
+
+
 def test_an_own_config_without_a_learning_rate_gets_the_planned_one(plan: Make, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 1}}))
