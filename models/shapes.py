@@ -197,11 +197,6 @@ def largest_tensor(shape: Shape) -> int:
     return shape.width * max(shape.vocabulary, shape.ffn, shape.heads * shape.head_dim)
 
 
-def largest_layer(shape: Shape) -> int:
-    """Return the elements of the largest block or embedding: what ZeRO-3 gathers at the least to compute one layer."""
-    return max(shape.vocabulary * shape.width, _block_parameters(shape))
-
-
 def flops_per_token(shape: Shape, sequence: int, convention: str = "causal") -> float:
     """Return the floating-point operations of one token, forward and backward, recomputation not counted.
 

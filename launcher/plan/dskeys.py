@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from launcher.errors import RequestError, nearest
+from launcher.errors import nearest
 
 Entry = dict[str, Any]
 Origin = Callable[[str], str] | Mapping[str, str]
@@ -63,38 +63,6 @@ def problems(config: Mapping[str, Any], origin: Origin = MappingProxyType({})) -
         Problem(path=path, sentence=sentence, suggestion=suggestion, where=_whence(origin, path))
         for path, sentence, suggestion in found
     ]
-
-
-def default_of(path: str) -> Any:
-    """Return the value DeepSpeed uses where `path` is absent; None also where that depends on something else."""
-    return _known(path)["default"]
-
-
-def type_of(path: str) -> str:
-    """Return the type of `path`: words joined by "|" out of bool int float str enum list section open any object."""
-    return _known(path)["type"]
-
-
-def parse_value(path: str, text: str) -> Any:
-    """Turn the text after `ds.<path>=` into the value the table asks for.
-
-    Raises RequestError for a path DeepSpeed does not know and for a text that is no such value.
-    """
-    found: list[Finding] = []
-    for entry in _entries(path):
-        value = _typed(text, entry)
-        mismatches = list(_check(path, value, entry, {}))
-        if not mismatches:
-            return value
-        found = found or mismatches
-    if not found:  # no such path: let the walk find which part of it is wrong
-        block: Any = text
-        for name in reversed(path.split(".")):
-            block = {name: block}
-        siblings = {name: _ANY for params in _PARAMS.get(path.rpartition(".")[0], {}).values() for name in params}
-        found = [*_walk(block, "", _members("", {}), {}), _unknown(path, path.rpartition(".")[2], siblings)]
-    at, sentence, suggestion = found[0]
-    raise RequestError(f"{at}: {sentence}", where=f"ds.{path}={text}", fix=suggestion)
 
 
 def _walk(
@@ -230,26 +198,6 @@ def _members(path: str, config: Mapping[str, Any]) -> Mapping[str, Entry] | None
         for key, entry in KEYS.items()
         if key.startswith(prefix) and "." not in key[len(prefix) :]
     }
-
-
-def _entries(path: str) -> list[Entry]:
-    """Return what `path` may be: one entry, or one for each optimizer (AdamW first) that has the parameter."""
-    if path in KEYS:
-        return [KEYS[path]]
-    parent, _, name = path.rpartition(".")
-    if parent in _PARAMS:
-        kinds = sorted(_PARAMS[parent], key=lambda kind: kind != "adamw")
-        return [_PARAMS[parent][kind][name] for kind in kinds if name in _PARAMS[parent][kind]]
-    inside_open = any(
-        path.startswith(f"{key}.") for key, entry in KEYS.items() if entry["type"] == "open" and key not in _PARAMS
-    )
-    return [_ANY] if inside_open else []
-
-
-def _known(path: str) -> Entry:
-    entries = _entries(path)
-    assert entries, f"the DeepSpeed key table has no {path}"
-    return entries[0]
 
 
 def _typed(text: str, entry: Entry) -> Any:
