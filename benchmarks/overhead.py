@@ -104,7 +104,7 @@ def _ours(plan, rank) -> float:
             sink.write(record)
             moments.append(time.perf_counter())
 
-        train(build(plan, device), plan, Feed(plan, rank, device), Listeners(step=tell, evaluation=lambda record: None))
+        train(build(plan), plan, Feed(plan, rank, device), Listeners(step=tell, evaluation=lambda record: None))
     return _throughput(plan, moments)
 
 
@@ -116,7 +116,7 @@ def _plain(plan, rank) -> float:
     from models.loss import next_token_loss
 
     device = distributed.device(rank, plan)
-    engine = build(plan, device)
+    engine = build(plan)
     feed = Feed(plan, rank, device)
     batches = [list(feed.micro_batches(step)) for step in range(1, plan.steps + 1)]
     engine.train()

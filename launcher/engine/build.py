@@ -17,9 +17,9 @@ from models import build as model_build
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build(plan: Plan, device: torch.device) -> DeepSpeedEngine:
+def build(plan: Plan) -> DeepSpeedEngine:
     """Return an engine whose optimizer holds the planned parameters; raises RequestError for a model that cannot be."""
-    model = _model(plan, device)
+    model = _model(plan)
     names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
         if names:
@@ -43,8 +43,8 @@ def _compiled_optimizer(plan: Plan) -> list[str]:
     return ["CPUAdamBuilder" if offloaded or plan.topology.accelerator == "cpu" else "FusedAdamBuilder"]
 
 
-def _model(plan: Plan, device: torch.device) -> PreTrainedModel:
-    def make() -> PreTrainedModel:
+def _model(plan: Plan) -> PreTrainedModel:
+    try:
         return model_build.build(
             plan.model.config,
             seed=plan.seed,
@@ -54,9 +54,6 @@ def _model(plan: Plan, device: torch.device) -> PreTrainedModel:
             dtype=_DTYPES[plan.precision],
             trust_remote_code=plan.trust_remote_code,
         )
-
-    try:
-        return make()
     except (ValueError, OSError) as error:
         raise RequestError(
             f"the model cannot be built: {str(error).splitlines()[0]}",

@@ -96,7 +96,7 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
     with Witness(where, plan, writes=rank.rank == 0) as witness:
         for line in [*present.headline(plan), f"run directory {where.path}", *present.warnings(plan)]:
             witness.screen.say(line)
-        engine = build(plan, device)
+        engine = build(plan)
         torch.manual_seed(int(digest([plan.seed, rank.rank]), 16) % 2**63)  # dropout, different on every rank
         witness.event(
             "built",

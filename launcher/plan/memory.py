@@ -20,7 +20,7 @@ def model_states(
     shard = -(-parameters // ranks)
     sharded_states = shard if zero >= 1 else parameters
     gradients = compute * parameters if zero == 0 else _FULL * (parameters if zero == 1 else shard)
-    masters = 0 if precision == "fp32" and zero in (0,) else _FULL * sharded_states
+    masters = 0 if precision == "fp32" and zero == 0 else _FULL * sharded_states
     return {
         "weights": compute * (shard if zero == 3 else parameters),
         "gradients": gradients,

@@ -63,7 +63,7 @@ def _offloaded(what: str) -> Callable[[Case], str]:
     return lambda case: f"zero={case.spec.zero} and {path}={case.leaves[path]} from {case.origins[path]}"
 
 
-_SCALED_FP16_AUTOCAST = "torch_autocast.dtype"
+_AUTOCAST_DTYPE = "torch_autocast.dtype"
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -130,10 +130,10 @@ RULES: tuple[Rule, ...] = (
         sentence="in DeepSpeed 0.19.8 torch_autocast in float16 at ZeRO 1 to 3 clips gradients that are still scaled",
         broken=lambda c: (
             bool(c.leaves.get("torch_autocast.enabled"))
-            and str(c.leaves.get(_SCALED_FP16_AUTOCAST)).lower().removeprefix("torch.") in ("float16", "fp16", "half")
+            and str(c.leaves.get(_AUTOCAST_DTYPE)).lower().removeprefix("torch.") in ("float16", "fp16", "half")
             and c.spec.zero > 0
         ),
-        where=_set_by(_SCALED_FP16_AUTOCAST),
+        where=_set_by(_AUTOCAST_DTYPE),
         fix="use precision=fp16, or torch_autocast.dtype=bfloat16",
     ),
     Rule(
