@@ -102,7 +102,7 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
             "built",
             optimizer=type(engine.optimizer).__name__,
             compiled=engine.is_compiled,
-            activation_checkpointing=engine.module.is_gradient_checkpointing,
+            activation_checkpointing=engine.module.is_activation_checkpointing,
         )
         if plan.model.weights is None:
             witness.event("initialised", mean_and_std=initial_statistics(engine.module))
