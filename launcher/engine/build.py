@@ -10,6 +10,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
 from launcher.engine import opcache
+from launcher.engine.repair import Repairs, repair
 from launcher.errors import RefusedError, RequestError
 from launcher.plan.plan import Plan
 from models import build as model_build
@@ -17,8 +18,11 @@ from models import build as model_build
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build(plan: Plan) -> DeepSpeedEngine:
-    """Return an engine whose optimizer holds the planned parameters; raises RequestError for a model that cannot be."""
+def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
+    """Return an engine whose optimizer holds the planned parameters, and what had to be mended in it.
+
+    Raises RequestError for a model that cannot be built.
+    """
     model = _model(plan)
     names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -29,9 +33,10 @@ def build(plan: Plan) -> DeepSpeedEngine:
             model=model, model_parameters=parameter_groups(model, plan), config=plan.deepspeed
         )
     _check(engine, plan)
+    repairs = repair(engine, plan)
     if plan.compile:
         engine.compile()
-    return engine
+    return engine, repairs
 
 
 def _compiled_optimizer(plan: Plan) -> list[str]:

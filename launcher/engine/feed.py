@@ -14,7 +14,7 @@ class Feed:
     """The training and validation sequences of one rank."""
 
     def __init__(self, plan: Plan, rank: Rank, device: torch.device) -> None:
-        self._plan, self._rank, self._device = plan, rank, device
+        self._plan, self.rank, self._device = plan, rank.rank, device
         self._train = TokenFile(plan.data.train_prefix, vocabulary=plan.model.vocabulary)
         prefix = plan.data.validation_prefix
         self._validation = TokenFile(prefix, vocabulary=plan.model.vocabulary) if prefix else None
@@ -27,7 +27,7 @@ class Feed:
         """
         plan = self._plan
         windows = windows_of_step(plan.seed, step, plan.batch.global_, plan.data.train_windows)
-        shares = windows.reshape(plan.batch.accumulation, plan.batch.ranks, plan.batch.micro)[:, self._rank.rank]
+        shares = windows.reshape(plan.batch.accumulation, plan.batch.ranks, plan.batch.micro)[:, self.rank]
         for share in shares:
             yield self._train.batch(share, plan.sequence).to(self._device)
 
@@ -41,7 +41,7 @@ class Feed:
             return
         micro, ranks, total = plan.batch.micro, plan.batch.ranks, plan.data.validation_windows
         for start in range(0, total, micro * ranks):
-            first = start + self._rank.rank * micro
+            first = start + self.rank * micro
             rows = [min(row, total - 1) for row in range(first, first + micro)]
             counted = max(0, min(micro, total - first))
             yield self._validation.batch(rows, plan.sequence).to(self._device), counted

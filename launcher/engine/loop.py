@@ -8,7 +8,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launcher.engine.feed import Feed
+from launcher.engine.guard import Guard
 from launcher.engine.readings import Readings, StepReading, sum_over_ranks
+from launcher.engine.repair import Repairs
 from launcher.metrics import derive
 from launcher.metrics.record import EvaluationRecord, StepRecord
 from launcher.plan.plan import Plan
@@ -21,11 +23,16 @@ class Listeners:
 
     step: Callable[[StepRecord], None]
     evaluation: Callable[[EvaluationRecord | None], None]
+    event: Callable[..., None]
 
 
-def train(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners) -> StepRecord:
-    """Train from step 1 to the plan's last, evaluating before, in between and at the end; return the last record."""
+def train(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners, repairs: Repairs) -> StepRecord:
+    """Train from step 1 to the plan's last, evaluating before, in between and at the end; return the last record.
+
+    Raises NumericsError on every rank where the run can make no progress.
+    """
     readings = Readings(engine, plan)
+    guard = Guard(engine, plan, repairs, tell.event, feed.rank)
     tell.evaluation(evaluate(engine, feed, step=0))
     for step in range(1, plan.steps + 1):
         engine.train()
@@ -34,22 +41,27 @@ def train(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners) -> S
         total = torch.zeros((), device=engine.device)
         rate = plan.schedule.learning_rate(step)
         readings.set_learning_rate(rate)
+        guard.start_step(step)
+        scale = guard.loss_scale
         batches = feed.micro_batches(step)
         for micro_step in range(1, plan.batch.accumulation + 1):
             asked = time.perf_counter()
             tokens = next(batches)
             waited += time.perf_counter() - asked
             logits = engine(input_ids=tokens[:, :-1]).logits
-            loss = next_token_loss(logits, tokens[:, 1:])
-            engine.backward(loss)
-            total += loss.detach()
+            total += guard.backward(next_token_loss(logits, tokens[:, 1:]))
             if micro_step == plan.batch.accumulation:
-                readings.before_step()
+                guard.before_step(readings.before_step(guard.gradient_scale))
             engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
-        reading = readings.after_step(total / plan.batch.accumulation, waited)
-        record = _record(plan, step, rate, reading, time.perf_counter() - started)
+        skipped = guard.after_step()
+        own_loss = float(total / plan.batch.accumulation)
+        reading = readings.after_step(own_loss, waited, skipped=skipped)
+        seconds = time.perf_counter() - started
+        counts = {"loss_scale": scale, "overflow": skipped, "skipped_steps": guard.skipped_steps}
+        record = _record(plan, step, rate, reading, seconds, **counts)
         tell.step(record)
+        guard.judge(record, own_loss, feed.micro_batches(step))
         if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
             tell.evaluation(evaluate(engine, feed, step=step))
     return record
@@ -74,7 +86,17 @@ def evaluate(engine: DeepSpeedEngine, feed: Feed, *, step: int) -> EvaluationRec
     )
 
 
-def _record(plan: Plan, step: int, rate: float, reading: StepReading, seconds: float) -> StepRecord:
+def _record(
+    plan: Plan,
+    step: int,
+    rate: float,
+    reading: StepReading,
+    seconds: float,
+    *,
+    loss_scale: float | None,
+    overflow: bool,
+    skipped_steps: int,
+) -> StepRecord:
     tokens = plan.batch.global_ * plan.sequence
     throughput = derive.tokens_per_second(tokens, seconds)
     return StepRecord(
@@ -83,9 +105,9 @@ def _record(plan: Plan, step: int, rate: float, reading: StepReading, seconds: f
         loss=derive.finite(reading.loss),
         lr=rate,
         grad_norm=derive.finite(reading.grad_norm),
-        loss_scale=reading.loss_scale,
-        overflow=reading.overflow,
-        skipped_steps=reading.skipped_steps,
+        loss_scale=loss_scale,
+        overflow=overflow,
+        skipped_steps=skipped_steps,
         step_seconds=seconds,
         data_seconds=reading.data_seconds,
         tokens_per_second=throughput,

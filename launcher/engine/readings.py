@@ -1,6 +1,6 @@
-"""Read an engine the same way in every (stage, precision) cell: loss scale, gradient norm, skips, memory.
+"""Read an engine the same way in every (stage, precision) cell: loss, gradient norm, memory.
 
-DeepSpeed has a different optimizer wrapper in nearly every cell, and each keeps these somewhere else or not at all.
+DeepSpeed has a different optimizer wrapper in nearly every cell, and each keeps the norm somewhere else or not at all.
 """
 
 import math
@@ -22,10 +22,6 @@ class StepReading:
     """Mean over accumulation and ranks."""
     grad_norm: float
     """Unscaled, before clipping; inf where the step overflowed."""
-    loss_scale: float | None
-    """The scale the step was computed with."""
-    overflow: bool
-    skipped_steps: int
     data_seconds: float
     """The slowest rank's."""
     peak_memory_bytes: int
@@ -37,53 +33,39 @@ class Readings:
 
     def __init__(self, engine: DeepSpeedEngine, plan: Plan) -> None:
         self._engine, self._plan = engine, plan
-        self._scaled = plan.precision == "fp16"
-        # fp32 without ZeRO has no wrapper: the engine's optimizer is torch's own, and nobody keeps a norm.
-        self._bare = plan.zero == 0 and plan.precision == "fp32"
-        self._scale_before: float | None = None
-        self._bare_norm = 0.0
+        self._own_norm: float | None = None
 
     def set_learning_rate(self, rate: float) -> None:
         """Write the learning rate that the next step will use."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
 
-    def before_step(self) -> None:
-        """Note what the step will overwrite; call after the last backward of an optimizer step."""
-        self._scale_before = self.loss_scale()
-        if self._bare:
-            # Stage 0 has all-reduced the gradients by now (engine.py, backward epilogue), so every rank sees the norm.
-            norms = [p.grad.float().norm() for p in self._engine.module.parameters() if p.grad is not None]
-            self._bare_norm = float(torch.stack(norms).norm())
+    def before_step(self, gradient_scale: float) -> float | None:
+        """Work out the unscaled gradient norm where DeepSpeed has none to be believed, at stage 0; else return None.
 
-    def loss_scale(self) -> float | None:
-        """Return the present loss scale, or None without loss scaling."""
-        # The one reading of the scale that works with every wrapper (engine.py, _get_optimizer_loss_scale).
-        return float(self._engine._get_optimizer_loss_scale()) if self._scaled else None
+        Call after the last backward of a step: stage 0 has all-reduced the gradients by then (engine.py, backward
+        epilogue), so every rank sees the same norm. In fp32 nobody keeps one; of the half-precision wrappers one
+        reports it scaled and one does not (T1).
+        """
+        if self._plan.zero == 0:
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
+            self._own_norm = float(torch.stack(norms).norm()) / gradient_scale
+        return self._own_norm
 
-    def after_step(self, loss: torch.Tensor, data_seconds: float) -> StepReading:
+    def after_step(self, loss: float, data_seconds: float, *, skipped: bool) -> StepReading:
         """Read the step that just ended; `loss` is this rank's mean over its micro-batches. A collective call."""
-        own = [float(loss), data_seconds, float(peak_memory_bytes(self._plan.topology.accelerator))]
-        everyone = _gather(own, loss.device)
-        overflow = not self._engine.was_step_applied()
+        own = [loss, data_seconds, float(peak_memory_bytes(self._plan.topology.accelerator))]
+        everyone = _gather(own, self._engine.device)
         return StepReading(
             loss=math.fsum(row[0] for row in everyone) / len(everyone),
-            grad_norm=math.inf if overflow else self._grad_norm(),
-            loss_scale=self._scale_before,
-            overflow=overflow,
-            skipped_steps=self._engine.skipped_steps,
+            grad_norm=math.inf if skipped else self._grad_norm(),
             data_seconds=max(row[1] for row in everyone),
             peak_memory_bytes=int(max(row[2] for row in everyone)),
         )
 
     def _grad_norm(self) -> float:
-        if self._bare:
-            return self._bare_norm
-        norm = float(self._engine.get_global_grad_norm())
-        if self._scaled and self._plan.zero == 3 and self._scale_before:
-            # Stage 3 divides by the scale after it grew: half the norm on a growth step (stage3.py:2897, T4).
-            norm *= (self.loss_scale() or 1.0) / self._scale_before
-        return norm
+        return float(self._engine.get_global_grad_norm()) if self._own_norm is None else self._own_norm
 
 
 def peak_memory_bytes(accelerator: str) -> int:

@@ -7,7 +7,6 @@ import traceback
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launcher import rundir
 from launcher.engine import distributed
@@ -96,7 +95,7 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
     with Witness(where, plan, writes=rank.rank == 0) as witness:
         for line in [*present.headline(plan), f"run directory {where.path}", *present.warnings(plan)]:
             witness.screen.say(line)
-        engine = build(plan)
+        engine, repairs = build(plan)
         torch.manual_seed(int(digest([plan.seed, rank.rank]), 16) % 2**63)  # dropout, different on every rank
         witness.event(
             "built",
@@ -104,30 +103,16 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
             compiled=engine.is_compiled,
             activation_checkpointing=engine.module.is_activation_checkpointing,
         )
+        witness.repaired(repairs.active)
         if plan.model.weights is None:
             witness.event("initialised", mean_and_std=initial_statistics(engine.module))
-        tell = Listeners(step=witness.step, evaluation=witness.evaluation)
-        failure = _train_or_diverge(engine, plan, Feed(plan, rank, device), tell)
-        if rank.rank == 0:
-            witness.summarise("diverged" if failure else "done")
-        if failure:
+        tell = Listeners(step=witness.step, evaluation=witness.evaluation, event=witness.event)
+        try:
+            train(engine, plan, Feed(plan, rank, device), tell, repairs)
+        except NumericsError:  # every rank raises it after the same step
+            if rank.rank == 0:
+                witness.summarise("diverged")
             distributed.gather_objects(None)  # a launcher ends everybody when one rank fails: let rank 0 write first
-            raise NumericsError(
-                failure,
-                where=str(where.metrics),
-                fix="take a smaller optimizer.lr, or precision=bf16; in fp16 a smaller fp16.min_scale",
-            )
-
-
-def _train_or_diverge(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners) -> str | None:
-    """Train to the end and return None, or why the run cannot make progress; the same on every rank."""
-    try:
-        last = train(engine, plan, feed, tell)
-    except Exception as error:
-        # A bare Exception is what DeepSpeed raises, at stages 1 to 3 (runtime/fp16/loss_scaler.py, update_scale).
-        if "loss scale already at minimum" not in str(error):
             raise
-        return "gradients overflow fp16 at the smallest loss scale"
-    if last.loss is None:
-        return "the loss is not finite"
-    return f"all {last.step} steps were skipped for overflow" if last.skipped_steps == last.step else None
+        if rank.rank == 0:
+            witness.summarise("done")

@@ -22,6 +22,7 @@ class Witness:
         self._started = time.time()
         self._steps: list[StepRecord] = []
         self._evaluations: list[EvaluationRecord] = []
+        self._repairs: list[str] = []
 
     def __enter__(self) -> Self:
         self.screen.__enter__()
@@ -43,6 +44,13 @@ class Witness:
         if self._writes:
             self._events.event(kind, **details)
 
+    def repaired(self, names: tuple[str, ...]) -> None:
+        """Take down what was mended in DeepSpeed."""
+        if names:
+            self._repairs = list(names)
+            self.event("repaired", repairs=self._repairs)
+            self.screen.say(f"mended in DeepSpeed at stage 0: {', '.join(names)} (docs/deepspeed.md)")
+
     def step(self, record: StepRecord) -> None:
         """Take down one optimizer step."""
         if not self._writes:
@@ -50,10 +58,6 @@ class Witness:
         self._metrics.write(record)
         self.screen.step(record)
         self._steps.append(record)
-        if record.overflow:
-            self.event("overflow", step=record.step, loss_scale=record.loss_scale, skipped_steps=record.skipped_steps)
-        if record.loss is None:
-            self.event("loss_not_finite", step=record.step)
 
     def evaluation(self, record: EvaluationRecord | None) -> None:
         """Take down one evaluation."""
@@ -105,6 +109,7 @@ class Witness:
             "peak_memory_bytes": max(one.peak_memory_bytes for one in self._steps),
             "wall_seconds": time.time() - self._started,
             "attempts": int(self._where.attempt.name),
+            "repairs": self._repairs,
             "warnings": plan.warnings,
         }
         write_json(self._where.summary, summary)

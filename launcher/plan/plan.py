@@ -45,6 +45,16 @@ class DataPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NumericsPlan:
+    """When a run has to stop, and what is written down about its gradients."""
+
+    every: int
+    """Steps between events on each layer's gradients; 0 = never."""
+    max_skips: int
+    repairs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Every decision of a run; JSON-able, equal on every rank, never changed afterwards."""
 
@@ -67,6 +77,7 @@ class Plan:
     trust_remote_code: bool
     schedule: Schedule
     clip: float
+    numerics: NumericsPlan
     eval_every: int
     log_every: int
     peak_flops: float | None
@@ -99,6 +110,7 @@ class Plan:
                 "batch": Batch(**batch),
                 "topology": Topology(**topology),
                 "schedule": Schedule(**tree["schedule"]),
+                "numerics": NumericsPlan(**tree["numerics"]),
             }
         )
 

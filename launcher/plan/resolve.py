@@ -8,7 +8,7 @@ from launcher.plan import batch as batch_equation
 from launcher.plan import dsconfig, hardware, memory, rules, schedule
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
-from launcher.plan.plan import DataPlan, ModelPlan, Plan
+from launcher.plan.plan import DataPlan, ModelPlan, NumericsPlan, Plan
 from launcher.plan.warnings import warnings_of
 from launcher.spec.digest import digest, identity
 from launcher.spec.load import Request
@@ -79,6 +79,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "trust_remote_code": spec.trust_remote_code,
         "schedule": curve,
         "clip": float(composed.leaves["gradient_clipping"]),
+        "numerics": NumericsPlan(**spec.numerics.model_dump()),
         "eval_every": spec.eval.every,
         "log_every": spec.log.every,
         "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision),
@@ -99,6 +100,8 @@ def _run_id(plan: Plan) -> str:
         del tree[key]
     for key in ("path", "train_prefix", "validation_prefix"):
         del tree["data"][key]
+    for key in ("every", "max_skips"):
+        del tree["numerics"][key]
     tree["identity"] = {k: v for k, v in tree["identity"].items() if k != "model.name"}
     del tree["model"]["name"], tree["model"]["weights"]
     for section in tree["deepspeed"]["zero_optimization"].values():

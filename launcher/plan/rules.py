@@ -171,6 +171,13 @@ RULES: tuple[Rule, ...] = (
         fix="drop the key",
     ),
     Rule(
+        name="overflow-check-is-needed",
+        sentence="a step with a non-finite gradient is skipped in every cell, which needs DeepSpeed to look",
+        broken=lambda c: c.leaves.get("bf16.check_grad_overflow") is False,
+        where=_set_by("bf16.check_grad_overflow"),
+        fix="drop the key",
+    ),
+    Rule(
         name="no-pipeline-or-tensor-parallelism",
         sentence="Halfstep's batch equation and data order count data-parallel ranks only",
         broken=lambda c: (

@@ -8,7 +8,7 @@ from launcher.spec.schema import RunSpec, flatten
 
 # A run continues in its directory when only these differ; everything else would make it a different run.
 _MAY_CHANGE = ("out", "zero", "precision", "offload", "nvme_path", "batch.micro", "steps", "tokens", "hardware",
-               "nodes", "gpus_per_node", "data")  # fmt: skip
+               "nodes", "gpus_per_node", "data", "numerics.every", "numerics.max_skips")  # fmt: skip
 _MAY_CHANGE_SECTIONS = ("checkpoint.", "eval.", "log.", "watch.")
 
 

@@ -142,9 +142,15 @@ def _problem(detail: ErrorDetails, origins: dict[str, str]) -> RequestError:
         return RequestError(f"{key} is a section, not a value", where=origin, fix=f"set one of {inside}")
     shown = detail["input"]
     message = detail["msg"].removeprefix("Value error, ")
-    what = f"{key}={shown}: {message[:1].lower()}{message[1:]}" if key else message
-    fix = f"{key} is: {known[key].rstrip('.')}" if key in known else "see `halfstep plan --help` for the run keys"
+    # What a whole section contradicts is said in full by its validator.
+    what = f"{key}={shown}: {message[:1].lower()}{message[1:]}" if key and not isinstance(shown, dict) else message
+    fix = f"{key} is: {known[key].rstrip('.')}" if key in known else _see_section(key)
     return RequestError(what, where=origin, fix=fix)
+
+
+def _see_section(key: str) -> str:
+    inside = f" that begin with {key}." if key else ""
+    return f"see `halfstep plan --help` for the run keys{inside}"
 
 
 def _suggest_key(key: str, known: dict[str, str]) -> str:

@@ -121,6 +121,31 @@ class Fp16Keys(_Section):
     scale: Annotated[float, Field(ge=0)] = 0.0
     """A fixed loss scale; 0 = dynamic."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "Fp16Keys":
+        dynamic = [f"fp16.{name}" for name in sorted(self.model_fields_set - {"scale"})]
+        if self.scale and dynamic:
+            raise ValueError(
+                f"a fixed scale never moves, and {', '.join(dynamic)} would move it; give one or the other"
+            )
+        if not self.scale and self.min_scale > 2.0**self.initial_scale_power:
+            raise ValueError(
+                f"fp16.min_scale={self.min_scale:g} is above the initial scale, "
+                f"2^{self.initial_scale_power} = {2**self.initial_scale_power}"
+            )
+        return self
+
+
+class NumericsKeys(_Section):
+    """`numerics.*`: when a run has to stop, what is written down about its gradients."""
+
+    every: CountOrZero = 0
+    """Steps between events on each layer's gradients (maximum, underflow in fp16); 0 = never."""
+    max_skips: Count = 3
+    """Steps in a row, skipped or without a finite loss, that end the run; a falling loss scale has more."""
+    repairs: bool = True
+    """Mend what DeepSpeed gets wrong at stage 0 in half precision; false shows DeepSpeed as it is."""
+
 
 class EvalKeys(_Section):
     """`eval.*`: loss on the validation split, at step 0, at the end, and in between."""
@@ -171,6 +196,8 @@ class RunSpec(_Section):
     """The learning rate."""
     fp16: Fp16Keys = Fp16Keys()
     """Loss scaling."""
+    numerics: NumericsKeys = NumericsKeys()
+    """Skipped steps, forensics, repairs."""
     eval: EvalKeys = EvalKeys()
     """Evaluation."""
     log: LogKeys = LogKeys()

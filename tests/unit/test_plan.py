@@ -191,6 +191,7 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
             {"config-agrees-with-run-keys", "untested-optimizer-needs-consent"},
         ),
         (["ds.zero_optimization.compute_grad_norm=false"], {"gradient-norm-is-needed"}),
+        (["precision=bf16", "ds.bf16.check_grad_overflow=false"], {"overflow-check-is-needed"}),
         (
             ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=half", "zero=2"],
             {"no-autocast-fp16-with-sharding"},
@@ -243,18 +244,30 @@ def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> Non
     ]
 
 
-def test_half_precision_at_stage_0_is_warned_of_loudly(plan: Make) -> None:
-    assert "DO NOT TRUST zero=0 precision=fp16" in plan("zero=0", "precision=fp16").warnings[0]
-    assert "DO NOT TRUST zero=0 precision=bf16" in plan("zero=0", "precision=bf16").warnings[0]
-    assert not any("TRUST" in one for one in plan("zero=0", "precision=fp32").warnings + plan("zero=1").warnings)
+def test_half_precision_at_stage_0_is_warned_of_where_it_is_not_mended(plan: Make) -> None:
+    for precision, fault in (("fp16", "never scales the loss"), ("bf16", "starts Adam one step late")):
+        (warning,) = plan("zero=0", f"precision={precision}", "numerics.repairs=false", "steps=100").warnings
+        assert warning.startswith(f"DO NOT TRUST numerics.repairs=false with zero=0 precision={precision}")
+        assert fault in warning
+        assert plan("zero=0", f"precision={precision}", "steps=100").warnings == []
+    for cell in (["zero=0", "precision=fp32"], ["zero=1", "precision=fp16"]):
+        assert plan(*cell, "numerics.repairs=false", "steps=100").warnings == []
 
 
 def test_the_run_id_is_the_question_not_its_place(plan: Make) -> None:
-    assert plan().run_id == plan("out=/elsewhere", "log.every=3").run_id
+    assert plan().run_id == plan("out=/elsewhere", "log.every=3", "numerics.every=5", "numerics.max_skips=9").run_id
     others = [
-        plan(*words).run_id for words in (["seed=1"], ["zero=2"], ["steps=7"], ["optimizer.lr=1e-4"], ["batch.micro=4"])
+        plan(*words).run_id
+        for words in (
+            ["seed=1"],
+            ["zero=2"],
+            ["steps=7"],
+            ["optimizer.lr=1e-4"],
+            ["batch.micro=4"],
+            ["numerics.repairs=false"],
+        )
     ]
-    assert len({plan().run_id, *others}) == 6
+    assert len({plan().run_id, *others}) == 7
 
 
 def test_a_plan_survives_json(plan: Make) -> None:

@@ -1,0 +1,121 @@
+"""Mend what DeepSpeed gets wrong at ZeRO stage 0 in half precision, where a canary shows that it does.
+
+In DeepSpeed 0.19.8 `engine.backward` scales the loss for ZeRO optimizers only, while stage 0's fp16 wrapper still
+divides the gradients by the scale; and the wrapper takes one optimizer step on zero gradients when it is made, so that
+Adam's first real step is its second. Both canaries look at what DeepSpeed does and not at its version: the day it is
+right, nothing is mended twice. See docs/deepspeed.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from launcher.errors import RefusedError
+from launcher.plan.plan import Plan
+from models.loss import next_token_loss
+
+FALSE_STEP = "false-optimizer-step"
+UNSCALED_LOSS = "unscaled-loss"
+_PROBE_TOKENS = 16
+_PROBE_PARAMETERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repairs:
+    """What was found wrong with an engine, and what of it is mended."""
+
+    found: tuple[str, ...] = ()
+    active: tuple[str, ...] = ()
+
+    @property
+    def scale_loss(self) -> bool:
+        """Whether the loss has to be multiplied by the scale before `engine.backward`."""
+        return UNSCALED_LOSS in self.active
+
+    @property
+    def gradients_carry_scale(self) -> bool:
+        """Whether fp16 gradients come out of the backward pass multiplied by the scale."""
+        return UNSCALED_LOSS not in self.found or self.scale_loss
+
+
+def repair(engine: DeepSpeedEngine, plan: Plan) -> Repairs:
+    """Look for both faults and, unless the plan leaves them, mend them; call between `initialize` and the first step.
+
+    Every rank must call. Raises RefusedError where stage 0 does neither what it should nor what it is known to do.
+    """
+    if plan.zero != 0 or plan.precision == "fp32":
+        return Repairs()
+    found = []
+    if took_false_step(engine):
+        found.append(FALSE_STEP)
+        if plan.numerics.repairs:
+            undo_false_step(engine)
+    if plan.precision == "fp16" and leaves_loss_unscaled(engine, plan.model.vocabulary):
+        found.append(UNSCALED_LOSS)
+    return Repairs(found=tuple(found), active=tuple(found) if plan.numerics.repairs else ())
+
+
+def took_false_step(engine: DeepSpeedEngine) -> bool:
+    """Tell whether the optimizer has stepped before training: it has counted a step, or decayed the masters."""
+    states = engine.optimizer.optimizer.state.values()
+    counted = any(float(state["step"]) > 0 for state in states if "step" in state)
+    return counted or any(not torch.equal(master, half.to(master.dtype)) for master, half in _weights(engine))
+
+
+def undo_false_step(engine: DeepSpeedEngine) -> None:
+    """Forget the optimizer's states and take the masters from the half-precision weights again."""
+    engine.optimizer.optimizer.state.clear()
+    engine.optimizer.refresh_fp32_params()
+
+
+def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
+    """Tell whether `engine.backward` forgets the loss scale: compare a small gradient with that of the raw loss.
+
+    Every rank probes with the same tokens, so that averaging over ranks changes nothing, and without dropout. The
+    gradients are dropped afterwards.
+    """
+    scale, accumulation = float(engine.optimizer.loss_scale), engine.gradient_accumulation_steps()
+    if scale == 1:
+        return False  # nothing to tell apart, and nothing to mend
+    tokens = torch.arange(_PROBE_TOKENS + 1, device=engine.device)[None] % vocabulary
+    small = sorted(engine.module.parameters(), key=Tensor.numel)[:_PROBE_PARAMETERS]
+    engine.eval()
+    raw = next_token_loss(engine.module(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+    references = torch.autograd.grad(raw, small, allow_unused=True)
+    norms = [0.0 if one is None else float(one.float().norm()) for one in references]
+    chosen = max(range(len(small)), key=norms.__getitem__)
+    engine.backward(next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]))
+    gradient = small[chosen].grad
+    seen = float("nan") if gradient is None else float(gradient.float().norm())
+    engine.optimizer.zero_grad()
+    engine.train()
+    return is_unscaled(seen / norms[chosen] * accumulation if norms[chosen] else float("nan"), scale)
+
+
+def is_unscaled(ratio: float, scale: float) -> bool:
+    """Decide from the ratio of the engine's gradient to the raw loss's whether the scale is missing.
+
+    A gradient that is not finite was scaled beyond fp16. Raises RefusedError for a ratio that is neither.
+    """
+    if abs(ratio - 1) < 0.1:
+        return True
+    if ratio in (float("inf"),) or ratio != ratio or abs(ratio / scale - 1) < 0.1:
+        return False
+    raise RefusedError(
+        f"DeepSpeed's gradients at stage 0 are {ratio:g} times those of the loss, which is neither 1 nor the scale",
+        where=f"the canary of launcher/engine/repair.py at scale {scale:g}",
+        fix="take zero=1, which is the same mathematics, or the tested versions (constraints.txt)",
+    )
+
+
+def _weights(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (fp32 master, half-precision weight) of both wrappers: flat for FusedAdam, one by one for the others."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups_flat"):
+        yield from zip(wrapper.fp32_groups_flat, wrapper.fp16_groups_flat, strict=True)
+        return
+    for masters, halves in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        yield from zip(masters, halves, strict=True)

@@ -1,0 +1,1 @@
+"""The proof that every (stage, precision) cell trains the same model: reference, cases, judgement, verdict."""
