@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import rundir, topology
-from launcher.errors import EXIT_REFUSED, Fault, HalfstepError, RequestError
+from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError, RequestError
 from launcher.lease import lease
 from launcher.plan import facts, present
 from launcher.plan.plan import Plan
@@ -87,6 +87,18 @@ def _parser() -> argparse.ArgumentParser:
                 "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
             )
             one.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+    verify = verbs.add_parser(
+        "verify",
+        help="prove that every (stage, precision) cell trains the same model here",
+        description="Train tiny models in every (ZeRO stage, precision) cell, on one rank and two, and compare each "
+        "with a plain PyTorch mixed-precision trainer and with stage 1. Exit code 76 where one differs.",
+        parents=[common],
+    )
+    verify.add_argument("--all", action="store_true", help="every combination of conditions, not the subset")
+    verify.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="zero=0|3, precision=fp16, ...")
+    verify.add_argument("--without-repairs", action="store_true", help="show DeepSpeed as it is; stores no verdict")
+    verify.add_argument("--json", action="store_true", help="print the results as JSON")
+    verify.set_defaults(verb=_verify)
     doctor = verbs.add_parser("doctor", help="check what a run needs", parents=[common])
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(verb=_doctor)
@@ -190,6 +202,25 @@ def _data_inspect(arguments: argparse.Namespace, words: list[str]) -> int:
     found = inspect(arguments.directory)
     print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else "\n".join(render(found)))
     return 0
+
+
+def _verify(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher import verdict
+    from launcher.parity import cases, drive
+
+    chosen = cases.select(cases.every_case() if arguments.all else cases.default_cases(), arguments.only)
+    outcome = drive.verify(chosen, repairs=not arguments.without_repairs, quiet=arguments.json)
+    here = topology.describe(1, 1)
+    kept = verdict.store(here, outcome.cells) if outcome.repairs else None
+    if arguments.json:
+        tree = {"ok": outcome.ok, "conditions": verdict.conditions(here), "seconds": outcome.seconds}
+        tree |= {"repairs": outcome.repairs, "not_run": [dataclasses.asdict(case) for case in outcome.not_run]}
+        print(json.dumps({**tree, "cells": outcome.cells}, indent=2, allow_nan=False))
+    else:
+        print("\n".join(drive.table(outcome)))
+        if kept:
+            print(f"verdict for these versions and this hardware: {kept}")
+    return 0 if outcome.ok else EXIT_NUMERICS
 
 
 def _doctor(arguments: argparse.Namespace, words: list[str]) -> int:

@@ -34,12 +34,13 @@ MAY_IMPORT = {
         "plan",
         "spec",
         "topology",
-        "submit",
-        "verdict",
+        "metrics",
+        "assets",
+        "faults",
         "errors",
         "models",
     },
-    "launcher.verdict": {"rundir", "plan", "spec", "errors", "files", "assets"},
+    "launcher.verdict": {"spec", "topology", "files", "assets"},
     "launcher.faults": {"errors"},
     "launcher.rundir": {"spec", "plan", "errors", "assets", "files", "lease"},
     "launcher.lease": {"errors", "files"},
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     "models": set(),
 }
 # Edges inside functions, for verbs that need them.
-LATE = {"launcher.cli": {"data", "engine", "parity"}, "launcher.train": {"engine"}, "launcher.plan": set()}
+LATE = {"launcher.cli": {"data", "engine", "parity", "verdict"}, "launcher.train": {"engine"}, "launcher.plan": set()}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
 MAY_BE_HEAVY = ("launcher.engine", "launcher.parity", "launcher.data", "models.build", "models.loss")
 

@@ -246,12 +246,13 @@ def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> Non
 
 def test_half_precision_at_stage_0_is_warned_of_where_it_is_not_mended(plan: Make) -> None:
     for precision, fault in (("fp16", "never scales the loss"), ("bf16", "starts Adam one step late")):
-        (warning,) = plan("zero=0", f"precision={precision}", "numerics.repairs=false", "steps=100").warnings
+        said = plan("zero=0", f"precision={precision}", "numerics.repairs=false").warnings
+        (warning,) = [one for one in said if "TRUST" in one]
         assert warning.startswith(f"DO NOT TRUST numerics.repairs=false with zero=0 precision={precision}")
         assert fault in warning
-        assert plan("zero=0", f"precision={precision}", "steps=100").warnings == []
+        assert not any("TRUST" in one for one in plan("zero=0", f"precision={precision}").warnings)
     for cell in (["zero=0", "precision=fp32"], ["zero=1", "precision=fp16"]):
-        assert plan(*cell, "numerics.repairs=false", "steps=100").warnings == []
+        assert not any("TRUST" in one for one in plan(*cell, "numerics.repairs=false").warnings)
 
 
 def test_the_run_id_is_the_question_not_its_place(plan: Make) -> None:

@@ -1,0 +1,164 @@
+"""What the parity gate runs: every legal (stage, precision) cell under varied conditions, as run keys."""
+
+import itertools
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from launcher.errors import RequestError, nearest
+from launcher.plan.corpus import DataFacts
+from launcher.plan.facts import Facts
+from launcher.plan.plan import Plan
+from launcher.plan.resolve import resolve
+from launcher.spec.load import load
+from launcher.topology import Topology
+
+STEPS = 20
+POISONED_STEP = 7
+"""The step whose loss is made NaN on rank 0: every cell has to skip it, and fp16 to halve its scale."""
+POISON = f"fwd:0:{POISONED_STEP}:nan"
+"""The value of HALFSTEP_FAULT that does it."""
+BINDING_CLIP = 0.05
+"""A largest gradient norm that binds on every step: these models' norms are near 1."""
+_GLOBAL_BATCH, _SEQUENCE, _VOCABULARY = 8, 32, 64
+# A constant lr of 1e-3 is the largest at which a tiny AdamW model does not amplify rounding by itself.
+_OPTIMIZERS = {
+    "adamw": ["optimizer.kind=adamw", "optimizer.lr=1e-3"],
+    "sgd": ["optimizer.kind=sgd", "optimizer.lr=0.02", "optimizer.momentum=0.9"],
+}
+# The scale grows twice and is halved once within the 20 steps.
+_SCALING = ["fp16.initial_scale_power=10", "fp16.window=5", "fp16.hysteresis=1"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One small run."""
+
+    zero: int
+    precision: str
+    accumulation: int
+    clip: float
+    world_size: int
+    optimizer: str
+    family: str
+    activation_checkpointing: bool = False
+
+    def at_stage_1(self) -> "Case":
+        """Return the same run at ZeRO stage 1, which it is compared with."""
+        return replace(self, zero=1)
+
+    def __str__(self) -> str:
+        extra = ", activation checkpointing" if self.activation_checkpointing else ""
+        clip = f"clip {self.clip:g}" if self.clip else "no clip"
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{self.family} {self.optimizer}, accumulation {self.accumulation}, {clip}, {ranks}{extra}"
+
+
+def every_case() -> list[Case]:
+    """Return every combination, and activation checkpointing once in every cell."""
+    cases = [
+        Case(
+            zero=zero,
+            precision=precision,
+            accumulation=accumulation,
+            clip=clip,
+            world_size=world_size,
+            optimizer=optimizer,
+            family=family,
+        )
+        for family, optimizer, clip, accumulation, world_size, precision, zero in itertools.product(
+            ("gpt2", "llama"),
+            ("adamw", "sgd"),
+            (BINDING_CLIP, 0.0),
+            (1, 2),
+            (1, 2),
+            ("fp32", "fp16", "bf16"),
+            (1, 0, 2, 3),
+        )
+    ]
+    return cases + _cells(_CHECKPOINTED)
+
+
+def default_cases() -> list[Case]:
+    """Return the subset that meets every value of every condition in every cell."""
+    return [case for conditions in _DEFAULT for case in _cells(conditions)]
+
+
+_CHECKPOINTED: dict[str, Any] = {
+    "accumulation": 1,
+    "clip": BINDING_CLIP,
+    "world_size": 1,
+    "optimizer": "adamw",
+    "family": "gpt2",
+    "activation_checkpointing": True,
+}
+_DEFAULT: list[dict[str, Any]] = [
+    {"accumulation": 1, "clip": 0.0, "world_size": 1, "optimizer": "adamw", "family": "gpt2"},
+    {"accumulation": 2, "clip": BINDING_CLIP, "world_size": 2, "optimizer": "adamw", "family": "gpt2"},
+    {"accumulation": 2, "clip": BINDING_CLIP, "world_size": 1, "optimizer": "sgd", "family": "llama"},
+    {"accumulation": 1, "clip": 0.0, "world_size": 2, "optimizer": "adamw", "family": "llama"},
+    _CHECKPOINTED,
+]
+
+
+def _cells(conditions: dict[str, Any]) -> list[Case]:
+    return [
+        Case(zero=zero, precision=precision, **conditions)
+        for precision in ("fp32", "fp16", "bf16")
+        for zero in (1, 0, 2, 3)  # stage 1 first: the others are compared with it
+    ]
+
+
+def select(cases: list[Case], words: list[str]) -> list[Case]:
+    """Return the cases that every `key=value[|value]` word admits; raises RequestError for a word that admits none."""
+    for word in words:
+        key, _, text = word.partition("=")
+        known = list(asdict(cases[0])) if cases else []
+        if key not in known:
+            fix = f"did you mean {nearest(key, known)[0]}?" if nearest(key, known) else f"one of {', '.join(known)}"
+            raise RequestError(f"{key!r} is no property of a case", where=f"--only {word}", fix=fix)
+        kept = [case for case in cases if str(getattr(case, key)).lower() in text.lower().split("|")]
+        if not kept:
+            values = dict.fromkeys(str(getattr(case, key)).lower() for case in cases)
+            raise RequestError(f"no case has {word}", where=f"--only {word}", fix=f"{key} is {' or '.join(values)}")
+        cases = kept
+    return cases
+
+
+def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
+    """Return the plan of a case: the same one that `halfstep run` would make of these run keys."""
+    micro = _GLOBAL_BATCH // (case.accumulation * case.world_size)
+    words = [
+        f"model={case.family}-nano",
+        "model.width=32",
+        f"model.vocabulary={_VOCABULARY}",
+        "data=synthetic",
+        f"sequence={_SEQUENCE}",
+        f"steps={STEPS}",
+        f"batch.global={_GLOBAL_BATCH}",
+        f"batch.micro={micro}",
+        f"zero={case.zero}",
+        f"precision={case.precision}",
+        *_OPTIMIZERS[case.optimizer],
+        f"optimizer.clip={case.clip}",
+        "schedule.kind=constant",
+        "schedule.warmup=0",
+        *(_SCALING if case.precision == "fp16" else []),
+        f"activation_checkpointing={str(case.activation_checkpointing).lower()}",
+        f"numerics.repairs={str(repairs).lower()}",
+    ]
+    request = load(words)
+    tokens = 10**9
+    data = DataFacts(
+        path="synthetic",
+        train_prefix="synthetic",
+        validation_prefix=None,
+        train_tokens=tokens,
+        validation_tokens=0,
+        vocabulary=_VOCABULARY,
+        vocabulary_digest=None,
+        has_tokenizer=False,
+        digest="synthetic",
+    )
+    plan = resolve(request, topology, Facts(data=data, model=None, ds_config=None))
+    plan.require_allowed()
+    return plan

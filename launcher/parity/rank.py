@@ -1,0 +1,83 @@
+"""One rank of the parity gate: run the cases of a job file in one start and write a line of JSON for each.
+
+python -m launcher.parity.rank JOB.json          (started by `halfstep verify`, alone or under torchrun)
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import faults, topology
+from launcher.errors import HalfstepError
+from launcher.parity.cases import POISON, Case, plan_of
+
+if TYPE_CHECKING:
+    from launcher.parity.trial import Series
+
+
+def main(job_file: Path) -> None:
+    """Run the job's cases in order; rank 0 writes."""
+    job = json.loads(job_file.read_text("utf-8"))
+    rank = topology.from_environment()
+    topology.prepare_environment(rank)
+    os.environ[faults.VARIABLE] = POISON
+    from launcher.engine import distributed  # torch and DeepSpeed from here on, in the environment prepared for them
+    from launcher.parity import trial
+
+    world = topology.describe(rank.world_size, rank.local_world_size)
+    reported = [Case(**one) for one in job["cases"]]
+    needed = dict.fromkeys(case for one in reported for case in (one.at_stage_1(), one))
+    distributed.join(rank, plan_of(reported[0], world, repairs=job["repairs"]))
+    distributed.quiet_deepspeed(Path(job["log"]))
+    reference = functools.cache(
+        lambda case: trial.on_the_reference(plan_of(dataclasses.replace(case, zero=0), world, repairs=True))
+    )
+    stage_1: dict[Case, Series] = {}
+    with Path(job["out"]).open("a", encoding="utf-8") as out:
+        for case in needed:
+            started = time.perf_counter()
+            series = trial.on_deepspeed(plan_of(case, world, repairs=job["repairs"]), rank.rank)
+            if case.zero == 1:
+                stage_1[case] = series
+            if rank.rank == 0 and case in reported:
+                # What the reference does depends neither on the stage nor on recomputing activations.
+                oracle = reference(dataclasses.replace(case, zero=0, activation_checkpointing=False))
+                row = _row(case, series, oracle, stage_1[case.at_stage_1()])
+                out.write(json.dumps({**row, "seconds": time.perf_counter() - started}) + "\n")
+                out.flush()
+    distributed.leave()
+
+
+def _row(case: Case, series: "Series", oracle: "Series", stage_1: "Series") -> dict[str, Any]:
+    from launcher.parity import judge
+
+    found = judge.deviations(case, series, oracle, "oracle")
+    if case.zero != 1:
+        found += judge.deviations(case, series, stage_1, "stage 1")
+    worst = judge.worst(found)
+    return {
+        **dataclasses.asdict(case),
+        "worst": worst.value,
+        "tolerance": worst.tolerance,
+        "ok": all(one.ok for one in found),
+        "measure": worst.measure,
+        "against": worst.against,
+        "step": worst.step,
+        "repairs": list(series.repairs),
+        "final_loss": series.loss[-1],
+        "oracle_final_loss": oracle.loss[-1],
+        "deviations": [{**dataclasses.asdict(one), "ok": one.ok} for one in found],
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except HalfstepError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

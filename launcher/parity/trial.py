@@ -1,0 +1,169 @@
+"""Run one case on DeepSpeed through the training loop itself, or on the reference, and keep what they are judged by."""
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from launcher.engine import loop
+from launcher.engine.build import build
+from launcher.metrics.record import StepRecord
+from launcher.parity.cases import POISONED_STEP
+from launcher.parity.oracle import MixedPrecisionTrainer, ParameterGroups, Scale
+from launcher.plan.plan import Plan
+from models import build as model_build
+from models.loss import next_token_loss
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class Series:
+    """What one run did, step by step; None where a value is not finite."""
+
+    loss: list[float | None] = field(default_factory=list)
+    grad_norm: list[float | None] = field(default_factory=list)
+    loss_scale: list[float | None] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
+    first_update: Tensor | None = None
+    """All masters after the first step minus all weights before it, flat, fp32, on the CPU."""
+    optimizer_steps: float | None = None
+    """Adam's step count after the first step; None for SGD."""
+    repairs: tuple[str, ...] = ()
+
+
+class SyntheticFeed:
+    """Sequences that can be learnt, from the step's number alone: a random walk with small positive strides."""
+
+    def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
+        self._plan, self.rank, self._device = plan, rank, device
+
+    def micro_batches(self, step: int) -> Iterator[Tensor]:
+        """Yield this rank's micro-batches of a step, dealt out as `engine.feed.Feed` does."""
+        yield from self.shares(step)[:, self.rank]
+
+    def shares(self, step: int) -> Tensor:
+        """Return the global batch, (accumulation, ranks, micro, sequence + 1) token ids."""
+        batch = self._plan.batch
+        random = torch.Generator().manual_seed(1000 + step)
+        strides = torch.randint(1, 4, (batch.global_, self._plan.sequence + 1), generator=random)
+        tokens = strides.cumsum(dim=1) % self._plan.model.vocabulary
+        return tokens.reshape(batch.accumulation, batch.ranks, batch.micro, -1).to(self._device)
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield nothing: the gate looks at training."""
+        return iter(())
+
+
+def on_deepspeed(plan: Plan, rank: int) -> Series:
+    """Train a plan with the loop that trains every run. A collective call."""
+    engine, repairs = build(plan)
+    series = Series(repairs=repairs.active)
+    before = _flat(engine, plan, masters=False)
+
+    def step(record: StepRecord) -> None:
+        series.loss.append(record.loss)
+        series.grad_norm.append(record.grad_norm)
+        series.loss_scale.append(record.loss_scale)
+        series.skipped.append(record.overflow)
+        if record.step == 1:
+            series.first_update = _flat(engine, plan, masters=True) - before
+            series.optimizer_steps = _optimizer_steps(engine)
+
+    tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda kind, **details: None)
+    try:
+        loop.train(engine, plan, SyntheticFeed(plan, rank, engine.device), tell, repairs)
+    finally:
+        engine.destroy()
+        gc.collect()
+    return series
+
+
+def _flat(engine: DeepSpeedEngine, plan: Plan, *, masters: bool) -> Tensor:
+    """Return all weights, or their fp32 masters, as one flat fp32 tensor, in the model's order. A collective call."""
+    parts = []
+    of_weight = _stage_0_masters(engine, plan) if masters else {}
+    for parameter in engine.module.parameters():
+        if masters and plan.zero > 0:
+            part = safe_get_full_fp32_param(parameter)
+        elif masters:
+            part = of_weight.get(id(parameter), parameter)
+        else:
+            sharded = hasattr(parameter, "ds_id")
+            whole = deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext()
+            with whole:
+                part = parameter.detach().clone()
+        parts.append(part.detach().float().cpu().flatten())
+    return torch.cat(parts)
+
+
+def _stage_0_masters(engine: DeepSpeedEngine, plan: Plan) -> dict[int, Tensor]:
+    """Return the fp32 master of every half-precision weight by its identity, which DeepSpeed's API leaves out."""
+    if plan.zero > 0 or plan.precision == "fp32":
+        return {}
+    wrapper, found = engine.optimizer, {}
+    if hasattr(wrapper, "fp32_groups_flat"):
+        for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True):
+            pieces = flat.detach().split([weight.numel() for weight in weights])
+            found |= {id(weight): piece for weight, piece in zip(weights, pieces, strict=True)}
+        return found
+    for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        found |= {id(weight): master for weight, master in zip(weights, masters, strict=True)}
+    return found
+
+
+def _optimizer_steps(engine: DeepSpeedEngine) -> float | None:
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    counts = [float(state["step"]) for state in base.state.values() if "step" in state]
+    return max(counts) if counts else None
+
+
+def on_the_reference(plan: Plan) -> Series:
+    """Train a plan with `oracle.MixedPrecisionTrainer`, the global batch in this one process."""
+    model = model_build.build(plan.model.config, seed=plan.seed, dtype=_DTYPES[plan.precision])
+    model = model.to("cuda") if plan.topology.accelerator == "cuda" else model
+    fp16 = plan.deepspeed["fp16"]
+    scale = Scale(
+        value=2.0 ** fp16["initial_scale_power"], window=fp16["loss_scale_window"], hysteresis=fp16["hysteresis"]
+    ) if plan.precision == "fp16" else None  # fmt: skip
+    settings = plan.deepspeed["optimizer"]["params"]
+    decay = settings["weight_decay"]
+
+    def group_of(weight: Tensor) -> dict[str, float]:
+        return {"weight_decay": decay if weight.dim() >= 2 else 0.0}
+
+    def make_optimizer(groups: ParameterGroups) -> torch.optim.Optimizer:
+        if plan.deepspeed["optimizer"]["type"] == "SGD":
+            return torch.optim.SGD(groups, lr=settings["lr"], momentum=settings["momentum"])
+        return torch.optim.AdamW(groups, lr=settings["lr"], betas=tuple(settings["betas"]), eps=settings["eps"])
+
+    trainer = MixedPrecisionTrainer(model, make_optimizer, clip=plan.clip, scale=scale, group_of=group_of)
+    feed = SyntheticFeed(plan, 0, next(model.parameters()).device)
+    before = torch.cat([master.flatten() for master in trainer.masters.values()]).cpu()
+    series = Series()
+    for step in range(1, plan.steps + 1):
+        # (accumulation, rank) share by share, and the poison where the fault puts it: on rank 0.
+        shares = [(share, rank) for part in feed.shares(step) for rank, share in enumerate(part)]
+
+        def loss_of(model: nn.Module, share: tuple[Tensor, int], step: int = step) -> Tensor:
+            tokens, rank = share
+            loss = next_token_loss(model(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+            return loss * math.nan if step == POISONED_STEP and rank == 0 else loss
+
+        done = trainer.step(shares, loss_of, plan.schedule.learning_rate(step))
+        series.loss.append(done.loss if math.isfinite(done.loss) else None)
+        series.grad_norm.append(None if done.skipped else done.grad_norm)
+        series.loss_scale.append(done.scale if scale else None)
+        series.skipped.append(done.skipped)
+        if step == 1:
+            series.first_update = torch.cat([master.flatten() for master in trainer.masters.values()]).cpu() - before
+            counts = [float(state["step"]) for state in trainer.optimizer.state.values() if "step" in state]
+            series.optimizer_steps = max(counts) if counts else None
+    return series

@@ -1,0 +1,82 @@
+"""What the parity gate found on this machine, kept where a study can ask for it: results with versions and hardware."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from launcher import assets
+from launcher.files import write_json
+from launcher.spec.digest import digest
+from launcher.topology import Topology
+
+_VERSIONED = ("halfstep", "torch", "deepspeed", "transformers")
+# What decides how a cell trains; another text of these is another question.
+_CODE = ("launcher/engine", "launcher/plan", "launcher/parity", "models", "ds_configs")
+
+
+def conditions(topology: Topology) -> dict[str, Any]:
+    """Return what a verdict holds for: versions, our own code, and the hardware."""
+    versions = {}
+    for name in _VERSIONED:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "code": _code_digest(),
+        "accelerator": topology.accelerator,
+        "device": topology.device_name or platform.machine(),
+        "cuda_compiler": topology.fused_adam,
+    }
+
+
+def _code_digest() -> str:
+    """Hash the sources that decide how a cell trains, wherever they are installed."""
+    total = hashlib.sha256()
+    for name in _CODE:
+        folder = assets.folder(name) if name == "ds_configs" else assets.source_root() / name
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in (".py", ".json", ".toml"):
+                total.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
+
+
+def file(topology: Topology) -> Path:
+    """Return where the verdict for this machine, these versions and this code is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "halfstep" / "verdicts" / f"{digest(conditions(topology))}.json"
+
+
+def store(topology: Topology, cells: list[dict[str, Any]]) -> Path:
+    """Add results to the verdict; a case that was there already is replaced."""
+    path = file(topology)
+    known = {_key(one): one for one in read(topology)}
+    known |= {_key(one): one for one in cells}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"conditions": conditions(topology), "time": time.time(), "cells": list(known.values())})
+    return path
+
+
+def read(topology: Topology) -> list[dict[str, Any]]:
+    """Return the stored results for this machine, these versions and this code; none where there are none."""
+    try:
+        return json.loads(file(topology).read_text("utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def proved(topology: Topology, zero: int, precision: str) -> bool | None:
+    """Tell whether a cell was found to train the same model: True, False, or None where nobody looked."""
+    results = [one["ok"] for one in read(topology) if (one["zero"], one["precision"]) == (zero, precision)]
+    return all(results) if results else None
+
+
+def _key(cell: dict[str, Any]) -> str:
+    names = ("zero", "precision", "accumulation", "clip", "world_size", "optimizer", "family")
+    return digest([cell[name] for name in names] + [cell["activation_checkpointing"]])
