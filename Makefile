@@ -1,5 +1,7 @@
 # make demo    set up, prepare data, train a GPT with DeepSpeed on what is here
 # make test    set up, run the whole test suite
+# make test-all    and what takes longer than anybody waits: every combination of the parity gate, every cell's faults
+# make gpu     what only a GPU can show, into benchmarks/results/<device>.json
 # make check   formatting, lint, types, generated files
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test test-all gpu check format setup clean
 
 setup: $(STAMP)
 
@@ -30,6 +32,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

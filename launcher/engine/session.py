@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launcher import rundir
 from launcher.engine import distributed
@@ -109,10 +110,17 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
         tell = Listeners(step=witness.step, evaluation=witness.evaluation, event=witness.event)
         try:
             train(engine, plan, Feed(plan, rank, device), tell, repairs)
-        except NumericsError:  # every rank raises it after the same step
+        except NumericsError as error:  # every rank raises it after the same step
+            finite = all(distributed.gather_objects(_weights_are_finite(engine)))
+            witness.event("stopped", reason=error.what, where=error.where, weights_finite=finite)
             if rank.rank == 0:
                 witness.summarise("diverged")
             distributed.gather_objects(None)  # a launcher ends everybody when one rank fails: let rank 0 write first
             raise
         if rank.rank == 0:
             witness.summarise("done")
+
+
+def _weights_are_finite(engine: DeepSpeedEngine) -> bool:
+    # At stage 3 a rank holds its part of a parameter beside it.
+    return all(bool(getattr(one, "ds_tensor", one).isfinite().all()) for one in engine.module.parameters())

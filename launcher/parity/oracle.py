@@ -94,7 +94,7 @@ class MixedPrecisionTrainer:
             # Forward and backward in the model's precision; the loss itself is fp32.
             loss = loss_of(self.model, batch)
             total += float(loss.detach())
-            # Scaling shifts the gradients into fp16's range: below 2^-25 they would round to zero.
+            # Scaling shifts the gradients into fp16's range: 2^-25 and smaller would round to zero.
             (loss * scale / len(micro_batches)).backward()
             for name, weight in self.weights.items():
                 # To fp32 first, then unscale: the other way round they would underflow after all.

@@ -46,6 +46,10 @@ class Outcome:
         return [row["loss"] for row in self.steps]
 
     @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / "events.jsonl").read_text().splitlines()]
+
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if "eval_loss" in row]
 

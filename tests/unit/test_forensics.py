@@ -1,0 +1,103 @@
+"""Gradients watched in the backward pass: what was not finite first, and what fp16 would lose of each layer."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine.forensics import GradientWatch, first_of, layer_of, merged_statistics
+
+
+@pytest.mark.parametrize(
+    ("parameter", "layer"),
+    [
+        ("transformer.h.3.mlp.c_fc.weight", "transformer.h.3"),
+        ("model.layers.11.self_attn.q_proj.weight", "model.layers.11"),
+        ("transformer.wte.weight", "transformer.wte"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_a_parameter_belongs_to_its_block_or_else_its_module(parameter: str, layer: str) -> None:
+    assert layer_of(parameter) == layer
+
+
+class _Poison(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.inf
+
+
+def test_the_first_bad_gradient_is_the_first_one_behind_the_poison() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    watch = GradientWatch(model)
+    watch.start_step()
+    model(torch.ones(1, 2)).sum().backward()
+    assert watch.non_finite() == []
+    watch.next_micro_step()
+    hidden = _Poison.apply(model[1](model[0](torch.ones(1, 2))))
+    model[2](hidden).sum().backward()
+    found = watch.non_finite()
+    # The last layer comes before the poison; its weights and biases stay finite.
+    assert {one["layer"] for one in found[:2]} == {"1"}
+    assert {one["layer"] for one in found[2:]} == {"0"}
+    assert all(one["micro_step"] == 2 for one in found)
+    watch.start_step()
+    assert watch.non_finite() == []
+
+
+def test_ranks_are_merged_in_the_order_of_micro_steps_and_of_the_backward_pass() -> None:
+    late = {"parameter": "a", "layer": "", "micro_step": 2}
+    early, next_ = ({"parameter": name, "layer": "", "micro_step": 1} for name in ("b", "c"))
+    count, first = first_of([[late], [early, next_]])
+    assert count == 3
+    assert [(one["parameter"], one["rank"]) for one in first] == [("b", 1), ("c", 1), ("a", 0)]
+    assert first_of([[], []]) == (0, [])
+    many = [{"parameter": str(n), "layer": "", "micro_step": 1} for n in range(9)]
+    count, first = first_of([many, many])
+    assert count == 9
+    assert [(one["parameter"], one["rank"]) for one in first] == [("0", 0), ("0", 1), ("1", 0), ("1", 1), ("2", 0)]
+
+
+def weigh(dtype: torch.dtype, gradients: list[list[float]], *, scale: float, carried: float) -> dict:
+    """Return the statistics of one 2-D parameter whose gradient, as computed, is `gradients`."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(len(gradients), len(gradients[0]), dtype=dtype))
+    watch = GradientWatch(model)
+    watch.start_step()
+    watch.measure(scale=scale, carried=carried)
+    (model.weight * torch.tensor(gradients, dtype=dtype)).sum().backward()
+    return merged_statistics([watch.statistics(), watch.statistics()])[""]
+
+
+def test_underflow_in_fp32_is_counted_at_the_threshold_with_and_without_a_scale() -> None:
+    below, at, above = 2.0**-26, 2.0**-25, 2.0**-25 * 1.01
+    seen = weigh(
+        torch.float32, [[0.0, below, at, above], [1.0, 2.0**-42, -(2.0**-30), -0.5]], scale=2.0**16, carried=1.0
+    )
+    assert seen == {
+        "elements": 16,
+        "grad_max": 1.0,
+        "zero": 1 / 8,
+        "underflow_unscaled": 4 / 8,
+        "underflow_scaled": 1 / 8,
+    }
+
+
+def test_in_fp16_what_is_zero_in_a_touched_row_was_lost_at_the_scale() -> None:
+    scale = 2.0**10
+    # As stored, times the scale: 2^-20 is 2^-30 in truth, which fp16 could not hold without scaling.
+    seen = weigh(torch.float16, [[0.0, 2.0**-20, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]], scale=scale, carried=scale)
+    assert seen["grad_max"] == 2.0 / scale
+    assert seen["zero"] == 5 / 8
+    assert seen["underflow_scaled"] == 1 / 8, "the second row was not touched at all"
+    assert seen["underflow_unscaled"] == 1 / 8
+
+
+def test_a_gradient_that_is_not_finite_has_no_maximum() -> None:
+    assert weigh(torch.float32, [[math.inf, 1.0]], scale=1.0, carried=1.0)["grad_max"] is None
+    assert weigh(torch.float32, [[math.nan, 1.0]], scale=1.0, carried=1.0)["grad_max"] is None

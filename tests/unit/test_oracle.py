@@ -1,0 +1,92 @@
+"""The reference trainer against textbook cases: AdamW, a scale by hand, a skip, a gradient too small for fp16."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from launcher.engine.scaling import LossScale
+from launcher.parity.oracle import MixedPrecisionTrainer, ParameterGroups, Scale
+
+
+def sgd(groups: ParameterGroups) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=1.0)
+
+
+def layer(dtype: torch.dtype, weight: list[float]) -> nn.Linear:
+    made = nn.Linear(len(weight), 1, bias=False, dtype=dtype)
+    made.weight.data.copy_(torch.tensor([weight]))
+    return made
+
+
+def times(model: nn.Module, factor: float) -> Tensor:
+    """Return a loss whose gradient is `factor` for every weight."""
+    return model(torch.ones(1, model.weight.shape[1], dtype=model.weight.dtype)).float().sum() * factor
+
+
+def test_in_fp32_it_is_torch_adamw_to_the_bit() -> None:
+    torch.manual_seed(3)
+    one, two = nn.Linear(5, 3), nn.Linear(5, 3)
+    two.load_state_dict(one.state_dict())
+    trainer = MixedPrecisionTrainer(one, lambda groups: torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1))
+    plain = torch.optim.AdamW(two.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        batch = torch.linspace(-1, 1, 20).reshape(4, 5) + step
+        trainer.step([batch], lambda model, x: model(x).square().mean(), lr=0.01)
+        plain.zero_grad()
+        two(batch).square().mean().backward()
+        plain.step()
+    assert torch.equal(one.weight, two.weight)
+    assert torch.equal(one.bias, two.bias)
+
+
+def test_a_gradient_below_fp16_arrives_through_the_scale_and_not_without() -> None:
+    tiny = 2.0**-26
+    lost = layer(torch.float16, [1.0, 1.0])
+    kept = layer(torch.float16, [1.0, 1.0])
+    without = MixedPrecisionTrainer(lost, sgd)
+    with_scale = MixedPrecisionTrainer(kept, sgd, scale=Scale(value=1024.0))
+    assert without.step([tiny], times, lr=1.0).grad_norm == 0
+    assert with_scale.step([tiny], times, lr=1.0).grad_norm == pytest.approx(tiny * math.sqrt(2))
+    assert torch.equal(without.masters["weight"], torch.tensor([[1.0, 1.0]]))
+    assert torch.equal(with_scale.masters["weight"], torch.tensor([[1.0, 1.0]]) - tiny)
+
+
+def test_the_mean_is_over_micro_batches_and_clipping_sees_the_unscaled_norm() -> None:
+    model = layer(torch.float16, [0.0])
+    trainer = MixedPrecisionTrainer(model, sgd, clip=1.0, scale=Scale(value=256.0))
+    done = trainer.step([2.0, 4.0], times, lr=0.5)
+    assert (done.grad_norm, done.scale, done.skipped) == (3.0, 256.0, False)
+    assert model.weight.item() == -0.5, "lr 0.5 times a gradient of 3 clipped to 1"
+
+
+def test_a_step_with_a_nan_changes_nothing_but_the_scale() -> None:
+    model = layer(torch.float16, [1.0])
+    trainer = MixedPrecisionTrainer(
+        model, lambda groups: torch.optim.AdamW(groups, lr=0.1), scale=Scale(value=8.0, window=2)
+    )
+    trainer.step([1.0], times, lr=0.1)
+    before = {name: master.clone() for name, master in trainer.masters.items()}
+    (state,) = trainer.optimizer.state.values()
+    moment = state["exp_avg"].clone()
+    done = trainer.step([math.nan], times, lr=0.1)
+    assert done.skipped
+    assert torch.equal(trainer.masters["weight"], before["weight"])
+    assert torch.equal(state["exp_avg"], moment)
+    assert float(state["step"]) == 1
+    assert [trainer.step([1.0], times, lr=0.1).scale for _ in range(4)] == [4.0, 4.0, 4.0, 8.0]
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 5), st.integers(1, 3), st.integers(0, 8))
+def test_its_scale_moves_as_the_engines_does_though_the_two_share_no_code(
+    overflows: list[bool], window: int, hysteresis: int, power: int
+) -> None:
+    reference = Scale(value=2.0**power, window=window, hysteresis=hysteresis, minimum=1.0)
+    ours = LossScale(value=2.0**power, dynamic=True, window=window, hysteresis=hysteresis, minimum=1.0)
+    for overflow in overflows:
+        assert reference.value == ours.value
+        reference.shrink() if overflow else reference.grow()
+        ours.update(overflow)

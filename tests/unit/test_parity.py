@@ -1,0 +1,144 @@
+"""The gate's own logic: which cases there are, and what counts as the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from launcher import verdict
+from launcher.errors import RequestError
+from launcher.parity import cases, drive, judge
+from launcher.parity.cases import Case
+from launcher.parity.trial import Series
+from launcher.topology import Topology
+
+CASE = Case(zero=2, precision="bf16", accumulation=1, clip=0.0, world_size=1, optimizer="adamw", family="gpt2")
+CPU = Topology(world_size=1, ranks_per_node=1, accelerator="cpu")
+
+
+def series(**changed) -> Series:
+    same = {
+        "loss": [2.0, None, 1.0],
+        "grad_norm": [1.0, None, 1.0],
+        "loss_scale": [8.0, 8.0, 4.0],
+        "skipped": [False, True, False],
+        "first_update": torch.tensor([3.0, 4.0]),
+        "optimizer_steps": 1.0,
+    }
+    return Series(**{**same, **changed})
+
+
+def test_every_combination_is_there_once() -> None:
+    every = cases.every_case()
+    assert len(every) == len(set(every)) == 12 * 2 * 2 * 2 * 2 * 2 + 12
+    for name, values in {
+        "zero": {0, 1, 2, 3},
+        "precision": {"fp32", "fp16", "bf16"},
+        "accumulation": {1, 2},
+        "clip": {0.0, cases.BINDING_CLIP},
+        "world_size": {1, 2},
+        "optimizer": {"adamw", "sgd"},
+        "family": {"gpt2", "llama"},
+    }.items():
+        assert {getattr(case, name) for case in every} == values
+        for cell in {(case.zero, case.precision) for case in every}:
+            met = {getattr(c, name) for c in cases.default_cases() if (c.zero, c.precision) == cell}
+            assert name in ("zero", "precision") or met == values, f"the default subset never varies {name} in {cell}"
+    assert sum(case.activation_checkpointing for case in every) == 12
+    assert set(cases.default_cases()) <= set(every)
+
+
+def test_a_selection_keeps_what_every_word_admits_and_refuses_what_nothing_does() -> None:
+    kept = cases.select(cases.every_case(), ["zero=0|3", "precision=fp16", "activation_checkpointing=true"])
+    assert [(one.zero, one.precision) for one in kept] == [(0, "fp16"), (3, "fp16")]
+    with pytest.raises(RequestError) as caught:
+        cases.select(cases.every_case(), ["precison=fp16"])
+    assert caught.value.fix == "did you mean precision?"
+    with pytest.raises(RequestError) as caught:
+        cases.select(cases.every_case(), ["zero=4"])
+    assert caught.value.fix == "zero is 1 or 0 or 2 or 3"
+
+
+def test_equal_series_do_not_deviate() -> None:
+    found = judge.deviations(CASE, series(), series(), "oracle")
+    assert [one.measure for one in found] == [
+        "loss",
+        "grad_norm",
+        "loss_scale",
+        "skipped",
+        "optimizer_steps",
+        "first_update",
+    ]
+    assert all(one.ok and one.value == 0 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "measure", "value", "step"),
+    [
+        ({"loss": [2.0, None, 1.002]}, "loss", 0.002, 3),
+        ({"loss": [2.0, 1.0, 1.0]}, "loss", 1.0, 2),
+        ({"loss": [2.0, None, float("nan")]}, "loss", 1e9, 3),
+        ({"grad_norm": [1.05, None, 1.0]}, "grad_norm", 0.05, 1),
+        ({"loss_scale": [8.0, 4.0, 4.0]}, "loss_scale", 1, 2),
+        ({"skipped": [False, False, False]}, "skipped", 1, 2),
+        ({"optimizer_steps": 2.0}, "optimizer_steps", 1, 1),
+        ({"first_update": torch.tensor([3.0, 4.5])}, "first_update", 0.1, 1),
+        ({"first_update": torch.tensor([3.0, float("nan")])}, "first_update", 1e9, 1),
+    ],
+)
+def test_a_difference_is_found_in_its_measure_and_step(changed: dict, measure: str, value: float, step: int) -> None:
+    found = judge.deviations(CASE, series(**changed), series(), "stage 1")
+    (bad,) = [one for one in found if not one.ok]
+    assert (bad.measure, bad.against, bad.step) == (measure, "stage 1", step)
+    assert bad.value == pytest.approx(value, rel=1e-6)
+    assert judge.worst(found) == bad
+
+
+def test_a_count_that_differs_never_hides_how_far_the_runs_are_apart() -> None:
+    found = judge.deviations(CASE, series(optimizer_steps=2.0, loss=[2.0, None, 1.5]), series(), "oracle")
+    assert judge.worst(found).measure == "loss"
+
+
+def test_fp32_has_more_room_where_two_ranks_add_in_another_order() -> None:
+    apart = series(loss=[2.0, None, 1.00005])
+    one, two = (replace(CASE, precision="fp32", world_size=size) for size in (1, 2))
+    assert not judge.deviations(one, apart, series(), "oracle")[0].ok
+    assert judge.deviations(two, apart, series(), "oracle")[0].ok
+
+
+def _cell(case: Case, *, ok: bool) -> dict:
+    found = judge.deviations(case, series(loss=[2.0, None, 1.0 if ok else 1.5]), series(), "oracle")
+    rows = [{**vars(one), "ok": one.ok} for one in found]
+    worst = judge.worst(found)
+    return {
+        **vars(case), "ok": ok, "deviations": rows, "worst": worst.value, "tolerance": worst.tolerance,
+        "measure": worst.measure, "against": worst.against, "step": worst.step,
+    }  # fmt: skip
+
+
+def test_the_table_names_the_cell_the_gap_and_the_case() -> None:
+    cells = [_cell(CASE, ok=True), _cell(replace(CASE, zero=0), ok=False)]
+    told = drive.table(drive.Outcome(cells=cells, not_run=[], seconds=12.4, repairs=False))
+    assert [line.split()[-1] for line in told[1:3]] == ["FAIL", "ok"]
+    assert "5.0e-01 / 1e-03" in told[1]
+    assert told[4] == (
+        "FAIL zero=0 precision=bf16, gpt2 adamw, accumulation 1, no clip, 1 rank: "
+        "loss 0.5 (tolerance 0.001) against oracle at step 3"
+    )
+    assert told[-1] == "1 of 2 cases train the same model in 12 s, without repairs: DeepSpeed as it is"
+
+
+def test_a_verdict_is_kept_with_its_conditions(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert verdict.proved(CPU, 2, "bf16") is None
+    kept = verdict.store(CPU, [_cell(CASE, ok=True)])
+    assert verdict.proved(CPU, 2, "bf16") is True
+    verdict.store(CPU, [_cell(replace(CASE, family="llama"), ok=False)])
+    assert verdict.proved(CPU, 2, "bf16") is False
+    verdict.store(CPU, [_cell(replace(CASE, family="llama"), ok=True)])
+    assert verdict.proved(CPU, 2, "bf16") is True, "a later result replaces the earlier one of the same case"
+    assert len(verdict.read(CPU)) == 2
+    assert verdict.proved(replace(CPU, accelerator="cuda", device_name="NVIDIA H100"), 2, "bf16") is None
+    monkeypatch.setattr(verdict, "version", lambda name: "0.0")
+    assert verdict.proved(CPU, 2, "bf16") is None, "other versions are another question"
+    assert kept.parent == tmp_path / "halfstep" / "verdicts"
