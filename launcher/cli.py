@@ -99,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--without-repairs", action="store_true", help="show DeepSpeed as it is; stores no verdict")
     verify.add_argument("--json", action="store_true", help="print the results as JSON")
     verify.set_defaults(verb=_verify)
+    numerics = verbs.add_parser(
+        "numerics",
+        help="show a run's loss scale, its skipped steps and what fp16 loses",
+        description="Print and plot the loss scale with the skipped steps and, layer by step, the gradients that fp16 "
+        "loses with and without scaling.",
+        parents=[common],
+    )
+    numerics.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    numerics.add_argument("--out", metavar="FILE.png", type=Path, help="the picture (default: RUN/numerics.png)")
+    numerics.add_argument("--json", action="store_true", help="print every move and every reading as JSON")
+    numerics.set_defaults(verb=_numerics)
     doctor = verbs.add_parser("doctor", help="check what a run needs", parents=[common])
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(verb=_doctor)
@@ -221,6 +232,26 @@ def _verify(arguments: argparse.Namespace, words: list[str]) -> int:
         if kept:
             print(f"verdict for these versions and this hardware: {kept}")
     return 0 if outcome.ok else EXIT_NUMERICS
+
+
+def _numerics(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher.metrics import numerics, numerics_report, plots  # matplotlib takes its time
+
+    run = numerics.read(arguments.run)
+    picture = arguments.out or arguments.run / "numerics.png"
+    failure = None
+    try:
+        plots.write(run, picture)
+    except HalfstepError as error:
+        failure = error  # what the run tells is printed all the same
+    if arguments.json:
+        found = {**numerics.to_dict(run), "picture": None if failure else str(picture)}
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print("\n".join([*numerics_report.lines(run), *([] if failure else ["", f"picture {picture}"])]))
+    if failure:
+        raise failure
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace, words: list[str]) -> int:

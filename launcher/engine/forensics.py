@@ -32,7 +32,8 @@ def layer_of(parameter: str) -> str:
 class GradientWatch:
     """Hooks on every parameter of a model; read after the backward passes of a step."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, in_fp16: bool) -> None:
+        self._in_fp16 = in_fp16
         self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self._sums: list[tuple[int, int, Tensor]] = []
         self._statistics: dict[str, Tensor] | None = None
@@ -69,7 +70,7 @@ class GradientWatch:
         magnitude = gradient.detach().float().abs() / self._carried
         zero = magnitude == 0
         lost_unscaled = ~zero & (magnitude <= FP16_UNDERFLOW)
-        if gradient.dtype == torch.float16:
+        if self._in_fp16:
             # Already gone: what is zero although its row is not. A row without any gradient was not touched at all.
             touched = (~zero).any(dim=-1, keepdim=True)
             lost_scaled = zero & touched

@@ -35,13 +35,14 @@ class Guard:
     ) -> None:
         self._engine, self._plan, self._repairs, self._event, self._rank = engine, plan, repairs, event, rank
         self._scale = LossScale.of(plan.deepspeed["fp16"]) if plan.precision == "fp16" else None
-        # fp32 without ZeRO has no wrapper that would look before it steps: a NaN would be in the weights at once.
-        self._unguarded = plan.zero == 0 and plan.precision == "fp32"
-        self._watch = forensics.GradientWatch(engine.module)
+        self._watch = forensics.GradientWatch(engine.module, in_fp16=plan.precision == "fp16")
         self._skipped_in_a_row, self._bad_losses_in_a_row = 0, 0
         self._last_good_step, self.skipped_steps = 0, 0
         self._dropped = False
         self._first: str | None = None
+        self._unguarded = plan.zero == 0 and plan.precision == "fp32"
+        if self._unguarded:
+            self._guard_bare_optimizer()
         if self._scale is not None:
             self._take_over()
 
@@ -88,12 +89,18 @@ class Guard:
         self._watch.next_micro_step()
         return loss.detach()
 
+    def _guard_bare_optimizer(self) -> None:
+        """Let torch's own optimizer step over a step with a NaN: fp32 without ZeRO has no wrapper that would look."""
+        step = self._engine.optimizer.step
+
+        def step_unless_dropped(*arguments: Any, **options: Any) -> Any:
+            return None if self._dropped else step(*arguments, **options)
+
+        self._engine.optimizer.step = step_unless_dropped
+
     def before_step(self, own_norm: float | None) -> None:
-        """Drop gradients that are not finite where DeepSpeed would not; `own_norm` is the norm Halfstep worked out."""
-        if self._unguarded and own_norm is not None and not math.isfinite(own_norm):
-            for parameter in self._engine.module.parameters():
-                parameter.grad = None  # torch's optimizers leave a parameter without gradient alone
-            self._dropped = True
+        """Decide to skip the step where DeepSpeed would not; `own_norm` is the norm that Halfstep worked out."""
+        self._dropped = self._unguarded and own_norm is not None and not math.isfinite(own_norm)
 
     def after_step(self) -> bool:
         """Move the loss scale and return whether the step was skipped; the same on every rank."""

@@ -2,8 +2,9 @@
 
 In DeepSpeed 0.19.8 `engine.backward` scales the loss for ZeRO optimizers only, while stage 0's fp16 wrapper still
 divides the gradients by the scale; and the wrapper takes one optimizer step on zero gradients when it is made, so that
-Adam's first real step is its second. Both canaries look at what DeepSpeed does and not at its version: the day it is
-right, nothing is mended twice. See docs/deepspeed.md.
+Adam's first real step is its second. It also adds up micro-batches in 16 bits there and refuses anything else, where
+stages 1 to 3 add in fp32. What is mended is decided by what DeepSpeed is seen to do and not by its version: the day it
+is right, nothing is mended twice. See docs/deepspeed.md.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from models.loss import next_token_loss
 
 FALSE_STEP = "false-optimizer-step"
 UNSCALED_LOSS = "unscaled-loss"
+HALF_ACCUMULATION = "half-precision-accumulation"
 _PROBE_TOKENS = 16
 _PROBE_PARAMETERS = 8
 
@@ -55,6 +57,11 @@ def repair(engine: DeepSpeedEngine, plan: Plan) -> Repairs:
             undo_false_step(engine)
     if plan.precision == "fp16" and leaves_loss_unscaled(engine, plan.model.vocabulary):
         found.append(UNSCALED_LOSS)
+    # Assigning a gradient of another type than its parameter's is new in torch; without it, this one stays.
+    if accumulates_in_half(engine) and hasattr(Tensor, "grad_dtype"):
+        found.append(HALF_ACCUMULATION)
+        if plan.numerics.repairs:
+            accumulate_in_fp32(engine)
     return Repairs(found=tuple(found), active=tuple(found) if plan.numerics.repairs else ())
 
 
@@ -93,6 +100,31 @@ def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
     engine.optimizer.zero_grad()
     engine.train()
     return is_unscaled(seen / norms[chosen] * accumulation if norms[chosen] else float("nan"), scale)
+
+
+def accumulates_in_half(engine: DeepSpeedEngine) -> bool:
+    """Tell whether gradients are added up, and averaged over ranks, in 16 bits."""
+    _, accumulation_dtype = engine.get_data_types()
+    return accumulation_dtype != torch.float32
+
+
+def accumulate_in_fp32(engine: DeepSpeedEngine) -> None:
+    """Let autograd add up gradients in fp32, and give these to DeepSpeed's reduction.
+
+    The wrapper copies what it finds to fp32 before it steps, so that nothing rounds in between.
+    """
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
+
+    def gradients() -> tuple[list[Tensor], dict]:
+        for parameter in parameters:
+            if parameter.grad is None:  # not used in this batch; DeepSpeed would put zeros in the parameter's own type
+                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        return [parameter.grad.data for parameter in parameters], {}
+
+    # The engine's one door for gradients other than the parameters' own (engine.py, buffered_allreduce_fallback).
+    engine.optimizer.get_grads_for_reduction = gradients
 
 
 def is_unscaled(ratio: float, scale: float) -> bool:

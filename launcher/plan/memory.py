@@ -12,14 +12,14 @@ def model_states(
     """Return the resident bytes of each model state on one rank without offload.
 
     Sharding as DeepSpeed 0.19.8 implements it: stage 1 shards masters and moments, stage 2 also gradients, stage 3 also
-    weights. Gradients are accumulated in fp32 at stages 1-3; stage 1 in bf16 keeps them whole beside the 16-bit ones
-    (bf16_optimizer.py), stage 0 accumulates in the compute type.
+    weights. Gradients are accumulated in fp32: at stage 0 by Halfstep's doing (engine/repair.py), at stages 1-3 by
+    `grad_accum_dtype`; stages 0 and 1 keep them whole.
     """
     compute = _FULL if precision == "fp32" else _HALF
     moments = 2 if optimizer == "adamw" else int(momentum > 0)
     shard = -(-parameters // ranks)
     sharded_states = shard if zero >= 1 else parameters
-    gradients = compute * parameters if zero == 0 else _FULL * (parameters if zero == 1 else shard)
+    gradients = _FULL * (parameters if zero <= 1 else shard)
     masters = 0 if precision == "fp32" and zero == 0 else _FULL * sharded_states
     return {
         "weights": compute * (shard if zero == 3 else parameters),

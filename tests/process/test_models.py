@@ -1,6 +1,5 @@
 """Models from elsewhere and runs that go wrong, on one real rank each."""
 
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -62,14 +61,14 @@ def test_a_run_that_diverges_ends_with_code_76_and_says_so(start: Start, data: P
         f"data={data}",
         "precision=fp32",
         "zero=0",
-        "steps=3",
+        "steps=9",
         "optimizer.lr=1e30",
         "optimizer.clip=0",
         "eval.every=0",
     ]
     outcome = train(start, "diverged", *words, "schedule.warmup=0")
     assert outcome.returncode == 76, outcome.output
-    assert "error: the loss is not finite" in outcome.output
+    assert "error: the loss was not finite 3 steps in a row, up to step 5" in outcome.output, outcome.output
     assert "Traceback" not in outcome.output
     assert outcome.json("summary.json")["status"] == "diverged"
     assert outcome.steps[-1]["loss"] is None
@@ -98,29 +97,6 @@ def test_a_token_beyond_the_vocabulary_is_refused_once_with_its_place(start: Sta
     assert outcome.output.count("is outside the vocabulary of 300") == 1
     assert "Traceback" not in outcome.output
     assert json.loads((outcome.out / "attempts/0001/exit.json").read_text())["code"] == 2
-
-
-def test_the_loss_scale_falls_and_grows_alike_at_the_sharded_stages(start: Start, data: Path) -> None:
-    words = [f"data={data}", "precision=fp16", "eval.every=0", "steps=16", "optimizer.lr=1e-4"]
-    scaling = ["fp16.initial_scale_power=24", "fp16.hysteresis=1", "fp16.window=3"]
-    outcomes = [train(start, f"scale{zero}", *words, *scaling, f"zero={zero}") for zero in (1, 2, 3)]
-    for outcome in outcomes:
-        assert outcome.returncode == 0, outcome.output
-    series = [[(row["loss_scale"], row["overflow"], row["skipped_steps"]) for row in one.steps] for one in outcomes]
-    assert series[0] == series[1] == series[2]
-    scales, overflows, skipped = zip(*series[0], strict=True)
-    assert scales[0] == 2**24
-    assert overflows[0], "no overflow at a scale of 2^24: the test proves nothing"
-    assert scales[1] == 2**23, "a step that overflowed halves the scale of the next"
-    assert any(later > earlier for earlier, later in itertools.pairwise(scales)), "no growth within 16 steps"
-    assert skipped[-1] == sum(overflows)
-    for row in outcomes[0].steps:
-        assert (row["grad_norm"] is None) == row["overflow"]
-    clean = [[row["grad_norm"] for row in one.steps if not row["overflow"]] for one in outcomes]
-    assert clean[1] == pytest.approx(clean[0], rel=0.02), "the norm is unscaled, on growth steps too"
-    assert clean[2] == pytest.approx(clean[0], rel=0.02)
-    events = [json.loads(line) for line in (outcomes[0].out / "events.jsonl").read_text().splitlines()]
-    assert len([event for event in events if event["event"] == "overflow"]) == sum(overflows)
 
 
 def test_fp16_at_its_smallest_scale_ends_with_code_76(start: Start, data: Path) -> None:

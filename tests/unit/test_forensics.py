@@ -34,7 +34,7 @@ class _Poison(torch.autograd.Function):
 
 def test_the_first_bad_gradient_is_the_first_one_behind_the_poison() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    watch = GradientWatch(model)
+    watch = GradientWatch(model, in_fp16=False)
     watch.start_step()
     model(torch.ones(1, 2)).sum().backward()
     assert watch.non_finite() == []
@@ -67,7 +67,7 @@ def weigh(dtype: torch.dtype, gradients: list[list[float]], *, scale: float, car
     """Return the statistics of one 2-D parameter whose gradient, as computed, is `gradients`."""
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(len(gradients), len(gradients[0]), dtype=dtype))
-    watch = GradientWatch(model)
+    watch = GradientWatch(model, in_fp16=dtype == torch.float16)
     watch.start_step()
     watch.measure(scale=scale, carried=carried)
     (model.weight * torch.tensor(gradients, dtype=dtype)).sum().backward()

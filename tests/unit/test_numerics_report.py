@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from launcher import cli
 from launcher.errors import RequestError
-from launcher.metrics import numerics, plots
+from launcher.metrics import numerics, numerics_report, plots
 
 MakeRun = Callable[..., Path]
 Show = Callable[..., tuple[int, str, str]]
@@ -142,7 +142,7 @@ layer            grad max   zero  unscaled  scaled  most unscaled  most scaled
 transformer.wte  1.30e-02  50.00     41.00    0.03          50.00         1.00
 transformer.h.0  1.30e-02      0         0       0              0            0
 transformer.h.1  2.50e+00      0     10.00   <0.01          25.00        12.50
-all layers       2.50e+00  30.00     26.60    0.02          35.00         3.10
+all layers       2.50e+00  30.00     26.60    0.02          43.75         3.88
 
 picture {path / "numerics.png"}
 """
@@ -151,10 +151,10 @@ picture {path / "numerics.png"}
 
 def test_a_run_without_a_loss_scale_says_so(make: MakeRun) -> None:
     lost = event("loss_not_finite", step=2, ranks=[0, 1, 2, 3, 4], first_activation={"module": "h.0", "rank": 3})
-    measured = reading(2, 65536.0, wte=layer(0.5, 0.25, grad_max=None))
+    measured = reading(2, 65536.0, wte=layer(0.0, 0.0, grad_max=None), h_0=layer(0.5, 0.25))
     steps = [step(1, None), step(2, None, loss=None, grad_norm=None)]
     path = make(steps, [event("start", attempt="0001"), lost, measured], precision="bf16", planned=1000)
-    assert numerics.lines(numerics.read(path)) == [
+    assert numerics_report.lines(numerics.read(path)) == [
         f"{path}: gpt2-nano, 2 of 1,000 steps, bf16, zero=2, no loss scale, 0 skipped, no repairs",
         "",
         "bf16 trains without a loss scale",
@@ -165,14 +165,15 @@ def test_a_run_without_a_loss_scale_says_so(make: MakeRun) -> None:
         "zero: as computed; unscaled: lost in fp16 without scaling; scaled: lost in fp16 at 65,536; "
         "most: of all readings",
         "layer              grad max  zero  unscaled  scaled  most unscaled  most scaled",
-        "transformer.wte  not finite     0     50.00   25.00          50.00        25.00",
+        "transformer.wte  not finite     -         -       -              -            -",
+        "transformer.h.0    1.30e-02     0     50.00   25.00          50.00        25.00",
         "all layers       not finite     0     50.00   25.00          50.00        25.00",
     ]
 
 
 def test_without_readings_it_is_told_how_to_get_them(make: MakeRun) -> None:
     path = make([step(1, 65536.0)], planned=1)
-    assert numerics.lines(numerics.read(path)) == [
+    assert numerics_report.lines(numerics.read(path)) == [
         f"{path}: gpt2-nano, 1 step, fp16, zero=2, loss scale 65,536 -> 65,536, 0 skipped, no repairs",
         "",
         "the loss scale never moved, no step was skipped",
@@ -184,7 +185,7 @@ def test_without_readings_it_is_told_how_to_get_them(make: MakeRun) -> None:
 def test_of_many_moves_the_first_and_the_last_ten_are_shown(make: MakeRun) -> None:
     # The scale grows after step 15; every other step is skipped.
     steps = [step(n, 8.0 if n <= 15 else 16.0, **({} if n == 15 else SKIPPED)) for n in range(1, 31)]
-    told = numerics.lines(numerics.read(make(steps, planned=30)))[2:-2]
+    told = numerics_report.lines(numerics.read(make(steps, planned=30)))[2:-2]
     assert told == [
         "step  scale      next  why",
         *(f"{n:>4}      8  ->     8  overflow" for n in range(1, 11)),
@@ -196,7 +197,7 @@ def test_of_many_moves_the_first_and_the_last_ten_are_shown(make: MakeRun) -> No
 
 def test_twenty_moves_are_shown_whole(make: MakeRun) -> None:
     steps = [step(n, 1.0, n, **SKIPPED) for n in range(1, 21)]
-    assert len(numerics.lines(numerics.read(make(steps)))[2:-2]) == 21
+    assert len(numerics_report.lines(numerics.read(make(steps)))[2:-2]) == 21
 
 
 @pytest.mark.parametrize(
@@ -209,22 +210,32 @@ def test_a_scale_that_moves_by_itself_is_told(make: MakeRun, before: float, afte
 
 def test_a_diverged_run_is_told(make: MakeRun) -> None:
     path = make([step(1, 0.5)], [event("diverged", step=1)], planned=1)
-    assert numerics.lines(numerics.read(path))[0].endswith("loss scale 0.5 -> 0.5, 0 skipped, no repairs, diverged")
+    assert numerics_report.lines(numerics.read(path))[0].endswith(
+        "loss scale 0.5 -> 0.5, 0 skipped, no repairs, diverged"
+    )
 
 
 def test_only_what_is_zero_reads_zero() -> None:
     shares = [0.0, 1e-9, 0.00009, 0.0001, 0.5, 1.0, None]
-    assert [numerics.percent_text(one) for one in shares] == ["0", "<0.01", "<0.01", "0.01", "50.00", "100.00", "-"]
+    assert [numerics_report.percent_text(one) for one in shares] == [
+        "0",
+        "<0.01",
+        "<0.01",
+        "0.01",
+        "50.00",
+        "100.00",
+        "-",
+    ]
 
 
 def test_what_neither_plan_nor_summary_tells_is_left_out(make: MakeRun) -> None:
     path = make([step(1, 65536.0)])
     (path / "plan.json").unlink()
     said = f"{path}: 1 step, precision not recorded, loss scale 65,536 -> 65,536, 0 skipped, no repairs"
-    assert numerics.lines(numerics.read(path))[0] == said
+    assert numerics_report.lines(numerics.read(path))[0] == said
     (path / "summary.json").write_text(json.dumps({"model": "llama-nano", "precision": "fp16", "zero": 3, "steps": 1}))
     said = f"{path}: llama-nano, 1 step, fp16, zero=3, loss scale 65,536 -> 65,536, 0 skipped, no repairs"
-    assert numerics.lines(numerics.read(path))[0] == said
+    assert numerics_report.lines(numerics.read(path))[0] == said
 
 
 def test_events_of_an_earlier_attempt_do_not_count(make: MakeRun) -> None:
@@ -342,9 +353,9 @@ def test_json_holds_every_move_and_every_reading(make: MakeRun, show: Show) -> N
             "layers": ["transformer.wte", "transformer.h.0", "transformer.h.1"],
             "elements": [300, 100, 100],
             "grad_max": [[0.013, 0.013], [None, 0.013], [0.013, 2.5]],
-            "zero": [[0.25, 0.5], [0.0, 0.0], [0.0, 0.0]],
-            "underflow_unscaled": [[0.5, 0.41], [0.0, 0.0], [0.25, 0.1]],
-            "underflow_scaled": [[0.01, 0.0003], [0.0, 0.0], [0.125, 0.00002]],
+            "zero": [[0.25, 0.5], [None, 0.0], [0.0, 0.0]],
+            "underflow_unscaled": [[0.5, 0.41], [None, 0.0], [0.25, 0.1]],
+            "underflow_scaled": [[0.01, 0.0003], [None, 0.0], [0.125, 0.00002]],
         },
         "picture": str(path / "numerics.png"),
     }
@@ -432,11 +443,12 @@ def test_the_scale_is_a_staircase_with_its_skipped_steps_on_it(make: MakeRun) ->
 
 def test_without_a_scale_the_gradient_norm_stands_in_its_place(make: MakeRun) -> None:
     steps = [step(1, None, grad_norm=2.0), step(2, None, 1, **SKIPPED), step(3, None, 1, grad_norm=0.5)]
-    top = plots.draw(numerics.read(make(steps, precision="bf16"))).axes[0]
+    top, loss = plots.draw(numerics.read(make(steps, precision="bf16"))).axes
     assert top.get_title("left") == "No loss scale in bf16: gradient norm before clipping"
     drawn = [float(y) for y in np.asarray(top.lines[0].get_ydata())]
     assert (drawn[0], np.isnan(drawn[1]), drawn[2]) == (2.0, True, 0.5)
     assert points_of(top, "skipped (1)") == [(2, 0.08)], "at the panel's foot, for want of a norm"
+    assert loss.get_xlabel() == "optimizer step"
 
 
 def test_a_run_whose_every_number_is_lost_is_drawn(make: MakeRun) -> None:
@@ -448,13 +460,14 @@ def test_a_run_whose_every_number_is_lost_is_drawn(make: MakeRun) -> None:
 def test_the_maps_have_layers_in_model_order_from_the_top_and_steps_from_the_left(make: MakeRun) -> None:
     figure = plots.draw(numerics.read(make(FP16_STEPS, FP16_EVENTS)))
     unscaled, scaled = figure.axes[2:4]
+    unknown = -1  # a gradient was not finite
     for panel, shares in (
-        (unscaled, [[0.5, 0.41], [0, 0], [0.25, 0.1]]),
-        (scaled, [[0.01, 3e-4], [0, 0], [0.125, 2e-5]]),
+        (unscaled, [[0.5, 0.41], [unknown, 0], [0.25, 0.1]]),
+        (scaled, [[0.01, 3e-4], [unknown, 0], [0.125, 2e-5]]),
     ):
         mesh = map_of(panel)
-        drawn = np.ma.filled(mesh.get_array(), np.nan)
-        assert np.where(drawn < 1e-5, 0, drawn).tolist() == shares
+        drawn = np.ma.filled(mesh.get_array(), unknown)
+        assert np.where((drawn > 0) & (drawn < 1e-5), 0, drawn).tolist() == shares
         corners = mesh.get_coordinates()
         assert corners[0, :, 0].tolist() == [0, 2, 4], "a reading's cell ends at its step"
         assert corners[:, 0, 1].tolist() == [-0.5, 0.5, 1.5, 2.5]
@@ -465,7 +478,7 @@ def test_the_maps_have_layers_in_model_order_from_the_top_and_steps_from_the_lef
     assert (
         scaled.get_title("left") == "Gradient elements lost in fp16 at the step's loss scale: 0.02 % of all at step 4"
     )
-    assert scaled.get_xlabel() == "optimizer step"
+    assert scaled.get_xlabel() == "optimizer step (hatched: gradients not finite)"
 
 
 def colours_of(figure: Figure, panel: int) -> list[list[tuple[float, ...]]]:
@@ -575,7 +588,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_rest_told(make: MakeRun, sh
     (path / "numerics.png").mkdir()  # as good as a directory that nobody may write to, for root too
     code, told, said = show(path)
     assert code == 2
-    assert told.splitlines() == numerics.lines(numerics.read(path))
+    assert told.splitlines() == numerics_report.lines(numerics.read(path))
     assert three_lines(said) == [
         "the picture cannot be written: Is a directory",
         str(path / "numerics.png"),
