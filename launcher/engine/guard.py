@@ -10,7 +10,7 @@ from torch import Tensor
 
 from launcher import faults
 from launcher.engine import distributed, forensics
-from launcher.engine.repair import Repairs
+from launcher.engine.repair import Repairs, unscale_and_clip
 from launcher.engine.scaling import LossScale
 from launcher.errors import NumericsError
 from launcher.metrics.record import StepRecord
@@ -99,8 +99,12 @@ class Guard:
         self._engine.optimizer.step = step_unless_dropped
 
     def before_step(self, own_norm: float | None) -> None:
-        """Decide to skip the step where DeepSpeed would not; `own_norm` is the norm that Halfstep worked out."""
-        self._dropped = self._unguarded and own_norm is not None and not math.isfinite(own_norm)
+        """Do at stage 0 what DeepSpeed does not, or does in 16 bits; `own_norm` is the norm worked out here."""
+        if own_norm is None:
+            return
+        self._dropped = self._unguarded and not math.isfinite(own_norm)
+        if self._repairs.fp32_gradients:
+            unscale_and_clip(self._engine, norm=own_norm, scale=self.gradient_scale, clip=self._plan.clip)
 
     def after_step(self) -> bool:
         """Move the loss scale and return whether the step was skipped; the same on every rank."""

@@ -7,6 +7,7 @@ stages 1 to 3 add in fp32. What is mended is decided by what DeepSpeed is seen t
 is right, nothing is mended twice. See docs/deepspeed.md.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ class Repairs:
         return UNSCALED_LOSS in self.active
 
     @property
+    def fp32_gradients(self) -> bool:
+        """Whether stage 0 accumulates in fp32, and Halfstep unscales and clips what it has accumulated."""
+        return HALF_ACCUMULATION in self.active
+
+    @property
     def gradients_carry_scale(self) -> bool:
         """Whether fp16 gradients come out of the backward pass multiplied by the scale."""
         return UNSCALED_LOSS not in self.found or self.scale_loss
@@ -57,7 +63,7 @@ def repair(engine: DeepSpeedEngine, plan: Plan) -> Repairs:
             undo_false_step(engine)
     if plan.precision == "fp16" and leaves_loss_unscaled(engine, plan.model.vocabulary):
         found.append(UNSCALED_LOSS)
-    # Assigning a gradient of another type than its parameter's is new in torch; without it, this one stays.
+    # A gradient of another type than its parameter's is new in torch; without it, this one stays.
     if accumulates_in_half(engine) and hasattr(Tensor, "grad_dtype"):
         found.append(HALF_ACCUMULATION)
         if plan.numerics.repairs:
@@ -96,10 +102,10 @@ def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
     chosen = max(range(len(small)), key=norms.__getitem__)
     engine.backward(next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]))
     gradient = small[chosen].grad
-    seen = float("nan") if gradient is None else float(gradient.float().norm())
+    seen = math.nan if gradient is None else float(gradient.float().norm())
     engine.optimizer.zero_grad()
     engine.train()
-    return is_unscaled(seen / norms[chosen] * accumulation if norms[chosen] else float("nan"), scale)
+    return is_unscaled(seen / norms[chosen] * accumulation if norms[chosen] else math.nan, scale)
 
 
 def accumulates_in_half(engine: DeepSpeedEngine) -> bool:
@@ -109,22 +115,44 @@ def accumulates_in_half(engine: DeepSpeedEngine) -> bool:
 
 
 def accumulate_in_fp32(engine: DeepSpeedEngine) -> None:
-    """Let autograd add up gradients in fp32, and give these to DeepSpeed's reduction.
+    """Add up each micro-batch's 16-bit gradients in fp32, as stages 1 to 3 do, and give the sums to DeepSpeed.
 
-    The wrapper copies what it finds to fp32 before it steps, so that nothing rounds in between.
+    The wrapper copies what it finds to fp32 before it steps. But it takes the norm, for clipping and for what it calls
+    an overflow, from the gradients in 16 bits (moe/utils.py): `unscale_and_clip` has to come before.
     """
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.grad_dtype = torch.float32
+    sums: dict[Tensor, Tensor] = {}
+
+    def collect(parameter: Tensor) -> None:
+        if parameter in sums:
+            sums[parameter].add_(parameter.grad)
+        else:
+            sums[parameter] = parameter.grad.float()
+        parameter.grad = None
 
     def gradients() -> tuple[list[Tensor], dict]:
         for parameter in parameters:
-            if parameter.grad is None:  # not used in this batch; DeepSpeed would put zeros in the parameter's own type
-                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-        return [parameter.grad.data for parameter in parameters], {}
+            found = sums.pop(parameter, None)  # None: not used in this batch
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32) if found is None else found
+        return [parameter.grad for parameter in parameters], {}
 
+    for parameter in parameters:
+        parameter.grad_dtype = None  # a gradient may have another type than its parameter
+        parameter.register_post_accumulate_grad_hook(collect)
     # The engine's one door for gradients other than the parameters' own (engine.py, buffered_allreduce_fallback).
     engine.optimizer.get_grads_for_reduction = gradients
+    engine.optimizer.clip_grad = 0.0
+
+
+def unscale_and_clip(engine: DeepSpeedEngine, *, norm: float, scale: float, clip: float) -> None:
+    """Divide fp32 gradients by the loss scale and clip them, so that the wrapper finds neither left to do.
+
+    `norm` is the unscaled one. A gradient that is not finite is left for the wrapper to find.
+    """
+    if math.isfinite(norm):
+        factor = 1 / scale / max(1.0, (norm + 1e-6) / clip if clip else 1.0)
+        torch._foreach_mul_([one.grad for one in engine.module.parameters() if one.grad is not None], factor)
+    engine.optimizer.loss_scale_config.cur_scale = 1.0
 
 
 def is_unscaled(ratio: float, scale: float) -> bool:
@@ -134,7 +162,7 @@ def is_unscaled(ratio: float, scale: float) -> bool:
     """
     if abs(ratio - 1) < 0.1:
         return True
-    if ratio in (float("inf"),) or ratio != ratio or abs(ratio / scale - 1) < 0.1:
+    if not math.isfinite(ratio) or abs(ratio / scale - 1) < 0.1:
         return False
     raise RefusedError(
         f"DeepSpeed's gradients at stage 0 are {ratio:g} times those of the loss, which is neither 1 nor the scale",
