@@ -7,6 +7,7 @@ the median ratio of our tokens per second to the plain loop's, and its spread ov
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -104,7 +105,9 @@ def _ours(plan, rank) -> float:
             sink.write(record)
             moments.append(time.perf_counter())
 
-        train(build(plan), plan, Feed(plan, rank, device), Listeners(step=tell, evaluation=lambda record: None))
+        engine, repairs = build(plan)
+        listeners = Listeners(step=tell, evaluation=lambda record: None, event=lambda kind, **details: None)
+        train(engine, plan, Feed(plan, rank, device), listeners, repairs)
     return _throughput(plan, moments)
 
 
@@ -116,7 +119,8 @@ def _plain(plan, rank) -> float:
     from models.loss import next_token_loss
 
     device = distributed.device(rank, plan)
-    engine = build(plan)
+    stock = dataclasses.replace(plan, numerics=dataclasses.replace(plan.numerics, repairs=False))
+    engine, _ = build(stock)
     feed = Feed(plan, rank, device)
     batches = [list(feed.micro_batches(step)) for step in range(1, plan.steps + 1)]
     engine.train()
