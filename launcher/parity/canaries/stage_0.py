@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+import torch
+
 from launcher.parity.canaries.bench import (
     HALF,
     SCALE,
@@ -124,7 +126,51 @@ def no_norm_in_fp32() -> Seen:
     return norms[0] is None and known == [1.0] * 3, f"the norm of a gradient of 1 at stages 0 to 3: {said(norms)}"
 
 
+def norm_in_16_bits() -> Seen:
+    """Give the wrapper a gradient of 100000 in fp32, which fp16 cannot hold, and ask whether the step was applied."""
+    one = engine(0, "fp16")
+    one.optimizer.loss_scale_config.cur_scale = 1.0
+    one.module.weight.grad_dtype = None
+    one.module.weight.grad = one.module.weight.new_full((1, 1), 1e5, dtype=torch.float32)
+    skipped = bool(one.optimizer.step())
+    return skipped, f"an fp32 gradient of 100000 is {'skipped' if skipped else 'applied'} at stage 0"
+
+
+def fp32_sums() -> Seen:
+    """Accumulate 256 and four times 0.25 in bf16 at stage 0 as a run does, and clip the sum to 1."""
+    from launcher.engine import repair
+
+    one = engine(0, "bf16", gradient_accumulation_steps=5, communication_data_type="fp32")
+    repair.accumulate_in_fp32(one)
+    for gradient in (256, 0.25, 0.25, 0.25):
+        step(one, gradient * 5)
+    one.backward(loss(one, 0.25 * 5))
+    total = float(one.module.weight.grad)
+    repair.unscale_and_clip(one, norm=total, scale=1.0, clip=1.0)
+    one.step()
+    moved = -float(one.optimizer.fp32_groups[0][0])
+    return near(
+        [total, moved], [257, 1]
+    ), f"256 + 4 x 0.25 is {total:g}; clipped to 1, it moves the master by {moved:g}"
+
+
 CANARIES = (
+    Canary(
+        name="fp16-stage-0-norm-in-16-bits",
+        sentence="at stage 0 the wrapper takes the norm from 16-bit copies, and skips an fp32 gradient beyond 65504",
+        trap="T9",
+        reference="moe/utils.py, split_params_grads_into_shared_and_expert_params",
+        look=norm_in_16_bits,
+        changed="unscale_and_clip in launcher/engine/repair.py could leave clipping to DeepSpeed again",
+    ),
+    Canary(
+        name="stage-0-can-sum-in-fp32",
+        sentence="at stage 0 gradients kept in fp32 by a hook are reduced, clipped and stepped with as they are",
+        trap="T9",
+        reference="runtime/engine.py, buffered_allreduce_fallback; launcher/engine/repair.py",
+        look=fp32_sums,
+        changed="mend accumulate_in_fp32 in launcher/engine/repair.py",
+    ),
     Canary(
         name="fp16-stage-0-loss-unscaled",
         sentence=(
