@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -51,6 +53,7 @@ def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> Outcome:
     rest = {size: [case for case in runnable if case.world_size == size] for size in {c.world_size for c in runnable}}
     batches = [groups, *[[group] for size, group in sorted(rest.items()) if size > 1]]
     found: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory(prefix="halfstep-verify-") as scratch, _progress(len(runnable), quiet) as done:
         for number, batch in enumerate(batches):
             found += _run([group for group in batch if group], Path(scratch) / str(number), repairs, len(found), done)
@@ -58,6 +61,11 @@ def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> Outcome:
     found.sort(key=lambda cell: order[case_of(cell)])
     not_run = [case for case in cases if case.world_size > ranks]
     return Outcome(cells=found, not_run=not_run, seconds=time.monotonic() - started, repairs=repairs)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Unwind on SIGTERM as on Ctrl-C, so that no rank and no folder is left behind."""
+    sys.exit(128 + number)
 
 
 def case_of(cell: dict[str, Any]) -> Case:
