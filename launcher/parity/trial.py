@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from launcher.engine import loop
+from launcher.engine import loop, states
 from launcher.engine.build import build
 from launcher.metrics.record import StepRecord
 from launcher.parity.cases import POISONED_STEP
@@ -66,7 +65,7 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
     """Train a plan with the loop that trains every run. A collective call."""
     engine, repairs = build(plan)
     series = Series(repairs=repairs.active)
-    before = _flat(engine, plan, masters=False)
+    before = _weights(engine)
 
     def step(record: StepRecord) -> None:
         series.loss.append(record.loss)
@@ -74,7 +73,7 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
         series.loss_scale.append(record.loss_scale)
         series.skipped.append(record.overflow)
         if record.step == 1:
-            series.first_update = _flat(engine, plan, masters=True) - before
+            series.first_update = _masters(engine) - before
             series.optimizer_steps = _optimizer_steps(engine)
 
     tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda kind, **details: None)
@@ -86,43 +85,33 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
     return series
 
 
-def _flat(engine: DeepSpeedEngine, plan: Plan, *, masters: bool) -> Tensor:
-    """Return all weights, or their fp32 masters, as one flat fp32 tensor, in the model's order. A collective call."""
+def _weights(engine: DeepSpeedEngine) -> Tensor:
+    """Return all weights as one flat fp32 tensor, in the model's order. A collective call."""
     parts = []
-    of_weight = _stage_0_masters(engine, plan) if masters else {}
     for parameter in engine.module.parameters():
-        if masters and plan.zero > 0:
-            part = safe_get_full_fp32_param(parameter)
-        elif masters:
-            part = of_weight.get(id(parameter), parameter)
-        else:
-            sharded = hasattr(parameter, "ds_id")
-            whole = deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext()
-            with whole:
-                part = parameter.detach().clone()
-        parts.append(part.detach().float().cpu().flatten())
+        sharded = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext():
+            parts.append(parameter.detach().float().cpu().flatten())
     return torch.cat(parts)
 
 
-def _stage_0_masters(engine: DeepSpeedEngine, plan: Plan) -> dict[int, Tensor]:
-    """Return the fp32 master of every half-precision weight by its identity, which DeepSpeed's API leaves out."""
-    if plan.zero > 0 or plan.precision == "fp32":
-        return {}
-    wrapper, found = engine.optimizer, {}
-    if hasattr(wrapper, "fp32_groups_flat"):
-        for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True):
-            pieces = flat.detach().split([weight.numel() for weight in weights])
-            found |= {id(weight): piece for weight, piece in zip(weights, pieces, strict=True)}
-        return found
-    for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-        found |= {id(weight): master for weight, master in zip(weights, masters, strict=True)}
-    return found
+def _masters(engine: DeepSpeedEngine) -> Tensor:
+    """Return all fp32 masters likewise. A collective call."""
+    wholes: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        wholes[name] = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=engine.device)
+    for piece in states.fragments(engine):
+        held = states.tensors(engine, piece)[states.MASTER]
+        wholes[piece.name].narrow(0, piece.start, piece.length).copy_(held)
+    flat = torch.cat(list(wholes.values()))
+    if engine.zero_optimization():  # each element is held by one rank, at stage 0 by all
+        torch.distributed.all_reduce(flat)
+    return flat.cpu()
 
 
 def _optimizer_steps(engine: DeepSpeedEngine) -> float | None:
-    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    counts = [float(state["step"]) for state in base.state.values() if "step" in state]
-    return max(counts) if counts else None
+    counts = [states.step_count(engine, piece) for piece in states.fragments(engine)]
+    return max((count for count in counts if count is not None), default=None)
 
 
 def on_the_reference(plan: Plan) -> Series:

@@ -1,0 +1,106 @@
+"""The training state as fp32 tensors by parameter name, whichever of DeepSpeed's wrappers holds it.
+
+Every wrapper keeps masters and optimizer states in flat tensors of its own cut: whole parameters at stage 0, a slice of
+all parameters at stages 1 and 2, a slice of each at stage 3. A fragment names a piece of one parameter in them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+MASTER = "master"
+"""The fp32 weight among a fragment's tensors; the others are the optimizer's, by torch's names (`exp_avg`, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """The part of one flattened parameter that this rank holds, as views: what is written to them is trained on."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    """First element, in the flattened parameter."""
+    flat: Tensor
+    """The tensor of the wrapper that it lies in: the optimizer's key."""
+    offset: int
+    """First element, in `flat` flattened."""
+    length: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return this piece of `flat`, or of an optimizer state of the same shape."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
+
+
+def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
+    """Return what this rank holds of every trained parameter, in the model's order."""
+    return [piece for piece in _pieces(engine) if piece.length > 0]
+
+
+def _pieces(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+    wrapper = engine.optimizer
+    own = _stage_0(engine)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if own is not None:
+            flat, offset = own[parameter]
+            yield Fragment(name=name, shape=shape, start=0, flat=flat, offset=offset, length=parameter.numel())
+        elif hasattr(parameter, "ds_id"):
+            group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start = parameter.partition_numel() * torch.distributed.get_rank(parameter.ds_process_group)
+            flat = wrapper.fp32_partitioned_groups_flat[group]
+            held = min(length, parameter.ds_numel - start)  # the last rank's part is padded
+            yield Fragment(name=name, shape=shape, start=start, flat=flat, offset=offset, length=held)
+        elif parameter._hp_mapping is not None:
+            inside, flat_place = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
+            flats = getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_groups_flat_partition
+            yield Fragment(
+                name=name,
+                shape=shape,
+                start=inside.start,
+                flat=flats[parameter._hp_mapping.param_group_index],
+                offset=flat_place.start,
+                length=inside.numel,
+            )
+
+
+def _stage_0(engine: DeepSpeedEngine) -> dict[Tensor, tuple[Tensor, int]] | None:
+    """Return where stage 0 keeps each parameter's master, or None at other stages."""
+    if engine.zero_optimization():
+        return None
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups_flat"):  # FusedAdam's
+        return {
+            weight: (flat, sum(one.numel() for one in weights[:place]))
+            for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True)
+            for place, weight in enumerate(weights)
+        }
+    if hasattr(wrapper, "fp32_groups"):
+        groups = zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+        return {
+            weight: (master, 0) for masters, weights in groups for master, weight in zip(masters, weights, strict=True)
+        }
+    return {parameter: (parameter, 0) for parameter in engine.module.parameters()}
+
+
+def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """Return torch's or DeepSpeed's optimizer under the wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def tensors(engine: DeepSpeedEngine, piece: Fragment) -> dict[str, Tensor]:
+    """Return a fragment's master and optimizer states, as views."""
+    state = base_optimizer(engine).state.get(piece.flat, {})
+    kept = {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == piece.flat.shape}
+    return {MASTER: piece.view(piece.flat), **{key: piece.view(value) for key, value in kept.items()}}
+
+
+def step_count(engine: DeepSpeedEngine, piece: Fragment) -> float | None:
+    """Return the optimizer's own step count for a fragment; None where it keeps none."""
+    step = base_optimizer(engine).state.get(piece.flat, {}).get("step")
+    return None if step is None else float(step)
