@@ -142,8 +142,8 @@ class Guard:
         if self._bad_losses_in_a_row >= limit:
             return (
                 f"the loss was not finite {limit} steps in a row, up to step {record.step}",
-                "look at the data of these steps; take a smaller optimizer.lr, a longer schedule.warmup, or "
-                + ("precision=bf16" if self._scale else "precision=fp32"),
+                "look at the data of these steps; take a smaller optimizer.lr or a longer schedule.warmup"
+                + {"fp16": ", or precision=bf16", "bf16": ", or precision=fp32"}.get(self._plan.precision, ""),
             )
         if not record.overflow:
             return None

@@ -68,7 +68,8 @@ def test_a_run_that_diverges_ends_with_code_76_and_says_so(start: Start, data: P
     ]
     outcome = train(start, "diverged", *words, "schedule.warmup=0")
     assert outcome.returncode == 76, outcome.output
-    assert "error: the loss was not finite 3 steps in a row, up to step 5" in outcome.output, outcome.output
+    assert "error: the loss was not finite 3 steps in a row, up to step 4" in outcome.output, outcome.output
+    assert " from: first in the output of transformer.h.0.ln_1 on rank 0 at step 2; last good step 1" in outcome.output
     assert "Traceback" not in outcome.output
     assert outcome.json("summary.json")["status"] == "diverged"
     assert outcome.steps[-1]["loss"] is None
