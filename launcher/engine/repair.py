@@ -94,18 +94,37 @@ def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
     if scale == 1:
         return False  # nothing to tell apart, and nothing to mend
     tokens = torch.arange(_PROBE_TOKENS + 1, device=engine.device)[None] % vocabulary
-    small = sorted(engine.module.parameters(), key=Tensor.numel)[:_PROBE_PARAMETERS]
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    small = sorted(trained, key=Tensor.numel)[:_PROBE_PARAMETERS]
     engine.eval()
     raw = next_token_loss(engine.module(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
     references = torch.autograd.grad(raw, small, allow_unused=True)
     norms = [0.0 if one is None else float(one.float().norm()) for one in references]
-    chosen = max(range(len(small)), key=norms.__getitem__)
+    chosen = max(range(len(small)), key=lambda place: norms[place] if math.isfinite(norms[place]) else 0.0)
     engine.backward(next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]))
     gradient = small[chosen].grad
-    seen = math.nan if gradient is None else float(gradient.float().norm())
+    seen = 0.0 if gradient is None else float(gradient.float().norm())
     engine.optimizer.zero_grad()
     engine.train()
-    return is_unscaled(seen / norms[chosen] * accumulation if norms[chosen] else math.nan, scale)
+    return is_unscaled(seen * accumulation, norms[chosen], scale)
+
+
+def is_unscaled(seen: float, reference: float, scale: float) -> bool:
+    """Decide from the norms of the engine's gradient and of the raw loss's whether the scale is missing.
+
+    A gradient that is not finite was scaled beyond fp16. Raises RefusedError for a ratio that is neither 1 nor the
+    scale, and where there is no gradient to compare.
+    """
+    ratio = seen / reference if reference and math.isfinite(reference) else 0.0
+    if abs(ratio - 1) < 0.1:
+        return True
+    if ratio and (not math.isfinite(ratio) or abs(ratio / scale - 1) < 0.1):
+        return False
+    raise RefusedError(
+        f"DeepSpeed's gradients at stage 0 are {ratio:g} times those of the loss, which is neither 1 nor the scale",
+        where=f"the canary of launcher/engine/repair.py at scale {scale:g}",
+        fix="take zero=1, which is the same mathematics, or the tested versions (constraints.txt)",
+    )
 
 
 def accumulates_in_half(engine: DeepSpeedEngine) -> bool:
@@ -153,22 +172,6 @@ def unscale_and_clip(engine: DeepSpeedEngine, *, norm: float, scale: float, clip
         factor = 1 / scale / max(1.0, (norm + 1e-6) / clip if clip else 1.0)
         torch._foreach_mul_([one.grad for one in engine.module.parameters() if one.grad is not None], factor)
     engine.optimizer.loss_scale_config.cur_scale = 1.0
-
-
-def is_unscaled(ratio: float, scale: float) -> bool:
-    """Decide from the ratio of the engine's gradient to the raw loss's whether the scale is missing.
-
-    A gradient that is not finite was scaled beyond fp16. Raises RefusedError for a ratio that is neither.
-    """
-    if abs(ratio - 1) < 0.1:
-        return True
-    if not math.isfinite(ratio) or abs(ratio / scale - 1) < 0.1:
-        return False
-    raise RefusedError(
-        f"DeepSpeed's gradients at stage 0 are {ratio:g} times those of the loss, which is neither 1 nor the scale",
-        where=f"the canary of launcher/engine/repair.py at scale {scale:g}",
-        fix="take zero=1, which is the same mathematics, or the tested versions (constraints.txt)",
-    )
 
 
 def _weights(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """The loss-scale rule: the one DeepSpeed documents, by hand and against DeepSpeed's own scaler on any sequence."""
 
+import math
 from collections.abc import Callable
 from unittest import mock
 
@@ -79,17 +80,20 @@ def test_any_sequence_moves_the_scale_as_deepspeeds_own_scaler_does(
 
 
 @pytest.mark.parametrize(
-    ("ratio", "scale", "unscaled"),
-    [(1.0, 256, True), (0.98, 65536, True), (256, 256, False), (65000, 65536, False), (float("inf"), 2**24, False),
-     (float("nan"), 2**24, False)],
+    ("seen", "reference", "scale", "unscaled"),
+    [(0.5, 0.5, 256, True), (0.98, 1.0, 65536, True), (512, 2.0, 256, False), (65000, 1.0, 65536, False),
+     (math.inf, 1.0, 2**24, False), (math.nan, 1.0, 2**24, False)],
 )  # fmt: skip
-def test_the_canary_tells_a_scaled_gradient_from_an_unscaled_one(ratio: float, scale: float, unscaled: bool) -> None:
-    assert is_unscaled(ratio, scale) is unscaled
+def test_the_canary_tells_a_scaled_gradient_from_an_unscaled_one(
+    seen: float, reference: float, scale: float, unscaled: bool
+) -> None:
+    assert is_unscaled(seen, reference, scale) is unscaled
 
 
-def test_the_canary_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(RefusedError, match="0\\.5 times those of the loss, which is neither 1 nor the scale"):
-        is_unscaled(0.5, 256)
+@pytest.mark.parametrize(("seen", "reference"), [(0.5, 1.0), (0.0, 1.0), (1.0, 0.0), (1.0, math.nan)])
+def test_the_canary_refuses_what_it_does_not_know(seen: float, reference: float) -> None:
+    with pytest.raises(RefusedError, match="times those of the loss, which is neither 1 nor the scale"):
+        is_unscaled(seen, reference, 256)
 
 
 def test_faults_are_inert_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
