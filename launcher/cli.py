@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     verify.add_argument("--all", action="store_true", help="every combination of conditions, not the subset")
-    verify.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="zero=0|3, precision=fp16, ...")
+    verify.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="zero=0|3, precision=fp16, ..."
+    )
     verify.add_argument("--without-repairs", action="store_true", help="show DeepSpeed as it is; stores no verdict")
     verify.add_argument("--json", action="store_true", help="print the results as JSON")
     verify.set_defaults(verb=_verify)

@@ -24,6 +24,14 @@ class _Fault:
     action: str
 
 
+def set_here() -> str | None:
+    """Return the faults that are set, or None; raises RequestError for one that nobody can set."""
+    said = os.environ.get(VARIABLE)
+    if said:
+        _read(said)
+    return said or None
+
+
 def armed(point: str, *, rank: int, step: int) -> str | None:
     """Return what is to go wrong at a point of the run, or None; raises RequestError for a fault nobody can set."""
     said = os.environ.get(VARIABLE)

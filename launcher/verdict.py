@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from launcher.topology import Topology
 
 _VERSIONED = ("halfstep", "torch", "deepspeed", "transformers")
 # What decides how a cell trains; another text of these is another question.
-_CODE = ("launcher/engine", "launcher/plan", "launcher/parity", "models", "ds_configs")
+_CODE = ("launcher/engine", "launcher/plan", "launcher/spec", "launcher/parity", "models", "ds_configs")
 
 
 def conditions(topology: Topology) -> dict[str, Any]:
@@ -31,9 +32,17 @@ def conditions(topology: Topology) -> dict[str, Any]:
         "versions": versions,
         "code": _code_digest(),
         "accelerator": topology.accelerator,
-        "device": topology.device_name or platform.machine(),
+        "device": topology.device_name or _cpu(),
         "cuda_compiler": topology.fused_adam,
     }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _code_digest() -> str:
@@ -71,12 +80,15 @@ def read(topology: Topology) -> list[dict[str, Any]]:
         return []
 
 
-def proved(topology: Topology, zero: int, precision: str) -> bool | None:
-    """Tell whether a cell was found to train the same model: True, False, or None where nobody looked."""
-    results = [one["ok"] for one in read(topology) if (one["zero"], one["precision"]) == (zero, precision)]
-    return all(results) if results else None
+def proved(topology: Topology, cases: Sequence[Mapping[str, Any]]) -> bool | None:
+    """Tell whether these cases were found to train the same model: True, False, or None where one was not run."""
+    known = {_key(one): one["ok"] for one in read(topology)}
+    results = [known.get(_key(case)) for case in cases]
+    if False in results:
+        return False
+    return True if results and None not in results else None
 
 
-def _key(cell: dict[str, Any]) -> str:
+def _key(cell: Mapping[str, Any]) -> str:
     names = ("zero", "precision", "accumulation", "clip", "world_size", "optimizer", "family")
     return digest([cell[name] for name in names] + [cell["activation_checkpointing"]])

@@ -74,6 +74,7 @@ class GradientWatch:
             # Already gone: what is zero although its row is not. A row without any gradient was not touched at all.
             touched = (~zero).any(dim=-1, keepdim=True)
             lost_scaled = zero & touched
+            lost_unscaled |= lost_scaled  # what the scale did not save would not be there without it
         else:
             lost_scaled = ~zero & (magnitude * self._scale <= FP16_UNDERFLOW)
         counts = [zero.sum(), lost_unscaled.sum(), lost_scaled.sum(), magnitude.max()]
@@ -112,8 +113,8 @@ def first_of(ranks: list[list[dict[str, Any]]]) -> tuple[int, list[dict[str, Any
 def merged_statistics(ranks: list[dict[str, Tensor]]) -> dict[str, dict[str, float | int | None]]:
     """Add up what every rank counted, as fractions of the gradient elements seen."""
     merged = {}
-    for layer in ranks[0]:
-        parts = torch.stack([part[layer] for part in ranks])
+    for layer in dict.fromkeys(layer for part in ranks for layer in part):  # a rank may not have used one
+        parts = torch.stack([part[layer] for part in ranks if layer in part])
         elements, zero, unscaled, scaled = parts[:, :-1].sum(0).tolist()
         largest = float(parts[:, -1].max())
         merged[layer] = {

@@ -71,8 +71,10 @@ class Guard:
         """Begin an optimizer step."""
         self._step, self._dropped = step, False
         self._watch.start_step()
+        # In fp16 the scale that the gradients carry, which without repairs is none at stage 0.
+        self._measured_scale = self.gradient_scale if self._scale else _SCALE_IN_OTHER_PRECISIONS
         if self._plan.numerics.every and step % self._plan.numerics.every == 0:
-            self._watch.measure(scale=self.loss_scale or _SCALE_IN_OTHER_PRECISIONS, carried=self.gradient_scale)
+            self._watch.measure(scale=self._measured_scale, carried=self.gradient_scale)
 
     @property
     def gradient_scale(self) -> float:
@@ -109,6 +111,10 @@ class Guard:
     def after_step(self) -> bool:
         """Move the loss scale and return whether the step was skipped; the same on every rank."""
         skipped = self._dropped or not self._engine.was_step_applied()
+        if skipped and self._plan.zero in (1, 2) and getattr(self._engine.optimizer, "cpu_offload", False):
+            # DeepSpeed resets its host buffers only, and adds the next gradients to these (stage_1_and_2.py, step).
+            for group in self._engine.optimizer.averaged_gradients:
+                self._engine.optimizer.averaged_gradients[group] = None
         self._curable = self._scale.update(skipped) if self._scale else not skipped
         if self._scale:
             self._write_scale()
@@ -192,5 +198,4 @@ class Guard:
         if not (self._plan.numerics.every and record.step % self._plan.numerics.every == 0):
             return
         layers = forensics.merged_statistics(distributed.gather_objects(self._watch.statistics()))
-        scale = record.loss_scale or _SCALE_IN_OTHER_PRECISIONS
-        self._event("numerics", step=record.step, scale=scale, layers=layers)
+        self._event("numerics", step=record.step, scale=self._measured_scale, layers=layers)

@@ -24,6 +24,7 @@ UNSCALED_LOSS = "unscaled-loss"
 HALF_ACCUMULATION = "half-precision-accumulation"
 _PROBE_TOKENS = 16
 _PROBE_PARAMETERS = 8
+_PROBE_SCALE = 256.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,14 @@ def repair(engine: DeepSpeedEngine, plan: Plan) -> Repairs:
             undo_false_step(engine)
     if plan.precision == "fp16" and leaves_loss_unscaled(engine, plan.model.vocabulary):
         found.append(UNSCALED_LOSS)
-    # A gradient of another type than its parameter's is new in torch; without it, this one stays.
-    if accumulates_in_half(engine) and hasattr(Tensor, "grad_dtype"):
+    mended = list(found)
+    if accumulates_in_half(engine):
         found.append(HALF_ACCUMULATION)
-        if plan.numerics.repairs:
+        # A gradient of another type than its parameter's is new in torch; without it, this one stays.
+        if plan.numerics.repairs and hasattr(Tensor, "grad_dtype"):
+            mended.append(HALF_ACCUMULATION)
             accumulate_in_fp32(engine)
-    return Repairs(found=tuple(found), active=tuple(found) if plan.numerics.repairs else ())
+    return Repairs(found=tuple(found), active=tuple(mended) if plan.numerics.repairs else ())
 
 
 def took_false_step(engine: DeepSpeedEngine) -> bool:
@@ -90,9 +93,8 @@ def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
     Every rank probes with the same tokens, so that averaging over ranks changes nothing, and without dropout. The
     gradients are dropped afterwards.
     """
-    scale, accumulation = float(engine.optimizer.loss_scale), engine.gradient_accumulation_steps()
-    if scale == 1:
-        return False  # nothing to tell apart, and nothing to mend
+    scaling = engine.optimizer.loss_scale_config
+    own, scaling.cur_scale = scaling.cur_scale, _PROBE_SCALE  # a run may begin at 1, where nothing can be told
     tokens = torch.arange(_PROBE_TOKENS + 1, device=engine.device)[None] % vocabulary
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     small = sorted(trained, key=Tensor.numel)[:_PROBE_PARAMETERS]
@@ -101,12 +103,14 @@ def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
     references = torch.autograd.grad(raw, small, allow_unused=True)
     norms = [0.0 if one is None else float(one.float().norm()) for one in references]
     chosen = max(range(len(small)), key=lambda place: norms[place] if math.isfinite(norms[place]) else 0.0)
-    engine.backward(next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]))
+    loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+    engine.backward(loss, scale_wrt_gas=False)
     gradient = small[chosen].grad
     seen = 0.0 if gradient is None else float(gradient.float().norm())
     engine.optimizer.zero_grad()
     engine.train()
-    return is_unscaled(seen * accumulation, norms[chosen], scale)
+    scaling.cur_scale = own
+    return is_unscaled(seen, norms[chosen], _PROBE_SCALE)
 
 
 def is_unscaled(seen: float, reference: float, scale: float) -> bool:

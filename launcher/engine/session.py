@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import rundir
+from launcher import faults, rundir
 from launcher.engine import distributed
 from launcher.engine.build import build
 from launcher.engine.feed import Feed
@@ -96,6 +96,9 @@ def _train(where: RunDir, plan: Plan, rank: Rank) -> None:
     with Witness(where, plan, writes=rank.rank == 0) as witness:
         for line in [*present.headline(plan), f"run directory {where.path}", *present.warnings(plan)]:
             witness.screen.say(line)
+        if fault := faults.set_here():
+            witness.event("fault_set", fault=fault)
+            witness.screen.say(f"WARNING: {faults.VARIABLE}={fault}: this run is being broken on purpose")
         engine, repairs = build(plan)
         torch.manual_seed(int(digest([plan.seed, rank.rank]), 16) % 2**63)  # dropout, different on every rank
         witness.event(

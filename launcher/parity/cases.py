@@ -116,12 +116,22 @@ def select(cases: list[Case], words: list[str]) -> list[Case]:
         if key not in known:
             fix = f"did you mean {nearest(key, known)[0]}?" if nearest(key, known) else f"one of {', '.join(known)}"
             raise RequestError(f"{key!r} is no property of a case", where=f"--only {word}", fix=fix)
-        kept = [case for case in cases if str(getattr(case, key)).lower() in text.lower().split("|")]
+        wanted = [_plain(value) for value in text.split("|")]
+        kept = [case for case in cases if _plain(getattr(case, key)) in wanted]
         if not kept:
-            values = dict.fromkeys(str(getattr(case, key)).lower() for case in cases)
+            values = dict.fromkeys(_plain(getattr(case, key)) for case in cases)
             raise RequestError(f"no case has {word}", where=f"--only {word}", fix=f"{key} is {' or '.join(values)}")
         cases = kept
     return cases
+
+
+def _plain(value: object) -> str:
+    """Return a value as people write it: 0 and 0.0 are one, and so are True and true."""
+    text = str(value).strip().lower()
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
 
 
 def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:

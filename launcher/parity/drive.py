@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from launcher import assets, topology
-from launcher.errors import Fault
+from launcher.errors import Fault, RefusedError
 from launcher.parity.cases import Case
 
 _SHOWN_FAILURES = 12
@@ -52,11 +52,19 @@ def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> Outcome:
     groups = _split(alone, workers)
     rest = {size: [case for case in runnable if case.world_size == size] for size in {c.world_size for c in runnable}}
     batches = [groups, *[[group] for size, group in sorted(rest.items()) if size > 1]]
+    if not runnable:
+        raise RefusedError(
+            f"all {len(cases)} cases need more ranks than the {ranks} that can run here",
+            where="halfstep verify",
+            fix="choose others with --only world_size=1, or use a machine with more devices",
+        )
     found: list[dict[str, Any]] = []
-    signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory(prefix="halfstep-verify-") as scratch, _progress(len(runnable), quiet) as done:
         for number, batch in enumerate(batches):
             found += _run([group for group in batch if group], Path(scratch) / str(number), repairs, len(found), done)
+    signal.signal(signal.SIGTERM, before)
+    assert len(found) == len(runnable), f"{len(found)} results for {len(runnable)} cases"
     order = {case: place for place, case in enumerate(cases)}
     found.sort(key=lambda cell: order[case_of(cell)])
     not_run = [case for case in cases if case.world_size > ranks]
@@ -98,25 +106,24 @@ def _run(groups: list[list[Case]], scratch: Path, repairs: bool, before: int, do
     processes = []
     try:
         for file, _, log, size in jobs:
-            with log.open("w") as sink:
+            with log.open("a") as sink:  # the rank's own log lines go there too
                 processes.append(
                     subprocess.Popen(
                         _command(file, size), stdout=sink, stderr=sink, env=_environment(size), cwd=assets.source_root()
                     )
                 )
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
-                break
+        failed = None  # the first that ended badly: the others are ended because of it
+        while failed is None and any(process.poll() is None for process in processes):
             time.sleep(0.2)
             done(before + sum(_lines(out) for _, out, _, _ in jobs))
+            failed = next((place for place, process in enumerate(processes) if process.poll()), None)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
             process.wait()
-    for process, (_, _, log, _) in zip(processes, jobs, strict=True):
-        if process.returncode > 0:
-            raise _fault(log)
+    if failed is not None:
+        raise _fault(jobs[failed][2], processes[failed].returncode)
     results = [json.loads(line) for _, out, _, _ in jobs for line in out.read_text("utf-8").splitlines()]
     done(before + len(results))
     return results
@@ -138,14 +145,17 @@ def _environment(world_size: int) -> dict[str, str]:
     return environment
 
 
-def _fault(log: Path) -> Fault:
+def _fault(log: Path, status: int) -> Fault:
     text = log.read_text("utf-8", errors="replace").strip()
     kept = Path(tempfile.gettempdir()) / f"halfstep-verify-{os.getpid()}.log"
     kept.write_text(text + "\n", "utf-8")
-    errors = [line for line in text.splitlines() if line.startswith("error:") or "Error: " in line]
-    last = errors[-1] if errors else (text.splitlines() or ["no word"])[-1]
+    lines = text.splitlines()
+    ours = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
+    theirs = [line for line in lines if "Error: " in line and "ChildFailedError" not in line]  # that is torchrun's own
+    last = (ours or theirs or ["no word of it in its log"])[-1]
+    how = f"by signal {-status}" if status < 0 else f"with code {status}"
     return Fault(
-        f"a rank of the parity gate ended before it had reported: {last.removeprefix('error: ')}",
+        f"a rank of the parity gate ended {how} before it had reported: {last}",
         where=str(kept),
         fix="`halfstep doctor` says whether this machine is fit; --only narrows the cases down",
     )

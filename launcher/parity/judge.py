@@ -8,12 +8,11 @@ from launcher.parity.trial import Series
 
 # Relative. Half precision: 2^-11 (fp16) and 2^-9 (bf16) of rounding in every operation, and 20 steps of it. fp32: sums
 # in another order; two ranks add them in yet another.
-_LOSS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-3}
+_LOSS = {"fp32": 1e-5, "fp16": 3e-4, "bf16": 3e-4}
 _LOSS_TWO_RANKS_FP32 = 1e-4
-_GRAD_NORM = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 2e-2}
+_GRAD_NORM = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
 # Adam's first update is lr x gradient / |gradient|: elements near zero turn with their sign, which rounding decides.
-_FIRST_UPDATE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 5e-2}
-MEASURES = ("loss", "grad_norm", "first_update", "optimizer_steps", "loss_scale", "skipped")
+_FIRST_UPDATE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 1e-2}
 _NOT_A_NUMBER = 1e9
 """Stands for a deviation that is no number, so that every result is JSON and fails."""
 
@@ -52,9 +51,10 @@ def deviations(case: Case, series: Series, reference: Series, against: str) -> l
         _differences("skipped", against, series.skipped, reference.skipped),
         _differences("optimizer_steps", against, [series.optimizer_steps], [reference.optimizer_steps]),
     ]
-    assert series.first_update is not None
-    assert reference.first_update is not None
-    apart = float((series.first_update - reference.first_update).norm() / reference.first_update.norm())
+    if series.first_update is None or reference.first_update is None:  # a run that ended before
+        apart = math.nan
+    else:
+        apart = float((series.first_update - reference.first_update).norm() / reference.first_update.norm())
     return [*found, _relative("first_update", against, [apart], _FIRST_UPDATE[case.precision])]
 
 

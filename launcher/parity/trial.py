@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from launcher.engine import loop, states
 from launcher.engine.build import build
+from launcher.errors import NumericsError
 from launcher.metrics.record import StepRecord
 from launcher.parity.cases import POISONED_STEP
 from launcher.parity.oracle import MixedPrecisionTrainer, ParameterGroups, Scale
@@ -79,6 +80,12 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
     tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda kind, **details: None)
     try:
         loop.train(engine, plan, SyntheticFeed(plan, rank, engine.device), tell, repairs)
+    except NumericsError:  # on every rank; what it did not train counts as different
+        missing = plan.steps - len(series.loss)
+        series.loss += [None] * missing
+        series.grad_norm += [None] * missing
+        series.loss_scale += [None] * missing
+        series.skipped += [True] * missing
     finally:
         engine.destroy()
         gc.collect()

@@ -126,12 +126,12 @@ RULES: tuple[Rule, ...] = (
         fix="drop it; use schedule.kind, schedule.warmup and schedule.min_ratio",
     ),
     Rule(
-        name="no-autocast-fp16-with-sharding",
-        sentence="in DeepSpeed 0.19.8 torch_autocast in float16 at ZeRO 1 to 3 clips gradients that are still scaled",
+        name="no-autocast-fp16",
+        sentence="in DeepSpeed 0.19.8 torch_autocast in float16 clips gradients that are still scaled at ZeRO 1 to 3, "
+        "and its scale and norm are hidden at stage 0",
         broken=lambda c: (
             bool(c.leaves.get("torch_autocast.enabled"))
             and str(c.leaves.get(_AUTOCAST_DTYPE)).lower().removeprefix("torch.") in ("float16", "fp16", "half")
-            and c.spec.zero > 0
         ),
         where=_set_by(_AUTOCAST_DTYPE),
         fix="use precision=fp16, or torch_autocast.dtype=bfloat16",

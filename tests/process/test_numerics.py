@@ -145,6 +145,20 @@ def test_gradients_that_stay_bad_end_a_run_though_its_loss_is_fine(
     assert all(row["loss"] is not None for row in outcome.steps)
 
 
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [(2, "fp16"), *(pytest.param(*one, marks=pytest.mark.full) for one in [(1, "fp16"), (1, "bf16")])],
+)
+def test_a_skipped_step_leaves_nothing_behind_in_offloaded_gradients(
+    start: Start, data: Path, zero: int, precision: str
+) -> None:
+    words = [f"zero={zero}", f"precision={precision}", "offload=optimizer-cpu", "steps=10", f"data={data}"]
+    outcome = train(start, f"offload{zero}{precision}", *words, ranks=1, HALFSTEP_FAULT="fwd:0:5:nan")
+    assert outcome.returncode == 0, outcome.output
+    assert [row["step"] for row in outcome.steps if row["overflow"]] == [5]
+    assert "WARNING: HALFSTEP_FAULT=fwd:0:5:nan: this run is being broken on purpose" in outcome.output
+
+
 def test_a_static_scale_trains_like_a_dynamic_one_that_never_moved(
     start: Start, cell: Callable[[int, str], Outcome], data: Path
 ) -> None:

@@ -1,12 +1,13 @@
 """The gate's own logic: which cases there are, and what counts as the same."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from launcher import verdict
-from launcher.errors import RequestError
+from launcher.errors import Fault, RefusedError, RequestError
 from launcher.parity import cases, drive, judge
 from launcher.parity.cases import Case
 from launcher.parity.trial import Series
@@ -57,6 +58,7 @@ def test_a_selection_keeps_what_every_word_admits_and_refuses_what_nothing_does(
     with pytest.raises(RequestError) as caught:
         cases.select(cases.every_case(), ["zero=4"])
     assert caught.value.fix == "zero is 1 or 0 or 2 or 3"
+    assert {one.clip for one in cases.select(cases.every_case(), ["clip=0"])} == {0.0}
 
 
 def test_equal_series_do_not_deviate() -> None:
@@ -120,25 +122,45 @@ def test_the_table_names_the_cell_the_gap_and_the_case() -> None:
     cells = [_cell(CASE, ok=True), _cell(replace(CASE, zero=0), ok=False)]
     told = drive.table(drive.Outcome(cells=cells, not_run=[], seconds=12.4, repairs=False))
     assert [line.split()[-1] for line in told[1:3]] == ["FAIL", "ok"]
-    assert "5.0e-01 / 1e-03" in told[1]
+    assert "5.0e-01 / 3e-04" in told[1]
     assert told[4] == (
         "FAIL zero=0 precision=bf16, gpt2 adamw, accumulation 1, no clip, 1 rank: "
-        "loss 0.5 (tolerance 0.001) against oracle at step 3"
+        "loss 0.5 (tolerance 0.0003) against oracle at step 3"
     )
     assert told[-1] == "1 of 2 cases train the same model in 12 s, without repairs: DeepSpeed as it is"
 
 
 def test_a_verdict_is_kept_with_its_conditions(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert verdict.proved(CPU, 2, "bf16") is None
+    both = [vars(CASE), vars(replace(CASE, family="llama"))]
+    assert verdict.proved(CPU, both) is None
     kept = verdict.store(CPU, [_cell(CASE, ok=True)])
-    assert verdict.proved(CPU, 2, "bf16") is True
+    assert verdict.proved(CPU, both[:1]) is True
+    assert verdict.proved(CPU, both) is None, "one of the two was not run"
     verdict.store(CPU, [_cell(replace(CASE, family="llama"), ok=False)])
-    assert verdict.proved(CPU, 2, "bf16") is False
+    assert verdict.proved(CPU, both) is False
     verdict.store(CPU, [_cell(replace(CASE, family="llama"), ok=True)])
-    assert verdict.proved(CPU, 2, "bf16") is True, "a later result replaces the earlier one of the same case"
+    assert verdict.proved(CPU, both) is True, "a later result replaces the earlier one of the same case"
     assert len(verdict.read(CPU)) == 2
-    assert verdict.proved(replace(CPU, accelerator="cuda", device_name="NVIDIA H100"), 2, "bf16") is None
+    assert verdict.proved(replace(CPU, accelerator="cuda", device_name="NVIDIA H100"), both) is None
     monkeypatch.setattr(verdict, "version", lambda name: "0.0")
-    assert verdict.proved(CPU, 2, "bf16") is None, "other versions are another question"
+    assert verdict.proved(CPU, both) is None, "other versions are another question"
     assert kept.parent == tmp_path / "halfstep" / "verdicts"
+
+
+def test_a_run_that_ended_early_has_no_first_update_and_fails() -> None:
+    found = judge.deviations(CASE, series(first_update=None), series(), "oracle")
+    assert [one.measure for one in found if not one.ok] == ["first_update"]
+
+
+def test_more_ranks_than_devices_is_refused_and_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drive.topology, "default_ranks_per_node", lambda: 1)
+    with pytest.raises(RefusedError, match="all 1 cases need more ranks than the 1 that can run here"):
+        drive.verify([replace(CASE, world_size=2)], repairs=True, quiet=True)
+
+
+def test_a_worker_that_is_killed_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(drive, "_command", lambda job, size: [sys.executable, "-c", kill])
+    with pytest.raises(Fault, match="ended by signal 9 before it had reported"):
+        drive.verify([CASE], repairs=True, quiet=True)

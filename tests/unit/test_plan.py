@@ -176,7 +176,7 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
         (["ds.scheduler.type=WarmupLR"], {"no-second-scheduler"}),
         (
             ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=float16", "zero=2"],
-            {"no-autocast-fp16-with-sharding"},
+            {"no-autocast-fp16"},
         ),
         (
             ["precision=bf16", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"],
@@ -194,7 +194,7 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
         (["precision=bf16", "ds.bf16.check_grad_overflow=false"], {"overflow-check-is-needed"}),
         (
             ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=half", "zero=2"],
-            {"no-autocast-fp16-with-sharding"},
+            {"no-autocast-fp16"},
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

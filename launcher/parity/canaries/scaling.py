@@ -227,7 +227,7 @@ CANARIES = (
         look=autocast_clips_scaled,
         changed=(
             "if stages 1 to 3 are right now, and autocast-fp16-stuck is gone too, drop the rule "
-            "no-autocast-fp16-with-sharding from launcher/plan/rules.py"
+            "no-autocast-fp16 from launcher/plan/rules.py"
         ),
     ),
     Canary(
@@ -238,7 +238,7 @@ CANARIES = (
         look=autocast_stuck,
         changed=(
             "if stages 1 to 3 recover now, and autocast-fp16-clips-scaled is gone too, drop the rule "
-            "no-autocast-fp16-with-sharding from launcher/plan/rules.py"
+            "no-autocast-fp16 from launcher/plan/rules.py"
         ),
     ),
     Canary(
