@@ -20,13 +20,6 @@ _SCALE_IN_OTHER_PRECISIONS = 2.0**16
 """For which loss scale underflow in fp16 is reported where there is none: the default that fp16 starts from."""
 
 
-class _OurScale(LossScaler):
-    """What DeepSpeed's ZeRO optimizers see of our scale: a number that they neither move nor comment on."""
-
-    def update_scale(self, overflow: bool) -> None:
-        pass
-
-
 class Guard:
     """Stands between the loop and one engine; every rank has one, and all decide alike."""
 
@@ -57,7 +50,7 @@ class Guard:
         if self._plan.zero == 0:
             optimizer.loss_scale_config.dynamic_loss_scale = False
         else:
-            optimizer.loss_scaler = _OurScale(self._scale.value)
+            optimizer.loss_scaler = LossScaler(self._scale.value)  # DeepSpeed's fixed one, which only logs an overflow
         self._write_scale()
 
     def _write_scale(self) -> None:

@@ -1,15 +1,13 @@
 """What a run directory tells of its numerics: the loss scale's moves, skipped steps, and what fp16 would lose."""
 
 import json
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from launcher.errors import RequestError
+from launcher.metrics.rows import parse, unreadable
 
-_Parsed = TypeVar("_Parsed")
 Matrix = list[list[float | None]]
 """One row a layer, in model order; one column a reading, steps increasing; None where there is nothing to tell."""
 
@@ -129,7 +127,7 @@ def read(path: Path) -> Numerics:
         )
     steps: list[Step] = []
     evaluations = []
-    for row in _parse(file, _row):
+    for row in parse(file, _row):
         if not isinstance(row, Step):
             evaluations.append(row)
         else:
@@ -138,7 +136,7 @@ def read(path: Path) -> Numerics:
         raise RequestError(
             f"{path} has not made a step yet", where=str(file), fix="look again once the run has made one"
         )
-    events = _parse(path / "events.jsonl", _event) if (path / "events.jsonl").exists() else []
+    events = parse(path / "events.jsonl", _event) if (path / "events.jsonl").exists() else []
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         by_kind.setdefault(event["event"], []).append(event)
@@ -254,7 +252,7 @@ def _plan(path: Path) -> dict[str, Any]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise _unreadable(path / name, error) from None
+            raise unreadable(path / name, error) from None
         except ValueError as error:
             raise RequestError(
                 f"{name} is damaged: {error}", where=str(path / name), fix="restore the file, or start the run again"
@@ -279,50 +277,3 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     for key in _NEEDED.get(event["event"], ()):
         event[key]  # raises
     return event
-
-
-def _parse(file: Path, convert: Callable[[dict[str, Any]], _Parsed]) -> list[_Parsed]:
-    found = []
-    for number, line, whole in _last_attempt(file):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if whole:
-                raise _damaged(file, number, str(error)) from None
-            continue  # the run is writing this line, or was killed while it did
-        try:
-            found.append(convert(row))
-        except KeyError as missing:
-            raise _damaged(file, number, f"it has no {missing.args[0]}") from None
-        except TypeError:
-            raise _damaged(file, number, "it is no object") from None
-    return found
-
-
-def _last_attempt(file: Path) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield (line number, line, whether its end was written) from the last start on, or of the whole file."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise _unreadable(file, error) from None
-    # Not by line: an attempt that was killed half-way through one has the next attempt's start on the same line.
-    starts = [match.start() for match in re.finditer(rb'\{"event": ?"start"', content)]
-    begin = starts[-1] if starts else 0
-    first = content.count(b"\n", 0, begin) + 1
-    *whole, rest = content[begin:].split(b"\n")
-    for number, line in enumerate(whole, first):
-        yield number, line, True
-    if rest:
-        yield first + len(whole), rest, False
-
-
-def _damaged(file: Path, number: int, reason: str) -> RequestError:
-    return RequestError(
-        f"{file.name} is damaged in line {number}: {reason}",
-        where=f"{file}:{number}",
-        fix="restore the file from a copy, or delete that line",
-    )
-
-
-def _unreadable(file: Path, error: OSError) -> RequestError:
-    return RequestError(f"{file} cannot be read: {error.strerror}", where=str(file), fix="check its permissions")
