@@ -6,7 +6,9 @@ from typing import Any, Self
 
 EXIT_REQUEST = 2
 EXIT_REFUSED = 3
+EXIT_STOPPED = 75
 EXIT_NUMERICS = 76
+EXIT_STALLED = 77
 
 
 class HalfstepError(Exception):
@@ -59,6 +61,18 @@ class NumericsError(HalfstepError):
     """The run cannot make progress: exit code 76."""
 
     exit_code = EXIT_NUMERICS
+
+
+class Stopped(HalfstepError):
+    """Stopped early on request, with nothing lost: exit code 75, start the same command again."""
+
+    exit_code = EXIT_STOPPED
+
+
+class Stalled(HalfstepError):
+    """A rank stopped moving: exit code 77."""
+
+    exit_code = EXIT_STALLED
 
 
 class Interrupted(HalfstepError):

@@ -25,7 +25,7 @@ import tomli_w
 
 from launcher import assets
 from launcher.errors import RequestError
-from launcher.files import cannot_write, pretty, write_atomic, write_json
+from launcher.files import cannot_write, write_atomic, write_json
 from launcher.lease import LEASE_FILES
 from launcher.plan.plan import Plan
 from launcher.spec.load import Request, load
@@ -202,30 +202,6 @@ def code_revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changed" if changed.strip() else "")
-
-
-def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
-    """Write how an attempt ended and return None, or the code that another rank wrote before.
-
-    The first to write wins, so that a follow-up failure hides no cause.
-    """
-    file = attempt / "exit.json"
-    temporary = attempt / f".exit.json.{os.getpid()}"
-    try:
-        temporary.write_text(pretty({"code": code, "cause": cause, "rank": rank, "time": time.time()}), "utf-8")
-        try:
-            os.link(temporary, file)
-        except FileExistsError:
-            return int(json.loads(file.read_text("utf-8"))["code"])
-        except OSError:  # a file system without hard links
-            if file.exists():
-                return int(json.loads(file.read_text("utf-8"))["code"])
-            temporary.replace(file)
-    except (OSError, ValueError, KeyError):
-        return None  # it cannot be written, so it has to be said
-    finally:
-        temporary.unlink(missing_ok=True)
-    return None
 
 
 def finished(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import faults, rundir
+from launcher import exits, faults, rundir
 from launcher.engine import distributed
 from launcher.engine.build import build
 from launcher.engine.feed import Feed
@@ -51,7 +51,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank) -> int:
         except BaseException as error:
             return _fail(where, rank, error)
         if rank.rank == 0:  # the others are done before rank 0 has written the summary
-            rundir.write_exit(where.attempt, 0, "done", rank.rank)
+            exits.write_exit(where.attempt, 0, "done", rank.rank)
         distributed.leave()
     return 0
 
@@ -62,7 +62,7 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be what failed
         traceback.print_exception(error, file=file)
     told = _explain(error, log)
-    cause = rundir.write_exit(where.attempt, told.exit_code, told.what, rank.rank)
+    cause = exits.write_exit(where.attempt, told.exit_code, told.what, rank.rank)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     if cause is None and not isinstance(error, KeyboardInterrupt):

@@ -55,6 +55,38 @@ class NumericsPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """When the state is saved, what is kept, and what a start does with it."""
+
+    every: int
+    """Steps; 0 = none in between."""
+    keep: int
+    keep_every: int
+    """Steps; 0 = none."""
+    at_end: bool
+    resume: str
+    """`auto`, `must` or `never`."""
+    on_failure: str
+    """`stop` or `continue`."""
+    grace: float
+    """Seconds; 0 = no limit."""
+
+    def due(self, step: int, last: int) -> bool:
+        """Tell whether the state is saved after a step of a run that ends with step `last`."""
+        return (self.every > 0 and step % self.every == 0) or (self.at_end and step == last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchPlan:
+    """How a stalled or slow rank is noticed."""
+
+    timeout: float
+    """Seconds without progress."""
+    slow: float
+    """Times the others' computing time; 0 = never."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Every decision of a run; JSON-able, equal on every rank, never changed afterwards."""
 
@@ -78,6 +110,8 @@ class Plan:
     schedule: Schedule
     clip: float
     numerics: NumericsPlan
+    checkpoint: CheckpointPlan
+    watch: WatchPlan
     eval_every: int
     log_every: int
     peak_flops: float | None
@@ -111,6 +145,8 @@ class Plan:
                 "topology": Topology(**topology),
                 "schedule": Schedule(**tree["schedule"]),
                 "numerics": NumericsPlan(**tree["numerics"]),
+                "checkpoint": CheckpointPlan(**tree["checkpoint"]),
+                "watch": WatchPlan(**tree["watch"]),
             }
         )
 

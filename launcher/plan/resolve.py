@@ -8,7 +8,7 @@ from launcher.plan import batch as batch_equation
 from launcher.plan import dsconfig, hardware, memory, rules, schedule
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
-from launcher.plan.plan import DataPlan, ModelPlan, NumericsPlan, Plan
+from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan
 from launcher.plan.warnings import warnings_of
 from launcher.spec.digest import digest, identity
 from launcher.spec.load import Request
@@ -80,6 +80,8 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "schedule": curve,
         "clip": float(composed.leaves["gradient_clipping"]),
         "numerics": NumericsPlan(**spec.numerics.model_dump()),
+        "checkpoint": CheckpointPlan(**spec.checkpoint.model_dump()),
+        "watch": WatchPlan(**spec.watch.model_dump()),
         "eval_every": spec.eval.every,
         "log_every": spec.log.every,
         "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision),
@@ -96,7 +98,17 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
 def _run_id(plan: Plan) -> str:
     """Hash the plan without paths, logging and what is only said about it."""
     tree = plan.to_dict()
-    for key in ("run_id", "log_every", "origins", "memory", "warnings", "refused_by", "peak_flops"):
+    for key in (
+        "run_id",
+        "log_every",
+        "origins",
+        "memory",
+        "warnings",
+        "refused_by",
+        "peak_flops",
+        "checkpoint",
+        "watch",
+    ):
         del tree[key]
     for key in ("path", "train_prefix", "validation_prefix"):
         del tree["data"][key]

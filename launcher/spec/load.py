@@ -154,8 +154,6 @@ def _see_section(key: str) -> str:
 
 
 def _suggest_key(key: str, known: dict[str, str]) -> str:
-    if key.startswith(("checkpoint.", "watch.")):
-        return "drop it: checkpoints are not written yet, and a run that was interrupted starts from its first step"
     last = key.rpartition(".")[2]
     close = nearest(key, known) or [name for name in known if name.rpartition(".")[2] == last]
     close = close or [name for name in known if nearest(last, [name.rpartition(".")[2]])]

@@ -156,6 +156,34 @@ class EvalKeys(_Section):
     """Validation sequences read at each, the first ones of the split; fewer where it is smaller."""
 
 
+class CheckpointKeys(_Section):
+    """`checkpoint.*`: when the state is saved, what is kept, and what a start does with it."""
+
+    every: CountOrZero = 200
+    """Steps between checkpoints; 0 = none in between."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """How many of the newest are kept."""
+    keep_every: CountOrZero = 0
+    """Steps whose multiples are kept for ever; 0 = none."""
+    at_end: bool = True
+    """Whether the last step is saved, so that the run can be exported or made longer."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """Go on from the newest good checkpoint if there is one, only if there is one, or start anew."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a save that fails (a full disk) does to the run."""
+    grace: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds from a stop signal to the end, whether the last save is done or not; 0 = as long as it takes."""
+
+
+class WatchKeys(_Section):
+    """`watch.*`: how a stalled or slow rank is noticed."""
+
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds without any progress of a rank after which the run ends with exit code 77."""
+    slow: Annotated[float, Field(ge=0)] = 1.3
+    """A rank that computes this many times as long as the others is named; 0 = none is."""
+
+
 class LogKeys(_Section):
     """`log.*`: what the console shows; no influence on the run."""
 
@@ -200,6 +228,10 @@ class RunSpec(_Section):
     """Skipped steps, forensics, repairs."""
     eval: EvalKeys = EvalKeys()
     """Evaluation."""
+    checkpoint: CheckpointKeys = CheckpointKeys()
+    """Saving and resuming."""
+    watch: WatchKeys = WatchKeys()
+    """Stalled and slow ranks."""
     log: LogKeys = LogKeys()
     """Console output."""
     activation_checkpointing: bool = False

@@ -112,4 +112,4 @@ def test_a_fault_that_nobody_can_set_is_refused(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(RequestError) as caught:
         faults.armed("fwd", rank=0, step=1)
     assert caught.value.where == "HALFSTEP_FAULT"
-    assert "fwd:RANK:STEPS:nan|inf" in caught.value.fix
+    assert "POINT:RANK:STEPS:ACTION" in caught.value.fix

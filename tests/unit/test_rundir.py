@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import rundir
+from launcher import exits, rundir
 from launcher.errors import RequestError
 from launcher.lease import LEASE_STALE_SECONDS, lease
 from launcher.plan import facts
@@ -128,8 +128,8 @@ def test_every_start_is_a_new_attempt_with_its_environment(
 
 
 def test_the_first_cause_of_an_exit_stands(tmp_path: Path) -> None:
-    assert rundir.write_exit(tmp_path, 76, "the cause", rank=1) is None
-    assert rundir.write_exit(tmp_path, 1, "the follow-up", rank=0) == 76
+    assert exits.write_exit(tmp_path, 76, "the cause", rank=1) is None
+    assert exits.write_exit(tmp_path, 1, "the follow-up", rank=0) == 76
     written = json.loads((tmp_path / "exit.json").read_text())
     assert (written["code"], written["cause"], written["rank"]) == (76, "the cause", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
