@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir, topology
+from launcher import cli_checkpoint, rundir, topology
 from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError, RequestError
 from launcher.lease import lease
 from launcher.plan import facts, present
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     numerics.add_argument("--out", metavar="FILE.png", type=Path, help="the picture (default: RUN/numerics.png)")
     numerics.add_argument("--json", action="store_true", help="print every move and every reading as JSON")
     numerics.set_defaults(verb=_numerics)
+    cli_checkpoint.add(verbs, common)
     doctor = verbs.add_parser("doctor", help="check what a run needs", parents=[common])
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(verb=_doctor)

@@ -15,6 +15,7 @@ class HalfstepError(Exception):
     """Stop with a sentence on what is wrong, where that came from, and what to do about it."""
 
     exit_code = EXIT_REQUEST
+    heading = "error"
 
     def __init__(self, what: str, *, where: str, fix: str) -> None:
         super().__init__(what, where, fix)
@@ -33,7 +34,7 @@ class HalfstepError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.fix, self.more)
 
     def __str__(self) -> str:
-        own = f"error: {self.what}\n from: {self.where}\n  try: {self.fix}"
+        own = f"{self.heading}: {self.what}\n from: {self.where}\n  try: {self.fix}"
         return "\n".join([own, *map(str, self.more)])
 
 
@@ -67,6 +68,7 @@ class Stopped(HalfstepError):
     """Stopped early on request, with nothing lost: exit code 75, start the same command again."""
 
     exit_code = EXIT_STOPPED
+    heading = "stopped"
 
 
 class Stalled(HalfstepError):

@@ -2,9 +2,14 @@
 
 import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from launcher.errors import HalfstepError
+from launcher.pulse import Beat
 
 
 def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
@@ -13,7 +18,8 @@ def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
     The first to write wins, so that a follow-up failure hides no cause.
     """
     file = attempt / "exit.json"
-    temporary = attempt / f".exit.json.{os.getpid()}"
+    # Ranks of two hosts may have one process number, and a rank's threads may both have something to write.
+    temporary = attempt / f".exit.json.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}"
     try:
         temporary.write_text(
             json.dumps({"code": code, "cause": cause, "rank": rank, "time": time.time()}, indent=2) + "\n", "utf-8"
@@ -40,3 +46,49 @@ def read_exit(attempt: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("code"), int) else None
+
+
+def write_follow_up(attempt: Path, code: int, cause: str, rank: int, *, patience: float = 3.0) -> int | None:
+    """Write how an attempt ended as `write_exit` does, but let whoever knows the cause write first.
+
+    For errors that another rank's death explains (a broken connection): the dying rank closes its connections before
+    its warden can see that it is gone, so this rank would often be first, with the lesser cause.
+    """
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        found = read_exit(attempt)
+        if found is not None:
+            return int(found["code"])
+        time.sleep(0.05)
+    return write_exit(attempt, code, cause, rank)
+
+
+def death(rank: int, beat: Beat, status: int | None, *, starved: bool) -> tuple[int, str, str]:
+    """Return the exit code, the cause and the remedy for a rank that is gone and did not say why.
+
+    `status` is as waitpid has it, None where nobody could see it; `starved` is whether the kernel has just killed for
+    want of memory.
+    """
+    where = f"in phase {beat.phase}" + (f" of step {beat.step}" if beat.step else "")
+    fix = "start the same command again"
+    if status is None:
+        return 1, f"rank {rank} was gone {where}, and nobody saw how", fix
+    number = status & 0x7F
+    if not number:
+        code = (status >> 8) & 0xFF
+        return code or 1, f"rank {rank} ended with exit code {code} {where} without saying why", fix
+    name = signal.Signals(number).name if number in list(signal.Signals) else "of real time"
+    if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
+        return 128 + number, f"rank {rank} crashed ({name}) {where}", fix
+    cause = f"rank {rank} was killed by signal {number} ({name}) {where}"
+    if number == signal.SIGKILL and starved:
+        return 128 + number, f"{cause}: the host is out of memory", "take a smaller batch.micro, or more memory"
+    return 128 + number, cause + (": by hand, by the system, or out of memory" if number == signal.SIGKILL else ""), fix
+
+
+def say(error: HalfstepError) -> None:
+    """Print an error whole, whoever else is printing."""
+    try:
+        os.write(2, f"{error}\n".encode())
+    except OSError:
+        return

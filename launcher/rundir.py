@@ -2,6 +2,7 @@
 
 request.toml plan.json ds_config.json origins.json      what was asked and decided
 metrics.jsonl events.jsonl summary.json                  what was seen
+checkpoints/step-00000100/                               what a start goes on from
 attempts/0001/{env.json,rank-0.log,exit.json}            every start, on what, and how it ended
 lease                                                    held by the launch that is running
 """
@@ -73,6 +74,11 @@ class RunDir:
     def summary(self) -> Path:
         """The result."""
         return self.path / "summary.json"
+
+    @property
+    def stop_file(self) -> Path:
+        """Whoever makes this file stops the run."""
+        return self.path / "STOP"
 
     def rank_log(self, rank: int) -> Path:
         """What one rank of this attempt had to say."""
@@ -154,8 +160,13 @@ def _is_ours(name: str) -> bool:
     )
 
 
-def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
-    """Make the next attempts/NNNN with its env.json, and move the last attempt's results into its own folder."""
+def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) -> RunDir:
+    """Make the next attempts/NNNN with its env.json, and leave of the last attempt's results what goes on from here.
+
+    Nothing is lost: rows of steps that will be done again, and a result that will be replaced, move into the folder of
+    the attempt that made them. A start from step 1 also puts checkpoints out of the way, which would belong to another
+    series.
+    """
     attempts = path / "attempts"
     with cannot_write(path):
         attempts.mkdir(exist_ok=True)
@@ -163,31 +174,58 @@ def start_attempt(path: Path, extra: Mapping[str, Any]) -> RunDir:
         attempt = attempts / f"{number:04d}"
         attempt.mkdir()
         previous = attempts / f"{number - 1:04d}"
-        for name in ("metrics.jsonl", "summary.json"):
-            # Nothing is lost: what an earlier attempt measured moves into its folder.
-            if (path / name).exists() and previous.is_dir():
+        if not previous.is_dir():
+            previous = attempt
+        metrics = path / "metrics.jsonl"
+        if steps_done and metrics.exists():
+            _truncate(metrics, steps_done, previous / "metrics-redone.jsonl")
+        for name in ("summary.json",) if steps_done else ("metrics.jsonl", "summary.json", "checkpoints"):
+            if (path / name).exists():
                 (path / name).replace(previous / name)
         write_json(attempt / "env.json", {**describe_environment(), **extra})
         shutil.copy(path / "plan.json", attempt / "plan.json")  # a later attempt may continue with another stage
     return RunDir(path=path, attempt=attempt)
 
 
+def _truncate(metrics: Path, steps: int, redone: Path) -> None:
+    """Cut a metrics file after the rows of `steps` steps, atomically; the rest, a torn last line too, goes to `redone`.
+
+    The evaluation after the last step kept stays, where it was made.
+    """
+    kept, cut = [], []
+    for line in metrics.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            beyond = json.loads(line)["step"] > steps
+        except (ValueError, KeyError, TypeError):
+            beyond = True
+        (cut if beyond or not line.endswith("\n") else kept).append(line)
+    if cut:
+        with redone.open("a", encoding="utf-8") as out:
+            out.writelines(line if line.endswith("\n") else f"{line}\n" for line in cut)
+        write_atomic(metrics, "".join(kept))
+
+
 def describe_environment() -> dict[str, Any]:
     """Return versions, host, code revision and an allow-list of variables."""
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     return {
         "time": time.time(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "command": sys.argv,
         "folder": str(Path.cwd()),
-        "versions": versions,
+        "versions": versions(),
         "code_revision": code_revision(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def code_revision() -> str | None:

@@ -12,12 +12,14 @@ if __name__ == "__main__":
     # Started as a script, Python puts launcher/ itself on the path, where our names would shadow others' modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launcher import rundir, topology
+from launcher import faults, rundir, topology
 from launcher.errors import Fault, HalfstepError, RequestError
+from launcher.heart import Heart
 from launcher.plan import facts
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
+from launcher.stop import Stop
 
 
 def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
@@ -52,24 +54,33 @@ def main(words: list[str]) -> int:
         print(f"{__doc__}\n`halfstep plan --help` lists the run keys.")
         return 0
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank")) and word != "--debug"]
-    rank, planned = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), False
+    rank, heart = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
     try:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
         path, request, plan = decide(words, rank)
-        planned = True
+        stop = Stop()
+        stop.install()
+        heart = Heart(rank.rank, stop)
+        heart.start()
+        heart.set_timeout(plan.watch.timeout)
+        heart.mark("import")
+        faults.hit("import", rank=rank.rank)
         from launcher.engine import session  # torch and DeepSpeed from here on
 
-        return session.run(path, request, plan, rank)
+        code = session.run(path, request, plan, rank, stop, heart)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # whatever it is, this rank must end, or the others would wait for it
         if "--debug" in sys.argv:
             raise
         told = error if isinstance(error, HalfstepError) else Fault.of(error, where=f"rank {rank.rank}, at the start")
-        if not told.said_elsewhere and (planned or rank.local_rank == 0):  # ranks of one host plan the same
+        if not told.said_elsewhere and (heart or rank.local_rank == 0):  # ranks of one host plan the same
             print(told, file=sys.stderr, flush=True)
-        return told.exit_code
+        code = told.exit_code
+    if heart:
+        heart.end(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
-def appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path, option: str = "--out") -> Iterator[Path]:
     """Give a new folder beside `out` to fill; it becomes `out` when the block ends well, and goes away otherwise.
 
-    Folders that killed processes of this host left behind are removed first. Raises RequestError when the disk is full
-    or cannot be written, and FileExistsError when somebody else finished `out` meanwhile.
+    `option` is what the user named it with. Folders that killed processes of this host left behind are removed first.
+    Raises RequestError when the disk is full or cannot be written, and FileExistsError when somebody else finished
+    `out` meanwhile.
     """
     partial = out.with_name(f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
     try:
@@ -38,11 +39,11 @@ def appearing(out: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in _FULL:
             what = f"there is no room for it: {error.strerror}"
-            fix = "free some space, or name a folder on another disk with --out; nothing was left behind"
+            fix = f"free some space, or name a folder on another disk with {option}; nothing was left behind"
         else:
             what = f"{out} cannot be written: {error.strerror or error}"
-            fix = "name a folder that you may write with --out"
-        raise RequestError(what, where=f"--out {out}", fix=fix) from None
+            fix = f"name a folder that you may write with {option}"
+        raise RequestError(what, where=f"{option} {out}", fix=fix) from None
 
 
 def _rename(partial: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Bring the ranks together: the process group, agreement on the plan, and errors that all ranks share."""
 
 import contextlib
+import datetime
 import io
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from launcher.engine import opcache
 from launcher.errors import Fault, HalfstepError, RefusedError, TopologyError
@@ -62,6 +64,15 @@ def join(rank: Rank, plan: Plan) -> None:
         )
         error.said_elsewhere = rank.rank != 0
         raise error
+
+
+def set_timeouts(seconds: float) -> None:
+    """Give every process group a timeout: DeepSpeed's and torch's own reaches only the one of the whole world (T25).
+
+    It is twice that of the watch, which sees more and comes first. Call it when the engine has made its groups.
+    """
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(datetime.timedelta(seconds=2 * seconds), group)
 
 
 def quiet_deepspeed(log: Path | None = None) -> None:

@@ -44,6 +44,26 @@ class Guard:
         """The scale of the step at hand; None without loss scaling."""
         return self._scale.value if self._scale else None
 
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next decision depends on, JSON-able."""
+        return {
+            "loss_scale": self._scale.state() if self._scale else None,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "bad_losses_in_a_row": self._bad_losses_in_a_row,
+            "last_good_step": self._last_good_step,
+            "first": self._first,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned; a run that changed to fp16 begins with a fresh loss scale."""
+        if self._scale and state["loss_scale"]:
+            self._scale.restore(state["loss_scale"])
+            self._write_scale()
+        self.skipped_steps = state["skipped_steps"]
+        self._skipped_in_a_row, self._bad_losses_in_a_row = state["skipped_in_a_row"], state["bad_losses_in_a_row"]
+        self._last_good_step, self._first = state["last_good_step"], state["first"]
+
     def _take_over(self) -> None:
         """Keep DeepSpeed's own rule from moving the scale: there are three, and none leaves a growing step alone."""
         optimizer = self._engine.optimizer

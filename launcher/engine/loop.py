@@ -1,5 +1,6 @@
 """The training loop: one optimizer step after another, each leaving one record."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +8,15 @@ from dataclasses import dataclass
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from launcher import faults
+from launcher.checkpoint.store import folder_name
+from launcher.engine.distributed import gather_objects
 from launcher.engine.feed import Feed
 from launcher.engine.guard import Guard
+from launcher.engine.pace import Pace, Stragglers
 from launcher.engine.readings import Readings, StepReading, sum_over_ranks
-from launcher.engine.repair import Repairs
+from launcher.engine.saving import Saver
+from launcher.errors import Stopped
 from launcher.metrics import derive
 from launcher.metrics.record import EvaluationRecord, StepRecord
 from launcher.plan.plan import Plan
@@ -22,68 +28,153 @@ class Listeners:
     """Who hears of each record; every rank calls them, rank 0's write."""
 
     step: Callable[[StepRecord], None]
-    evaluation: Callable[[EvaluationRecord | None], None]
+    evaluation: Callable[[EvaluationRecord], None]
     event: Callable[..., None]
 
 
-def train(engine: DeepSpeedEngine, plan: Plan, feed: Feed, tell: Listeners, repairs: Repairs) -> StepRecord:
-    """Train from step 1 to the plan's last, evaluating before, in between and at the end; return the last record.
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What a loop knows of the world around it: who watches it, who wants it to stop, where it saves."""
 
-    Raises NumericsError on every rank where the run can make no progress.
+    mark: Callable[[str, int], None] = lambda phase, step: None
+    """Called with the phase and the step whenever something has moved."""
+    asked: Callable[[], str | None] = lambda: None
+    """Why this rank was asked to stop, if it was."""
+    saver: Saver | None = None
+    pace: Pace | None = None
+
+
+def train(
+    engine: DeepSpeedEngine,
+    plan: Plan,
+    feed: Feed,
+    tell: Listeners,
+    guard: Guard,
+    outside: Outside = Outside(),
+    *,
+    done: int = 0,
+    evaluated: bool = False,
+) -> None:
+    """Train from the step after `done` to the plan's last, evaluating before, in between and at the end.
+
+    `evaluated`: whether the evaluation that is due after `done` has been made. Raises NumericsError on every rank where
+    the run can make no progress, Stopped on every rank after the same step where one was asked to stop.
     """
     readings = Readings(engine, plan)
-    guard = Guard(engine, plan, repairs, tell.event, feed.rank)
-    tell.evaluation(evaluate(engine, feed, step=0))
-    for step in range(1, plan.steps + 1):
-        engine.train()
+    stragglers = Stragglers(plan.topology.world_size, plan.watch.slow)
+    saver = outside.saver
+    finished = evaluated or not _evaluation_due(plan, done) or _evaluate(engine, feed, tell, outside, done)
+    if not finished or _agreed(outside, engine.device):
+        raise _stopped(outside, done)
+    for step in range(done + 1, plan.steps + 1):
         started = time.perf_counter()
-        waited = 0.0
-        total = torch.zeros((), device=engine.device)
         rate = plan.schedule.learning_rate(step)
         readings.set_learning_rate(rate)
         guard.start_step(step)
         scale = guard.loss_scale
-        batches = feed.micro_batches(step)
-        for micro_step in range(1, plan.batch.accumulation + 1):
-            asked = time.perf_counter()
-            tokens = next(batches)
-            waited += time.perf_counter() - asked
-            logits = engine(input_ids=tokens[:, :-1]).logits
-            total += guard.backward(next_token_loss(logits, tokens[:, 1:]))
-            if micro_step == plan.batch.accumulation:
-                guard.before_step(readings.before_step(guard.gradient_scale))
-            engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
+        own_loss, waited = _forward_and_backward(engine, plan, feed, guard, readings, outside, step)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
         skipped = guard.after_step()
-        own_loss = float(total / plan.batch.accumulation)
-        reading = readings.after_step(own_loss, waited, skipped=skipped)
+        computed = outside.pace.seconds() if outside.pace else 0.0
+        reading = readings.after_step(own_loss, waited, computed, skipped=skipped, stop=outside.asked() is not None)
         seconds = time.perf_counter() - started
+        if saver:
+            saver.finish()  # before this step is written down: a resume never redoes more than an interval
         counts = {"loss_scale": scale, "overflow": skipped, "skipped_steps": guard.skipped_steps}
         record = _record(plan, step, rate, reading, seconds, **counts)
         tell.step(record)
+        if slow := stragglers.see(step, reading.compute_seconds):
+            tell.event("slow_rank", step=step, **slow)
         guard.judge(record, own_loss, feed.micro_batches(step))
-        if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
-            tell.evaluation(evaluate(engine, feed, step=step))
-    return record
+        stopping, finished = reading.stop, True
+        if _evaluation_due(plan, step):
+            finished = not stopping and _evaluate(engine, feed, tell, outside, step)
+            stopping = stopping or not finished
+        if saver and (stopping or plan.checkpoint.due(step, plan.steps)):
+            outside.mark("save", step)
+            saver.begin(step, rate)
+            stopping = stopping or _agreed(outside, engine.device)
+            if stopping or step == plan.steps:
+                saver.finish()
+        if stopping and not (finished and step == plan.steps):
+            raise _stopped(outside, step)
+
+
+def _forward_and_backward(
+    engine: DeepSpeedEngine, plan: Plan, feed: Feed, guard: Guard, readings: Readings, outside: Outside, step: int
+) -> tuple[float, float]:
+    """Run the micro-steps of one optimizer step and the step; return this rank's mean loss and its wait for data."""
+    engine.train()
+    mark, waited = outside.mark, 0.0
+    total = torch.zeros((), device=engine.device)
+    batches = feed.micro_batches(step)
+    for micro_step in range(1, plan.batch.accumulation + 1):
+        mark("data", step)
+        asked = time.perf_counter()
+        faults.hit("data", rank=feed.rank, step=step)
+        tokens = next(batches)
+        waited += time.perf_counter() - asked
+        mark("forward", step)
+        with outside.pace.forward() if outside.pace else contextlib.nullcontext():
+            faults.hit("fwd", rank=feed.rank, step=step)
+            logits = engine(input_ids=tokens[:, :-1]).logits
+        loss = next_token_loss(logits, tokens[:, 1:])
+        mark("backward", step)
+        faults.hit("bwd", rank=feed.rank, step=step)
+        total += guard.backward(loss)
+        mark("step", step)
+        if micro_step == plan.batch.accumulation:
+            faults.hit("step", rank=feed.rank, step=step)
+            guard.before_step(readings.before_step(guard.gradient_scale))
+        engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
+    return float(total / plan.batch.accumulation), waited
+
+
+def _evaluation_due(plan: Plan, step: int) -> bool:
+    return step in (0, plan.steps) or (plan.eval_every > 0 and step % plan.eval_every == 0)
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, feed: Feed, *, step: int) -> EvaluationRecord | None:
-    """Return the mean loss over the validation sequences of all ranks, or None without any. A collective call."""
+def _evaluate(engine: DeepSpeedEngine, feed: Feed, tell: Listeners, outside: Outside, step: int) -> bool:
+    """Tell the mean loss over the validation sequences of all ranks; False where a rank was asked to stop meanwhile.
+
+    A collective call.
+    """
+    began = time.perf_counter()
     engine.eval()
     loss_sum, tokens_seen = 0.0, 0
     for tokens, counted in feed.validation_batches():
+        outside.mark("evaluate", step)
+        faults.hit("eval", rank=feed.rank, step=step)
+        if _agreed(outside, engine.device):
+            return False
         logits = engine(input_ids=tokens[:, :-1]).logits
         if counted:
             loss_sum += float(next_token_loss(logits[:counted], tokens[:counted, 1:], reduction="sum"))
             tokens_seen += counted * (tokens.shape[1] - 1)
     total, count = sum_over_ranks([loss_sum, tokens_seen], engine.device)
-    if count == 0:
-        return None
-    loss = total / count
-    return EvaluationRecord(
-        step=step, eval_loss=derive.finite(loss), perplexity=derive.perplexity(loss), time=time.time()
-    )
+    if count:
+        loss = derive.finite(total / count)
+        perplexity = derive.perplexity(total / count)
+        tell.evaluation(EvaluationRecord(step=step, eval_loss=loss, perplexity=perplexity, time=time.time()))
+        tell.event("evaluated", step=step, seconds=round(time.perf_counter() - began, 6))
+    return True
+
+
+def _agreed(outside: Outside, device: torch.device) -> bool:
+    """Tell whether any rank was asked to stop. A collective call."""
+    return sum_over_ranks([float(outside.asked() is not None)], device)[0] > 0
+
+
+def _stopped(outside: Outside, step: int) -> Stopped:
+    """Return the error that every rank leaves with. A collective call."""
+    reasons = gather_objects(outside.asked())
+    reason = next((one for one in reasons if one), "another rank")
+    if outside.saver and outside.saver.last_step == step:
+        state = f"its checkpoint is {folder_name(step)}"
+    else:
+        state = "nothing was trained since the last checkpoint"
+    return Stopped(f"{reason} after step {step}", where=state, fix="start the same command again to go on")
 
 
 def _record(

@@ -26,6 +26,10 @@ class StepReading:
     """The slowest rank's."""
     peak_memory_bytes: int
     """The largest rank's."""
+    compute_seconds: list[float]
+    """Every rank's own, without waiting for others."""
+    stop: bool
+    """Whether any rank was asked to stop."""
 
 
 class Readings:
@@ -53,15 +57,20 @@ class Readings:
             self._own_norm = float(torch.stack(norms).norm()) / gradient_scale
         return self._own_norm
 
-    def after_step(self, loss: float, data_seconds: float, *, skipped: bool) -> StepReading:
+    def after_step(
+        self, loss: float, data_seconds: float, compute_seconds: float, *, skipped: bool, stop: bool
+    ) -> StepReading:
         """Read the step that just ended; `loss` is this rank's mean over its micro-batches. A collective call."""
-        own = [loss, data_seconds, float(peak_memory_bytes(self._plan.topology.accelerator))]
+        peak = float(peak_memory_bytes(self._plan.topology.accelerator))
+        own = [loss, data_seconds, peak, compute_seconds, float(stop)]
         everyone = _gather(own, self._engine.device)
         return StepReading(
             loss=math.fsum(row[0] for row in everyone) / len(everyone),
             grad_norm=math.inf if skipped else self._grad_norm(),
             data_seconds=max(row[1] for row in everyone),
             peak_memory_bytes=int(max(row[2] for row in everyone)),
+            compute_seconds=[row[3] for row in everyone],
+            stop=any(row[4] for row in everyone),
         )
 
     def _grad_norm(self) -> float:

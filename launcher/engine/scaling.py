@@ -45,6 +45,14 @@ class LossScale:
             consecutive_hysteresis=fp16.get("consecutive_hysteresis", False),
         )
 
+    def state(self) -> dict[str, float]:
+        """Return what moves."""
+        return {"value": self.value, "clean": self._clean, "patience": self._patience}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from what `state` returned."""
+        self.value, self._clean, self._patience = state["value"], int(state["clean"]), int(state["patience"])
+
     def update(self, overflow: bool) -> bool:
         """Move the scale after a step; return False for an overflow that no smaller scale can cure."""
         if not overflow:

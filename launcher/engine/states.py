@@ -11,8 +11,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-MASTER = "master"
-"""The fp32 weight among a fragment's tensors; the others are the optimizer's, by torch's names (`exp_avg`, ...)."""
+from launcher.checkpoint.shards import MASTER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,12 @@ class Fragment:
 def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     """Return what this rank holds of every trained parameter, in the model's order."""
     return [piece for piece in _pieces(engine) if piece.length > 0]
+
+
+def shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
+    """Return the whole shape of every trained parameter, in the model's order."""
+    trained = ((name, one) for name, one in engine.module.named_parameters() if one.requires_grad)
+    return {name: list(getattr(one, "ds_shape", one.shape)) for name, one in trained}
 
 
 def _pieces(engine: DeepSpeedEngine) -> Iterator[Fragment]:
@@ -104,3 +109,42 @@ def step_count(engine: DeepSpeedEngine, piece: Fragment) -> float | None:
     """Return the optimizer's own step count for a fragment; None where it keeps none."""
     step = base_optimizer(engine).state.get(piece.flat, {}).get("step")
     return None if step is None else float(step)
+
+
+def create_optimizer_states(engine: DeepSpeedEngine, kinds: list[str], steps: float) -> None:
+    """Give an optimizer that has not stepped its states, zero, as after `steps` steps; the values are written later."""
+    optimizer = base_optimizer(engine)
+    if not kinds and not steps:
+        return
+    for flat in {id(piece.flat): piece.flat for piece in _pieces(engine)}.values():
+        state = optimizer.state[flat]
+        for kind in kinds:
+            state.setdefault(kind, torch.zeros_like(flat, requires_grad=False))
+        if steps and not isinstance(optimizer, torch.optim.SGD):
+            # torch's own counts in a tensor, DeepSpeed's two Adams in an int (ops/adam).
+            own = type(optimizer).__module__.startswith("torch.optim")
+            state["step"] = torch.tensor(steps, dtype=torch.float32) if own else int(steps)
+    if type(optimizer).__name__ == "FusedAdam":
+        for group in optimizer.param_groups:
+            group["step"] = int(steps)
+
+
+def refresh_weights(engine: DeepSpeedEngine) -> None:
+    """Round the weights that the network computes with from their masters, on every rank. A collective call."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3: as its own step does (stage3.py, step)
+        wrapper.checkpoint_event_prologue()
+        for group in range(len(wrapper.fp16_groups)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(group)
+        wrapper.checkpoint_event_epilogue()
+    elif engine.zero_optimization():
+        wrapper.update_lp_params()
+        if base_optimizer(engine).state:
+            wrapper._lazy_init_hp_params_optimizer_state()
+    elif hasattr(wrapper, "fp32_groups_flat"):
+        for halves, masters in zip(wrapper.fp16_groups_flat, wrapper.fp32_groups_flat, strict=True):
+            halves.data.copy_(masters.data)
+    elif hasattr(wrapper, "fp32_groups"):
+        for halves, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for half, master in zip(halves, masters, strict=True):
+                half.data.copy_(master.data)

@@ -1,12 +1,13 @@
 """Rank 0's pen: every record goes to metrics.jsonl, the screen and the summary; the other ranks keep silent."""
 
+import json
 import math
 import time
 from types import TracebackType
 from typing import Any, Self
 
 from launcher.files import write_json
-from launcher.metrics import derive
+from launcher.metrics import derive, goodput
 from launcher.metrics.record import EvaluationRecord, StepRecord
 from launcher.metrics.sinks import JsonLines, Screen
 from launcher.plan.plan import Plan
@@ -16,10 +17,9 @@ from launcher.rundir import RunDir
 class Witness:
     """Writes what a run does and, at the end, what came of it."""
 
-    def __init__(self, where: RunDir, plan: Plan, *, writes: bool) -> None:
-        self._where, self._plan, self._writes = where, plan, writes
+    def __init__(self, where: RunDir, plan: Plan, *, writes: bool, steps_done: int = 0) -> None:
+        self._where, self._plan, self._writes, self._steps_done = where, plan, writes, steps_done
         self.screen = Screen(plan.steps, plan.log_every, quiet=not writes)
-        self._started = time.time()
         self._steps: list[StepRecord] = []
         self._evaluations: list[EvaluationRecord] = []
         self._repairs: list[str] = []
@@ -28,7 +28,8 @@ class Witness:
         self.screen.__enter__()
         if self._writes:
             self._metrics, self._events = JsonLines(self._where.metrics), JsonLines(self._where.events)
-            self.event("start", attempt=self._where.attempt.name, run_id=self._plan.run_id)
+            attempt, run_id = self._where.attempt.name, self._plan.run_id
+            self.event("start", attempt=attempt, run_id=run_id, steps_done=self._steps_done)
         return self
 
     def __exit__(
@@ -38,6 +39,25 @@ class Witness:
         if self._writes:
             self._metrics.close()
             self._events.close()
+
+    def take_over(self) -> None:
+        """Read what earlier attempts wrote about the steps that stand, so that the summary is of the whole run."""
+        for line in self._where.metrics.read_text("utf-8").splitlines() if self._where.metrics.exists() else []:
+            row = json.loads(line)
+            if "loss" in row:
+                self._steps.append(StepRecord(**row))
+            else:
+                self._evaluations.append(EvaluationRecord(**row))
+
+    def evaluated(self, step: int) -> bool:
+        """Tell whether a step's evaluation has been written; True on ranks that do not write."""
+        return not self._writes or any(one.step == step for one in self._evaluations)
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        if self._writes:
+            self._metrics.sync()
+            self._events.sync()
 
     def event(self, kind: str, **details: Any) -> None:
         """Write an event."""
@@ -51,6 +71,20 @@ class Witness:
             self.event("repaired", repairs=self._repairs)
             self.screen.say(f"mended in DeepSpeed at stage 0: {', '.join(names)} (docs/deepspeed.md)")
 
+    def resumed(self, found: dict[str, Any]) -> None:
+        """Take down what the run goes on from."""
+        self.event("resumed", **found)
+        self.screen.say(f"goes on after step {found['step']}, from {found['folder']}")
+        before = found["from"]
+        now = {"world_size": self._plan.topology.world_size, "zero": self._plan.zero, "precision": self._plan.precision}
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+        if changed:
+            differ = f"the logits differ by {found['logits_differ_by']:.2g}"
+            self.screen.say(f"reshaped: {', '.join(changed)}; {differ}; random states {found['random_states']}")
+        if found["other_versions"]:
+            told = ", ".join(f"{name} {versions}" for name, versions in found["other_versions"].items())
+            self.screen.say(f"WARNING: saved with other versions, so the numbers may part: {told}")
+
     def step(self, record: StepRecord) -> None:
         """Take down one optimizer step."""
         if not self._writes:
@@ -59,9 +93,9 @@ class Witness:
         self.screen.step(record)
         self._steps.append(record)
 
-    def evaluation(self, record: EvaluationRecord | None) -> None:
+    def evaluation(self, record: EvaluationRecord) -> None:
         """Take down one evaluation."""
-        if not self._writes or record is None:
+        if not self._writes:
             return
         self._metrics.write(record)
         self.screen.evaluation(record)
@@ -80,7 +114,7 @@ class Witness:
             )
 
     def summarise(self, status: str) -> None:
-        """Write summary.json and say how it went; `status` is `done` or `diverged`."""
+        """Write summary.json and say how it went; `status` is `done`, `diverged` or `stopped`."""
         if not self._steps:
             return
         plan, last = self._plan, self._steps[-1]
@@ -107,7 +141,7 @@ class Witness:
             "step_seconds": derive.median_of_steady([one.step_seconds for one in self._steps]),
             "mfu": derive.median_of_steady([one.mfu for one in self._steps if one.mfu is not None]),
             "peak_memory_bytes": max(one.peak_memory_bytes for one in self._steps),
-            "wall_seconds": time.time() - self._started,
+            **goodput.of(self._where.path, now=time.time()).to_dict(),
             "attempts": int(self._where.attempt.name),
             "repairs": self._repairs,
             "warnings": plan.warnings,

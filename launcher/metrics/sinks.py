@@ -1,5 +1,6 @@
 """Where records go: JSON lines that survive a crash, and a console for a terminal or a file."""
 
+import contextlib
 import json
 import os
 import sys
@@ -19,7 +20,13 @@ class JsonLines:
     """A file of JSON objects, one a line; every line is handed to the kernel as it is written."""
 
     def __init__(self, path: Path) -> None:
+        torn = False
+        with contextlib.suppress(OSError), path.open("rb") as before:
+            before.seek(-1, os.SEEK_END)
+            torn = before.read(1) != b"\n"
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        if torn:
+            self._file.write("\n")  # an attempt was killed half-way through a line
 
     def write(self, row: StepRecord | EvaluationRecord | dict[str, Any]) -> None:
         """Append one row."""
@@ -30,9 +37,13 @@ class JsonLines:
         """Append one event."""
         self.write({"event": kind, **details, "time": time.time()})
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Sync and close."""
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
 

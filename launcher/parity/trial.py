@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from launcher.engine import loop, states
 from launcher.engine.build import build
+from launcher.engine.guard import Guard
 from launcher.errors import NumericsError
 from launcher.metrics.record import StepRecord
 from launcher.parity.cases import POISONED_STEP
@@ -79,7 +80,8 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
 
     tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda kind, **details: None)
     try:
-        loop.train(engine, plan, SyntheticFeed(plan, rank, engine.device), tell, repairs)
+        guard = Guard(engine, plan, repairs, tell.event, rank)
+        loop.train(engine, plan, SyntheticFeed(plan, rank, engine.device), tell, guard)
     except NumericsError:  # on every rank; what it did not train counts as different
         missing = plan.steps - len(series.loss)
         series.loss += [None] * missing

@@ -1,36 +1,141 @@
-"""Start a run on this host, wait for it, and pass on how it ended."""
+"""Start a run on this host, wait for it and all its processes, and pass on how it ended."""
 
-import json
+import contextlib
 import os
+import signal
 import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+from launcher import rundir
+from launcher.errors import Fault, Interrupted
+from launcher.exits import read_exit, write_exit
+from launcher.processes import marked
 from launcher.topology import prefer_cpu, usable_cores
+
+STOP_FILE = "STOP"
+"""In the run directory: the ranks look for it at step boundaries, save and end with 75."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_LEAVING_SECONDS = 15.0
+"""How long what the launcher leaves behind may take to end; the ranks' wardens need ten at most."""
 
 
 def start(argv: list[str], run: Path, ranks: int) -> int:
     """Run a starter's command and return the run's exit code.
 
-    torchrun and accelerate turn every failure into 1, so the code that the run itself wrote down comes first.
+    The starter gets a session of its own, so that Ctrl-C reaches only this process, which asks the ranks to stop at
+    their next step; a second one ends them at once. torchrun and accelerate turn every failure into 1, so the code
+    that the run itself wrote down comes first.
     """
     before = _attempts(run)
     environment = dict(os.environ)
     prefer_cpu(environment)
     # torchrun would set one thread a rank, whatever the machine has.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
-    with subprocess.Popen(argv, env=environment) as process:
+    # Whatever is started from here on bears this name, wherever it moves: torchrun gives each rank its own session.
+    name = uuid.uuid4().hex
+    environment["HALFSTEP_LAUNCH"] = name
+    stop = run / STOP_FILE
+    with _heard() as signals, subprocess.Popen(
+        argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+    ) as process:  # fmt: skip
+        asked = False
         try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            status = process.wait()  # the terminal has sent Ctrl-C to the ranks too; let them end
-    new = sorted(_attempts(run) - before)
-    if new:
-        try:
-            return int(json.loads((new[-1] / "exit.json").read_text("utf-8"))["code"])
-        except (OSError, ValueError, KeyError):
-            status = status or 1  # it began and nobody wrote how it ended: the launcher's own 0 cannot be right (T22)
-    return status if status >= 0 else 128 - status
+            while process.poll() is None:
+                if signals.count(signal.SIGINT) >= 2:
+                    _end(f"HALFSTEP_LAUNCH={name}", _newest(run, before))
+                    process.wait()
+                    return Interrupted.exit_code
+                if signals and not asked:
+                    asked = _ask(stop, signals[0])
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+            status = _status(process.wait())
+            _wait_for_the_rest(f"HALFSTEP_LAUNCH={name}", signals)
+        finally:
+            if asked:
+                stop.unlink(missing_ok=True)
+    return _verdict(run, _newest(run, before), status)
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[int]]:
+    """Collect signals instead of being ended by them."""
+    heard: list[int] = []
+    try:
+        former = {one: signal.signal(one, lambda number, _: heard.append(number)) for one in _SIGNALS}
+    except ValueError:  # not the main thread: whoever started this hears the signals
+        former = {}
+    try:
+        yield heard
+    finally:
+        for one, handler in former.items():
+            signal.signal(one, handler)
+
+
+def _ask(stop: Path, number: int) -> bool:
+    """Ask the ranks to stop, and tell whether the file that does so is ours."""
+    try:
+        with stop.open("x") as file:
+            file.write(f"{signal.Signals(number).name} to halfstep run, process {os.getpid()}\n")
+        ours = True
+    except FileExistsError:
+        ours = False
+    except OSError as error:
+        print(f"cannot ask the ranks to stop: {error}; Ctrl-C again quits at once", file=sys.stderr, flush=True)
+        return True
+    print("stopping: the ranks save and end; Ctrl-C again quits at once", file=sys.stderr, flush=True)
+    return ours or True
+
+
+def _end(mark: str, attempt: Path | None) -> None:
+    """Kill everything of this launch, having said why, so that nobody reports the killing as the cause."""
+    if attempt is not None:
+        write_exit(attempt, Interrupted.exit_code, "interrupted", 0)
+    end = time.monotonic() + _LEAVING_SECONDS
+    while (left := marked(mark)) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _wait_for_the_rest(mark: str, signals: list[int]) -> None:
+    """Wait until no process of this launch is left: a launcher that is killed goes before its ranks."""
+    end = time.monotonic() + _LEAVING_SECONDS
+    while marked(mark):
+        if time.monotonic() > end or signals.count(signal.SIGINT) >= 2:
+            _end(mark, None)
+            return
+        time.sleep(0.1)
+
+
+def _verdict(run: Path, attempt: Path | None, status: int) -> int:
+    """Return the code the run wrote down; where it wrote none, the launcher's own, but 0 only for a finished run."""
+    found = None if attempt is None else read_exit(attempt)
+    if found is not None:
+        return int(found["code"])
+    if status == 0 and (attempt is not None or rundir.finished(run) is None):
+        # The deepspeed command ends with 0 when what it started is killed (T22).
+        what = "the launcher ended, and no rank wrote how the run did"
+        print(Fault(what, where=str(attempt or run), fix="start the same command again"), file=sys.stderr, flush=True)
+        return 1
+    return status
+
+
+def _status(status: int) -> int:
+    """Return an exit status as a shell has it: 128 + signal, also where DeepSpeed passed on -9 and made it 247 (T22)."""
+    if status < 0:
+        return 128 - status
+    return 128 + 256 - status if 256 - signal.NSIG < status < 255 else status
 
 
 def _attempts(run: Path) -> set[Path]:
     return set((run / "attempts").glob("[0-9]*"))
+
+
+def _newest(run: Path, before: set[Path]) -> Path | None:
+    return max(_attempts(run) - before, default=None)

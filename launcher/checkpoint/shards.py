@@ -1,0 +1,200 @@
+"""The files of a checkpoint: safetensors written in one pass with their hash, read in slices by name.
+
+Every rank writes `rank-00000.safetensors`, fp32 pieces of flattened parameters and optimizer states by the name
+`<parameter>/<state>`, and `rank-00000.json`: where each piece begins, and what else only this rank knows.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from safetensors import safe_open
+
+from launcher.checkpoint.manifest import Damaged, File, Manifest
+
+_CHUNK = 1 << 22
+_PROBE_TOKENS = 16
+PROBE = "probe/logits"
+MASTER = "master"
+"""The fp32 weight among a parameter's states; the others are the optimizer's, by torch's names (`exp_avg`, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A run of elements of one flattened tensor, to be written; `array` is called when its turn comes."""
+
+    key: str
+    length: int
+    array: Callable[[], np.ndarray]
+
+
+def write(file: Path, pieces: Iterable[Piece], beat: Callable[[], None]) -> File:
+    """Write fp32 pieces as safetensors, hashing what is written as it is written; not yet synced.
+
+    The library's own writer wants every tensor in memory at once, and a second pass for the hash.
+    """
+    table, order, offset = {}, list(pieces), 0
+    for one in order:
+        end = offset + 4 * one.length
+        table[one.key] = {"dtype": "F32", "shape": [one.length], "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format wants the data aligned
+    with HashingFile(file) as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        for one in order:
+            array = np.ascontiguousarray(one.array(), dtype="<f4")
+            assert array.size == one.length, f"{one.key} has {array.size} elements, not {one.length}"
+            out.write(memoryview(array).cast("B"))
+            beat()
+    return out.file
+
+
+def write_json(file: Path, value: Any) -> File:
+    """Write JSON with its hash."""
+    with HashingFile(file) as out:
+        out.write(json.dumps(value, allow_nan=False).encode())
+    return out.file
+
+
+class HashingFile:
+    """A new file that knows the hash of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._hash, self._bytes = path, xxhash.xxh3_128(), 0
+        self._out = path.open("xb", buffering=0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes, chunk by chunk: what is in the processor's cache is hashed and written at once."""
+        view = memoryview(data)
+        for start in range(0, len(view), _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            self._hash.update(chunk)
+            while chunk:
+                chunk = chunk[self._out.write(chunk) :]
+        self._bytes += len(view)
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+
+    @property
+    def file(self) -> File:
+        """Its entry in the manifest."""
+        return File(name=self._path.name, bytes=self._bytes, xxh3=self._hash.hexdigest())
+
+
+def sync(file: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    handle = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damaged(folder: Path, manifest: Manifest, beat: Callable[[], None], part: int = 0, parts: int = 1) -> str | None:
+    """Read every file (or one of `parts` shares of them), several at once, and return what does not fit its hash."""
+    own = manifest.files[part::parts]
+    workers = max(1, min(len(own), len(os.sched_getaffinity(0)) if parts == 1 else 2))
+    with ThreadPoolExecutor(workers) as pool:
+        for reason in pool.map(lambda file: _damage(folder, file, beat), own):
+            if reason:
+                return reason
+    return None
+
+
+def _damage(folder: Path, file: File, beat: Callable[[], None]) -> str | None:
+    found = xxhash.xxh3_128()
+    try:
+        with (folder / file.name).open("rb", buffering=0) as content:
+            while chunk := content.read(_CHUNK):
+                found.update(chunk)
+                beat()
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
+    return None if found.hexdigest() == file.xxh3 else f"{file.name} is not what was written: its hash differs"
+
+
+class Shards:
+    """The tensors of a checkpoint, whichever ranks wrote which parts of them.
+
+    Raises Damaged where a file does not hold what the manifest says.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.ranks = [rank_name(rank) for rank in range(manifest.world_size)]
+        self._files = {name: safe_open(folder / f"{name}.safetensors", framework="numpy") for name in self.ranks}
+
+    def sidecar(self, rank: int) -> dict[str, Any]:
+        """Return what one rank wrote beside its tensors."""
+        return json.loads((self.folder / f"{self.ranks[rank]}.json").read_text("utf-8"))
+
+    @cached_property
+    def _places(self) -> dict[str, list[tuple[str, int, int]]]:
+        """For each parameter: (file, first element, length) of its pieces, in order."""
+        places: dict[str, list[tuple[str, int, int]]] = {}
+        for rank, name in enumerate(self.ranks):
+            for parameter, (start, length) in self.sidecar(rank)["pieces"].items():
+                places.setdefault(parameter, []).append((name, start, length))
+        return {parameter: sorted(found, key=lambda one: one[1]) for parameter, found in places.items()}
+
+    @cached_property
+    def _keys(self) -> dict[str, set[str]]:
+        return {name: set(file.keys()) for name, file in self._files.items()}
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Return the shape of a whole parameter."""
+        return tuple(self.manifest.model["parameters"][parameter])
+
+    def read(self, parameter: str, state: str, start: int = 0, length: int | None = None) -> np.ndarray | None:
+        """Return elements of a flattened parameter or of one of its optimizer states, in fp32.
+
+        None where no rank has this state: it was never stepped. Raises Damaged where only a part is there.
+        """
+        whole = int(np.prod(self.shape(parameter), dtype=np.int64))
+        length = whole - start if length is None else length
+        out, key, filled = np.empty(length, dtype=np.float32), f"{parameter}/{state}", start
+        for name, first, count in self._places.get(parameter, []):
+            low, high = max(filled, first), min(start + length, first + count)
+            if low != filled or high <= low or key not in self._keys[name]:
+                continue
+            out[low - start : high - start] = self._files[name].get_slice(key)[low - first : high - first]
+            filled = high
+        if filled == start and length > 0 and state != MASTER:
+            return None
+        if filled < start + length:
+            raise Damaged(f"{key} is there up to element {filled} of {start + length}")
+        return out
+
+    def probe(self) -> np.ndarray | None:
+        """Return the training engine's logits for `probe_tokens`, (tokens, vocabulary) in fp32, as they were saved."""
+        file = self._files[self.ranks[0]]
+        if PROBE not in self._keys[self.ranks[0]]:
+            return None
+        return file.get_tensor(PROBE).reshape(min(_PROBE_TOKENS, self.manifest.sequence), -1)
+
+    def parameters(self) -> Iterator[str]:
+        """Yield the names of the parameters, in the model's order."""
+        yield from self.manifest.model["parameters"]
+
+
+def probe_tokens(sequence: int, vocabulary: int) -> list[int]:
+    """Return the token ids whose logits are saved with a checkpoint, to compare with whatever is made of it."""
+    return [(1 + 37 * place) % vocabulary for place in range(min(_PROBE_TOKENS, sequence))]
+
+
+def rank_name(rank: int) -> str:
+    """Return how the files of a rank begin."""
+    return f"rank-{rank:05d}"

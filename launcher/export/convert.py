@@ -1,0 +1,147 @@
+"""Write a checkpoint again for another number of ranks, in a run directory of its own."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher import rundir
+from launcher.checkpoint import shards, store
+from launcher.checkpoint.manifest import Damaged, File, Manifest
+from launcher.checkpoint.shards import MASTER, PROBE, Piece, Shards
+from launcher.errors import RefusedError, RequestError
+from launcher.export import source, target
+from launcher.files import write_atomic
+from launcher.plan.plan import Plan
+from launcher.spec.load import Request
+
+_SPARE = 1 << 20
+"""Bytes besides the tensors, a rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """The checkpoint that was written."""
+
+    run: Path
+    folder: Path
+    manifest: Manifest
+    from_ranks: int
+    random_states: bool
+    """Whether those of the ranks were kept: they fit the same number of ranks alone."""
+
+
+def convert(run: Path, to: Path, *, step: int | None = None, ranks: int = 1) -> Converted:
+    """Write one checkpoint for `ranks` ranks into a new run directory, which goes on with the same command.
+
+    The training needs no such thing, it reads a checkpoint of any number of ranks: this consolidates and moves.
+    Memory stays near one rank's part of one parameter. Raises RequestError for a damaged checkpoint.
+    """
+    if ranks < 1:
+        raise RequestError(f"{ranks} ranks hold nothing", where=f"--ranks {ranks}", fix="--ranks 1")
+    words = [str(run), "--to", str(to), *(["--ranks", str(ranks)] if ranks != 1 else [])]
+    new = target.absolute(to)
+    chosen = source.choose(run, step, f"halfstep checkpoint convert {shlex.join(words)}")
+    request, plan = rundir.read_plan(run)
+    old = chosen.manifest
+    with target.filling(new, old.bytes + ranks * _SPARE) as partial:
+        _describe(partial, new, request, plan, run, old.step)
+        folder = store.prepare(partial, old.step, old.attempt, 0)
+        assert folder is not None, "a new folder holds no checkpoint"
+        try:
+            written = _write(folder, Shards(chosen.folder, old), ranks)
+        except Damaged as damage:
+            raise RequestError(
+                f"the checkpoint of step {old.step} is incomplete: {damage}",
+                where=str(chosen.folder),
+                fix="take another with --step",
+            ) from None
+        manifest = replace(old, world_size=ranks, files=written)
+        final = store.commit(folder, manifest)
+        reason = shards.damaged(final, manifest, lambda: None)
+        if reason:
+            raise RefusedError(
+                f"what was written does not come back: {reason}",
+                where=str(new),
+                fix="check the disk, or name a folder on another with --to",
+            )
+    return Converted(
+        run=new,
+        folder=store.home(new) / store.folder_name(old.step),
+        manifest=manifest,
+        from_ranks=old.world_size,
+        random_states=ranks == old.world_size,
+    )
+
+
+def _describe(folder: Path, new: Path, request: Request, plan: Plan, run: Path, step: int) -> None:
+    """Write what makes the folder a run directory: what was asked and decided, and what was measured up to the step."""
+    spec = request.spec.model_copy(update={"out": str(new)})
+    origins = {**request.origins, "out": "halfstep checkpoint convert --to"}
+    rundir.write_plan(folder, Request(spec=spec, origins=origins), plan)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        if (run / name).is_file():
+            write_atomic(folder / name, "".join(_lines(run / name, step)))
+
+
+def _lines(file: Path, step: int) -> Iterator[str]:
+    for line in file.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            if line.endswith("\n") and int(row.get("step") or 0) <= step:
+                yield line
+        except (ValueError, AttributeError, TypeError):
+            continue  # cut short by a kill
+
+
+def _write(folder: Path, files: Shards, ranks: int) -> tuple[File, ...]:
+    """Write every rank's file and sidecar, synced, and return their entries."""
+    written = []
+    for rank in range(ranks):
+        name = shards.rank_name(rank)
+        pieces = {
+            parameter: place for parameter in files.parameters() if (place := _share(files, parameter, rank, ranks))[1]
+        }
+        written.append(shards.write(folder / f"{name}.safetensors", _tensors(files, pieces, rank), lambda: None))
+        kept: dict[str, Any] = {}
+        if ranks == files.manifest.world_size:
+            kept = {key: value for key, value in files.sidecar(rank).items() if key != "pieces"}
+        sidecar = {"pieces": {parameter: list(place) for parameter, place in pieces.items()}, **kept}
+        written.append(shards.write_json(folder / f"{name}.json", sidecar))
+        for one in written[-2:]:
+            shards.sync(folder / one.name)
+    return tuple(sorted(written, key=lambda file: file.name))
+
+
+def _share(files: Shards, parameter: str, rank: int, ranks: int) -> tuple[int, int]:
+    """Return (first element, length) of a rank's part: equal parts, the last ones shorter or empty."""
+    whole = int(np.prod(files.shape(parameter), dtype=np.int64))
+    share = -(-whole // ranks)
+    first = min(rank * share, whole)
+    return first, min(share, whole - first)
+
+
+def _tensors(files: Shards, pieces: dict[str, tuple[int, int]], rank: int) -> Iterator[Piece]:
+    probe = files.probe() if rank == 0 else None
+    if probe is not None:
+        yield Piece(key=PROBE, length=probe.size, array=lambda: probe)
+    for parameter, (first, length) in pieces.items():
+        for state in (MASTER, *files.manifest.optimizer["states"]):
+            if files.read(parameter, state, first, 1) is None:
+                continue  # never stepped
+            yield Piece(
+                key=f"{parameter}/{state}", length=length, array=_reader(files, parameter, state, first, length)
+            )
+
+
+def _reader(files: Shards, parameter: str, state: str, first: int, length: int) -> Any:
+    def read() -> np.ndarray:
+        found = files.read(parameter, state, first, length)
+        assert found is not None, (parameter, state)
+        return found.reshape(-1)
+
+    return read

@@ -1,0 +1,138 @@
+"""Measure an exported model on the validation split of a corpus, over the windows that training evaluates."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.data.tokens import TokenFile
+from launcher.errors import RefusedError, RequestError
+from launcher.export import model, tokenizer
+from launcher.metrics import derive
+from launcher.plan.corpus import DataFacts, read_data
+from models.loss import next_token_loss
+
+_SEQUENCE = 1024
+"""Tokens, for a folder that does not say what it was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What was measured, and on what."""
+
+    loss: float | None
+    """Nats a token; None where it is not finite."""
+    perplexity: float | None
+    tokens: int
+    sequences: int
+    sequence: int
+    data: str
+    tokenizer: str
+    """`same`, or `not known` where one of the two does not say."""
+    step: int | None
+    dtype: str
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as programs read it."""
+        return asdict(self)
+
+
+def evaluate(
+    folder: Path, data: str, *, sequences: int | None = None, batch: int = 8, sequence: int | None = None
+) -> Evaluated:
+    """Return loss and perplexity over the first `sequences` windows of the validation split; 0 = all of them.
+
+    By default as many as the run's own evaluations read, of as many tokens. Raises RequestError where corpus and model
+    do not belong together.
+    """
+    for option, value, least in (("--batch", batch, 1), ("--sequence", sequence, 1), ("--sequences", sequences, 0)):
+        if value is not None and value < least:
+            raise RequestError(f"{value} is too few", where=f"{option} {value}", fix=f"{option} {least} or more")
+    told = model.note(folder) or {}
+    facts = read_data(data)
+    match = _match(folder, told, facts)
+    prefix = facts.validation_prefix
+    if prefix is None:
+        raise RequestError(
+            "the corpus has no validation split",
+            where=f"--data {data}",
+            fix="prepare one with --validation-fraction, or name a prepared folder",
+        )
+    network: Any = model.load(folder)
+    context = model.context(network)
+    length = sequence or told.get("sequence") or min(context or _SEQUENCE, _SEQUENCE)
+    if context is not None and length > context:
+        raise RequestError(
+            f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
+        )
+    file = TokenFile(prefix, vocabulary=network.get_input_embeddings().weight.shape[0])
+    count = _count(file.windows(length), sequences, told, length, facts)
+    loss, tokens = _loss(network, _batches(file, count, batch, length))
+    return Evaluated(
+        loss=derive.finite(loss),
+        perplexity=derive.perplexity(loss),
+        tokens=tokens,
+        sequences=count,
+        sequence=length,
+        data=facts.path,
+        tokenizer=match,
+        step=told.get("step"),
+        dtype=str(network.dtype).removeprefix("torch."),
+        device=str(network.device),
+    )
+
+
+def _match(folder: Path, told: dict[str, Any], facts: DataFacts) -> str:
+    """Tell whether the corpus was made with the export's tokenizer; raises RequestError where it was not."""
+    if told.get("data", {}).get("digest") == facts.digest:
+        return "same"
+    own, other = told.get("tokenizer"), tokenizer.of_corpus(facts.path) if facts.has_tokenizer else None
+    if own is None or other is None:
+        return "not known"
+    if own["sha256"] == other["sha256"]:
+        return "same"
+    if own["vocabulary_digest"] is not None and own["vocabulary_digest"] == other["vocabulary_digest"]:
+        return "same"
+    raise RequestError(
+        f"the corpus was made with another tokenizer ({other['vocabulary']} tokens, {other['sha256'][:12]}) than the "
+        f"model was trained with ({own['vocabulary']} tokens, {own['sha256'][:12]}): its ids mean other words to it",
+        where=f"{folder / model.NOTE} and --data {facts.path}",
+        fix=f"prepare the corpus again with --tokenizer {folder}",
+    )
+
+
+def _count(windows: int, asked: int | None, told: dict[str, Any], length: int, facts: DataFacts) -> int:
+    if windows == 0:
+        raise RequestError(
+            f"the validation split has {facts.validation_tokens} tokens, too few for one sequence of {length}",
+            where=f"--data {facts.path}",
+            fix=f"--sequence {max(1, facts.validation_tokens - 1)} or less",
+        )
+    wanted = told.get("evaluation_sequences") if asked is None else asked
+    return min(windows, wanted) if wanted else windows
+
+
+def _batches(file: TokenFile, count: int, batch: int, length: int) -> Iterator[torch.Tensor]:
+    for start in range(0, count, batch):
+        yield file.batch(range(start, min(start + batch, count)), length)
+
+
+def _loss(network: Any, batches: Iterator[torch.Tensor]) -> tuple[float, int]:
+    total, tokens = 0.0, 0
+    try:
+        with torch.no_grad():
+            for ids in batches:
+                ids = ids.to(network.device)
+                logits = network(input_ids=ids[:, :-1], use_cache=False).logits
+                total += float(next_token_loss(logits, ids[:, 1:].to(logits.device), reduction="sum"))
+                tokens += ids[:, 1:].numel()
+    except torch.OutOfMemoryError as error:
+        raise RefusedError(
+            f"the batch does not fit in the GPU's memory: {str(error).splitlines()[0]}",
+            where="--batch",
+            fix="take a smaller --batch",
+        ) from None
+    return total / tokens, tokens

@@ -1,0 +1,117 @@
+"""Let an exported model go on from a text."""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import RequestError
+from launcher.export import model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """A text and where it came from."""
+
+    prompt: str
+    text: str
+    """What follows the prompt."""
+    prompt_tokens: int
+    new_tokens: int
+    stopped: str
+    """`end of text`, or `length`."""
+    device: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as programs read it."""
+        return asdict(self)
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> Generated:
+    """Return what an exported model makes of a prompt: the likeliest token each time, or drawn at a temperature.
+
+    Raises RequestError for settings that mean nothing and for a prompt that leaves no room in the model's context.
+    """
+    _check(max_new_tokens, temperature, top_k)
+    words: Any = model.tokenizer(folder)
+    ids = words(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        if words.bos_token_id is None:
+            raise RequestError("there is nothing to go on from", where="--prompt ''", fix="give a text")
+        ids = [words.bos_token_id]
+    network: Any = model.load(folder)
+    room = _room(network, len(ids), max_new_tokens, folder)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        # top_k is named even where it is off: left out, transformers takes 50.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
+    torch.manual_seed(seed)
+    tokens = torch.tensor([ids], device=network.device)
+    end = network.generation_config.eos_token_id
+    with torch.no_grad():
+        found = network.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=room,
+            pad_token_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
+            **sampling,
+        )
+    new = found[0, len(ids) :].tolist()
+    ends = end if isinstance(end, list) else [end]
+    return Generated(
+        prompt=prompt,
+        text=words.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        prompt_tokens=len(ids),
+        new_tokens=len(new),
+        stopped="end of text" if new and new[-1] in ends else "length",
+        device=str(network.device),
+        dtype=str(network.dtype).removeprefix("torch."),
+    )
+
+
+def _check(max_new_tokens: int, temperature: float, top_k: int) -> None:
+    if max_new_tokens < 1:
+        raise RequestError(
+            "that many new tokens are no text", where=f"--max-new-tokens {max_new_tokens}", fix="1 or more"
+        )
+    if not 0 <= temperature < float("inf"):
+        raise RequestError(
+            "a temperature is 0 (the likeliest token) or above",
+            where=f"--temperature {temperature}",
+            fix="--temperature 0.8",
+        )
+    if top_k < 0:
+        raise RequestError("that many tokens cannot be drawn from", where=f"--top-k {top_k}", fix="1 or more; 0 = all")
+    if top_k and not temperature:
+        raise RequestError(
+            "without a temperature the likeliest token is taken, and nothing is drawn",
+            where=f"--top-k {top_k}",
+            fix=f"--top-k {top_k} --temperature 0.8, or leave --top-k out",
+        )
+
+
+def _room(network: Any, prompt_tokens: int, wanted: int, folder: Path) -> int:
+    """Return how many tokens may follow: what was asked for, or what is left of the context."""
+    context = model.context(network)
+    if context is None or prompt_tokens + wanted <= context:
+        return wanted
+    if prompt_tokens >= context:
+        raise RequestError(
+            f"the prompt has {prompt_tokens} tokens and the model looks at {context} at most, the text that follows "
+            "included",
+            where=f"--prompt, and max_position_embeddings in {folder / 'config.json'}",
+            fix=f"shorten the prompt below {context} tokens",
+        )
+    print(f"the context of {context} tokens leaves room for {context - prompt_tokens} new ones", file=sys.stderr)
+    return context - prompt_tokens

@@ -1,0 +1,100 @@
+"""Load an exported folder with transformers, spread over what devices there are, and read what it says of itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from launcher.errors import RefusedError, RequestError
+
+NOTE = "halfstep.json"
+KIND = "halfstep-export"
+
+
+def load(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Return the model of a folder in evaluation mode, in `dtype` or in the one it was written in.
+
+    Without a GPU it lies in the processor's memory; otherwise accelerate spreads it over the GPUs and, where they are
+    too small, over what else there is. Raises RequestError for a folder that holds no model or half of one.
+    """
+    _expect_model(folder)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RequestError(
+            f"transformers cannot load {folder}: {_one_line(error)}", where=str(folder), fix="export it again"
+        ) from error
+    wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    for kind, names in wrong.items():
+        if names:
+            raise RefusedError(
+                f"the weights in {folder} are not those of its config.json: {kind.replace('_', ' ')}, such as "
+                f"{names[0]}",
+                where=str(folder),
+                fix="export it again with the transformers that trained it",
+            )
+    return model.eval()
+
+
+def _expect_model(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "plan.json").is_file() or (folder / "checkpoints").is_dir():
+        target = folder.with_name(f"{folder.resolve().name}-export")
+        raise RequestError(
+            f"{folder} is a run directory, not an exported model",
+            where=f"DIR {folder}",
+            fix=f"halfstep checkpoint export {folder} --to {target}, and then name {target}",
+        )
+    what = "holds no config.json, so it is no exported model" if folder.is_dir() else "does not exist"
+    raise RequestError(f"{folder} {what}", where=f"DIR {folder}", fix="name a folder that `checkpoint export` made")
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder; raises RequestError where it has none."""
+    _expect_model(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        told = note(folder)
+        corpus = (told or {}).get("data", {}).get("path", "CORPUS")
+        raise RequestError(
+            f"{folder} has no tokenizer: the corpus was not there when it was exported",
+            where=f"DIR {folder}",
+            fix=f"bring {corpus} back, or say where it is with --data, and export again",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(
+            f"the tokenizer cannot be loaded: {_one_line(error)}", where=str(folder), fix="export it again"
+        ) from error
+
+
+def note(folder: Path) -> dict[str, Any] | None:
+    """Return what `checkpoint export` wrote about an export; None for a folder that others made."""
+    file = folder / NOTE
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        if found["kind"] != KIND:
+            raise ValueError(f"its kind is {found['kind']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{NOTE} is damaged: {error}", where=str(file), fix="export it again") from None
+    return found
+
+
+def context(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that the model can look at; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,95 @@
+"""Choose the checkpoint that something is made of, and make sure that it is what was written."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.checkpoint import shards, store
+from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.store import Candidate
+from launcher.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A good checkpoint of a run."""
+
+    run: Path
+    folder: Path
+    manifest: Manifest
+
+
+def choose(run: Path, step: int | None, again: str) -> Source:
+    """Return the checkpoint of a step, or the newest, after reading every byte of it.
+
+    `again` is the command that is being run, without `--step`; an error ends in it. Raises RequestError where there is
+    no such checkpoint and where it is damaged: an older one is proposed, never taken silently.
+    """
+    found = list(store.candidates(run))
+    if not found:
+        raise none_there(run)
+    if step is None:
+        chosen = found[0]
+    else:
+        matching = [one for one in found if one.step == step]
+        if not matching:
+            raise no_such_step(run, step, [one.step for one in found])
+        chosen = matching[0]
+    if chosen.manifest is None:
+        raise _damaged(run, chosen, chosen.reason or "it is damaged", found, again)
+    reason = shards.damaged(chosen.folder, chosen.manifest, lambda: None)
+    if reason:
+        raise _damaged(run, chosen, reason, found, again)
+    return Source(run=run, folder=chosen.folder, manifest=chosen.manifest)
+
+
+def none_there(run: Path) -> RequestError:
+    """Return what to say of a run without checkpoints, and of a path that is no run."""
+    if not run.is_dir():
+        return RequestError(f"there is no folder {run}", where=f"RUN {run}", fix="check the path")
+    return RequestError(
+        f"{run} has no checkpoints",
+        where=str(store.home(run)),
+        fix="start the run with checkpoint.every=N or checkpoint.at_end=true, or name the run directory itself",
+    )
+
+
+def no_such_step(run: Path, step: int, there: list[int]) -> RequestError:
+    """Return what to say where no checkpoint is of the step asked for."""
+    return RequestError(
+        f"there is no checkpoint of step {step}",
+        where=f"--step {step}, in {store.home(run)}",
+        fix=f"take one of {', '.join(map(str, sorted(there, reverse=True)[:12]))}",
+    )
+
+
+def _damaged(run: Path, chosen: Candidate, reason: str, found: list[Candidate], again: str) -> RequestError:
+    others = [one.step for one in found if one.manifest is not None and one.step != chosen.step]
+    older = next((step for step in others if step < chosen.step), None)
+    other = older if older is not None else next(iter(others), None)
+    return RequestError(
+        f"the checkpoint of step {chosen.step} is damaged: {reason}",
+        where=str(chosen.folder),
+        fix=f"{again} --step {other}"
+        if other is not None
+        else "restore it from a copy: the run has no other checkpoint",
+    )
+
+
+def losses(run: Path) -> dict[int, float | None]:
+    """Return the training loss of every step that the run's metrics.jsonl tells of; lines that cannot be read are
+    left out.
+    """
+    found: dict[int, float | None] = {}
+    try:
+        lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if "loss" in row:
+                found[int(row["step"])] = row["loss"]
+        except (ValueError, KeyError, TypeError):
+            continue  # being written, or the end of an attempt that was killed
+    return found

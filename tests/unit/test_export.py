@@ -1,0 +1,460 @@
+"""Exports: transformers loads them, computes what the model computed and reads text as the corpus was read."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import saved
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launcher.checkpoint.manifest import read
+from launcher.checkpoint.shards import Shards, probe_tokens
+from launcher.data import prepare as data_prepare
+from launcher.data import vocabulary
+from launcher.data.tokenizer import SentencePiece
+from launcher.errors import RefusedError, RequestError
+from launcher.export import convert as convert_page
+from launcher.export import evaluate as evaluate_page
+from launcher.export import generate as generate_page
+from launcher.export import tokenizer as tokenizer_page
+from launcher.export import weights
+from launcher.export import write as write_page
+from launcher.export.compare import TOLERANCE
+from launcher.plan import facts
+from launcher.plan.corpus import read_data
+from launcher.plan.resolve import resolve
+from launcher.rundir import write_plan
+from launcher.spec.load import load
+from launcher.topology import Topology
+from models.build import build
+
+STDLIB = Path(os.__file__).parent
+SEQUENCE = 32
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    source = folder / "text"
+    source.mkdir()
+    for name in ("json/encoder.py", "json/decoder.py", "random.py", "textwrap.py"):
+        (source / Path(name).with_suffix(".txt").name).write_text((STDLIB / name).read_text())
+    out = folder / "corpus"
+    data_prepare.prepare(str(source), out, vocab_size=512, validation=0.1, workers=1, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(corpus: Path) -> SentencePiece:
+    return SentencePiece((corpus / "tokenizer" / "tokenizer.model").read_bytes())
+
+
+class Trained:
+    """A run with one checkpoint, and the model that it is of."""
+
+    def __init__(self, home: Path, corpus: Path, words: list[str], ranks: int, precision: str = "fp32") -> None:
+        self.run = home / "run"
+        words = [*words, f"data={corpus}", f"sequence={SEQUENCE}", f"precision={precision}"]
+        request = load([*words, "eval.sequences=5", "batch.global=12"])
+        world = Topology(world_size=ranks, ranks_per_node=ranks, accelerator="cpu")
+        self.plan = resolve(request, world, facts.read(request.spec, lambda config, trust: 1))
+        write_plan(self.run, request, self.plan)
+        saved.rows(self.run / "metrics.jsonl", 20)
+        self.model = build(self.plan.model.config, seed=3).eval()
+        self.parameters = {name: one.detach().numpy() for name, one in self.model.named_parameters()}
+        tokens = probe_tokens(SEQUENCE, self.plan.model.vocabulary)
+        with torch.no_grad():
+            self.logits = self.in_precision(precision)(input_ids=torch.tensor([tokens])).logits[0].float().numpy()
+        self.corpus = corpus
+        self.save(10, ranks, precision)
+
+    def in_precision(self, precision: str) -> Any:
+        if precision == "fp32":
+            return self.model
+        return build(self.plan.model.config, seed=3, dtype=weights.DTYPES[precision]).eval()
+
+    def save(self, step: int, ranks: int, precision: str = "fp32", **more: Any) -> Path:
+        return saved.save(
+            self.run,
+            self.parameters,
+            step=step,
+            bounds=saved.even(self.parameters, ranks),
+            config=self.plan.model.config,
+            logits=more.pop("logits", self.logits),
+            sequence=SEQUENCE,
+            precision=precision,
+            identity=self.plan.identity,
+            data={"path": str(self.corpus), "digest": read_data(str(self.corpus)).digest},
+            **more,
+        )
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Trained:
+    return Trained(tmp_path_factory.mktemp("gpt2"), corpus, ["model=gpt2-nano"], 2)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Trained:
+    """An untied one: its head is a parameter of its own."""
+    home = tmp_path_factory.mktemp("llama")
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 64}
+    config |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
+    (home / "config.json").write_text(json.dumps(config))
+    return Trained(home, corpus, [f"model=hf:{home}"], 3)
+
+
+@pytest.fixture(scope="module")
+def exported(gpt2: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    write_page.export(gpt2.run, folder, step=10)
+    return folder
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 200_000])
+@pytest.mark.parametrize("which", ["gpt2", "llama"])
+def test_an_export_computes_exactly_what_the_model_computed(
+    which: str, max_shard_bytes: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    trained: Trained = request.getfixturevalue(which)
+    done = write_page.export(trained.run, tmp_path / "out", step=10, max_shard_bytes=max_shard_bytes)
+    assert done.compare is not None
+    assert (done.compare["ok"], done.compare["largest_difference"]) == (True, 0.0)
+    files = [name for name in done.files if name.endswith(".safetensors")]
+    assert ("model.safetensors.index.json" in done.files) == (len(files) > 1) == (max_shard_bytes < 10**9)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.float32
+    tied = which == "gpt2"
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    tokens = torch.randint(0, 512, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=tokens).logits, trained.model(input_ids=tokens).logits)
+
+
+def test_tied_weights_are_written_once_and_no_optimizer_states(exported: Path, gpt2: Trained) -> None:
+    from safetensors.numpy import load_file
+
+    found = load_file(exported / "model.safetensors")
+    assert set(found) == set(gpt2.parameters)
+    assert "lm_head.weight" not in found
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_weights_are_the_masters_rounded_to_the_dtype_asked_for(dtype: str, llama: Trained, tmp_path: Path) -> None:
+    done = write_page.export(llama.run, tmp_path / "out", dtype=dtype)
+    assert done.compare is not None
+    assert done.compare["ok"]
+    assert 0 < done.compare["largest_difference"] < TOLERANCE[dtype] * done.compare["largest_logit"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == weights.DTYPES[dtype]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, torch.from_numpy(llama.parameters[name]).to(weights.DTYPES[dtype]))
+
+
+def test_a_16_bit_run_is_compared_in_its_own_precision(tmp_path: Path, corpus: Path) -> None:
+    trained = Trained(tmp_path, corpus, ["model=llama-nano"], 2, "bf16")
+    done = write_page.export(trained.run, tmp_path / "out")
+    assert done.compare is not None
+    assert (done.compare["precision"], done.compare["largest_difference"]) == ("bf16", 0.0)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_value_that_fp16_cannot_hold_is_refused(gpt2: Trained, tmp_path: Path) -> None:
+    broken = {**gpt2.parameters, "transformer.ln_f.bias": gpt2.parameters["transformer.ln_f.bias"] + 1e5}
+    saved.save(tmp_path / "run", broken, config=gpt2.plan.model.config, data={"path": "/nowhere", "digest": "0"})
+    with pytest.raises(RefusedError, match=r"transformer.ln_f.bias has values beyond fp16's 65504"):
+        write_page.export(tmp_path / "run", tmp_path / "out", dtype="fp16")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["run"]
+
+
+def test_an_export_that_computes_something_else_never_appears(gpt2: Trained, tmp_path: Path) -> None:
+    gpt2.save(11, 2, logits=gpt2.logits + 0.01)
+    with pytest.raises(RefusedError, match="the export computes something else than the training engine did"):
+        write_page.export(gpt2.run, tmp_path / "out", step=11)
+    assert list(tmp_path.iterdir()) == []
+    done = write_page.export(gpt2.run, tmp_path / "out", step=11, comparing=False)
+    assert done.compare is None
+
+
+def test_logits_that_are_not_finite_are_said_not_judged(gpt2: Trained, tmp_path: Path) -> None:
+    gpt2.save(12, 2, logits=np.where(gpt2.logits > 0, np.nan, gpt2.logits))
+    done = write_page.export(gpt2.run, tmp_path / "out", step=12)
+    assert done.compare is not None
+    assert done.compare["ok"] is None
+    assert "not finite" in (done.sentence or "")
+    json.loads((tmp_path / "out" / "halfstep.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_note_says_what_the_export_is(exported: Path, gpt2: Trained) -> None:
+    note = json.loads((exported / "halfstep.json").read_text())
+    assert (note["step"], note["loss"], note["dtype"], note["sequence"]) == (10, 4.9, "fp32", SEQUENCE)
+    assert note["evaluation_sequences"] == 5
+    assert note["data"]["digest"] == gpt2.plan.data.digest
+    assert note["compare"]["largest_difference"] == 0
+    assert note["tokenizer"]["differs"] is None
+
+
+# --- what is refused
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_proposed(llama: Trained, tmp_path: Path) -> None:
+    folder = llama.save(20, 3)
+    saved.flip(folder / "rank-00001.safetensors")
+    with pytest.raises(RequestError) as error:
+        write_page.export(llama.run, tmp_path / "out")
+    assert error.value.what == (
+        "the checkpoint of step 20 is damaged: rank-00001.safetensors is not what was written: its hash differs"
+    )
+    assert error.value.fix == f"halfstep checkpoint export {llama.run} --to {tmp_path / 'out'} --step 10"
+    assert list(tmp_path.iterdir()) == []
+    saved.flip(folder / "rank-00001.safetensors")
+
+
+def test_a_target_that_holds_something_is_left_alone(gpt2: Trained, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(RequestError, match="exists and is not empty"):
+        write_page.export(gpt2.run, tmp_path)
+    with pytest.raises(RequestError, match="exists"):
+        write_page.export(gpt2.run, tmp_path / "mine")
+    assert [one.name for one in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_step_that_is_not_there_is_answered_with_those_that_are(gpt2: Trained, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="there is no checkpoint of step 999") as error:
+        write_page.export(gpt2.run, tmp_path / "out", step=999)
+    assert error.value.fix.startswith("take one of ")
+
+
+def test_another_model_than_was_trained_is_refused(gpt2: Trained, tmp_path: Path) -> None:
+    config = {**gpt2.plan.model.config, "n_layer": 3}
+    saved.save(tmp_path / "run", gpt2.parameters, config=config)
+    with pytest.raises(RefusedError, match=r"builds another model than was trained: 12 parameters differ"):
+        write_page.export(tmp_path / "run", tmp_path / "out")
+    saved.save(tmp_path / "run", gpt2.parameters, step=11, config={"model_type": "house"})
+    with pytest.raises(RequestError, match="transformers knows no model_type 'house'"):
+        write_page.export(tmp_path / "run", tmp_path / "out")
+
+
+# --- tokenizer
+
+
+def test_the_exported_tokenizer_gives_sentencepieces_own_ids(
+    exported: Path, sentencepiece: SentencePiece, gpt2: Trained
+) -> None:
+    theirs = AutoTokenizer.from_pretrained(exported)
+    text = (STDLIB / "argparse.py").read_text()
+    for one in (*tokenizer_page.SAMPLES, text):
+        ids = sentencepiece.encode(one)
+        assert theirs(one, verbose=False)["input_ids"] == ids
+        assert theirs.decode(ids) == one
+    assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", sentencepiece.end_of_text)
+    assert theirs.bos_token_id == theirs.pad_token_id == theirs.eos_token_id
+    assert theirs.model_max_length == 128
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == sentencepiece.end_of_text
+
+
+@settings(max_examples=300)
+@given(text=st.text() | st.text(alphabet=" \t\n\r\u2581abe(=_<0x41>"))
+def test_any_text_gets_the_same_ids(sentencepiece: SentencePiece, text: str) -> None:
+    theirs, _ = tokenizer_page.from_sentencepiece(sentencepiece.model)
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ids == sentencepiece.encode(text)
+    assert theirs.decode(ids) == text
+
+
+def test_a_tokenizer_that_differs_is_found() -> None:
+    text = (STDLIB / "random.py").read_text()
+    one, other = vocabulary.train([text], 400), vocabulary.train([text], 401)
+
+    class Other:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": other.encode(text)}
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return other.decode(ids)
+
+    checked, differs = tokenizer_page.compare(one, Other(), [text])
+    assert checked > 1000
+    assert differs is not None
+
+
+def test_a_hugging_face_tokenizer_is_copied(tmp_path: Path, exported: Path, gpt2: Trained) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text((STDLIB / "textwrap.py").read_text() * 5)
+    corpus = tmp_path / "corpus"
+    data_prepare.prepare(str(source), corpus, tokenizer=str(exported), validation=0.1, workers=1, progress=False)
+    trained = Trained(tmp_path, corpus, ["model=gpt2-nano"], 1)
+    done = write_page.export(trained.run, tmp_path / "out")
+    assert done.tokenizer is not None
+    assert (done.tokenizer["kind"], done.tokenizer["differs"], done.warnings) == ("huggingface", None, ())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("  x = 1\n")["input_ids"]
+    # The same vocabulary in other files: evaluating one model on the other's corpus is no mistake.
+    assert generate_page.generate(tmp_path / "out", "def f(", max_new_tokens=2).new_tokens > 0
+
+
+def test_without_the_corpus_the_weights_are_exported_and_the_tokenizer_is_missed(
+    gpt2: Trained, corpus: Path, tmp_path: Path
+) -> None:
+    digest = read_data(str(corpus)).digest
+    config = gpt2.plan.model.config
+    saved.save(tmp_path / "run", gpt2.parameters, config=config, data={"path": "/has/gone", "digest": digest})
+    done = write_page.export(tmp_path / "run", tmp_path / "out")
+    assert done.tokenizer is None
+    assert [one.startswith("no tokenizer: the corpus /has/gone has gone; --data DIR") for one in done.warnings] == [
+        True,
+        False,
+    ]
+    with pytest.raises(RequestError, match="has no tokenizer: the corpus was not there when it was exported"):
+        generate_page.generate(tmp_path / "out", "x")
+    again = write_page.export(tmp_path / "run", tmp_path / "again", data=corpus)
+    assert again.tokenizer is not None
+    saved.save(tmp_path / "run", gpt2.parameters, step=11, config=config, data={"path": str(corpus), "digest": "f"})
+    with pytest.raises(RequestError, match="holds another corpus than the run was trained on"):
+        write_page.export(tmp_path / "run", tmp_path / "third", data=corpus)
+
+
+# --- use
+
+
+def test_generation_is_greedy_repeatable_and_drawn_when_asked(exported: Path) -> None:
+    one = generate_page.generate(exported, "def ", max_new_tokens=12)
+    assert one == generate_page.generate(exported, "def ", max_new_tokens=12, seed=7)
+    assert one.new_tokens == 12 or one.stopped == "end of text"
+    drawn = [
+        generate_page.generate(exported, "def ", max_new_tokens=12, temperature=1.0, top_k=top_k, seed=seed).text
+        for top_k, seed in ((0, 1), (0, 1), (0, 2), (1, 3))
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[3] == one.text
+
+
+def test_an_empty_prompt_begins_a_document(exported: Path) -> None:
+    assert generate_page.generate(exported, "", max_new_tokens=2).prompt_tokens == 1
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_some_is_cut(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RequestError, match="the prompt has 200 tokens and the model looks at 128 at most"):
+        generate_page.generate(exported, "\n" * 200)
+    done = generate_page.generate(exported, "\n" * 120, max_new_tokens=50)
+    assert done.new_tokens <= 8
+    assert "leaves room for 8 new ones" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"top_k": 5}, "without a temperature"),
+        ({"temperature": -1.0}, "a temperature is 0"),
+        ({"temperature": float("nan")}, "a temperature is 0"),
+        ({"top_k": -1, "temperature": 1.0}, "that many tokens"),
+        ({"max_new_tokens": 0}, "that many new tokens"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(exported: Path, settings: dict[str, Any], what: str) -> None:
+    with pytest.raises(RequestError, match=what):
+        generate_page.generate(exported, "x", **settings)
+
+
+def test_a_run_directory_is_answered_with_the_command_that_exports_it(gpt2: Trained) -> None:
+    with pytest.raises(RequestError, match="is a run directory, not an exported model") as error:
+        generate_page.generate(gpt2.run, "x")
+    assert f"halfstep checkpoint export {gpt2.run} --to {gpt2.run}-export" in error.value.fix
+
+
+def test_evaluation_reads_the_windows_that_training_reads(exported: Path, gpt2: Trained, corpus: Path) -> None:
+    from launcher.data.tokens import TokenFile
+    from models.loss import next_token_loss
+
+    tokens = TokenFile(corpus / "validation").batch(range(5), SEQUENCE)
+    with torch.no_grad():
+        expected = float(next_token_loss(gpt2.model(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]))
+    done = evaluate_page.evaluate(exported, str(corpus), batch=2)
+    assert done.loss == pytest.approx(expected, rel=1e-6)
+    assert (done.tokens, done.sequences, done.sequence, done.tokenizer) == (5 * SEQUENCE, 5, SEQUENCE, "same")
+    assert done.perplexity == pytest.approx(np.exp(expected), rel=1e-6)
+    everything = evaluate_page.evaluate(exported, str(corpus), sequences=0, batch=64, sequence=64)
+    assert everything.sequences == (read_data(str(corpus)).validation_tokens - 1) // 64
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text((STDLIB / "random.py").read_text())
+    other = tmp_path / "other"
+    data_prepare.prepare(str(source), other, vocab_size=400, validation=0.1, workers=1, progress=False)
+    with pytest.raises(RequestError, match=r"the corpus was made with another tokenizer \(400 tokens") as error:
+        evaluate_page.evaluate(exported, str(other))
+    assert error.value.fix == f"prepare the corpus again with --tokenizer {exported}"
+
+
+def test_an_evaluation_beyond_the_context_is_refused(exported: Path, corpus: Path) -> None:
+    with pytest.raises(RequestError, match="the model looks at 128 tokens at most"):
+        evaluate_page.evaluate(exported, str(corpus), sequence=129)
+
+
+# --- other ranks
+
+
+def test_three_ranks_to_one_to_two_keeps_every_tensor(llama: Trained, tmp_path: Path) -> None:
+    one = convert_page.convert(llama.run, tmp_path / "one", step=10)
+    assert (one.from_ranks, one.manifest.world_size, one.random_states) == (3, 1, False)
+    two = convert_page.convert(tmp_path / "one", tmp_path / "two", ranks=2)
+    files = Shards(two.folder, read(two.folder))
+    for name, values in llama.parameters.items():
+        for state, expected in saved.states_of(name, values).items():
+            found = files.read(name, state)
+            assert found is not None
+            np.testing.assert_array_equal(found, expected.reshape(-1))
+    probe = files.probe()
+    assert probe is not None
+    np.testing.assert_array_equal(probe, llama.logits)
+    assert files.sidecar(0).keys() == {"pieces"}
+    assert write_page.export(tmp_path / "two", tmp_path / "out").compare is not None
+
+
+def test_random_states_are_kept_where_they_fit(llama: Trained, tmp_path: Path) -> None:
+    done = convert_page.convert(llama.run, tmp_path / "same", step=10, ranks=3)
+    files = Shards(done.folder, done.manifest)
+    assert [files.sidecar(rank)["rng"] for rank in range(3)] == [{"rank": rank} for rank in range(3)]
+
+
+def test_a_converted_run_goes_on_under_its_own_name(gpt2: Trained, tmp_path: Path) -> None:
+    from launcher.rundir import read_plan
+
+    convert_page.convert(gpt2.run, tmp_path / "new", step=10)
+    request, plan = read_plan(tmp_path / "new")
+    assert request.spec.out == str(tmp_path / "new")
+    assert plan == gpt2.plan
+    rows = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert sorted(one.name for one in (tmp_path / "new" / "checkpoints").iterdir()) == ["step-00000010"]
+
+
+def test_a_damaged_checkpoint_is_not_converted(llama: Trained, tmp_path: Path) -> None:
+    folder = llama.save(30, 3)
+    saved.flip(folder / "rank-00002.json")
+    with pytest.raises(RequestError, match=r"step 30 is damaged: rank-00002\.json is not what was written"):
+        convert_page.convert(llama.run, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    saved.flip(folder / "rank-00002.json")
+
+
+def test_more_ranks_than_elements_leave_some_with_nothing(tmp_path: Path, gpt2: Trained) -> None:
+    done = convert_page.convert(gpt2.run, tmp_path / "many", step=10, ranks=200)
+    files = Shards(done.folder, done.manifest)
+    seed = random.Random(0)
+    for name in seed.sample(sorted(gpt2.parameters), 5):
+        found = files.read(name, "master")
+        assert found is not None
+        np.testing.assert_array_equal(found, gpt2.parameters[name].reshape(-1))
