@@ -47,6 +47,9 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--sequence", type=int, metavar="N", help="tokens in each (default: as in the run)")
     evaluate.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
+    evaluate.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="to compute in (default: that of the export)"
+    )
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
     evaluate.set_defaults(verb=_eval)
 
@@ -220,6 +223,7 @@ def _eval(arguments: argparse.Namespace, words: list[str]) -> int:
         sequences=arguments.sequences,
         batch=arguments.batch,
         sequence=arguments.sequence,
+        dtype=arguments.dtype,
     )
     if done.tokenizer != "same":
         print("warning: whether the corpus was made with the model's tokenizer is not known", file=sys.stderr)

@@ -38,8 +38,6 @@ class Stop:
         self._handled_interrupts = 0
         self._grace = 0.0
         self._expired: Callable[[], None] | None = None
-        self._selector = selectors.DefaultSelector()
-        self._ears, self._mouth = socket.socketpair()
         self._thread: threading.Thread | None = None
 
     @property
@@ -59,7 +57,7 @@ class Stop:
 
     @property
     def ears(self) -> int:
-        """Return the file that signals arrive at, for a warden to look into when nobody reads it."""
+        """Return the file that signals arrive at once installed, for a warden to look into when nobody reads it."""
         return self._ears.fileno()
 
     def install(self) -> None:
@@ -67,6 +65,8 @@ class Stop:
         for one in _SIGNALS:
             signal.signal(one, self._handle)
         if self._thread is None:
+            self._selector = selectors.DefaultSelector()
+            self._ears, self._mouth = socket.socketpair()
             self._ears.setblocking(False)
             self._mouth.setblocking(False)
             self._selector.register(self._ears, selectors.EVENT_READ, self._hear)
@@ -124,8 +124,9 @@ class Stop:
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            self._mouth.send(b"\0")
+        if self._thread is not None:
+            with contextlib.suppress(OSError):
+                self._mouth.send(b"\0")
 
     def _control(self) -> None:
         while True:

@@ -63,7 +63,7 @@ def main(words: list[str]) -> int:
         stop.install()
         heart = Heart(rank.rank, stop)
         heart.start()
-        heart.set_timeout(plan.watch.timeout)
+        heart.set_timeout(plan.watch.startup)
         heart.mark("import")
         faults.hit("import", rank=rank.rank)
         from launcher.engine import session  # torch and DeepSpeed from here on

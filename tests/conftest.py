@@ -1,12 +1,16 @@
 """What several test folders share: a corpus small enough to make by hand, and a way to plan without a machine."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from ranks import environment
 
 from launcher.plan import corpus as corpus_facts
 from launcher.plan import facts
@@ -70,3 +74,40 @@ def plan(corpus: Path) -> Callable[..., Plan]:
         return resolve(request, world, facts.read(request.spec, lambda config, trust: 1))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("process")
+
+
+@pytest.fixture(scope="session")
+def data(scratch: Path) -> Path:
+    """Return a corpus of three of the standard library's own files, prepared by the real command."""
+    out = scratch / "data"
+    files = [str(Path(os.__file__).parent / name) for name in ("argparse.py", "typing.py", "inspect.py")]
+    folder = scratch / "text"
+    folder.mkdir()
+    for file in files:
+        (folder / Path(file).with_suffix(".txt").name).write_bytes(Path(file).read_bytes())
+    words = [
+        "data",
+        "prepare",
+        "--source",
+        str(folder),
+        "--out",
+        str(out),
+        "--vocab-size",
+        "512",
+        "--validation-fraction",
+        "0.05",
+    ]
+    done = subprocess.run(
+        [Path(sys.executable).parent / "halfstep", *words],
+        capture_output=True,
+        text=True,
+        env=environment(scratch),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return out

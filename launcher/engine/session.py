@@ -2,13 +2,15 @@
 
 import contextlib
 import errno
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launcher import exits, faults, rundir
@@ -61,7 +63,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
         def start_attempt() -> RunDir:
             rundir.write_plan(path, request, plan)
             about: dict[str, Any] = {"launcher": rank.source, "world_size": rank.world_size, "steps_done": choice.step}
-            about["began"] = psutil.Process().create_time()
+            about["began"] = _began()
             return rundir.start_attempt(path, about, steps_done=choice.step)
 
         where: RunDir = distributed.on_rank_zero(start_attempt)
@@ -77,6 +79,12 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
             exits.write_exit(where.attempt, 0, "done", rank.rank)
         distributed.leave()
     return 0
+
+
+def _began() -> float:
+    """Return when this process was started, seconds since the epoch: what came before the attempt is part of it."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, proc(5)
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _out_of_grace(where: RunDir, rank: Rank) -> None:
@@ -96,7 +104,9 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be what failed
         traceback.print_exception(error, file=file)
     told = _explain(error, log)
-    cause = exits.write_exit(where.attempt, told.exit_code, told.what, rank.rank)
+    # A connection that broke is what a rank's death looks like to the others: whoever knows of it comes first.
+    write = exits.write_follow_up if isinstance(error, dist.DistError | RuntimeError) else exits.write_exit
+    cause = write(where.attempt, told.exit_code, told.what, rank.rank)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     if cause is None:
@@ -167,6 +177,7 @@ def _train(where: RunDir, plan: Plan, rank: Rank, choice: Choice, stop: Stop, he
         feed = Feed(plan, rank, distributed.device(rank, plan))
         evaluated = all(distributed.gather_objects(witness.evaluated(choice.step)))
         witness.event("training", first_step=choice.step + 1)
+        heart.set_timeout(plan.watch.timeout)
         try:
             train(engine, plan, feed, tell, guard, outside, done=choice.step, evaluated=evaluated)
         except (NumericsError, Stopped) as error:  # every rank raises it after the same step

@@ -43,6 +43,8 @@ class Comparison:
         """The outcome in words."""
         if self.largest_difference is None or self.largest_logit is None:
             return "the logits are not finite, here or in training: there is nothing to compare"
+        if self.largest_difference == 0:
+            return f"the same logits as the training engine's, to the bit (largest {self.largest_logit:.3g})"
         share = self.largest_difference / self.largest_logit if self.largest_logit else self.largest_difference
         verdict = "explained by" if self.ok else "MORE than is explained by"
         return (

@@ -10,6 +10,7 @@ import torch
 from launcher.data.tokens import TokenFile
 from launcher.errors import RefusedError, RequestError
 from launcher.export import model, tokenizer
+from launcher.export.weights import DTYPES
 from launcher.metrics import derive
 from launcher.plan.corpus import DataFacts, read_data
 from models.loss import next_token_loss
@@ -41,11 +42,18 @@ class Evaluated:
 
 
 def evaluate(
-    folder: Path, data: str, *, sequences: int | None = None, batch: int = 8, sequence: int | None = None
+    folder: Path,
+    data: str,
+    *,
+    sequences: int | None = None,
+    batch: int = 8,
+    sequence: int | None = None,
+    dtype: str | None = None,
 ) -> Evaluated:
     """Return loss and perplexity over the first `sequences` windows of the validation split; 0 = all of them.
 
-    By default as many as the run's own evaluations read, of as many tokens. Raises RequestError where corpus and model
+    By default as many as the run's own evaluations read, of as many tokens, in the type that the weights were written
+    in; the run's own precision gives what training measured. Raises RequestError where corpus and model
     do not belong together.
     """
     for option, value, least in (("--batch", batch, 1), ("--sequence", sequence, 1), ("--sequences", sequences, 0)):
@@ -61,7 +69,7 @@ def evaluate(
             where=f"--data {data}",
             fix="prepare one with --validation-fraction, or name a prepared folder",
         )
-    network: Any = model.load(folder)
+    network: Any = model.load(folder, DTYPES[dtype] if dtype else "auto")
     context = model.context(network)
     length = sequence or told.get("sequence") or min(context or _SEQUENCE, _SEQUENCE)
     if context is not None and length > context:

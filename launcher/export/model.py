@@ -1,6 +1,7 @@
 """Load an exported folder with transformers, spread over what devices there are, and read what it says of itself."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def _expect_model(folder: Path) -> None:
         raise RequestError(
             f"{folder} is a run directory, not an exported model",
             where=f"DIR {folder}",
-            fix=f"halfstep checkpoint export {folder} --to {target}, and then name {target}",
+            fix=f"{shlex.join(['halfstep', 'checkpoint', 'export', str(folder), '--to', str(target)])}, then name that",
         )
     what = "holds no config.json, so it is no exported model" if folder.is_dir() else "does not exist"
     raise RequestError(f"{folder} {what}", where=f"DIR {folder}", fix="name a folder that `checkpoint export` made")

@@ -39,7 +39,7 @@ def configuration(manifest: Manifest, dtype: str) -> PreTrainedConfig:
     """Return the transformers configuration of a checkpoint's model, after a look at whether it makes that model.
 
     Raises RequestError where this transformers does not know the architecture, RefusedError where it builds other
-    parameters than were trained.
+    parameters than were trained or keeps state that is no parameter.
     """
     values = manifest.model["config"]
     model_type = values.get("model_type")
@@ -57,6 +57,15 @@ def configuration(manifest: Manifest, dtype: str) -> PreTrainedConfig:
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     config.architectures = [type(model).__name__]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    others = [name for name in model.state_dict() if name not in parameters]
+    if others:
+        raise RefusedError(
+            f"the model has state that is no parameter, and a checkpoint holds none of it: {others[0]}"
+            + (f" and {len(others) - 1} more" if len(others) > 1 else ""),
+            where=f"model_type {model_type} of {manifest.model['name']}",
+            fix="models with persistent buffers cannot be exported",
+        )
     built = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     trained = {name: list(shape) for name, shape in manifest.model["parameters"].items()}
     if built != trained:

@@ -119,14 +119,20 @@ def _tokenizer(
 
 
 def _configure(folder: Path, config: PreTrainedConfig, words: tokenizer.Exported | None) -> None:
-    """Write config.json and generation_config.json; what ends a document also begins one and pads."""
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), words.end_of_text) if words else {}
-    for key, value in special.items():
-        if getattr(config, key, None) is None:
-            setattr(config, key, value)
+    """Write config.json and generation_config.json; what ends a document also begins one and pads.
+
+    The padding stands in the latter alone: a Llama whose config.json names it would never train that token again
+    (`padding_idx`), and here it is the one that ends a document.
+    """
+    if words:
+        for key in ("bos_token_id", "eos_token_id"):
+            if getattr(config, key, None) is None:
+                setattr(config, key, words.end_of_text)
     config.save_pretrained(folder)
-    kept = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**{key: value for key, value in kept.items() if value is not None}).save_pretrained(folder)
+    special = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if words and special["pad_token_id"] is None:
+        special["pad_token_id"] = words.end_of_text
+    GenerationConfig(**{key: value for key, value in special.items() if value is not None}).save_pretrained(folder)
 
 
 def _compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comparison | None:

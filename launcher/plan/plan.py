@@ -82,6 +82,8 @@ class WatchPlan:
 
     timeout: float
     """Seconds without progress."""
+    startup: float
+    """The same before the first step."""
     slow: float
     """Times the others' computing time; 0 = never."""
 

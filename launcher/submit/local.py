@@ -42,21 +42,22 @@ def start(argv: list[str], run: Path, ranks: int) -> int:
     with _heard() as signals, subprocess.Popen(
         argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
     ) as process:  # fmt: skip
-        asked = False
+        asked = ours = False
         try:
             while process.poll() is None:
                 if signals.count(signal.SIGINT) >= 2:
                     _end(f"HALFSTEP_LAUNCH={name}", _newest(run, before))
                     process.wait()
+                    print("interrupted", file=sys.stderr, flush=True)
                     return Interrupted.exit_code
                 if signals and not asked:
-                    asked = _ask(stop, signals[0])
+                    asked, ours = True, _ask(stop, signals[0])
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
             status = _status(process.wait())
             _wait_for_the_rest(f"HALFSTEP_LAUNCH={name}", signals)
         finally:
-            if asked:
+            if ours:
                 stop.unlink(missing_ok=True)
     return _verdict(run, _newest(run, before), status)
 
@@ -73,22 +74,21 @@ def _heard() -> Iterator[list[int]]:
         yield heard
     finally:
         for one, handler in former.items():
-            signal.signal(one, handler)
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
 
 
 def _ask(stop: Path, number: int) -> bool:
-    """Ask the ranks to stop, and tell whether the file that does so is ours."""
+    """Ask the ranks to stop, and tell whether it was this process that did."""
     try:
         with stop.open("x") as file:
             file.write(f"{signal.Signals(number).name} to halfstep run, process {os.getpid()}\n")
-        ours = True
     except FileExistsError:
-        ours = False
+        return False
     except OSError as error:
         print(f"cannot ask the ranks to stop: {error}; Ctrl-C again quits at once", file=sys.stderr, flush=True)
-        return True
+        return False
     print("stopping: the ranks save and end; Ctrl-C again quits at once", file=sys.stderr, flush=True)
-    return ours or True
+    return True
 
 
 def _end(mark: str, attempt: Path | None) -> None:
@@ -127,7 +127,7 @@ def _verdict(run: Path, attempt: Path | None, status: int) -> int:
 
 
 def _status(status: int) -> int:
-    """Return an exit status as a shell has it: 128 + signal, also where DeepSpeed passed on -9 and made it 247 (T22)."""
+    """Return an exit status as a shell has it: 128 + signal, also where DeepSpeed passes on -9, which is 247 (T22)."""
     if status < 0:
         return 128 - status
     return 128 + 256 - status if 256 - signal.NSIG < status < 255 else status

@@ -1,7 +1,6 @@
 """Real ranks: a small corpus prepared once, and a way to start a run and read what it left."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -55,49 +55,6 @@ class Outcome:
 
     def json(self, name: str) -> dict[str, Any]:
         return json.loads((self.out / name).read_text())
-
-
-def environment(scratch: Path) -> dict[str, str]:
-    """Return this process's environment without what a developer may have set, with a build cache of its own."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("OMP_NUM_THREADS", "PYTHONPATH", "LOCAL_SIZE", "RANK", "WORLD_SIZE")
-    }
-    return {**kept, "TORCH_EXTENSIONS_DIR": str(scratch / "ops"), "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="session")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("process")
-
-
-@pytest.fixture(scope="session")
-def data(scratch: Path) -> Path:
-    """Return a corpus of three of the standard library's own files, prepared by the real command."""
-    out = scratch / "data"
-    files = [str(Path(os.__file__).parent / name) for name in ("argparse.py", "typing.py", "inspect.py")]
-    folder = scratch / "text"
-    folder.mkdir()
-    for file in files:
-        (folder / Path(file).with_suffix(".txt").name).write_bytes(Path(file).read_bytes())
-    words = [
-        "data",
-        "prepare",
-        "--source",
-        str(folder),
-        "--out",
-        str(out),
-        "--vocab-size",
-        "512",
-        "--validation-fraction",
-        "0.05",
-    ]
-    done = subprocess.run(
-        [BIN / "halfstep", *words], capture_output=True, text=True, env=environment(scratch), timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 @pytest.fixture(scope="session")

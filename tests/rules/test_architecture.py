@@ -22,7 +22,9 @@ MAY_IMPORT = {
         "assets",
         "lease",
         "checkpoint",
+        "cli_checkpoint",
     },
+    "launcher.cli_checkpoint": {"topology", "errors"},
     "launcher.train": {
         "spec",
         "topology",
@@ -69,6 +71,17 @@ MAY_IMPORT = {
         "errors",
         "models",
     },
+    "launcher.export": {
+        "checkpoint",
+        "data",
+        "metrics",
+        "rundir",
+        "plan",
+        "spec",
+        "errors",
+        "files",
+        "models",
+    },
     "launcher.verdict": {"spec", "topology", "files", "assets"},
     "launcher.faults": {"errors"},
     "launcher.exits": {"errors"},
@@ -88,9 +101,25 @@ MAY_IMPORT = {
     "models": set(),
 }
 # Edges inside functions, for verbs that need them.
-LATE = {"launcher.cli": {"data", "engine", "parity", "verdict"}, "launcher.train": {"engine"}, "launcher.plan": set()}
+LATE = {
+    "launcher.cli": {"data", "engine", "parity", "verdict"},
+    "launcher.cli_checkpoint": {"export"},
+    "launcher.train": {"engine"},
+    "launcher.plan": set(),
+}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
-MAY_BE_HEAVY = ("launcher.engine", "launcher.parity", "launcher.data", "models.build", "models.loss")
+MAY_BE_HEAVY = (
+    "launcher.engine",
+    "launcher.parity",
+    "launcher.data",
+    # Of export only these: listing, verifying and converting checkpoints does without.
+    *(
+        f"launcher.export.{page}"
+        for page in ("compare", "evaluate", "generate", "model", "tokenizer", "weights", "write")
+    ),
+    "models.build",
+    "models.loss",
+)
 
 
 def _modules() -> list[tuple[str, Path]]:

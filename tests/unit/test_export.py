@@ -146,6 +146,10 @@ def test_tied_weights_are_written_once_and_no_optimizer_states(exported: Path, g
     found = load_file(exported / "model.safetensors")
     assert set(found) == set(gpt2.parameters)
     assert "lm_head.weight" not in found
+    # Named there, a Llama that is trained further would never train the token that ends a document.
+    assert "pad_token_id" not in {
+        k for k, v in json.loads((exported / "config.json").read_text()).items() if v is not None
+    }
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -241,6 +245,15 @@ def test_another_model_than_was_trained_is_refused(gpt2: Trained, tmp_path: Path
         write_page.export(tmp_path / "run", tmp_path / "out")
     saved.save(tmp_path / "run", gpt2.parameters, step=11, config={"model_type": "house"})
     with pytest.raises(RequestError, match="transformers knows no model_type 'house'"):
+        write_page.export(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_model_with_state_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "deepseek_v3", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1}
+    config |= {"intermediate_size": 32, "moe_intermediate_size": 16, "q_lora_rank": 8, "kv_lora_rank": 8}
+    saved.save(tmp_path / "run", {"a": np.zeros(3, dtype=np.float32)}, config=config)
+    with pytest.raises(RefusedError, match=r"state that is no parameter, .*: .*e_score_correction_bias"):
         write_page.export(tmp_path / "run", tmp_path / "out")
 
 
@@ -384,6 +397,7 @@ def test_evaluation_reads_the_windows_that_training_reads(exported: Path, gpt2: 
     assert done.loss == pytest.approx(expected, rel=1e-6)
     assert (done.tokens, done.sequences, done.sequence, done.tokenizer) == (5 * SEQUENCE, 5, SEQUENCE, "same")
     assert done.perplexity == pytest.approx(np.exp(expected), rel=1e-6)
+    assert evaluate_page.evaluate(exported, str(corpus), dtype="bf16").loss != done.loss
     everything = evaluate_page.evaluate(exported, str(corpus), sequences=0, batch=64, sequence=64)
     assert everything.sequences == (read_data(str(corpus)).validation_tokens - 1) // 64
 

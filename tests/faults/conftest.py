@@ -1,0 +1,34 @@
+"""Runs to be hurt, and the undisturbed ones that they have to equal."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults.rig import WORDS, Launch
+
+
+@pytest.fixture(scope="session")
+def launch(scratch: Path, data: Path) -> Callable[..., Launch]:
+    """Return a function that starts ranks of a run: `launch(name or path, *words, world=2, HALFSTEP_FAULT=...)`."""
+
+    def begin(name: str | Path, *words: str, world: int = 2, **more: str) -> Launch:
+        out = name if isinstance(name, Path) else scratch / "faults" / name
+        return Launch(out, [*WORDS, f"data={data}", *words], scratch, world=world, **more)
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def undisturbed(launch: Callable[..., Launch]) -> Callable[..., Path]:
+    """Return a function that runs something to its end, once a session, and returns its run directory."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def run(*words: str, world: int = 2) -> Path:
+        key = (str(world), *words)
+        if key not in done:
+            one = launch(f"reference-{len(done)}", *words, world=world)
+            assert one.wait() == [0] * world, one.output
+            done[key] = one.out
+        return done[key]
+
+    return run

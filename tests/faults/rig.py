@@ -1,0 +1,200 @@
+"""Drive runs from outside: start ranks as srun does, one process each, hurt them, and look at what is left.
+
+Nothing here knows how Halfstep saves: it reads metrics.jsonl, events.jsonl, exit.json and manifests, as a user would.
+"""
+
+import contextlib
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ranks import environment
+
+from launcher.topology import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [
+    "model=gpt2-nano",
+    "model.dropout=0.1",
+    "batch.global=8",
+    "batch.micro=2",
+    "sequence=64",
+    "steps=40",
+    "eval.every=20",
+    "eval.sequences=6",
+    "checkpoint.every=10",
+    "watch.timeout=60",
+]
+"""8 sequences of 64 tokens a step on two ranks, accumulation 2, dropout on, four checkpoints."""
+TIMES = ("step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes", "time", "mfu")
+"""Fields of a row that differ between two runs of the same thing."""
+
+
+class Launch:
+    """Ranks of one start."""
+
+    def __init__(self, out: Path, words: list[str], scratch: Path, *, world: int = 2, **more: str) -> None:
+        self.out = out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._log = out.with_name(f"{out.name}.log")
+        self._begin = self._log.stat().st_size if self._log.exists() else 0
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common = {**environment(scratch), **address, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), **more}
+        with self._log.open("ab") as log:
+            self.ranks = [
+                subprocess.Popen(
+                    [sys.executable, "launcher/train.py", *words, f"out={out}"],
+                    cwd=ROOT,
+                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+                for rank in range(world)
+            ]
+
+    def wait(self, timeout: float = 180) -> list[int]:
+        """Return every rank's status; the ranks of a launch that takes longer are killed, and that is an error."""
+        end = time.monotonic() + timeout
+        try:
+            return [rank.wait(max(0.1, end - time.monotonic())) for rank in self.ranks]
+        except subprocess.TimeoutExpired:
+            for rank in self.ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    rank.send_signal(signal.SIGCONT)
+                    rank.kill()
+                rank.wait()
+            raise AssertionError(f"the ranks did not end within {timeout} s:\n{self.output}") from None
+
+    @property
+    def output(self) -> str:
+        """What this start has said."""
+        return self._log.read_bytes()[self._begin :].decode(errors="replace")
+
+    def until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
+        """Poll until a condition holds and return its value; fails when the ranks end before."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if found := condition():
+                return found
+            assert any(rank.poll() is None for rank in self.ranks), f"ended before it came to that:\n{self.output}"
+            time.sleep(0.002)
+        raise AssertionError(f"it did not come to that within {timeout} s:\n{self.output}")
+
+    def until_step(self, step: int) -> None:
+        """Wait until a step is written down, or the run is over."""
+        self.until(lambda: last_step(self.out) >= step)
+
+    def kill(self, number: int = signal.SIGKILL, ranks: tuple[int, ...] = (0, 1)) -> None:
+        """Send a signal to ranks that are alive."""
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                self.ranks[rank].send_signal(number)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """Return the whole rows of metrics.jsonl."""
+    try:
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_step(out: Path) -> int:
+    """Return the last step that is written down."""
+    return max((row["step"] for row in rows(out)), default=0)
+
+
+def series(out: Path) -> list[dict[str, Any]]:
+    """Return what two runs of the same thing have in common, exactly: floats are compared to the bit."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(out)]
+
+
+def events(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the events, or those of a kind; a line cut short by a kill is none."""
+    found = []
+    for line in (out / "events.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [one for one in found if kind in (None, one["event"])]
+
+
+def exit_of(out: Path) -> dict[str, Any]:
+    """Return how the last attempt ended, by its own account."""
+    last = max((out / "attempts").iterdir(), key=lambda one: one.name)
+    return json.loads((last / "exit.json").read_text())
+
+
+def steps_saved(out: Path) -> list[int]:
+    """Return the steps of the checkpoints that have a manifest, oldest first."""
+    return sorted(int(one.parent.name[5:]) for one in (out / "checkpoints").glob("step-????????/manifest.json"))
+
+
+def final_state(out: Path) -> dict[str, str]:
+    """Return the hash of every rank's tensors in the newest checkpoint: weights and optimizer states."""
+    folder = out / "checkpoints" / f"step-{steps_saved(out)[-1]:08d}"
+    return {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_same(out: Path, reference: Path) -> None:
+    """Assert that a run that was hurt is, to the bit, the one that was not: rows, each once, and the final state."""
+    assert series(out) == series(reference)
+    assert final_state(out) == final_state(reference)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "done"
+    total = summary["productive_seconds"] + sum(summary["lost_seconds"].values())
+    assert abs(total - summary["wall_seconds"]) < 1e-6 * max(1.0, summary["wall_seconds"])
+    assert all(seconds > -1e-3 for seconds in summary["lost_seconds"].values()), summary["lost_seconds"]
+
+
+def redone(out: Path) -> int:
+    """Return the most steps that any resume did again."""
+    worst = 0
+    for file in (out / "attempts").glob("*/metrics-redone.jsonl"):
+        worst = max(worst, sum("loss" in json.loads(line) for line in file.read_text().splitlines() if _whole(line)))
+    return worst
+
+
+def _whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def processes(out: Path) -> Iterator[psutil.Process]:
+    """Yield the processes of a run: ranks by their out, wardens by the rank in their command line."""
+    for one in psutil.process_iter(["pid", "cmdline"]):
+        words = one.info["cmdline"] or []
+        if f"out={out}" in words:
+            yield one
+
+
+@contextlib.contextmanager
+def nothing_left(out: Path) -> Iterator[None]:
+    """Assert that what happens inside leaves no process, shared memory or half-written checkpoint behind it."""
+    memory, wardens = set(Path("/dev/shm").iterdir()), set(_wardens())
+    yield
+    end = time.monotonic() + 10
+    while (list(processes(out)) or set(_wardens()) - wardens) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not list(processes(out))
+    assert not set(_wardens()) - wardens
+    assert not {one for one in set(Path("/dev/shm").iterdir()) - memory if "deepspeed" in one.name}
+    assert not list((out / "checkpoints").glob(".*"))
+    assert not (out / "lease").exists()
+
+
+def _wardens() -> list[int]:
+    return [
+        one.info["pid"]
+        for one in psutil.process_iter(["pid", "cmdline"])
+        if any(word.endswith("warden.py") for word in one.info["cmdline"] or [])
+    ]
