@@ -1,6 +1,7 @@
 # make demo    set up, prepare data, train a GPT with DeepSpeed on what is here
 # make test    set up, run the whole test suite
 # make test-all    and what takes longer than anybody waits: every combination of the parity gate, every cell's faults
+# make test-faults the fault matrix: every kill, flip, full disk, signal and stall, on real ranks (about 40 minutes)
 # make gpu     what only a GPU can show, into benchmarks/results/<device>.json
 # make check   formatting, lint, types, generated files
 
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all gpu check format setup clean
+.PHONY: demo test test-all test-faults gpu check format setup clean
 
 setup: $(STAMP)
 
@@ -35,6 +36,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m 'faults or process' tests/faults $(ARGS)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

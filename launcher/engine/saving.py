@@ -57,6 +57,7 @@ class Saver:
         sync_records: Callable[[], None],
         beat: Callable[[], None],
         damaged: frozenset[int] = frozenset(),
+        last_step: int = 0,
     ) -> None:
         self._engine, self._plan, self._where, self._guard = engine, plan, where, guard
         self._event, self._sync_records, self._beat = event, sync_records, beat
@@ -64,8 +65,8 @@ class Saver:
         self._rank = dist.get_rank()
         self._pool = ThreadPoolExecutor(1)
         self._pending: _Pending | None = None
-        self.last_step: int | None = None
-        """The newest step that is safe on the disk."""
+        self.last_step = last_step
+        """The newest step that is safe on the disk; 0 = none."""
 
     def begin(self, step: int, rate: float) -> None:
         """Write the state after an optimizer step; `finish` makes a checkpoint of it. A collective call.

@@ -2,23 +2,23 @@
 
 import json
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 
-from launcher import rundir
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.manifest import Damaged, File, Manifest
 from launcher.checkpoint.shards import MASTER, PROBE, Piece, Shards
 from launcher.errors import RefusedError, RequestError
 from launcher.export import source, target
-from launcher.files import write_atomic
-from launcher.plan.plan import Plan
-from launcher.spec.load import Request
+from launcher.files import pretty, write_atomic
 
+_DESCRIPTION = ("plan.json", "ds_config.json", "request.toml", "origins.json")
 _SPARE = 1 << 20
 """Bytes besides the tensors, a rank."""
 
@@ -46,10 +46,14 @@ def convert(run: Path, to: Path, *, step: int | None = None, ranks: int = 1) -> 
     words = [str(run), "--to", str(to), *(["--ranks", str(ranks)] if ranks != 1 else [])]
     new = target.absolute(to)
     chosen = source.choose(run, step, f"halfstep checkpoint convert {shlex.join(words)}")
-    request, plan = rundir.read_plan(run)
+    description = _description(run, new)
     old = chosen.manifest
     with target.filling(new, old.bytes + ranks * _SPARE) as partial:
-        _describe(partial, new, request, plan, run, old.step)
+        for name, text in description.items():
+            write_atomic(partial / name, text)
+        for name in ("metrics.jsonl", "events.jsonl"):
+            if (run / name).is_file():
+                write_atomic(partial / name, "".join(_lines(run / name, old.step)))
         folder = store.prepare(partial, old.step, old.attempt, 0)
         assert folder is not None, "a new folder holds no checkpoint"
         try:
@@ -78,14 +82,30 @@ def convert(run: Path, to: Path, *, step: int | None = None, ranks: int = 1) -> 
     )
 
 
-def _describe(folder: Path, new: Path, request: Request, plan: Plan, run: Path, step: int) -> None:
-    """Write what makes the folder a run directory: what was asked and decided, and what was measured up to the step."""
-    spec = request.spec.model_copy(update={"out": str(new)})
-    origins = {**request.origins, "out": "halfstep checkpoint convert --to"}
-    rundir.write_plan(folder, Request(spec=spec, origins=origins), plan)
-    for name in ("metrics.jsonl", "events.jsonl"):
-        if (run / name).is_file():
-            write_atomic(folder / name, "".join(_lines(run / name, step)))
+def _description(run: Path, new: Path) -> dict[str, str]:
+    """Return what makes a folder a run directory, file by file: as it is in the run, but for `out`.
+
+    The plan is not parsed: a run that another Halfstep planned can be moved as well. Raises RequestError where a file
+    is missing or damaged.
+    """
+    try:
+        found = {name: (run / name).read_text("utf-8") for name in _DESCRIPTION}
+        request = {**tomllib.loads(found["request.toml"]), "out": str(new)}
+        origins = json.loads(found["origins.json"])
+        origins["request"] = {**origins["request"], "out": "halfstep checkpoint convert --to"}
+    except OSError as error:
+        raise RequestError(
+            f"{run} is not a whole run directory: {Path(str(error.filename)).name} is missing or unreadable",
+            where=f"RUN {run}",
+            fix="name a directory made by `halfstep run` or `launcher/train.py`",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"what was asked of the run cannot be read: {error}",
+            where=f"request.toml or origins.json in {run}",
+            fix="restore them from a copy",
+        ) from None
+    return {**found, "request.toml": tomli_w.dumps(request), "origins.json": pretty(origins)}
 
 
 def _lines(file: Path, step: int) -> Iterator[str]:

@@ -72,7 +72,7 @@ def _damaged(run: Path, chosen: Candidate, reason: str, found: list[Candidate], 
         where=str(chosen.folder),
         fix=f"{again} --step {other}"
         if other is not None
-        else "restore it from a copy: the run has no other checkpoint",
+        else "restore it from a copy: the run has no other that looks good",
     )
 
 

@@ -124,6 +124,12 @@ class Plan:
     warnings: list[str]
     refused_by: list[dict[str, str]]
 
+    @property
+    def can_save(self) -> bool:
+        """Whether the state can be written down; what lies on NVMe cannot yet."""
+        moved = (self.deepspeed["zero_optimization"].get(f"offload_{what}", {}) for what in ("param", "optimizer"))
+        return all(one.get("device") != "nvme" for one in moved)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries."""
         tree = dataclasses.asdict(self)

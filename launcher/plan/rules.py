@@ -112,6 +112,16 @@ RULES: tuple[Rule, ...] = (
         fix="take offload=cpu, or plan for GPUs with hardware=NAME",
     ),
     Rule(
+        name="nvme-states-are-not-saved",
+        sentence="states that lie on NVMe cannot be saved yet, so that such a run cannot be resumed",
+        broken=lambda c: (
+            "nvme" in (_offload(c, "param"), _offload(c, "optimizer"))
+            and (c.spec.checkpoint.every > 0 or c.spec.checkpoint.at_end)
+        ),
+        where=_keys("offload"),
+        fix="say that you want none: checkpoint.every=0 checkpoint.at_end=false; or take offload=cpu",
+    ),
+    Rule(
         name="compile-unproved-at-stage-3",
         sentence="at ZeRO stage 3 torch.compile breaks its graph at every gather: a slower start for no proven gain",
         broken=lambda c: c.spec.compile and c.spec.zero == 3,

@@ -1,7 +1,10 @@
 """Runs to be hurt, and the undisturbed ones that they have to equal."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.rig import WORDS, Launch
@@ -32,3 +35,15 @@ def undisturbed(launch: Callable[..., Launch]) -> Callable[..., Path]:
         return done[key]
 
     return run
+
+
+@pytest.fixture
+def record() -> Callable[..., None]:
+    """Return a function that writes down what a fault did, for docs/reliability.md, where HALFSTEP_RESULTS names a file."""
+
+    def write(fault: str, **figures: Any) -> None:
+        if file := os.environ.get("HALFSTEP_RESULTS"):
+            with Path(file).open("a") as out:
+                out.write(json.dumps({"fault": fault, **figures}) + "\n")
+
+    return write

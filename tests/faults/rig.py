@@ -42,8 +42,8 @@ class Launch:
 
     def __init__(self, out: Path, words: list[str], scratch: Path, *, world: int = 2, **more: str) -> None:
         self.out = out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._log = out.with_name(f"{out.name}.log")
+        self._log = scratch / "logs" / f"{out.parent.name}-{out.name}.log"
+        self._log.parent.mkdir(exist_ok=True)
         self._begin = self._log.stat().st_size if self._log.exists() else 0
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         common = {**environment(scratch), **address, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), **more}
@@ -96,6 +96,44 @@ class Launch:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError, IndexError):
                 self.ranks[rank].send_signal(number)
+
+
+def start_by(tool: str, words: list[str], out: Path, scratch: Path, **more: str) -> subprocess.Popen[bytes]:
+    """Start a tool of this environment (`halfstep run ...`, `deepspeed ...`) on a run, in a session of its own."""
+    log = scratch / "logs" / f"{out.parent.name}-{out.name}.log"
+    log.parent.mkdir(exist_ok=True)
+    command = [str(Path(sys.executable).parent / tool), *words, f"out={out}"]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment(scratch), **more},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def log_of(out: Path, scratch: Path) -> str:
+    """Return what all starts of a run have said."""
+    return (scratch / "logs" / f"{out.parent.name}-{out.name}.log").read_text(errors="replace")
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 120) -> Any:
+    """Poll until a condition holds and return its value."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"it did not come to that within {timeout} s")
+
+
+def ranks_of(out: Path) -> list[psutil.Process]:
+    """Return the ranks of a run, by number, whoever started them."""
+    numbers = sorted((out / "attempts").glob("*/rank-*.heartbeat"), key=lambda one: (one.parent.name, one.name))
+    last = [one for one in numbers if one.parent == numbers[-1].parent]
+    return [psutil.Process(json.loads(one.read_text())["pid"]) for one in last]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

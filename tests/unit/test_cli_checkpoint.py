@@ -183,7 +183,7 @@ def test_a_size_that_is_none_is_refused(size: str, run: Path, capsys: pytest.Cap
 
 def test_converting_needs_the_plan_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "convert", str(run), "--to", str(tmp_path / "new")]) == 2
-    assert "is not a run directory: plan.json is missing" in capsys.readouterr().err
+    assert "is not a whole run directory: plan.json is missing" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

@@ -162,15 +162,22 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
         made.require_allowed()
 
 
+_NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
+
+
 @pytest.mark.parametrize(
     ("words", "broken"),
     [
         (["offload=cpu", "zero=2"], {"param-offload-needs-stage-3"}),
-        (["offload=nvme", "zero=1"], {"param-offload-needs-stage-3", "nvme-needs-a-disk", "nvme-needs-stage-3"}),
+        (["offload=nvme", "zero=1"], _NVME | {"param-offload-needs-stage-3", "nvme-needs-stage-3"}),
         (["zero=2", "ds.zero_optimization.offload_param.device=cpu"], {"param-offload-needs-stage-3"}),
         (["ds.pipeline.stages=2"], {"no-pipeline-or-tensor-parallelism"}),
         (["offload=optimizer-cpu", "zero=0"], {"optimizer-offload-needs-sharding"}),
-        (["offload=nvme", "zero=3"], {"nvme-needs-a-disk"}),
+        (["offload=nvme", "zero=3"], _NVME),
+        (
+            ["offload=nvme", "zero=3", "checkpoint.every=0", "checkpoint.at_end=false"],
+            {"nvme-needs-a-disk"},
+        ),
         (["nvme_path=/disk"], {"nvme-path-needs-nvme"}),
         (["compile=true", "zero=3"], {"compile-unproved-at-stage-3"}),
         (["ds.scheduler.type=WarmupLR"], {"no-second-scheduler"}),
@@ -240,7 +247,8 @@ def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> Non
     assert plan("offload=optimizer-cpu", "zero=2").refused_by == []
     assert plan("offload=cpu", "zero=3").refused_by == []
     assert [one["rule"] for one in plan("offload=nvme", "zero=3", "nvme_path=/disk").refused_by] == [
-        "nvme-unproved-on-cpu"
+        "nvme-unproved-on-cpu",
+        "nvme-states-are-not-saved",
     ]
 
 

@@ -1,0 +1,140 @@
+"""One attempt at a run: build, go on from a checkpoint, train, and write down how it went."""
+
+import contextlib
+from dataclasses import dataclass
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from launcher import faults
+from launcher.engine import distributed, loop, randomness, restoring
+from launcher.engine.build import build
+from launcher.engine.feed import Feed
+from launcher.engine.guard import Guard
+from launcher.engine.loop import Listeners, Outside
+from launcher.engine.pace import Pace
+from launcher.engine.restoring import Choice
+from launcher.engine.saving import Saver
+from launcher.engine.witness import Witness
+from launcher.errors import NumericsError, Stopped
+from launcher.heart import Heart
+from launcher.plan import present
+from launcher.plan.plan import Plan
+from launcher.rundir import RunDir
+from launcher.stop import Stop
+from launcher.topology import Rank
+from models.build import initial_statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """Everything that one rank of an attempt begins with."""
+
+    where: RunDir
+    plan: Plan
+    rank: Rank
+    choice: Choice
+    stop: Stop
+    heart: Heart
+
+    def asked(self) -> str | None:
+        """Return why this rank was asked to stop, if it was; rank 0 also looks for the file STOP."""
+        if self.rank.rank == 0 and self.stop.asked is None and self.where.stop_file.exists():
+            self.stop.ask("the file STOP")
+        return self.stop.asked
+
+
+def make(attempt: Attempt) -> None:
+    """Build, restore and train; raises what ended it early. Every rank of the run calls this."""
+    where, plan, rank = attempt.where, attempt.plan, attempt.rank.rank
+    distributed.quiet_deepspeed(where.rank_log(rank))
+    engine: DeepSpeedEngine | None = None
+    with Witness(where, plan, writes=rank == 0, steps_done=attempt.choice.step) as witness:
+        try:
+            _stop_if_asked(attempt, "before the model was built")
+            _say_what_is_coming(witness, attempt)
+            engine, guard, saver = _assemble(attempt, witness)
+            _train(attempt, witness, engine, guard, saver)
+        except (NumericsError, Stopped) as error:  # every rank raises it after the same step
+            finite = None if engine is None else all(distributed.gather_objects(_weights_are_finite(engine)))
+            witness.event("stopped", reason=error.what, where=error.where, weights_finite=finite)
+            if rank == 0:
+                witness.summarise("diverged" if isinstance(error, NumericsError) else "stopped")
+                with contextlib.suppress(OSError):
+                    where.stop_file.unlink(missing_ok=True)  # it has been done; the next start is meant to go on
+            distributed.gather_objects(None)  # a launcher ends everybody when one rank fails: let rank 0 write first
+            raise
+        if rank == 0:
+            witness.summarise("done")
+
+
+def _stop_if_asked(attempt: Attempt, when: str) -> None:
+    reasons = [reason for reason in distributed.gather_objects(attempt.asked()) if reason]
+    if reasons:
+        state = f"the newest checkpoint is of step {attempt.choice.step}" if attempt.choice.step else "nothing is lost"
+        raise Stopped(f"{reasons[0]}, {when}", where=state, fix="start the same command again to go on")
+
+
+def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guard, Saver | None]:
+    """Build the engine and fill it from the checkpoint, if there is one."""
+    plan, rank, choice, heart = attempt.plan, attempt.rank.rank, attempt.choice, attempt.heart
+    heart.mark("build")
+    faults.hit("init", rank=rank)
+    engine, repairs = build(plan)
+    distributed.set_timeouts(plan.watch.timeout)
+    randomness.seed(plan, rank, 0)
+    witness.event(
+        "built",
+        optimizer=type(engine.optimizer).__name__,
+        compiled=engine.is_compiled,
+        activation_checkpointing=engine.module.is_activation_checkpointing,
+    )
+    witness.repaired(repairs.active)
+    guard = Guard(engine, plan, repairs, witness.event, rank)
+    _stop_if_asked(attempt, "before the first step")
+    saver = Saver(
+        engine,
+        plan,
+        attempt.where,
+        guard,
+        event=witness.event,
+        sync_records=witness.sync,
+        beat=lambda: heart.mark("save"),
+        damaged=frozenset(one.step for one in choice.damaged),
+        last_step=choice.step,
+    )
+    if choice.checkpoint is not None:
+        heart.mark("load", choice.step)
+        witness.resumed(restoring.restore(engine, plan, choice, guard, rank, lambda: heart.mark("load", choice.step)))
+    elif plan.model.weights is None:
+        witness.event("initialised", mean_and_std=initial_statistics(engine.module))
+    return engine, guard, saver if plan.can_save else None
+
+
+def _train(attempt: Attempt, witness: Witness, engine: DeepSpeedEngine, guard: Guard, saver: Saver | None) -> None:
+    plan, rank, done = attempt.plan, attempt.rank, attempt.choice.step
+    evaluated = all(distributed.gather_objects(witness.evaluated(done)))
+    witness.event("training", first_step=done + 1)
+    attempt.heart.set_timeout(plan.watch.timeout)
+    outside = Outside(mark=attempt.heart.mark, asked=attempt.asked, saver=saver, pace=Pace(engine, plan))
+    tell = Listeners(step=witness.step, evaluation=witness.evaluation, event=witness.event)
+    feed = Feed(plan, rank, distributed.device(rank, plan))
+    loop.train(engine, plan, feed, tell, guard, outside, done=done, evaluated=evaluated)
+
+
+def _say_what_is_coming(witness: Witness, attempt: Attempt) -> None:
+    plan, choice = attempt.plan, attempt.choice
+    for line in [*present.headline(plan), f"run directory {attempt.where.path}", *present.warnings(plan)]:
+        witness.screen.say(line)
+    if choice.step:
+        witness.take_over()
+    for one in choice.damaged:
+        witness.event("checkpoint_damaged", folder=one.folder.name, reason=one.reason)
+        witness.screen.say(f"WARNING: checkpoint {one.folder.name} is damaged and passed over: {one.reason}")
+    if fault := faults.set_here():
+        witness.event("fault_set", fault=fault)
+        witness.screen.say(f"WARNING: {faults.VARIABLE}={fault}: this run is being broken on purpose")
+
+
+def _weights_are_finite(engine: DeepSpeedEngine) -> bool:
+    # At stage 3 a rank holds its part of a parameter beside it.
+    return all(bool(getattr(one, "ds_tensor", one).isfinite().all()) for one in engine.module.parameters())

@@ -1,0 +1,174 @@
+"""Asked to stop, in every phase of a run: one checkpoint at one step on all ranks, exit code 75, and the run goes on."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults import rig
+from faults.rig import Launch
+
+pytestmark = pytest.mark.faults
+CELL = ("zero=2", "precision=fp16")
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        (signal.SIGTERM, (0, 1)),
+        (signal.SIGTERM, (0,)),
+        (signal.SIGUSR1, (1,)),
+        (signal.SIGUSR2, (0, 1)),
+        (signal.SIGINT, (0, 1)),
+    ],
+    ids=str,
+)
+def test_a_signal_in_mid_run(
+    launch: Callable[..., Launch],
+    undisturbed: Callable[..., Path],
+    number: signal.Signals,
+    ranks: tuple[int, ...],
+    record: Callable[..., None],
+) -> None:
+    one = launch(f"{number.name}-{len(ranks)}-{ranks[0]}", *CELL)
+    one.until_step(13)
+    asked = time.monotonic()
+    one.kill(number, ranks)
+    assert one.wait(timeout=40) == [75, 75], one.output
+    took = time.monotonic() - asked
+    assert rig.steps_saved(one.out)[-1] == rig.last_step(one.out)
+    assert number.name in rig.exit_of(one.out)["cause"]
+    assert launch(one.out, *CELL).wait() == [0, 0]
+    rig.assert_same(one.out, undisturbed(*CELL))
+    assert rig.redone(one.out) == 0
+    record(f"{number.name} to {'both ranks' if len(ranks) == 2 else f'rank {ranks[0]}'}", injected=1, survived=1,
+           worst_redone=0, detect=[took])  # fmt: skip
+
+
+def test_the_file_stop(
+    launch: Callable[..., Launch], undisturbed: Callable[..., Path], record: Callable[..., None]
+) -> None:
+    one = launch("stop-file", *CELL)
+    one.until_step(13)
+    (one.out / "STOP").touch()
+    assert one.wait(timeout=40) == [75, 75], one.output
+    assert not (one.out / "STOP").exists(), "it has been done"
+    assert "stopped: the file STOP after step" in one.output
+    assert launch(one.out, *CELL).wait() == [0, 0]
+    rig.assert_same(one.out, undisturbed(*CELL))
+    record("the file STOP", injected=1, survived=1, worst_redone=0)
+
+
+PHASES = {
+    # where rank 1 sleeps for five seconds, and how far the run is then
+    "importing": ("import:1:0:sleep=5", lambda out: True),
+    "compiling": ("jit:1:0:sleep=5", lambda out: True),
+    "building": ("init:1:0:sleep=5", lambda out: (out / "attempts/0002").exists()),
+    "loading": ("load:1:20:sleep=5", lambda out: len(rig.events(out, "built")) == 2),
+    "evaluating": ("eval:1:40:sleep=5", lambda out: rig.last_step(out) >= 40),
+    "saving": ("save.shard:1:30:sleep=5", lambda out: rig.last_step(out) >= 30),
+    "syncing a save": ("save.sync:1:30:sleep=5", lambda out: rig.last_step(out) >= 30),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_while(
+    launch: Callable[..., Launch], undisturbed: Callable[..., Path], phase: str, record: Callable[..., None]
+) -> None:
+    fault, reached = PHASES[phase]
+    one = launch(f"while-{phase}", *CELL, HALFSTEP_FAULT="step:*:25:kill9")
+    assert one.wait() == [-9, -9]
+    again = launch(one.out, *CELL, HALFSTEP_FAULT=fault)
+    if phase in ("importing", "compiling"):
+        time.sleep(3)
+    else:
+        again.until(lambda: reached(one.out))
+    time.sleep(0.5)
+    again.kill(signal.SIGTERM, ranks=(1,))
+    with rig.nothing_left(one.out):
+        assert again.wait(timeout=60) == [75, 75], again.output
+    assert "Traceback" not in again.output
+    last = launch(one.out, *CELL)
+    assert last.wait() == [0, 0], last.output
+    rig.assert_same(one.out, undisturbed(*CELL))
+    record(f"SIGTERM while {phase}", injected=1, survived=1, worst_redone=rig.redone(one.out))
+
+
+def test_a_second_interrupt_quits_at_once(launch: Callable[..., Launch]) -> None:
+    one = launch("interrupts", *CELL, HALFSTEP_FAULT="save.shard:*:20:sleep=30")
+    one.until(lambda: list((one.out / "checkpoints").glob(".writing-step-00000020*")))
+    one.kill(signal.SIGINT)
+    time.sleep(0.5)
+    one.kill(signal.SIGTERM)  # which launch.py sends after Ctrl-C: not the second
+    time.sleep(1)
+    assert all(rank.poll() is None for rank in one.ranks), one.output
+    one.kill(signal.SIGINT)
+    assert set(one.wait(timeout=10)) == {130}, one.output
+    assert rig.exit_of(one.out)["code"] == 130
+    assert rig.steps_saved(one.out) == [10]
+
+
+def test_when_the_grace_is_over_the_last_good_checkpoint_stands(
+    launch: Callable[..., Launch], undisturbed: Callable[..., Path], record: Callable[..., None]
+) -> None:
+    one = launch("grace", *CELL, "checkpoint.grace=3", HALFSTEP_FAULT="save.shard:1:20:sleep=60")
+    one.until(lambda: list((one.out / "checkpoints").glob(".writing-step-00000020*")))
+    asked = time.monotonic()
+    one.kill(signal.SIGTERM)
+    assert 75 in one.wait(timeout=30), one.output
+    took = time.monotonic() - asked
+    assert "the time to stop in was over before the state was saved" in one.output
+    assert "the last good checkpoint: step-00000010" in one.output
+    assert rig.exit_of(one.out)["code"] == 75
+    assert launch(one.out, *CELL).wait() == [0, 0]
+    rig.assert_same(one.out, undisturbed(*CELL))
+    record("a save longer than checkpoint.grace=3", injected=1, survived=1, detect=[took])
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "cause"),
+    [
+        ("exit=85", 85, "rank 1 ended with exit code 85 in phase forward of step 15 without saying why"),
+        ("exit=0", 1, "rank 1 ended with exit code 0 in phase forward of step 15 without saying why"),
+        ("segv", 139, "rank 1 crashed (SIGSEGV) in phase forward of step 15"),
+        ("raise", 1, "RuntimeError: HALFSTEP_FAULT at fwd"),
+    ],
+)
+def test_a_rank_that_ends_ends_the_others_and_the_first_cause_is_named(
+    launch: Callable[..., Launch], action: str, code: int, cause: str, record: Callable[..., None]
+) -> None:
+    one = launch(f"rank-{action}", *CELL, HALFSTEP_FAULT=f"fwd:1:15:{action}")
+    one.ranks[1].wait(timeout=90)
+    died = time.monotonic()
+    with rig.nothing_left(one.out):
+        codes = one.wait(timeout=20)
+    gone = time.monotonic() - died
+    assert gone < 10, "the promise"
+    told = rig.exit_of(one.out)
+    assert (told["code"], told["cause"]) == (code, cause), (codes, told)
+    assert codes[0] == code, "whoever follows passes the first one's code on"
+    assert one.output.count("error:") == 1, one.output
+    record(f"rank ends with {action}", injected=1, survived=1, detect=[gone])
+
+
+def test_halfstep_run_stops_at_ctrl_c_and_goes_on(
+    scratch: Path, data: Path, undisturbed: Callable[..., Path], record: Callable[..., None]
+) -> None:
+    out = scratch / "faults" / "ctrl-c"
+    words = ["run", *rig.WORDS, "steps=400", "eval.every=0", *CELL, f"data={data}"]
+    one = rig.start_by("halfstep", words, out, scratch)
+    rig.wait_for(lambda: rig.last_step(out) >= 13)
+    one.send_signal(signal.SIGINT)
+    with rig.nothing_left(out):
+        assert one.wait(timeout=40) == 75
+    said = rig.log_of(out, scratch)
+    assert "Traceback" not in said
+    assert "stopping" in said
+    assert rig.steps_saved(out)[-1] == rig.last_step(out)
+    assert rig.start_by("halfstep", words, out, scratch).wait(timeout=120) == 0
+    rig.assert_same(out, undisturbed(*CELL, "steps=400", "eval.every=0"))
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["attempts"] == 2
+    record("Ctrl-C under halfstep run", injected=1, survived=1, worst_redone=rig.redone(out))

@@ -1,0 +1,143 @@
+"""A rank that stands still or is slow: noticed, named with its phase and step, and ended."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults import rig
+from faults.rig import Launch
+
+pytestmark = pytest.mark.faults
+WATCHED = ("watch.timeout=4", "watch.startup=60")
+
+
+@pytest.mark.parametrize("cell", [("zero=0", "precision=bf16"), ("zero=3", "precision=fp16")], ids=" ".join)
+def test_a_stopped_rank(launch: Callable[..., Launch], cell: tuple[str, ...], record: Callable[..., None]) -> None:
+    one = launch(f"stopped-{cell[0]}", *cell, *WATCHED, "steps=400")
+    one.until_step(12)
+    one.kill(signal.SIGSTOP, ranks=(1,))
+    stopped = time.monotonic()
+    with rig.nothing_left(one.out):
+        codes = one.wait(timeout=40)
+    took = time.monotonic() - stopped
+    assert 77 in codes, (codes, one.output)
+    cause = rig.exit_of(one.out)
+    assert cause["code"] == 77
+    assert cause["cause"].startswith("rank 1 stopped moving in phase "), cause
+    assert "of step 1" in cause["cause"]
+    assert one.output.count("error:") == 1
+    record(f"SIGSTOP of a rank, {' '.join(cell)}, watch.timeout=4", injected=1, survived=1, detect=[took])
+
+
+def test_a_run_of_one_rank_is_watched_too(launch: Callable[..., Launch]) -> None:
+    one = launch("alone", "zero=2", "precision=fp16", *WATCHED, "steps=400", world=1)
+    one.until_step(12)
+    one.kill(signal.SIGSTOP, ranks=(0,))
+    codes = one.wait(timeout=40)
+    assert codes in ([77], [-9]), (codes, one.output)
+    assert rig.exit_of(one.out)["cause"].startswith("rank 0 stopped moving in phase ")
+
+
+HANGS = {
+    "data:1:15": "rank 1 stopped moving in phase data of step 15",
+    "eval:1:20": "rank 1 stopped moving in phase evaluate of step 20",
+    "save.shard:1:20": "rank 1 stopped moving in phase save",
+    "save.sync:1:20": "rank 1 stopped moving in phase save",
+    "step:0:15": "rank 0 stopped moving in phase step of step 15",
+}
+
+
+@pytest.mark.parametrize("place", HANGS)
+def test_a_rank_that_hangs(launch: Callable[..., Launch], place: str, record: Callable[..., None]) -> None:
+    one = launch(f"hang-{place}", "zero=2", "precision=fp16", *WATCHED, HALFSTEP_FAULT=f"{place}:hang")
+    with rig.nothing_left(one.out):
+        codes = one.wait(timeout=90)
+    assert 77 in codes, (codes, one.output)
+    cause = rig.exit_of(one.out)
+    assert cause["code"] == 77
+    assert HANGS[place] in cause["cause"], cause
+    log = (one.out / "attempts/0001" / f"rank-{place.split(':')[1]}.log").read_text()
+    assert "most recent call first" in log
+    assert "faults.py" in log, "the stack shows where it hangs"
+    record(f"hang at {place}", injected=1, survived=1)
+
+
+@pytest.mark.parametrize("place", ["init:1:0", "jit:0:0"])
+def test_a_start_that_hangs(launch: Callable[..., Launch], place: str, record: Callable[..., None]) -> None:
+    one = launch(f"hang-{place}", "zero=2", "precision=fp16", "watch.startup=15", HALFSTEP_FAULT=f"{place}:hang")
+    codes = one.wait(timeout=120)
+    assert 77 in codes, (codes, one.output)
+    rank = place.split(":")[1]
+    assert f"rank {rank} stopped moving in phase" in one.output
+    record(f"hang at {place}", injected=1, survived=1)
+
+
+def test_a_stale_compiler_lock_heals_itself(
+    launch: Callable[..., Launch], undisturbed: Callable[..., Path], scratch: Path, record: Callable[..., None]
+) -> None:
+    undisturbed("zero=2", "precision=fp16")
+    (folder,) = (one.parent for one in (scratch / "ops").glob("*/build.ninja"))
+    (folder / "lock").touch()
+    one = launch("stale-lock", "zero=2", "precision=fp16", "steps=10")
+    assert one.wait(timeout=90) == [0, 0], one.output
+    record("a stale compiler lock", injected=1, survived=1)
+
+
+@pytest.mark.parametrize("cell", [("zero=2", "precision=fp16"), ("zero=3", "precision=bf16")], ids=" ".join)
+@pytest.mark.parametrize("times", [1.5, 3.0])
+def test_a_slow_rank_is_named_within_20_steps(
+    launch: Callable[..., Launch], cell: tuple[str, ...], times: float, record: Callable[..., None]
+) -> None:
+    one = launch(f"slow-{cell[0]}-{times}", *cell, "steps=400", "checkpoint.every=0", "eval.every=0")
+    one.until_step(40)
+    done = threading.Event()
+    limit = threading.Thread(target=_limit, args=(one, times, done))
+    limit.start()
+    begun = rig.last_step(one.out)
+    try:
+        found = one.until(lambda: rig.events(one.out, "slow_rank"), timeout=60)
+    finally:
+        done.set()
+        limit.join()
+        one.kill(signal.SIGTERM)
+        one.wait(timeout=40)
+    assert found[0]["rank"] == 1
+    assert found[0]["step"] - begun <= 20, (begun, found)
+    record(f"a rank {times} times slower, {' '.join(cell)}", injected=1, survived=1, steps=found[0]["step"] - begun)
+
+
+def _limit(one: Launch, times: float, done: threading.Event) -> None:
+    """Let rank 1 run for a share of the time only, as cpulimit does."""
+    period = 0.012
+    while not done.is_set():
+        one.kill(signal.SIGSTOP, ranks=(1,))
+        time.sleep(period * (1 - 1 / times))
+        one.kill(signal.SIGCONT, ranks=(1,))
+        time.sleep(period / times)
+    one.kill(signal.SIGCONT, ranks=(1,))
+
+
+@pytest.mark.parametrize("cell", [("zero=2", "precision=fp16"), ("zero=3", "precision=bf16")], ids=" ".join)
+def test_a_thousand_clean_steps_raise_no_alarm(
+    launch: Callable[..., Launch], cell: tuple[str, ...], record: Callable[..., None]
+) -> None:
+    one = launch(f"clean-{cell[0]}", *cell, "steps=1000", "checkpoint.every=200", "eval.every=0", "watch.timeout=5")
+    assert one.wait(timeout=240) == [0, 0], one.output
+    assert rig.events(one.out, "slow_rank") == []
+    record(f"1000 clean steps, {' '.join(cell)}", injected=0, alarms=0)
+
+
+def test_every_process_group_has_the_timeout(launch: Callable[..., Launch]) -> None:
+    """Where nobody watches, a collective that nobody joins ends too: twice watch.timeout, not torch's 30 minutes."""
+    from launcher.engine import distributed
+
+    source = Path(distributed.__file__).read_text()
+    assert "pg_map" in source
+    one = launch("group-timeout", "zero=2", "precision=fp16", "watch.timeout=6", HALFSTEP_FAULT="fwd:1:15:sleep=25",
+                 HALFSTEP_UNWATCHED="1")  # fmt: skip
+    codes = one.wait(timeout=90)
+    assert codes[0] not in (0, -9), (codes, one.output)
+    assert "imed out" in (one.out / "attempts/0001/rank-0.log").read_text()
