@@ -93,6 +93,7 @@ def _ours(plan, rank) -> float:
     from launcher.engine import distributed
     from launcher.engine.build import build
     from launcher.engine.feed import Feed
+    from launcher.engine.guard import Guard
     from launcher.engine.loop import Listeners, train
     from launcher.metrics.sinks import JsonLines
 
@@ -107,7 +108,8 @@ def _ours(plan, rank) -> float:
 
         engine, repairs = build(plan)
         listeners = Listeners(step=tell, evaluation=lambda record: None, event=lambda kind, **details: None)
-        train(engine, plan, Feed(plan, rank, device), listeners, repairs)
+        guard = Guard(engine, plan, repairs, listeners.event, rank.rank)
+        train(engine, plan, Feed(plan, rank, device), listeners, guard)
     return _throughput(plan, moments)
 
 

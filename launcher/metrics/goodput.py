@@ -71,11 +71,14 @@ def _attempts(run: Path, now: float | None) -> list[_Attempt]:
     begins = [_json(folder / "env.json") for folder in folders]
     found = []
     for number, (folder, env) in enumerate(zip(folders, begins, strict=True)):
-        began = float(env.get("began", env.get("time", 0.0)))
-        following = begins[number + 1] if number + 1 < len(begins) else None
-        limit = float(following.get("began", following["time"])) if following else now
-        found.append(_account(run, folder, began, limit, last=following is None and now is not None))
+        last = number + 1 == len(begins)
+        limit = now if last else _start(begins[number + 1])
+        found.append(_account(run, folder, _start(env), limit, last=last and now is not None))
     return found
+
+
+def _start(env: dict[str, Any]) -> float:
+    return float(env.get("began", env.get("time", 0.0)))
 
 
 def _account(run: Path, folder: Path, began: float, limit: float | None, *, last: bool) -> _Attempt:

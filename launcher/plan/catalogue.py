@@ -70,7 +70,8 @@ def _legal_cases() -> list[dict[str, object]]:
         for precision in get_args(RunSpec.model_fields["precision"].annotation):
             for offload in get_args(RunSpec.model_fields["offload"].annotation):
                 case = {"zero": zero, "precision": precision, "offload": offload}
-                nvme = {"nvme_path": "/nvme"} if offload == "nvme" else {}
+                unsaved = {"every": 0, "at_end": False}
+                nvme = {"nvme_path": "/nvme", "checkpoint": unsaved} if offload == "nvme" else {}
                 spec = RunSpec.model_validate({"model": "gpt2-124m", "data": "/data", **case, **nvme})
                 solved = batch.solve(32, None, topology.world_size)
                 composed = dsconfig.compose(

@@ -40,6 +40,7 @@ def lines(plan: Plan) -> list[str]:
         f"{plan.topology.device_name or plan.topology.accelerator}",
         f"memory       {plan.memory['model_states_total_bytes'] / _GIB:.3f} GiB of model states a rank "
         f"(without {plan.memory['excludes']})",
+        f"checkpoints  {_checkpoints(plan)}",
         f"run id       {plan.run_id}",
         "",
         "DeepSpeed config",
@@ -54,6 +55,16 @@ def lines(plan: Plan) -> list[str]:
         for one in plan.refused_by
     ]
     return told if told[-1] else told[:-1]
+
+
+def _checkpoints(plan: Plan) -> str:
+    keep, when = plan.checkpoint, []
+    if keep.every:
+        when.append(f"every {keep.every} steps")
+    if keep.at_end:
+        when.append("at the end")
+    kept = f"the newest {keep.keep}" + (f" and every {keep.keep_every}th step's" if keep.keep_every else "")
+    return f"{' and '.join(when)}, {kept} are kept" if when else "none, unless the run is stopped"
 
 
 def _value(value: object) -> str:

@@ -39,7 +39,7 @@ def undisturbed(launch: Callable[..., Launch]) -> Callable[..., Path]:
 
 @pytest.fixture
 def record() -> Callable[..., None]:
-    """Return a function that writes down what a fault did, for docs/reliability.md, where HALFSTEP_RESULTS names a file."""
+    """Return a function that writes down what a fault did, where HALFSTEP_RESULTS names a file for it."""
 
     def write(fault: str, **figures: Any) -> None:
         if file := os.environ.get("HALFSTEP_RESULTS"):

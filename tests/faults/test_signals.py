@@ -1,4 +1,4 @@
-"""Asked to stop, in every phase of a run: one checkpoint at one step on all ranks, exit code 75, and the run goes on."""
+"""Asked to stop, in every phase of a run: one checkpoint at one step on all ranks, exit code 75; then it goes on."""
 
 import json
 import signal

@@ -125,6 +125,12 @@ def test_a_list_does_not_read_contents_and_verify_does(run: Path, capsys: pytest
     assert "take one of 30, 20, 10" in capsys.readouterr().err
 
 
+def test_a_checkpoint_under_another_name_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (store.home(run) / "step-00000030").rename(store.home(run) / "step-00000031")
+    found = _json(["checkpoint", "list", str(run)], capsys)
+    assert (found[2]["state"], found[2]["reason"]) == ("damaged", "its manifest is of step 30")
+
+
 def test_a_newer_halfsteps_checkpoint_does_not_hide_the_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from launcher.spec.digest import digest
 

@@ -201,6 +201,11 @@ def test_logits_that_are_not_finite_are_said_not_judged(gpt2: Trained, tmp_path:
     json.loads((tmp_path / "out" / "halfstep.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_the_configuration_generates_with_a_cache(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert (config.get("use_cache"), config["architectures"]) == (True, ["GPT2LMHeadModel"])
+
+
 def test_the_note_says_what_the_export_is(exported: Path, gpt2: Trained) -> None:
     note = json.loads((exported / "halfstep.json").read_text())
     assert (note["step"], note["loss"], note["dtype"], note["sequence"]) == (10, 4.9, "fp32", SEQUENCE)

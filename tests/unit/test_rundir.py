@@ -203,3 +203,36 @@ def test_an_own_config_is_known_by_its_content_not_its_place(decide: Callable, t
     (tmp_path / "two.json").write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}')
     with pytest.raises(RequestError, match="ds_config was"):
         rundir.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'two.json'}"))
+
+
+def rows(*steps: int, torn: str = "") -> str:
+    return "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps) + torn
+
+
+def test_a_resume_keeps_the_rows_of_the_steps_that_are_done_and_loses_none(tmp_path: Path, decide: Callable) -> None:
+    rundir.write_plan(tmp_path / "run", *decide(f"out={tmp_path / 'run'}"))
+    first = rundir.start_attempt(tmp_path / "run", {})
+    evaluated = json.dumps({"step": 2, "eval_loss": 1.0}) + "\n"
+    first.metrics.write_text(rows(1, 2) + evaluated + rows(3, 4, torn='{"step": 5, "lo'))
+    first.summary.write_text("{}")
+    (tmp_path / "run/checkpoints").mkdir()
+    second = rundir.start_attempt(tmp_path / "run", {}, steps_done=2)
+    assert second.metrics.read_text() == rows(1, 2) + evaluated
+    redone = (first.attempt / "metrics-redone.jsonl").read_text()
+    assert redone == rows(3, 4) + '{"step": 5, "lo\n'
+    assert (first.attempt / "summary.json").exists()
+    assert (tmp_path / "run/checkpoints").is_dir()
+    assert json.loads((second.attempt / "env.json").read_text())["host"]
+
+
+def test_a_start_from_the_first_step_puts_the_old_series_and_its_checkpoints_aside(
+    tmp_path: Path, decide: Callable
+) -> None:
+    rundir.write_plan(tmp_path / "run", *decide(f"out={tmp_path / 'run'}"))
+    first = rundir.start_attempt(tmp_path / "run", {})
+    first.metrics.write_text(rows(1, 2))
+    (tmp_path / "run/checkpoints/step-00000002").mkdir(parents=True)
+    second = rundir.start_attempt(tmp_path / "run", {})
+    assert not second.metrics.exists()
+    assert (first.attempt / "metrics.jsonl").read_text() == rows(1, 2)
+    assert (first.attempt / "checkpoints/step-00000002").is_dir()

@@ -1,0 +1,105 @@
+"""Goodput: the parts of a run's time add up to it, whatever its attempts left behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.metrics import goodput
+
+
+def write(file: Path, *rows: dict[str, Any], torn: str = "") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+        out.write(torn)
+
+
+def step(number: int, seconds: float, time: float, *, overflow: bool = False) -> dict[str, Any]:
+    return {"step": number, "loss": 1.0, "overflow": overflow, "step_seconds": seconds, "time": time}
+
+
+@pytest.fixture
+def killed_once(tmp_path: Path) -> Path:
+    """Two attempts: one from 100 s, killed after 130; one from 150, with a checkpoint of step 2 to go on from."""
+    write(tmp_path / "attempts/0001/env.json", {"began": 100.0, "time": 104.0})
+    write(tmp_path / "attempts/0002/env.json", {"began": 150.0, "time": 155.0})
+    write(
+        tmp_path / "events.jsonl",
+        {"event": "start", "time": 104.0},
+        {"event": "training", "time": 110.0},
+        {"event": "evaluated", "step": 0, "seconds": 2.0, "time": 112.0},
+        {"event": "saved", "step": 2, "seconds": 1.5, "time": 120.0},
+        torn='{"event": "sav',
+    )
+    write(
+        tmp_path / "events.jsonl",
+        {"event": "start", "time": 155.0},
+        {"event": "resumed", "seconds": 1.0, "verify_seconds": 0.5, "time": 158.0},
+        {"event": "training", "time": 160.0},
+    )
+    write(
+        tmp_path / "metrics.jsonl",
+        {"step": 0, "eval_loss": 5.0, "time": 112.0},
+        step(1, 3.0, 115.0),
+        step(2, 3.0, 118.0, overflow=True),
+        step(3, 4.0, 164.0),
+    )
+    write(tmp_path / "attempts/0001/metrics-redone.jsonl", step(3, 4.0, 125.0), torn='{"step": 4, "lo')
+    write(tmp_path / "attempts/0001/exit.json", {"code": 137, "time": 130.0})
+    return tmp_path
+
+
+def test_every_second_has_one_cause(killed_once: Path) -> None:
+    found = goodput.of(killed_once, now=170.0)
+    assert found.wall_seconds == 70.0
+    assert found.productive_seconds == 3.0 + 4.0
+    assert found.lost_seconds == pytest.approx(
+        {
+            "start": 10.0 + 10.0 - 1.5,
+            "load": 1.5,
+            "evaluate": 2.0,
+            "save": 1.5,
+            "skipped": 3.0,
+            "redone": 4.0,
+            "down": 20.0,
+            "other": (30 - 10 - 2 - 1.5 - 3 - 3 - 4) + (20 - 10 - 4),
+        }
+    )
+    assert found.productive_seconds + sum(found.lost_seconds.values()) == pytest.approx(70.0, abs=1e-9)
+    assert found.to_dict()["goodput"] == pytest.approx(0.1)
+
+
+def test_a_run_that_nobody_ends_is_accounted_for_up_to_its_last_sign(killed_once: Path) -> None:
+    assert goodput.of(killed_once).wall_seconds == 64.0
+
+
+def test_a_run_without_attempts_has_no_time(tmp_path: Path) -> None:
+    assert goodput.of(tmp_path).to_dict()["goodput"] is None
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 50), st.lists(st.floats(0.01, 3), max_size=8), st.booleans()), min_size=1, max_size=5
+    )
+)
+def test_the_parts_always_add_up(tmp_path_factory: pytest.TempPathFactory, attempts: list) -> None:
+    run = tmp_path_factory.mktemp("run")
+    now = 1000.0
+    for number, (gap, steps, lost) in enumerate(attempts, 1):
+        now += gap
+        write(run / f"attempts/{number:04d}/env.json", {"began": now})
+        now += 1
+        write(run / "events.jsonl", {"event": "start", "time": now}, {"event": "training", "time": now})
+        for place, seconds in enumerate(steps, 1):
+            now += seconds
+            target = f"attempts/{number:04d}/metrics-redone.jsonl" if lost else "metrics.jsonl"
+            write(run / target, step(place, seconds, now))
+        now += 0.5
+    found = goodput.of(run, now=now)
+    assert found.productive_seconds + sum(found.lost_seconds.values()) == pytest.approx(found.wall_seconds, abs=1e-6)
+    assert all(seconds > -1e-6 for seconds in found.lost_seconds.values())
+    assert found.productive_seconds == pytest.approx(sum(sum(steps) for _, steps, lost in attempts if not lost))
