@@ -135,9 +135,10 @@ def restore(
     difference, bound = _compare(engine, plan, files)
     if difference > bound:
         raise _cannot(folder, f"the engine's logits differ by {difference:g} from those that were saved with it")
-    same_ranks = manifest.world_size == plan.topology.world_size
-    if same_ranks:
-        randomness.restore(files.sidecar(rank)["rng"])
+    # A checkpoint that was converted to another number of ranks has none.
+    drawn = files.sidecar(rank).get("rng") if manifest.world_size == plan.topology.world_size else None
+    if drawn:
+        randomness.restore(drawn)
     else:
         randomness.seed(plan, rank, manifest.step)
     here = rundir.versions()
@@ -145,7 +146,7 @@ def restore(
         "step": manifest.step,
         "folder": folder.name,
         "from": {"world_size": manifest.world_size, "zero": manifest.zero, "precision": manifest.precision},
-        "random_states": "restored" if same_ranks else "seeded anew: they belong to another number of ranks",
+        "random_states": "restored" if drawn else "seeded anew: they belong to another number of ranks",
         "logits_differ_by": difference,
         "other_versions": {
             name: f"{manifest.versions.get(name)} -> {here.get(name)}"
