@@ -14,12 +14,12 @@ if __name__ == "__main__":
 
 from launcher import faults, rundir, topology
 from launcher.errors import Fault, HalfstepError, RequestError
-from launcher.heart import Heart
 from launcher.plan import facts
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
-from launcher.stop import Stop
+from launcher.watch.heart import Heart
+from launcher.watch.stop import Stop
 
 
 def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:

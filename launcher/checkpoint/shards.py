@@ -53,7 +53,7 @@ def write(file: Path, pieces: Iterable[Piece], beat: Callable[[], None]) -> File
         for one in order:
             array = np.ascontiguousarray(one.array(), dtype="<f4")
             assert array.size == one.length, f"{one.key} has {array.size} elements, not {one.length}"
-            out.write(memoryview(array).cast("B"))
+            out.write(array.data.cast("B"))
             beat()
     return out.file
 

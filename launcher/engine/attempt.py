@@ -16,12 +16,12 @@ from launcher.engine.restoring import Choice
 from launcher.engine.saving import Saver
 from launcher.engine.witness import Witness
 from launcher.errors import NumericsError, Stopped
-from launcher.heart import Heart
 from launcher.plan import present
 from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
-from launcher.stop import Stop
 from launcher.topology import Rank
+from launcher.watch.heart import Heart
+from launcher.watch.stop import Stop
 from models.build import initial_statistics
 
 

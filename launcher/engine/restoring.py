@@ -21,7 +21,7 @@ from launcher.checkpoint.shards import Shards
 from launcher.checkpoint.store import Candidate
 from launcher.engine import distributed, randomness, saving, states
 from launcher.engine.guard import Guard
-from launcher.errors import RefusedError, RequestError
+from launcher.errors import HalfstepError, RefusedError, RequestError
 from launcher.plan.plan import Plan
 
 
@@ -47,6 +47,14 @@ def choose(run: Path, plan: Plan, rank: int, beat: Callable[[], None]) -> Choice
     Raises RequestError where checkpoints exist and none is good, where one is of another run, and where one must be
     there and is not.
     """
+    try:
+        return _choose(run, plan, rank, beat)
+    except HalfstepError as error:
+        error.said_elsewhere = rank != 0
+        raise
+
+
+def _choose(run: Path, plan: Plan, rank: int, beat: Callable[[], None]) -> Choice:
     if plan.checkpoint.resume == "never":
         return Choice(checkpoint=None)
     began = time.perf_counter()

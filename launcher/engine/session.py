@@ -12,18 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher import exits, faults, rundir
+from launcher import faults, rundir
 from launcher.checkpoint import store
 from launcher.engine import distributed, restoring
 from launcher.engine.attempt import Attempt, make
 from launcher.errors import Fault, HalfstepError, RefusedError, Stopped
-from launcher.heart import Heart
 from launcher.lease import lease
 from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
 from launcher.spec.load import Request
-from launcher.stop import Stop
 from launcher.topology import Rank
+from launcher.watch import exits
+from launcher.watch.heart import Heart
+from launcher.watch.stop import Stop
 
 
 def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:

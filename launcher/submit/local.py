@@ -12,9 +12,9 @@ from pathlib import Path
 
 from launcher import rundir
 from launcher.errors import Fault, Interrupted
-from launcher.exits import read_exit, write_exit
-from launcher.processes import marked
 from launcher.topology import prefer_cpu, usable_cores
+from launcher.watch.exits import read_exit, write_exit
+from launcher.watch.processes import marked
 
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""

@@ -24,11 +24,9 @@ def main(results: Path) -> None:
     total = sum(one["injected"] for one in found.values())
     survived = sum(one.get("survived", 0) for one in found.values())
     redone = max(one.get("worst_redone", 0) for one in found.values())
-    lines += [
-        "",
-        f"In all {total} faults injected, {survived} survived, most steps redone {redone}; corrupt checkpoints selected: 0; "
-        "processes, shared memory and half-written folders left: 0.",
-    ]
+    told = f"In all {total} faults injected, {survived} survived, most steps redone {redone}"
+    left = "corrupt checkpoints selected: 0; processes, shared memory and half-written folders left: 0"
+    lines += ["", f"{told}; {left}."]
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}" + rest.partition(END)[2])
 

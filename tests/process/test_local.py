@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from process.small_ranks import LAUNCHER, RANK, ROOT
 
-from launcher import processes
+from launcher.watch import processes
 
 pytestmark = pytest.mark.process
 STARTER = f"""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from process.small_ranks import Launch
 
-from launcher import processes
+from launcher.watch import processes
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Launch]

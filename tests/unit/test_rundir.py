@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import exits, rundir
+from launcher import rundir
 from launcher.errors import RequestError
 from launcher.lease import LEASE_STALE_SECONDS, lease
 from launcher.plan import facts
@@ -19,6 +19,7 @@ from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
 from launcher.topology import Topology
+from launcher.watch import exits
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 

@@ -97,7 +97,7 @@ def test_a_word_that_is_no_key_value_is_refused() -> None:
         (["batch=32"], "batch is a section, not a value", "set one of batch.global, batch.micro"),
         (["model.name.x=1"], "model.name is given both as a value and as a section", "keep one of model.name=... and"),
         (["--zero=2"], "'--zero=2' is neither key=value nor a run file", "run keys have no dashes: zero=2"),
-        (["checkpoint.every=10"], "unknown run key 'checkpoint.every'", "drop it: checkpoints are not written yet"),
+        (["checkpoint.evry=10"], "unknown run key 'checkpoint.evry'", "did you mean checkpoint.every"),
     ],
 )
 def test_an_odd_word_is_understood_as_what_it_was_meant_for(words: list[str], what: str, fix: str) -> None:

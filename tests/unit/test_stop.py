@@ -7,19 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher import processes, stalls
 from launcher.errors import HalfstepError
-from launcher.exits import death, read_exit, write_exit, write_follow_up
-from launcher.heart import Heart
-from launcher.pulse import Beat
-from launcher.stop import Stop
+from launcher.watch import processes, stalls
+from launcher.watch.exits import death, read_exit, write_exit, write_follow_up
+from launcher.watch.heart import Heart
+from launcher.watch.pulse import Beat
+from launcher.watch.stop import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from launcher.stop import Stop
+from launcher.watch.stop import Stop
 stop = Stop()
 stop.install()
 """
@@ -112,7 +112,7 @@ print(stop.asked)
 
 def test_marking_progress_costs_less_than_five_microseconds() -> None:
     text = """
-from launcher.heart import Heart
+from launcher.watch.heart import Heart
 heart = Heart(0, stop)
 heart.start()
 best = 1e9

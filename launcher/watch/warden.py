@@ -1,8 +1,9 @@
 """A rank's warden: a small process that sees the rank, its launcher or another rank fail, and ends what is left.
 
-Started by launcher.heart with one JSON argument. Nothing here may wait for the rank, nor long for a file system.
+Started by launcher.watch.heart with one JSON argument. Nothing here may wait for the rank, nor long for a file system.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launcher import exits, processes, stalls
-from launcher.beside import beside
 from launcher.errors import EXIT_STALLED, EXIT_STOPPED, Fault, Interrupted
-from launcher.pulse import IGNORED, SIZE, Pulse
+from launcher.watch import exits, processes, stalls
+from launcher.watch.beside import beside
+from launcher.watch.pulse import IGNORED, SIZE, Pulse
 
 POLL = 0.25
 FILES_EVERY = 0.5
@@ -275,19 +276,15 @@ class Warden:
         beside(stalls.replace_json, self.attempt / f"rank-{self.rank}.heartbeat", text)
 
     def _send(self, **word: object) -> None:
-        try:
+        with contextlib.suppress(OSError):  # where it does not read, the kill does not ask
             self.socket.send(json.dumps(word).encode())
-        except OSError:
-            return  # it does not read: the kill does not ask
 
     def _signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             if self.child.fd is not None:
                 signal.pidfd_send_signal(self.child.fd, number)
             elif not self.child.gone():
                 os.kill(self.pid, number)
-        except ProcessLookupError:
-            return
 
 
 def main(argument: str) -> None:

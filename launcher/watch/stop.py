@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.errors import EXIT_STOPPED, Interrupted
-from launcher.exits import write_exit
+from launcher.watch.exits import write_exit
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _WRITING_SECONDS = 2.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import HalfstepError
-from launcher.pulse import Beat
+from launcher.watch.pulse import Beat
 
 
 def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:

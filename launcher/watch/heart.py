@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher import processes
-from launcher.pulse import IGNORED, SIZE, Pulse
-from launcher.stop import Stop
+from launcher.watch import processes
+from launcher.watch.pulse import IGNORED, SIZE, Pulse
+from launcher.watch.stop import Stop
 
 _WARDENS = 4
 """One, and three more where somebody kills it."""

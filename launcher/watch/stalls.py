@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import Stalled
-from launcher.pulse import ALONE, Beat
+from launcher.watch.pulse import ALONE, Beat
 
 MARKER = "stalling"
 """In the attempt's folder while a rank is suspected: every warden then reports."""
