@@ -98,13 +98,13 @@ def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guar
         guard,
         event=witness.event,
         sync_records=witness.sync,
-        beat=lambda: heart.mark("save"),
+        beat=heart.touch,
         damaged=frozenset(one.step for one in choice.damaged),
         last_step=choice.step,
     )
     if choice.checkpoint is not None:
         heart.mark("load", choice.step)
-        witness.resumed(restoring.restore(engine, plan, choice, guard, rank, lambda: heart.mark("load", choice.step)))
+        witness.resumed(restoring.restore(engine, plan, choice, guard, rank, heart.touch))
     elif plan.model.weights is None:
         witness.event("initialised", mean_and_std=initial_statistics(engine.module))
     return engine, guard, saver if plan.can_save else None

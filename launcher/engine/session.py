@@ -49,7 +49,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
             distributed.leave()
             return 0
         heart.mark("load")
-        choice = restoring.choose(path, plan, rank.rank, lambda: heart.mark("load"))
+        choice = restoring.choose(path, plan, rank.rank, heart.touch)
 
         def start_attempt() -> RunDir:
             rundir.write_plan(path, request, plan)

@@ -1,6 +1,8 @@
 """A rank that stands still or is slow: noticed, named with its phase and step, and ended."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from faults import rig
 from faults.rig import Launch
+from ranks import environment
 
 pytestmark = pytest.mark.faults
 WATCHED = ("watch.timeout=4", "watch.startup=60")
@@ -130,14 +133,20 @@ def test_a_thousand_clean_steps_raise_no_alarm(
     record(f"1000 clean steps, {' '.join(cell)}", injected=0, alarms=0)
 
 
-def test_every_process_group_has_the_timeout(launch: Callable[..., Launch]) -> None:
-    """Where nobody watches, a collective that nobody joins ends too: twice watch.timeout, not torch's 30 minutes."""
-    from launcher.engine import distributed
-
-    source = Path(distributed.__file__).read_text()
-    assert "pg_map" in source
-    one = launch("group-timeout", "zero=2", "precision=fp16", "watch.timeout=6", HALFSTEP_FAULT="fwd:1:15:sleep=25",
-                 HALFSTEP_UNWATCHED="1")  # fmt: skip
-    codes = one.wait(timeout=90)
-    assert codes[0] not in (0, -9), (codes, one.output)
-    assert "imed out" in (one.out / "attempts/0001/rank-0.log").read_text()
+def test_every_process_group_has_the_timeout(
+    scratch: Path, data: Path, tmp_path: Path, record: Callable[..., None]
+) -> None:
+    """Where nobody watches, a collective that a rank does not join ends too, and not after torch's 30 minutes."""
+    script = Path(__file__).with_name("lonely_rank.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [*command, "model=gpt2-nano", "zero=2", "precision=fp16", "batch.global=8", "sequence=64", f"data={data}"],
+        env={**environment(scratch), "PYTHONPATH": str(rig.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = [line for line in done.stdout.splitlines() if line.startswith("group ")]
+    assert len(said) >= 2, done.stdout + done.stderr
+    assert all("timed out" in line for line in said), said
+    record("a collective that a rank does not join, nobody watching", injected=len(said), survived=len(said))
