@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,18 @@ class RunDir:
 def location(request: Request, plan: Plan) -> Path:
     """Return where a run lives: `out`, or runs/<run id> under the current folder."""
     return Path(request.spec.out) if request.spec.out else Path.cwd() / "runs" / plan.run_id
+
+
+def named(words: Sequence[str]) -> Path | None:
+    """Return the directory that `run=DIR` or `--run DIR` names, or None where the words are a request of their own."""
+    words = [f"run={words[1]}", *words[2:]] if words[:1] == ["--run"] and len(words) > 1 else words
+    if not words or not words[0].startswith(("run=", "--run")):
+        return None
+    directory = words[0].partition("=")[2]
+    if len(words) > 1 or not directory:
+        said = " ".join(words)
+        raise RequestError("--run takes one run directory and no key=value words", where=said, fix="--run DIR")
+    return Path(directory).absolute()
 
 
 def write_plan(path: Path, request: Request, plan: Plan) -> None:

@@ -13,24 +13,18 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launcher import faults, rundir, topology
-from launcher.errors import Fault, HalfstepError, RequestError
+from launcher.errors import Fault, HalfstepError
 from launcher.plan import facts
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
-from launcher.watch.heart import Heart
-from launcher.watch.stop import Stop
+from launcher.watch.heart import begin
 
 
 def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     """Return the run directory, the request and the plan: read from a run directory, or worked out from the words."""
-    words = [f"run={words[1]}", *words[2:]] if words[:1] == ["--run"] and len(words) > 1 else words
-    if words and words[0].startswith(("run=", "--run")):
-        directory = words[0].partition("=")[2]
-        if len(words) > 1 or not directory:
-            said = " ".join(words)
-            raise RequestError("--run takes one run directory and no key=value words", where=said, fix="--run DIR")
-        path = Path(directory).absolute()
+    path = rundir.named(words)
+    if path is not None:
         request, plan = rundir.read_plan(path)
     else:
         request = load(words)
@@ -59,12 +53,7 @@ def main(words: list[str]) -> int:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
         path, request, plan = decide(words, rank)
-        stop = Stop()
-        stop.install()
-        heart = Heart(rank.rank, stop)
-        heart.start()
-        heart.set_timeout(plan.watch.startup)
-        heart.mark("import")
+        stop, heart = begin(rank.rank, plan.watch.startup)
         faults.hit("import", rank=rank.rank)
         from launcher.engine import session  # torch and DeepSpeed from here on
 

@@ -78,7 +78,8 @@ def train(
         computed = outside.pace.seconds() if outside.pace else 0.0
         reading = readings.after_step(own_loss, waited, computed, skipped=skipped, stop=outside.asked() is not None)
         seconds = time.perf_counter() - started
-        if saver:
+        if saver and saver.pending:
+            outside.mark("save", step)
             saver.finish()  # before this step is written down: a resume never redoes more than an interval
         counts = {"loss_scale": scale, "overflow": skipped, "skipped_steps": guard.skipped_steps}
         record = _record(plan, step, rate, reading, seconds, **counts)

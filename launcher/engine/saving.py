@@ -68,6 +68,11 @@ class Saver:
         self.last_step = last_step
         """The newest step that is safe on the disk; 0 = none."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether a save was begun and is not finished; the same on every rank."""
+        return self._pending is not None
+
     def begin(self, step: int, rate: float) -> None:
         """Write the state after an optimizer step; `finish` makes a checkpoint of it. A collective call.
 

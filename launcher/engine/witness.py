@@ -147,7 +147,8 @@ class Witness:
             "warnings": plan.warnings,
         }
         write_json(self._where.summary, summary)
-        self.event(status, step=last.step)
+        if status != "stopped":  # which is an event of its own, with its reason
+            self.event(status, step=last.step)
         if last_eval and first_eval and last_eval.perplexity and first_eval.perplexity:
             self.screen.say(
                 f"{status}: validation perplexity {first_eval.perplexity:,.1f} -> {last_eval.perplexity:,.1f} in "

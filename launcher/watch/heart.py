@@ -153,3 +153,14 @@ class Heart:
 
     def _forget(self) -> None:
         self._pulse = Pulse(bytearray(SIZE))
+
+
+def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
+    """Hear signals and be watched from here on, which is before torch is imported: that takes seconds."""
+    stop = Stop()
+    stop.install()
+    heart = Heart(rank, stop)
+    heart.set_timeout(timeout)
+    heart.start()
+    heart.mark("import")
+    return stop, heart

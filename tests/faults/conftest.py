@@ -47,3 +47,10 @@ def record() -> Callable[..., None]:
                 out.write(json.dumps({"fault": fault, **figures}) + "\n")
 
     return write
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write a failure down when it happens: the whole matrix takes most of an hour."""
+    if report.failed and (file := os.environ.get("HALFSTEP_RESULTS")):
+        with Path(f"{file}.failures").open("a") as out:
+            out.write(f"{report.nodeid}\n{report.longreprtext[-3000:]}\n\n")
