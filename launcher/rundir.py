@@ -29,8 +29,8 @@ from launcher.errors import RequestError
 from launcher.files import cannot_write, write_atomic, write_json
 from launcher.lease import LEASE_FILES
 from launcher.plan.plan import Plan
+from launcher.spec.dotted import flatten, unflatten
 from launcher.spec.load import Request, load
-from launcher.spec.schema import flatten, unflatten
 
 _VERSIONED = (
     "halfstep",

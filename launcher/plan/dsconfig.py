@@ -9,7 +9,8 @@ from launcher import assets
 from launcher.errors import RequestError
 from launcher.plan import dskeys
 from launcher.plan.batch import Batch
-from launcher.spec.schema import Fp16Keys, OptimizerKeys, RunSpec, flatten, unflatten
+from launcher.spec.dotted import flatten, unflatten
+from launcher.spec.schema import Fp16Keys, OptimizerKeys, RunSpec
 from launcher.topology import Topology
 
 ABOUT = "//"

@@ -1,7 +1,7 @@
 """Show a Plan to a person."""
 
 from launcher.plan.plan import Plan
-from launcher.spec.schema import flatten
+from launcher.spec.dotted import flatten
 
 _GIB = 2**30
 

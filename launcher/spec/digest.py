@@ -4,7 +4,8 @@ import hashlib
 import json
 from typing import Any
 
-from launcher.spec.schema import RunSpec, flatten
+from launcher.spec.dotted import flatten
+from launcher.spec.schema import RunSpec
 
 # A run continues in its directory when only these differ; everything else would make it a different run.
 _MAY_CHANGE = ("out", "zero", "precision", "offload", "nvme_path", "batch.micro", "steps", "tokens", "hardware",

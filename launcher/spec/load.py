@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import RequestError, nearest
-from launcher.spec.schema import RunSpec, flatten, run_keys, unflatten
+from launcher.spec.dotted import flatten, unflatten
+from launcher.spec.schema import RunSpec, run_keys
 from models.presets import PRESETS
 
 _PATH_KEYS = ("data", "out", "nvme_path", "ds_config")

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from launcher.errors import nearest
+from launcher.spec.dotted import flatten
 from models.presets import PRESETS
 
 
@@ -268,36 +269,6 @@ class RunSpec(_Section):
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens both say how long to train; give one of them")
         return self
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by dotted path."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves.update(flatten(value, f"{prefix}{key}."))
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
-
-
-def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Return nested dictionaries from dotted paths: the inverse of `flatten`.
-
-    Raises KeyError with the path that is both a value and a section.
-    """
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *sections, last = path.split(".")
-        branch = tree
-        for depth, section in enumerate(sections, 1):
-            branch = branch.setdefault(section, {})
-            if not isinstance(branch, dict):
-                raise KeyError(".".join(sections[:depth]))
-        if isinstance(branch.get(last), dict):
-            raise KeyError(path)
-        branch[last] = value
-    return tree
 
 
 def run_keys() -> dict[str, str]:

@@ -15,7 +15,7 @@ from launcher import assets
 from launcher.errors import RequestError
 from launcher.plan import batch, catalogue, dsconfig, memory, rules, schedule
 from launcher.plan.plan import Plan
-from launcher.spec.schema import flatten
+from launcher.spec.dotted import flatten
 from launcher.topology import Topology
 
 Make = Callable[..., Plan]

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
+from launcher.spec.dotted import flatten, unflatten
 from launcher.spec.load import load
-from launcher.spec.schema import flatten, run_keys, unflatten
+from launcher.spec.schema import run_keys
 
 BASE = ["model=gpt2-nano", "data=/data"]
 
