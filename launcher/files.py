@@ -19,8 +19,18 @@ def write_atomic(file: Path, text: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)
+        sync_folder(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(file: Path, value: Any) -> None:

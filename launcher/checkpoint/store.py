@@ -17,6 +17,7 @@ from pathlib import Path
 from launcher import faults
 from launcher.checkpoint.manifest import NAME, Damaged, Manifest, read
 from launcher.errors import RefusedError
+from launcher.files import sync_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
 _HIDDEN = (".writing-", ".pruned-")
@@ -91,7 +92,9 @@ def prepare(run: Path, step: int, attempt: str, needed: int, *, distrusted: bool
 
 
 def _prepare(there: Path, step: int, attempt: str, needed: int, distrusted: bool) -> Path | None:
-    there.mkdir(exist_ok=True)
+    if not there.exists():
+        there.mkdir()
+        sync_folder(there.parent)
     final = there / folder_name(step)
     if final.exists():
         if not distrusted and _is_good(final):
@@ -102,7 +105,8 @@ def _prepare(there: Path, step: int, attempt: str, needed: int, distrusted: bool
         raise RefusedError(
             f"the checkpoint of step {step} needs {_size(needed)}, and {_size(free)} are free",
             where=str(there),
-            fix="free some space or take a smaller checkpoint.keep; checkpoint.on_failure=continue trains on without",
+            fix="free some space (folders named .bad-* are of no use to a run), or take a smaller checkpoint.keep; "
+            "checkpoint.on_failure=continue trains on without",
         )
     temporary = there / f".writing-{final.name}-{attempt}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -156,15 +160,6 @@ def prune(run: Path, keep: int, keep_every: int, *, distrusted: frozenset[int] =
         faults.hit("save.prune", rank=0, step=one.step)
         shutil.rmtree(hidden, ignore_errors=True)
     return [one.step for one in gone]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _size(count: float) -> str:

@@ -1,6 +1,7 @@
 """One attempt at a run: build, go on from a checkpoint, train, and write down how it went."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -37,7 +38,7 @@ class Attempt:
     heart: Heart
 
     def asked(self) -> str | None:
-        """Return why this rank was asked to stop, if it was; rank 0 also looks for the file STOP."""
+        """Return why this rank was asked to stop, if it was; rank 0 looks for the file STOP without delay."""
         if self.rank.rank == 0 and self.stop.asked is None and self.where.stop_file.exists():
             self.stop.ask("the file STOP")
         return self.stop.asked
@@ -50,8 +51,8 @@ def make(attempt: Attempt) -> None:
     engine: DeepSpeedEngine | None = None
     with Witness(where, plan, writes=rank == 0, steps_done=attempt.choice.step) as witness:
         try:
-            _stop_if_asked(attempt, "before the model was built")
             _say_what_is_coming(witness, attempt)
+            _stop_if_asked(attempt, "before the model was built")
             engine, guard, saver = _assemble(attempt, witness)
             _train(attempt, witness, engine, guard, saver)
         except (NumericsError, Stopped) as error:  # every rank raises it after the same step
@@ -65,6 +66,8 @@ def make(attempt: Attempt) -> None:
             raise
         if rank == 0:
             witness.summarise("done")
+            with contextlib.suppress(OSError):
+                where.stop_file.unlink(missing_ok=True)  # it came too late to stop anything
 
 
 def _stop_if_asked(attempt: Attempt, when: str) -> None:
@@ -79,8 +82,9 @@ def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guar
     plan, rank, choice, heart = attempt.plan, attempt.rank.rank, attempt.choice, attempt.heart
     heart.mark("build")
     faults.hit("init", rank=rank)
+    heart.mark("build")
     engine, repairs = build(plan)
-    distributed.set_timeouts(plan.watch.timeout)
+    distributed.set_timeouts(max(plan.watch.startup, plan.watch.timeout))
     randomness.seed(plan, rank, 0)
     witness.event(
         "built",
@@ -99,12 +103,13 @@ def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guar
         event=witness.event,
         sync_records=witness.sync,
         beat=heart.touch,
+        mark=lambda step: heart.mark("save", step),
         damaged=frozenset(one.step for one in choice.damaged),
         last_step=choice.step,
     )
     if choice.checkpoint is not None:
         heart.mark("load", choice.step)
-        witness.resumed(restoring.restore(engine, plan, choice, guard, rank, heart.touch))
+        witness.resumed(restoring.restore(engine, plan, choice, guard, rank, heart))
     elif plan.model.weights is None:
         witness.event("initialised", mean_and_std=initial_statistics(engine.module))
     return engine, guard, saver if plan.can_save else None
@@ -114,11 +119,26 @@ def _train(attempt: Attempt, witness: Witness, engine: DeepSpeedEngine, guard: G
     plan, rank, done = attempt.plan, attempt.rank, attempt.choice.step
     evaluated = all(distributed.gather_objects(witness.evaluated(done)))
     witness.event("training", first_step=done + 1)
-    attempt.heart.set_timeout(plan.watch.timeout)
-    outside = Outside(mark=attempt.heart.mark, asked=attempt.asked, saver=saver, pace=Pace(engine, plan))
+    outside = Outside(mark=_mark_of(attempt), asked=attempt.asked, saver=saver, pace=Pace(engine, plan))
     tell = Listeners(step=witness.step, evaluation=witness.evaluation, event=witness.event)
     feed = Feed(plan, rank, distributed.device(rank, plan))
     loop.train(engine, plan, feed, tell, guard, outside, done=done, evaluated=evaluated)
+
+
+def _mark_of(attempt: Attempt) -> Callable[[str, int], None]:
+    """Return how the loop marks its progress; from the second step on, when all is compiled, `watch.timeout` counts."""
+    heart, watch, first = attempt.heart, attempt.plan.watch, attempt.choice.step + 1
+    starting = True
+
+    def mark(phase: str, step: int) -> None:
+        nonlocal starting
+        if starting and step > first:
+            starting = False
+            heart.set_timeout(watch.timeout)
+            distributed.set_timeouts(watch.timeout)
+        heart.mark(phase, step)
+
+    return mark
 
 
 def _say_what_is_coming(witness: Witness, attempt: Attempt) -> None:

@@ -54,6 +54,7 @@ def join(rank: Rank, plan: Plan) -> None:
         torch.cuda.set_device(device(rank, plan))
     else:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].partition(",")[0]))
+    set_timeouts(max(plan.watch.startup, plan.watch.timeout))
     digests = gather_objects(digest(plan.to_dict()))
     if len(set(digests)) > 1:
         odd = [number for number, one in enumerate(digests) if one != digests[0]]

@@ -126,6 +126,7 @@ def _forward_and_backward(
         mark("step", step)
         if micro_step == plan.batch.accumulation:
             faults.hit("step", rank=feed.rank, step=step)
+            mark("step", step)
             guard.before_step(readings.before_step(guard.gradient_scale))
         engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
     return float(total / plan.batch.accumulation), waited
@@ -147,6 +148,7 @@ def _evaluate(engine: DeepSpeedEngine, feed: Feed, tell: Listeners, outside: Out
     for tokens, counted in feed.validation_batches():
         outside.mark("evaluate", step)
         faults.hit("eval", rank=feed.rank, step=step)
+        outside.mark("evaluate", step)  # again before the ranks wait for each other
         if _agreed(outside, engine.device):
             return False
         logits = engine(input_ids=tokens[:, :-1]).logits
@@ -171,10 +173,15 @@ def _stopped(outside: Outside, step: int) -> Stopped:
     """Return the error that every rank leaves with. A collective call."""
     reasons = gather_objects(outside.asked())
     reason = next((one for one in reasons if one), "another rank")
-    if outside.saver and outside.saver.last_step == step:
+    last = outside.saver.last_step if outside.saver else 0
+    if step == 0:
+        state = "no step was trained"
+    elif last == step:
         state = f"its checkpoint is {folder_name(step)}"
+    elif last:
+        state = f"it could not be saved: {step - last} steps will be done again, from {folder_name(last)}"
     else:
-        state = "nothing was trained since the last checkpoint"
+        state = "it could not be saved: the next start begins anew"
     return Stopped(f"{reason} after step {step}", where=state, fix="start the same command again to go on")
 
 

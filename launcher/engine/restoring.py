@@ -23,6 +23,7 @@ from launcher.engine import distributed, randomness, saving, states
 from launcher.engine.guard import Guard
 from launcher.errors import HalfstepError, RefusedError, RequestError
 from launcher.plan.plan import Plan
+from launcher.watch.heart import Heart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,12 @@ def _choose(run: Path, plan: Plan, rank: int, beat: Callable[[], None]) -> Choic
         if one.manifest is None:
             continue
         _refuse_another(one, one.manifest, plan)
+        if not plan.can_save:
+            raise RequestError(
+                f"{one.folder.name} cannot be loaded to where this run keeps its states",
+                where="offload=nvme",
+                fix="take offload=cpu, or start anew with checkpoint.resume=never",
+            )
         world = plan.topology.world_size
         reasons = distributed.gather_objects(shards.damaged(one.folder, one.manifest, beat, rank, world))
         reason = next((reason for reason in reasons if reason), None)
@@ -107,7 +114,7 @@ def _refuse_another(one: Candidate, manifest: Manifest, plan: Plan) -> None:
 
 
 def restore(
-    engine: DeepSpeedEngine, plan: Plan, choice: Choice, guard: Guard, rank: int, beat: Callable[[], None]
+    engine: DeepSpeedEngine, plan: Plan, choice: Choice, guard: Guard, rank: int, heart: Heart
 ) -> dict[str, Any]:
     """Fill engine, guard and random generators from the chosen checkpoint; return what the event tells of it.
 
@@ -130,11 +137,12 @@ def restore(
                 found = files.read(piece.name, state, piece.start, piece.length)
                 if found is not None:
                     view.copy_(torch.from_numpy(found))
-                beat()
+                heart.touch()
     except Damaged as damage:
         raise _cannot(folder, str(damage)) from None
+    heart.mark("load", manifest.step)
     states.refresh_weights(engine)
-    beat()
+    heart.mark("load", manifest.step)
     engine.global_steps = manifest.step
     engine.micro_steps = manifest.step * plan.batch.accumulation
     engine.global_samples = manifest.step * plan.batch.global_

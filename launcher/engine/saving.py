@@ -56,11 +56,12 @@ class Saver:
         event: Callable[..., None],
         sync_records: Callable[[], None],
         beat: Callable[[], None],
+        mark: Callable[[int], None],
         damaged: frozenset[int] = frozenset(),
         last_step: int = 0,
     ) -> None:
         self._engine, self._plan, self._where, self._guard = engine, plan, where, guard
-        self._event, self._sync_records, self._beat = event, sync_records, beat
+        self._event, self._sync_records, self._beat, self._mark = event, sync_records, beat, mark
         self._damaged = damaged
         self._rank = dist.get_rank()
         self._pool = ThreadPoolExecutor(1)
@@ -84,12 +85,12 @@ class Saver:
         started = time.perf_counter()
         faults.hit("save.begin", rank=self._rank, step=step)
         pieces = list(self._pieces(probe(self._engine, self._plan)))
-        self._beat()
+        self._mark(step)
         needed = sum(distributed.gather_objects(sum(4 * one.length for one in pieces) + _SPARE))
         attempt, distrusted = self._where.attempt.name, step in self._damaged
         try:
             folder = distributed.on_rank_zero(
-                lambda: store.prepare(self._where.path, step, attempt, needed, distrusted=distrusted)
+                lambda: self._prune() or store.prepare(self._where.path, step, attempt, needed, distrusted=distrusted)
             )
         except HalfstepError as error:
             self._failed(step, error)
@@ -105,6 +106,7 @@ class Saver:
             self._pending.error = error.strerror or str(error)
         else:
             self._pending.synced = self._pool.submit(self._sync, folder, step, files)
+        self._mark(step)  # whoever hangs in its own part is a mark behind those that wait for it
         self._pending.stalled = time.perf_counter() - started
 
     def finish(self) -> None:
@@ -119,7 +121,7 @@ class Saver:
                 files = pending.synced.result()
             except OSError as error:
                 pending.error = error.strerror or str(error)
-        self._beat()
+        self._mark(pending.step)
         outcome = distributed.gather_objects((pending.error, files))
         reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(outcome) if reason]
         everything = tuple(file for _, own in outcome for file in own)
@@ -139,18 +141,22 @@ class Saver:
     def _commit(self, pending: _Pending, files: tuple[File, ...]) -> list[str]:
         """Make the checkpoint appear, prune, and return what kept it from appearing."""
         assert pending.manifest is not None, "rank 0 has it"
-        self._sync_records()  # the rows of the steps that the checkpoint has behind it must not be lost after it
         try:
+            self._sync_records()  # the rows of the steps that the checkpoint has behind it must not be lost after it
             store.commit(pending.folder, replace(pending.manifest, files=files))
         except OSError as error:
             return [f"rank 0: {error.strerror or error}"]
+        self._damaged -= {pending.step}
+        self._prune()
+        return []
+
+    def _prune(self) -> None:
+        """Delete what need not be kept; before a save as well, for its space."""
         keep = self._plan.checkpoint
         try:
-            store.prune(self._where.path, keep.keep, keep.keep_every, distrusted=self._damaged - {pending.step})
+            store.prune(self._where.path, keep.keep, keep.keep_every, distrusted=self._damaged)
         except OSError as error:  # an old one too many harms nobody
-            self._event("prune_failed", step=pending.step, reason=str(error))
-        self._damaged -= {pending.step}
-        return []
+            self._event("prune_failed", reason=str(error))
 
     def _lost(self, pending: _Pending, reasons: list[str]) -> None:
         if self._rank == 0:

@@ -58,7 +58,8 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
             return rundir.start_attempt(path, about, steps_done=choice.step)
 
         where: RunDir = distributed.on_rank_zero(start_attempt)
-        stop.attempt = where.attempt
+        if rank.rank == 0:
+            stop.look_for(where.stop_file)
         heart.set_attempt(where.attempt, rank.world_size)
         stop.set_grace(plan.checkpoint.grace, lambda: _out_of_grace(where, rank))
         try:

@@ -124,9 +124,26 @@ def create_optimizer_states(engine: DeepSpeedEngine, kinds: list[str], steps: fl
             # torch's own counts in a tensor, DeepSpeed's two Adams in an int (ops/adam).
             own = type(optimizer).__module__.startswith("torch.optim")
             state["step"] = torch.tensor(steps, dtype=torch.float32) if own else int(steps)
+    if hasattr(optimizer, "ds_opt_adam"):
+        _count_up(optimizer, int(steps))
     if type(optimizer).__name__ == "FusedAdam":
         for group in optimizer.param_groups:
             group["step"] = int(steps)
+
+
+def _count_up(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Let DeepSpeed's Adam for the host count `steps` steps.
+
+    It multiplies its betas step by step, and from a later step on would take their power instead, which differs in the
+    last digits (csrc/includes/cpu_adam.h, IncrementStep).
+    """
+    group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    dummies = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, beta1, beta2, group["eps"], 0.0, group["bias_correction"], *dummies
+        )
 
 
 def refresh_weights(engine: DeepSpeedEngine) -> None:

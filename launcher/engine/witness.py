@@ -81,6 +81,9 @@ class Witness:
         if changed:
             differ = f"the logits differ by {found['logits_differ_by']:.2g}"
             self.screen.say(f"reshaped: {', '.join(changed)}; {differ}; random states {found['random_states']}")
+        elif found["logits_differ_by"] and not found["other_versions"]:
+            told = f"this machine computes other logits from it, by {found['logits_differ_by']:.2g}"
+            self.screen.say(f"WARNING: {told}: the numbers will part from those of an undisturbed run")
         if found["other_versions"]:
             told = ", ".join(f"{name} {versions}" for name, versions in found["other_versions"].items())
             self.screen.say(f"WARNING: saved with other versions, so the numbers may part: {told}")

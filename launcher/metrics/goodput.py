@@ -6,7 +6,7 @@ was killed left its rows and events, and what it did not leave is the time until
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,75 +42,83 @@ class Goodput:
 
 @dataclass(kw_only=True)
 class _Attempt:
+    """One attempt's own rows and events, and when it was there."""
+
     began: float
+    """Start of its first process."""
+    held: float
+    """Start of the attempt itself, after which no other one's rows are written."""
     ended: float
-    spent: dict[str, float]
+    standing: list[dict[str, Any]] = field(default_factory=list)
+    gone: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def spent(self) -> dict[str, float]:
+        """Return the seconds that are accounted for, by what they were spent on."""
+        found: dict[str, float] = dict.fromkeys(("productive", "skipped", "redone", "evaluate", "save", "load"), 0.0)
+        for row in self.standing:
+            found["skipped" if row.get("overflow") else "productive"] += row.get("step_seconds", 0.0)
+        found["redone"] += sum(row.get("step_seconds", 0.0) for row in self.gone)
+        names = {"saved": "save", "evaluated": "evaluate", "resumed": "load"}
+        for event in self.events:
+            if cause := names.get(event.get("event", "")):
+                found[cause] += event["seconds"] + event.get("verify_seconds", 0.0)
+        training = next((event["time"] for event in self.events if event.get("event") == "training"), self.ended)
+        return {**found, "start": training - self.began - found["load"]}
 
 
 def of(run: Path, now: float | None = None) -> Goodput:
     """Account for a run directory; `now` ends the present attempt, without it the last sign of each attempt does."""
     attempts = _attempts(run, now)
-    if not attempts:
-        return Goodput(wall_seconds=0.0, productive_seconds=0.0, lost_seconds=dict[str, float].fromkeys(CAUSES, 0.0))
     lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+    if not attempts:
+        return Goodput(wall_seconds=0.0, productive_seconds=0.0, lost_seconds=lost)
     productive = 0.0
-    for before, one in zip([None, *attempts], attempts, strict=False):
-        lost["down"] += one.began - before.ended if before else 0.0
-        lost["other"] += one.ended - one.began - sum(one.spent.values())
-        for cause, seconds in one.spent.items():
-            if cause == "productive":
-                productive += seconds
-            else:
-                lost[cause] += seconds
+    for number, one in enumerate(attempts):
+        spent = one.spent()
+        lost["down"] += one.began - attempts[number - 1].ended if number else 0.0
+        lost["other"] += one.ended - one.began - sum(spent.values())
+        productive += spent.pop("productive")
+        for cause, seconds in spent.items():
+            lost[cause] += seconds
     wall = attempts[-1].ended - attempts[0].began
     return Goodput(wall_seconds=wall, productive_seconds=productive, lost_seconds=lost)
 
 
 def _attempts(run: Path, now: float | None) -> list[_Attempt]:
     folders = sorted(one for one in (run / "attempts").glob("[0-9]*") if (one / "env.json").exists())
-    begins = [_json(folder / "env.json") for folder in folders]
     found = []
-    for number, (folder, env) in enumerate(zip(folders, begins, strict=True)):
-        last = number + 1 == len(begins)
-        limit = now if last else _start(begins[number + 1])
-        found.append(_account(run, folder, _start(env), limit, last=last and now is not None))
+    for folder in folders:
+        env = _json(folder / "env.json")
+        held = float(env.get("time", env.get("began", 0.0)))
+        ended = float(_json(folder / "exit.json").get("time", held))
+        found.append(_Attempt(began=float(env.get("began", held)), held=held, ended=ended))
+    if not found:
+        return []
+    for row in _rows(run / "metrics.jsonl"):
+        _of_its_time(found, row).standing.append(row)
+    gone = {}
+    for file in (run / "attempts").glob("*/metrics*.jsonl"):
+        # An attempt may cut rows of several before it; an end between two writes leaves a row in both files.
+        gone.update({(row.get("step"), row["time"]): row for row in _rows(file)})
+    kept = {(row.get("step"), row["time"]) for one in found for row in one.standing}
+    for key, row in gone.items():
+        if key not in kept:
+            _of_its_time(found, row).gone.append(row)
+    for event in _rows(run / "events.jsonl"):
+        _of_its_time(found, event).events.append(event)
+    for number, one in enumerate(found):
+        # Ranks may outlive their launcher by seconds, in which the next start is already waking up.
+        one.began = max(one.began, found[number - 1].ended) if number else one.began
+        signs = [row["time"] for row in [*one.standing, *one.gone, *one.events]]
+        one.ended = max([one.began, one.held, one.ended, *signs])
+    if now is not None:
+        found[-1].ended = max(now, found[-1].began)
     return found
 
 
-def _start(env: dict[str, Any]) -> float:
-    return float(env.get("began", env.get("time", 0.0)))
-
-
-def _account(run: Path, folder: Path, began: float, limit: float | None, *, last: bool) -> _Attempt:
-    """Add up one attempt's rows and events; those of `limit` and later are another's."""
-
-    def own(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row for row in rows if began <= row.get("time", 0.0) and (limit is None or row["time"] < limit)]
-
-    spent: dict[str, float] = dict.fromkeys(
-        ("productive", "skipped", "redone", "evaluate", "save", "load", "start"), 0.0
-    )
-    standing = own(_rows(run / "metrics.jsonl"))
-    gone = own(_rows(folder / "metrics-redone.jsonl")) + own(_rows(folder / "metrics.jsonl"))
-    events = own(_rows(run / "events.jsonl"))
-    for row in standing:
-        spent["skipped" if row.get("overflow") else "productive"] += row.get("step_seconds", 0.0)
-    spent["redone"] += sum(row.get("step_seconds", 0.0) for row in gone)
-    for event in events:
-        if event.get("event") == "saved":
-            spent["save"] += event["seconds"]
-        elif event.get("event") == "evaluated":
-            spent["evaluate"] += event["seconds"]
-        elif event.get("event") == "resumed":
-            spent["load"] += event["seconds"] + event["verify_seconds"]
-    signs = [float(row["time"]) for row in [*standing, *gone, *events]]
-    signs.append(float(_json(folder / "exit.json").get("time", began)))
-    ended = limit if last and limit is not None else max(began, *signs)
-    if limit is not None:
-        ended = min(ended, limit)
-    training = next((event["time"] for event in events if event.get("event") == "training"), ended)
-    spent["start"] = training - began - spent["load"]
-    return _Attempt(began=began, ended=ended, spent=spent)
+def _of_its_time(attempts: list[_Attempt], row: dict[str, Any]) -> _Attempt:
+    return next((one for one in reversed(attempts) if one.held <= row["time"]), attempts[0])
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -183,7 +183,7 @@ class WatchKeys(_Section):
     """Seconds without any progress of a rank after which the run ends with exit code 77."""
     startup: Annotated[float, Field(gt=0)] = 1800.0
     """The same before the first step: importing, joining, building, compiling, loading."""
-    slow: Annotated[float, Field(ge=0)] = 1.3
+    slow: Annotated[float, Field(ge=0)] = 1.35
     """A rank that computes this many times as long as the others is named; 0 = none is."""
 
 

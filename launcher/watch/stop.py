@@ -37,6 +37,7 @@ class Stop:
         self._first: dict[str, tuple[str, float]] = {}
         self._handled_interrupts = 0
         self._grace = 0.0
+        self._file: Path | None = None
         self._expired: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
 
@@ -88,6 +89,11 @@ class Stop:
         self._grace, self._expired = seconds, expired
         self._changed()
 
+    def look_for(self, file: Path) -> None:
+        """Ask to stop when a file appears, whatever the rank is doing."""
+        self._file = file
+        self._wake()
+
     def watch(self, file: int, ready: Callable[[], None]) -> None:
         """Call `ready` in the control thread whenever a file can be read."""
         self._selector.register(file, selectors.EVENT_READ, ready)
@@ -132,6 +138,11 @@ class Stop:
         while True:
             deadline = self.deadline
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if self._file is not None and not self._first:
+                wait = 1.0
+                with contextlib.suppress(OSError):
+                    if self._file.exists():
+                        self.ask(f"the file {self._file.name}")
             for key, _ in self._selector.select(wait):
                 key.data()
             if max(self.interrupts, self._handled_interrupts) >= 2:

@@ -79,13 +79,11 @@ class Warden:
 
     def watch(self) -> None:
         """Look until the rank is gone."""
-        last = time.monotonic()
         while True:
+            last = time.monotonic()
             self.poller.poll(POLL * 1000)
             now = time.monotonic()
-            if now - last > GAP:
-                self.awake_since = now
-            last = now
+            self.awake_since = now if now - last > GAP else self.awake_since  # asleep, not at work on a slow disk
             self._learn()
             if self.child.gone():
                 self._tell_death()
@@ -178,7 +176,7 @@ class Warden:
         beside(stalls.write, self.attempt, report)
         if stalled:
             reports = beside(stalls.read, self.attempt) or [report]
-            if len(reports) < self.world_size and now - self.alarm_at < 3:
+            if len(reports) < self.world_size and time.monotonic() - self.alarm_at < 3:
                 return
             named = stalls.culprits(reports)
             # Whom the others wait for may be slow, and moving.
@@ -241,6 +239,8 @@ class Warden:
                 # A batch system has told everybody to stop: the launcher went at once, the rank has its grace.
                 self.sentence = None
                 return
+            if self.launcher_died_at and 0 < signalled < self.launcher_died_at + 2 and sentence.code == 1:
+                sentence.code, sentence.cause = EXIT_STOPPED, "asked to stop; the launcher left before all was saved"
             sentence.ordered = True
             if sentence.cause is not None and self.attempt is not None:
                 before = beside(exits.write_exit, self.attempt, sentence.code, sentence.cause, self.rank)

@@ -12,6 +12,12 @@ pytestmark = pytest.mark.faults
 CELLS = [(zero, precision) for zero in range(4) for precision in ("fp32", "fp16", "bf16")]
 MORE = {
     "offloaded optimizer": ("zero=2", "precision=bf16", "offload=optimizer-cpu"),
+    "DeepSpeed's own Adam on the host": (
+        "zero=1",
+        "precision=bf16",
+        "offload=optimizer-cpu",
+        "ds.optimizer.params.torch_adam=false",
+    ),
     "all offloaded": ("zero=3", "precision=fp16", "offload=cpu"),
     "llama, accumulation 4, clipping": ("model=llama-nano", "zero=3", "batch.micro=1", "optimizer.clip=0.05"),
     "sgd with momentum": ("optimizer.kind=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.1", "zero=1"),

@@ -77,6 +77,30 @@ def test_a_run_that_nobody_ends_is_accounted_for_up_to_its_last_sign(killed_once
     assert goodput.of(killed_once).wall_seconds == 64.0
 
 
+def test_ranks_that_outlive_their_launcher_into_the_next_start_make_nothing_negative(tmp_path: Path) -> None:
+    write(tmp_path / "attempts/0001/env.json", {"began": 100.0, "time": 101.0})
+    write(tmp_path / "attempts/0002/env.json", {"began": 103.0, "time": 111.0})
+    write(tmp_path / "events.jsonl", {"event": "training", "time": 101.0}, {"event": "training", "time": 112.0})
+    write(tmp_path / "metrics.jsonl", step(1, 4.0, 105.0), step(2, 4.0, 109.0), step(3, 2.0, 114.0))
+    found = goodput.of(tmp_path, now=115.0)
+    assert found.productive_seconds == 10.0
+    assert found.lost_seconds["down"] == 0.0
+    assert found.lost_seconds["start"] == pytest.approx(1.0 + 3.0)
+    assert found.lost_seconds["other"] == pytest.approx(0.0 + 1.0)
+
+
+def test_rows_that_a_later_attempt_cuts_count_for_the_one_that_made_them_and_once(tmp_path: Path) -> None:
+    for number, began in (1, 0.0), (2, 100.0), (3, 200.0):
+        write(tmp_path / f"attempts/{number:04d}/env.json", {"began": began, "time": began})
+        write(tmp_path / "events.jsonl", {"event": "training", "time": began})
+    write(tmp_path / "attempts/0002/metrics-redone.jsonl", step(1, 20.0, 20.0), step(2, 5.0, 105.0))
+    write(tmp_path / "metrics.jsonl", step(1, 20.0, 220.0), step(2, 5.0, 105.0))
+    found = goodput.of(tmp_path, now=230.0)
+    assert found.lost_seconds["redone"] == 20.0, "step 2 was copied before an end, and stands"
+    assert found.productive_seconds == 25.0
+    assert found.lost_seconds["down"] == pytest.approx(80.0 + 95.0)
+
+
 def test_a_run_without_attempts_has_no_time(tmp_path: Path) -> None:
     assert goodput.of(tmp_path).to_dict()["goodput"] is None
 
