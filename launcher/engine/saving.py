@@ -84,6 +84,12 @@ class Saver:
             return
         started = time.perf_counter()
         faults.hit("save.begin", rank=self._rank, step=step)
+        if lost := states.left_out(self._engine):
+            raise RefusedError(
+                f"the state of {type(states.base_optimizer(self._engine)).__name__} cannot be saved: {', '.join(lost)}",
+                where="ds.optimizer.type",
+                fix="take AdamW or SGD, or save nothing: checkpoint.every=0 checkpoint.at_end=false",
+            )
         pieces = list(self._pieces(probe(self._engine, self._plan)))
         self._mark(step)
         needed = sum(distributed.gather_objects(sum(4 * one.length for one in pieces) + _SPARE))

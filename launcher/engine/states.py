@@ -111,6 +111,16 @@ def step_count(engine: DeepSpeedEngine, piece: Fragment) -> float | None:
     return None if step is None else float(step)
 
 
+def left_out(engine: DeepSpeedEngine) -> list[str]:
+    """Return the optimizer states that `tensors` and `step_count` do not show, such as NAdam's running product."""
+    optimizer, found = base_optimizer(engine), set()
+    for piece in fragments(engine):
+        state = optimizer.state.get(piece.flat, {})
+        kept = {key for key, value in state.items() if value is None or getattr(value, "shape", 0) == piece.flat.shape}
+        found |= set(state) - kept
+    return sorted(found - {"step"})
+
+
 def create_optimizer_states(engine: DeepSpeedEngine, kinds: list[str], steps: float) -> None:
     """Give an optimizer that has not stepped its states, zero, as after `steps` steps; the values are written later."""
     optimizer = base_optimizer(engine)
