@@ -34,6 +34,8 @@ WORDS = [
     "watch.timeout=60",
 ]
 """8 sequences of 64 tokens a step on two ranks, accumulation 2, dropout on, four checkpoints."""
+OURS = "HALFSTEP_RIG"
+"""The variable that tells of every process which run it was started on."""
 TIMES = ("step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes", "time", "mfu")
 """Fields of a row that differ between two runs of the same thing."""
 
@@ -47,7 +49,8 @@ class Launch:
         self._log.parent.mkdir(exist_ok=True)
         self._begin = self._log.stat().st_size if self._log.exists() else 0
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        common = {**environment(scratch), **address, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), **more}
+        sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        common = {**environment(scratch), **address, **sizes, OURS: str(out), **more}
         with self._log.open("ab") as log:
             self.ranks = [
                 subprocess.Popen(
@@ -108,7 +111,7 @@ def start_by(tool: str, words: list[str], out: Path, scratch: Path, **more: str)
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**environment(scratch), **more},
+            env={**environment(scratch), OURS: str(out), **more},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -208,12 +211,14 @@ def _whole(line: str) -> bool:
         return False
 
 
-def processes(out: Path) -> Iterator[psutil.Process]:
-    """Yield the processes of a run: ranks by their out, wardens by the rank in their command line."""
-    for one in psutil.process_iter(["pid", "cmdline"]):
-        words = one.info["cmdline"] or []
-        if f"out={out}" in words:
-            yield one
+def processes(out: Path) -> list[psutil.Process]:
+    """Return every process that was started on a run, wardens and launchers too, whatever its command line."""
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if one.environ().get(OURS) == str(out) and one.status() != psutil.STATUS_ZOMBIE:
+                found.append(one)
+    return found
 
 
 @contextlib.contextmanager
@@ -222,22 +227,13 @@ def nothing_left(out: Path, *, half_written: bool = False) -> Iterator[None]:
 
     A rank that is killed in a save leaves half of one, which the next start deletes (`half_written`).
     """
-    memory, wardens = set(Path("/dev/shm").iterdir()), set(_wardens())
+    memory = set(Path("/dev/shm").iterdir())
     yield
     end = time.monotonic() + 10
-    while (list(processes(out)) or set(_wardens()) - wardens) and time.monotonic() < end:
+    while processes(out) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not list(processes(out))
-    assert not set(_wardens()) - wardens
+    assert not processes(out)
     assert not {one for one in set(Path("/dev/shm").iterdir()) - memory if "deepspeed" in one.name}
     assert half_written or not list((out / "checkpoints").glob(".*"))
     with lease(out):
         pass  # whoever held it has given it back
-
-
-def _wardens() -> list[int]:
-    return [
-        one.info["pid"]
-        for one in psutil.process_iter(["pid", "cmdline"])
-        if any(word.endswith("warden.py") for word in one.info["cmdline"] or [])
-    ]
