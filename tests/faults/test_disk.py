@@ -23,7 +23,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], check=True)
     yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=False)
 
 
 def test_a_full_disk_is_found_before_the_save_and_the_last_checkpoint_stands(
@@ -98,14 +98,12 @@ def test_a_file_system_that_vanishes_ends_the_run_with_a_sentence(
 ) -> None:
     one = launch(small_disk / "run", *CELL, "steps=2000")
     one.until(lambda: 10 in rig.steps_saved(one.out))
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    codes = one.wait(timeout=60)
-    assert codes == [3, 3] or codes == [1, 1], (codes, one.output)
-    assert "Read-only file system" in one.output
+    subprocess.run(["umount", "--lazy", small_disk], check=True)
+    assert one.wait(timeout=60) == [3, 3], one.output
+    assert "cannot be written: No such file or directory; the last good one is of step" in one.output
+    assert one.output.count("error:") == 1
     assert "Traceback" not in one.output
-    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
-    assert rig.steps_saved(one.out)[-1] >= 10
-    record("file system turns read-only", injected=1, survived=1)
+    record("the file system vanishes (lazy umount)", injected=1, survived=1)
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_the_start(launch: Callable[..., Launch], small_disk: Path) -> None:
