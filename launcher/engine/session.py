@@ -101,7 +101,8 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     cause = write(where.attempt, told.exit_code, told.what, rank.rank)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
-    if cause is None:
+    # Where nothing can be written any more, none is first: then the rank says it that is meant to.
+    if cause is None and not (told.said_elsewhere and exits.read_exit(where.attempt) is None):
         print(told, file=sys.stderr, flush=True)
     return told.exit_code if cause is None else cause  # of the rank that failed first, and broke this one's connection
 
