@@ -93,7 +93,7 @@ def _worker(job: dict) -> None:
     saver = saving.Saver(
         engine, plan, run, own_guard,
         event=lambda kind, **more: events.append({"kind": kind, **more}),
-        sync_records=lambda: None, beat=lambda: None,
+        sync_records=lambda: None, beat=lambda: None, mark=lambda step: None,
     )  # fmt: skip
     feed = Feed(plan, rank, engine.device)
     rounds: list[dict[str, float]] = []
@@ -114,12 +114,13 @@ def _worker(job: dict) -> None:
         seconds = max(distributed.gather_objects(time.perf_counter() - begun))
         size = sum(one.stat().st_size for one in (peer / f"step-{number}").iterdir())
         theirs[number] = (seconds, size)
+        distributed.gather_objects(None)  # all have looked
         if rank.rank == 0:
             shutil.rmtree(peer / f"step-{number}")
         distributed.gather_objects(None)
 
     tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda *_, **__: None)
-    loop.train(engine, plan, feed, tell, own_guard)
+    loop.train(engine, plan, feed, tell, own_guard, done=0, evaluated=True)
     saver.finish()
     ours = [one for one in events if one["kind"] == "saved"]
     stalls = distributed.gather_objects([one["seconds"] for one in ours])
