@@ -2,6 +2,7 @@
 # make test    set up, run the whole test suite
 # make test-all    and what takes longer than anybody waits: every combination of the parity gate, every cell's faults
 # make test-faults the fault matrix: every kill, flip, full disk, signal and stall, on real ranks (about 40 minutes)
+# make test-slurm  jobs on a real SLURM cluster of two nodes on this machine: limits, preemption, lost nodes (about 20 minutes)
 # make gpu     what only a GPU can show, into benchmarks/results/<device>.json
 # make check   formatting, lint, types, generated files
 
@@ -12,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults gpu check format setup clean
+.PHONY: demo test test-all test-faults test-slurm cluster gpu check format setup clean
 
 setup: $(STAMP)
 
@@ -31,10 +32,22 @@ demo: $(STAMP)
 	$(BIN)/halfstep data prepare --source stdlib --out data/stdlib --vocab-size 4096
 	$(BIN)/halfstep run model=gpt2-nano zero=2 precision=fp16 data=data/stdlib out=runs/demo batch.global=48 steps=200
 
-test: $(STAMP)
+# What the cluster in the tests is made of, where it may be installed; without it those tests are skipped and say so.
+CLUSTER := slurmctld slurmd munged shellcheck sshd pdsh mpirun ip
+cluster:
+	@for one in $(CLUSTER); do command -v $$one > /dev/null || exit 1; done || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -q && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
+	      slurm-wlm munge shellcheck openssh-server pdsh openmpi-bin iproute2; } || \
+	  echo "SLURM is not installed and cannot be here: its tests are skipped" >&2
+
+test: $(STAMP) cluster
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(STAMP)
+test-slurm: $(STAMP) cluster
+	$(BIN)/python -m pytest -m 'slurm or process' tests/slurm $(ARGS)
+
+test-all: $(STAMP) cluster
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
 
 test-faults: $(STAMP)

@@ -3,25 +3,17 @@
 halfstep data prepare --source stdlib --out data/stdlib --vocab-size 4096
 halfstep plan model=gpt2-124m data=data/stdlib zero=2 precision=fp16
 halfstep run model=gpt2-nano data=data/stdlib zero=2 precision=fp16
+halfstep submit --site gpu nodes=2 model=gpt2-1.5b data=/shared/data zero=2 precision=bf16
 """
 
 import argparse
 import dataclasses
 import json
-import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
-from launcher import cli_checkpoint, rundir, topology
-from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError, RequestError
-from launcher.lease import lease
-from launcher.plan import facts, present
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.load import Request, load
-from launcher.spec.schema import run_keys
-from launcher.submit import argv, local
+from launcher import cli_checkpoint, cli_jobs, cli_run, topology
+from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError
 
 
 def main(words: list[str]) -> int:
@@ -64,29 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     _data_verbs(verbs.add_parser("data", help="prepare or inspect a corpus"), common)
-    keys = "\n".join(f"  {name:<28} {sentence}" for name, sentence in run_keys().items())
-    for name, verb, text in (
-        ("plan", _plan, "decide everything about a run, show it, and start nothing"),
-        ("run", _run, "start a run on this host"),
-    ):
-        one = verbs.add_parser(
-            name,
-            help=text,
-            description=text,
-            parents=[common],
-            epilog=f"run keys:\n{keys}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        one.add_argument("words", nargs="*", metavar="RUN.toml | key=value")
-        one.add_argument("--ds-config", metavar="FILE", help="a DeepSpeed JSON used instead of the composition")
-        one.set_defaults(verb=verb)
-        if name == "plan":
-            one.add_argument("--json", action="store_true", help="print the plan as JSON")
-        else:
-            one.add_argument(
-                "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
-            )
-            one.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+    cli_run.add(verbs, common)
+    cli_jobs.add(verbs, common)
     verify = verbs.add_parser(
         "verify",
         help="prove that every (stage, precision) cell trains the same model here",
@@ -137,57 +108,6 @@ def _data_verbs(parser: argparse.ArgumentParser, common: argparse.ArgumentParser
     inspect.add_argument("directory", type=Path)
     inspect.add_argument("--json", action="store_true", help="print the counts as JSON")
     inspect.set_defaults(verb=_data_inspect)
-
-
-def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
-    own = ["--ds-config", arguments.ds_config] if arguments.ds_config else []
-    return load([*words, *own])
-
-
-def _decide(request: Request, *, elsewhere: bool) -> Plan:
-    """Plan for the ranks that the request names or that would be started here; `elsewhere`, on its `hardware`."""
-    spec = request.spec
-    ranks_per_node = spec.gpus_per_node or topology.default_ranks_per_node()
-    world = topology.describe((spec.nodes or 1) * ranks_per_node, ranks_per_node)
-    if elsewhere and spec.hardware and world.accelerator == "cpu":
-        # Planned on a login node for the GPUs of another.
-        world = dataclasses.replace(world, accelerator="cuda", device_name=spec.hardware)
-
-    def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
-        from launcher.engine.build import count_parameters
-
-        return count_parameters(config, trust_remote_code)
-
-    return resolve(request, world, facts.read(spec, count_parameters))
-
-
-def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
-    plan = _decide(_request(arguments, words), elsewhere=True)
-    if arguments.json:
-        print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(present.lines(plan)))
-    return HalfstepError.exit_code if plan.refused_by else 0
-
-
-def _run(arguments: argparse.Namespace, words: list[str]) -> int:
-    request = _request(arguments, words)
-    if (request.spec.nodes or 1) > 1:
-        raise RequestError(
-            f"`halfstep run` starts ranks on this host, not on {request.spec.nodes}",
-            where=f"nodes from {request.origins['nodes']}",
-            fix="start launcher/train.py with srun or with deepspeed and a hostfile",
-        )
-    plan = _decide(request, elsewhere=False)
-    plan.require_allowed()
-    path = rundir.location(request, plan).absolute()
-    rundir.refuse_another_run(path, plan)
-    command = argv.STARTERS[arguments.starter](plan, path)
-    if not arguments.dry_run:
-        with lease(path):
-            rundir.write_plan(path, request, plan)
-    print("$ " + shlex.join(command), flush=True)
-    return 0 if arguments.dry_run else local.start(command, path, plan.topology.ranks_per_node)
 
 
 def _data_prepare(arguments: argparse.Namespace, words: list[str]) -> int:

@@ -41,10 +41,15 @@ def lease(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     released = threading.Event()
     try:
-        if holder and holder.get("host") != socket.gethostname() and _age(file) < LEASE_STALE_SECONDS:
+        elsewhere = bool(holder) and holder.get("host") != socket.gethostname()
+        # SLURM has ended all of a job before it starts it again, also what ran on a node that it lost.
+        job, start = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+        started_again = job is not None and holder.get("job") == job and holder.get("start") != start
+        if elsewhere and not started_again and _age(file) < LEASE_STALE_SECONDS:
             raise _held(path, holder)
         with cannot_write(path):
-            write_json(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+            about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+            write_json(file, {**about, "job": job, "start": start})
         threading.Thread(target=_touch, args=(file, released), daemon=True).start()
         try:
             yield file

@@ -1,5 +1,6 @@
 """Which processes take part, and on what: ranks from whoever set them, devices from what is there."""
 
+import itertools
 import os
 import re
 import shutil
@@ -195,7 +196,7 @@ def prepare_environment(rank: Rank, environ: MutableMapping[str, str] = os.envir
     environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"] = str(rank.world_size), str(rank.local_world_size)
     if rank.source == "srun":
         # Every rank works the same address out of the same variables, so that no ssh and no hostfile is needed.
-        environ.setdefault("MASTER_ADDR", _first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+        environ.setdefault("MASTER_ADDR", hosts(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))[0])
         job = int(environ.get("SLURM_JOB_ID", "0")) * 16 + int(environ.get("SLURM_STEP_ID", "0"))
         environ.setdefault("MASTER_PORT", str(20000 + job % 12000))
     elif rank.world_size == 1:
@@ -212,10 +213,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _first_host(nodelist: str) -> str:
-    """Return the first host of a SLURM node list: `n[03-07,9],m1` -> `n03`."""
-    prefix, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in prefix:
-        return prefix.partition(",")[0]
-    first = re.match(r"\d+", rest)
-    return prefix + (first[0] if first else "")
+def hosts(nodelist: str) -> list[str]:
+    """Return the hosts of a SLURM node list: `n[03-04,9],m1` -> n03, n04, n9, m1."""
+    found = []
+    for one in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        parts = re.split(r"\[([^\]]*)\]", one)
+        choices = [_numbers(part) if odd % 2 else [part] for odd, part in enumerate(parts)]
+        found += ["".join(words) for words in itertools.product(*choices)]
+    return found
+
+
+def _numbers(ranges: str) -> list[str]:
+    found = []
+    for one in ranges.split(","):
+        first, _, last = one.partition("-")
+        found += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+    return found

@@ -1,4 +1,4 @@
-"""Bring the ranks together: the process group, agreement on the plan, and errors that all ranks share."""
+"""Bring the ranks together: the process group, and errors that all ranks share."""
 
 import contextlib
 import datetime
@@ -19,15 +19,11 @@ import torch.distributed.distributed_c10d as c10d
 from launcher.engine import opcache
 from launcher.errors import Fault, HalfstepError, RefusedError, TopologyError
 from launcher.plan.plan import Plan
-from launcher.spec.digest import digest
 from launcher.topology import Rank
 
 
 def join(rank: Rank, plan: Plan) -> None:
-    """Join the process group and compare the plan with every other rank's, before anything is built.
-
-    Raises TopologyError where the ranks planned different things: another version, data folder or environment.
-    """
+    """Join the process group."""
     # DeepSpeed prints to stdout while it is imported and while it connects; a run's output is ours to write.
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
@@ -55,16 +51,6 @@ def join(rank: Rank, plan: Plan) -> None:
     else:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].partition(",")[0]))
     set_timeouts(max(plan.watch.startup, plan.watch.timeout))
-    digests = gather_objects(digest(plan.to_dict()))
-    if len(set(digests)) > 1:
-        odd = [number for number, one in enumerate(digests) if one != digests[0]]
-        error = TopologyError(
-            f"ranks {odd} worked out another plan than rank 0",
-            where="the digest of plan.json on every rank",
-            fix="give all hosts the same Halfstep, the same data folder and the same kind of device",
-        )
-        error.said_elsewhere = rank.rank != 0
-        raise error
 
 
 def set_timeouts(seconds: float) -> None:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from launcher import faults, rundir
 from launcher.checkpoint import store
-from launcher.engine import distributed, restoring
+from launcher.engine import distributed, preflight, restoring
 from launcher.engine.attempt import Attempt, make
 from launcher.errors import Fault, HalfstepError, RefusedError, Stopped
+from launcher.files import write_json
 from launcher.lease import lease
 from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
@@ -30,7 +31,10 @@ from launcher.watch.stop import Stop
 def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:
     """Train the plan in its run directory and return the exit code; every rank of the run calls this."""
     heart.mark("join")
+    call = preflight.RollCall(rank, plan)  # its store serves the process group too
+    seen = call.answer()
     distributed.join(rank, plan)
+    reduced = preflight.bandwidth(distributed.device(rank, plan))
     stop.install()  # libraries may have put their own handlers there while they were imported
     with contextlib.ExitStack() as held:
 
@@ -55,7 +59,9 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
             rundir.write_plan(path, request, plan)
             about: dict[str, Any] = {"launcher": rank.source, "world_size": rank.world_size, "steps_done": choice.step}
             about["began"] = _began()
-            return rundir.start_attempt(path, about, steps_done=choice.step)
+            where = rundir.start_attempt(path, about, steps_done=choice.step)
+            write_json(where.attempt / "preflight.json", {**seen, "all_reduce": reduced})
+            return where
 
         where: RunDir = distributed.on_rank_zero(start_attempt)
         if rank.rank == 0:

@@ -13,13 +13,14 @@ from launcher.topology import free_port
 Starter = Callable[[Plan, Path], list[str]]
 
 
-def _tool(name: str, module: str) -> list[str]:
+def tool(name: str, module: str) -> list[str]:
     """Return how to call a tool of this Python: the script beside the interpreter, else its module."""
     script = Path(sys.executable).parent / name
     return [str(script)] if script.exists() else [sys.executable, "-m", module]
 
 
-def _script(run: Path) -> list[str]:
+def script_words(run: Path) -> list[str]:
+    """Return what a starter is given to start: our script and the run directory."""
     # Not --run: torchrun, and accelerate through it, take that for a short form of their own --run-path and eat it.
     return [str(assets.train_script()), f"run={run}"]
 
@@ -29,7 +30,7 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
 
     With --num_gpus it ignores CUDA_VISIBLE_DEVICES (launcher/runner.py, main): where that is set, devices are named.
     """
-    tool = _tool("deepspeed", "deepspeed.launcher.runner")
+    words = tool("deepspeed", "deepspeed.launcher.runner")
     ranks = plan.topology.ranks_per_node
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if plan.topology.accelerator == "cuda" else None
     devices = ["--num_gpus", str(ranks)]
@@ -43,13 +44,13 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
             )
         devices = ["--include", f"localhost:{','.join(chosen)}"]
     quiet = ["--log_level", "error"]  # its own lines about processes and ports would bury the run's
-    return [*tool, *devices, "--master_port", str(free_port()), *quiet, *_script(run)]
+    return [*words, *devices, "--master_port", str(free_port()), *quiet, *script_words(run)]
 
 
 def torchrun(plan: Plan, run: Path) -> list[str]:
     """Return the `torchrun` command; --standalone finds its own port."""
-    tool = _tool("torchrun", "torch.distributed.run")
-    return [*tool, "--standalone", "--nproc_per_node", str(plan.topology.ranks_per_node), *_script(run)]
+    words = tool("torchrun", "torch.distributed.run")
+    return [*words, "--standalone", "--nproc_per_node", str(plan.topology.ranks_per_node), *script_words(run)]
 
 
 def accelerate(plan: Plan, run: Path) -> list[str]:
@@ -61,8 +62,8 @@ def accelerate(plan: Plan, run: Path) -> list[str]:
     spread = ["--multi_gpu"] if ranks > 1 else []
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     port = ["--main_process_port", str(free_port())]
-    tool = _tool("accelerate", "accelerate.commands.accelerate_cli")
-    return [*tool, "launch", *spread, "--num_processes", str(ranks), *options, *port, *_script(run)]
+    words = tool("accelerate", "accelerate.commands.accelerate_cli")
+    return [*words, "launch", *spread, "--num_processes", str(ranks), *options, *port, *script_words(run)]
 
 
 STARTERS: dict[str, Starter] = {"deepspeed": deepspeed, "torchrun": torchrun, "accelerate": accelerate}

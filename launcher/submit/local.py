@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher import rundir
 from launcher.errors import Fault, Interrupted
+from launcher.submit.hostfile import write_environment
 from launcher.topology import prefer_cpu, usable_cores
 from launcher.watch.exits import read_exit, write_exit
 from launcher.watch.processes import marked
@@ -23,8 +24,10 @@ _LEAVING_SECONDS = 15.0
 """How long what the launcher leaves behind may take to end; the ranks' wardens need ten at most."""
 
 
-def start(argv: list[str], run: Path, ranks: int) -> int:
+def start(argv: list[str], run: Path, ranks: int, remote: Path | None = None) -> int:
     """Run a starter's command and return the run's exit code.
+
+    `remote` is where ranks on other hosts look for their environment; it is written now and removed at the end.
 
     The starter gets a session of its own, so that Ctrl-C reaches only this process, which asks the ranks to stop at
     their next step; a second one ends them at once. torchrun and accelerate turn every failure into 1, so the code
@@ -38,6 +41,8 @@ def start(argv: list[str], run: Path, ranks: int) -> int:
     # Whatever is started from here on bears this name, wherever it moves: torchrun gives each rank its own session.
     name = uuid.uuid4().hex
     environment["HALFSTEP_LAUNCH"] = name
+    if remote is not None:
+        write_environment(remote, environment)
     stop = run / STOP_FILE
     with _heard() as signals, subprocess.Popen(
         argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
@@ -59,6 +64,8 @@ def start(argv: list[str], run: Path, ranks: int) -> int:
         finally:
             if ours:
                 stop.unlink(missing_ok=True)
+            if remote is not None:
+                remote.unlink(missing_ok=True)
     return _verdict(run, _newest(run, before), status)
 
 

@@ -46,7 +46,7 @@ class Heart:
         self._pulse = Pulse(page)
         # A data worker that was forked from the rank makes no progress for it.
         os.register_at_fork(after_in_child=self._forget)
-        self._launchers = processes.launchers_above(os.getpid())
+        self._launchers = processes.launchers_above(os.getpid(), over_ssh="HALFSTEP_REMOTE" in os.environ)
         self._dump_stacks_to(sys.stderr)
         self.mark("start")
         self._tell_stop()

@@ -60,10 +60,11 @@ def is_alive(pid: int) -> bool:
     return found is not None and found.state not in "ZX"
 
 
-def launchers_above(pid: int) -> list[Process]:
+def launchers_above(pid: int, *, over_ssh: bool = False) -> list[Process]:
     """Return who started this process and dies only if something is wrong: its parent, and launchers above that.
 
-    A shell between a launcher and the process is passed over, not watched.
+    A shell between a launcher and the process is passed over, not watched. `over_ssh` is for what another host started
+    here: the end of the ssh session is then the end of the launch.
     """
     found: list[Process] = []
     below, shells = stat(pid), 0
@@ -72,6 +73,9 @@ def launchers_above(pid: int) -> list[Process]:
         below = stat(parent)
         name, is_launcher = launcher_name(_words(parent))
         if below is None:
+            break
+        if over_ssh and _comm(parent).startswith("sshd"):
+            found.append(Process(pid=parent, start=below.start, name="the ssh session that started it"))
             break
         if _comm(parent) in _PLACES:
             shells += 1

@@ -23,8 +23,12 @@ MAY_IMPORT = {
         "lease",
         "checkpoint",
         "cli_checkpoint",
+        "cli_jobs",
+        "cli_run",
     },
     "launcher.cli_checkpoint": {"topology", "errors"},
+    "launcher.cli_jobs": {"submit", "errors"},
+    "launcher.cli_run": {"spec", "topology", "plan", "rundir", "submit", "errors", "lease"},
     "launcher.train": {
         "spec",
         "topology",
@@ -38,7 +42,7 @@ MAY_IMPORT = {
         "faults",
         "watch",
     },
-    "launcher.submit": {"plan", "rundir", "topology", "errors", "assets", "watch"},
+    "launcher.submit": {"plan", "spec", "rundir", "topology", "errors", "assets", "watch", "files", "lease"},
     "launcher.data": {"plan", "errors", "assets"},
     "launcher.engine": {
         "plan",
@@ -97,6 +101,8 @@ MAY_IMPORT = {
 LATE = {
     "launcher.cli": {"data", "engine", "parity", "verdict"},
     "launcher.cli_checkpoint": {"export"},
+    "launcher.cli_jobs": {"submit"},
+    "launcher.cli_run": {"engine", "submit"},
     "launcher.train": {"engine"},
     "launcher.plan": set(),
 }

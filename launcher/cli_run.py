@@ -1,0 +1,240 @@
+"""The verbs that decide about runs and start them: plan, run, submit."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shlex
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from launcher import rundir, topology
+from launcher.errors import HalfstepError, RequestError
+from launcher.lease import lease
+from launcher.plan import facts, present
+from launcher.plan.plan import Plan
+from launcher.plan.resolve import resolve
+from launcher.spec.load import Request, load
+from launcher.spec.schema import run_keys
+from launcher.submit import argv, hostfile, local, spread
+from launcher.submit.job import STARTERS, Array, Job
+from launcher.submit.site import Site
+from launcher.topology import Topology
+
+
+def add(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verbs to the command."""
+    keys = "\n".join(f"  {name:<28} {sentence}" for name, sentence in run_keys().items())
+    for name, verb, text in (
+        ("plan", _plan, "decide everything about a run, show it, and start nothing"),
+        ("run", _run, "start a run on this host, or over a hostfile"),
+        ("submit", _submit, "send a run to SLURM, as a job that saves, requeues and resumes by itself"),
+    ):
+        one = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            epilog=f"run keys:\n{keys}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.add_argument("words", nargs="*", metavar="RUN.toml | key=value")
+        one.add_argument("--ds-config", metavar="FILE", help="a DeepSpeed JSON used instead of the composition")
+        one.set_defaults(verb=verb)
+        if name == "plan":
+            one.add_argument("--json", action="store_true", help="print the plan as JSON")
+        elif name == "run":
+            one.add_argument(
+                "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
+            )
+            one.add_argument(
+                "--hostfile", type=Path, metavar="FILE", help="start on these hosts, `host slots=N` a line"
+            )
+            one.add_argument(
+                "--launcher", choices=spread.BACKENDS, default="pdsh", help="how deepspeed reaches them (default: pdsh)"
+            )
+            one.add_argument("--ssh-port", type=int, metavar="N", help="where their sshd listens (default: 22)")
+            one.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+        else:
+            _submit_options(one)
+
+
+def _submit_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--site", metavar="NAME", help="the cluster: a name, or a TOML file (default: yours, or `gpu`)")
+    for name, text in (
+        ("time", "limit of one job, such as 12:00:00 or 2-00"),
+        ("partition", "where it is queued"),
+        ("account", "who pays"),
+        ("qos", "quality of service"),
+        ("constraint", "features of the nodes"),
+        ("memory", "of a node; 0 = all"),
+    ):
+        one.add_argument(f"--{name}", metavar=name.upper(), help=f"{text} (default: the site's)")
+    one.add_argument(
+        "--with", dest="starter", choices=STARTERS, default="srun", help="one srun task a rank, or one torchrun a node"
+    )
+    one.add_argument(
+        "--after",
+        metavar="JOB | RUN",
+        action="append",
+        default=[],
+        help="begin when that job has ended; when it is of another run, only if it ended well",
+    )
+    one.add_argument(
+        "--each",
+        metavar="KEY=A,B,...",
+        action="append",
+        default=[],
+        help="an array: one run for each value, for each combination where --each is given more than once",
+    )
+    one.add_argument("--at-once", type=int, metavar="N", default=0, help="how many of an array may run at a time")
+    one.add_argument("--dry-run", action="store_true", help="print the script and the sbatch line, submit nothing")
+    one.add_argument("--json", action="store_true", help="print the job as JSON")
+
+
+def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
+    own = ["--ds-config", arguments.ds_config] if arguments.ds_config else []
+    return load([*words, *own])
+
+
+def _decide(request: Request, world: Topology) -> Plan:
+    def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
+        from launcher.engine.build import count_parameters
+
+        return count_parameters(config, trust_remote_code)
+
+    return resolve(request, world, facts.read(request.spec, count_parameters))
+
+
+def _here(request: Request) -> Topology:
+    """Return the ranks that the request names, or that would be started here."""
+    ranks_per_node = request.spec.gpus_per_node or topology.default_ranks_per_node()
+    return topology.describe((request.spec.nodes or 1) * ranks_per_node, ranks_per_node)
+
+
+def _there(request: Request, site: Site) -> Topology:
+    """Return the ranks that a site would start."""
+    gpus = site.node.gpus
+    ranks_per_node = request.spec.gpus_per_node or gpus or 2
+    return Topology(
+        world_size=(request.spec.nodes or 1) * ranks_per_node,
+        ranks_per_node=ranks_per_node,
+        accelerator="cuda" if gpus else "cpu",
+        fused_adam=bool(gpus) and site.node.cuda_compiler,
+        device_name=(request.spec.hardware or site.node.hardware or "") if gpus else "",
+    )
+
+
+def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
+    request = _request(arguments, words)
+    world = _here(request)
+    if request.spec.hardware and world.accelerator == "cpu":
+        # Planned on a login node for the GPUs of another.
+        world = dataclasses.replace(world, accelerator="cuda", device_name=request.spec.hardware)
+    plan = _decide(request, world)
+    if arguments.json:
+        print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(present.lines(plan)))
+    return HalfstepError.exit_code if plan.refused_by else 0
+
+
+def _run(arguments: argparse.Namespace, words: list[str]) -> int:
+    request = _request(arguments, words)
+    spec, hosts, world = request.spec, None, _here(request)
+    if arguments.hostfile is not None:
+        hosts = hostfile.read(arguments.hostfile.absolute(), spec.nodes, spec.gpus_per_node, arguments.ssh_port)
+        world = topology.describe(len(hosts.names) * hosts.slots, hosts.slots)
+    elif (spec.nodes or 1) > 1:
+        raise RequestError(
+            f"`halfstep run` starts ranks on this host, not on {spec.nodes}",
+            where=f"nodes from {request.origins['nodes']}",
+            fix="name the hosts with --hostfile FILE, or send the run to a cluster with `halfstep submit`",
+        )
+    plan = _decide(request, world)
+    plan.require_allowed()
+    path = rundir.location(request, plan).absolute()
+    rundir.refuse_another_run(path, plan)
+    if hosts is None:
+        command, remote = argv.STARTERS[arguments.starter](plan, path), None
+    else:
+        command = spread.STARTERS[arguments.starter](plan, path, hosts, arguments.launcher)
+        remote = spread.environment_file(path)
+        program = spread.needed(arguments.starter, arguments.launcher)
+        if shutil.which(program) is None and not arguments.dry_run:
+            raise RequestError(f"{program} is not installed here", where="--hostfile", fix=f"install {program}")
+    if not arguments.dry_run:
+        with lease(path):
+            rundir.write_plan(path, request, plan)
+    print("$ " + shlex.join(command), flush=True)
+    return 0 if arguments.dry_run else local.start(command, path, plan.topology.ranks_per_node, remote)
+
+
+def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher.submit import jobs, render, send, site, slurm  # Jinja takes a while to load
+
+    names = ("time", "partition", "account", "qos", "constraint", "memory")
+    chosen = site.read(arguments.site, {name: getattr(arguments, name) for name in names})
+    decided = []
+    for more in _combinations(arguments.each):
+        request = _request(arguments, [*words, *more])
+        plan = _decide(request, _there(request, chosen))
+        plan.require_allowed()
+        path = rundir.location(request, plan).absolute()
+        if more and request.spec.out:
+            path /= ",".join(more).replace("/", "_")
+        decided.append((path, request, plan))
+    path, _, plan = decided[0]
+    array = _array(decided, arguments.at_once) if arguments.each else None
+    job = Job(run=path, plan=plan, site=chosen, starter=arguments.starter, array=array)
+    if arguments.after:
+        own = {path for path, _, _ in decided}
+        found = [jobs.find(one) if not arguments.dry_run else (Path(one), [one]) for one in arguments.after]
+        behind = tuple(one for run, numbers in found if run.absolute() in own for one in numbers)
+        after = tuple(one for run, numbers in found if run.absolute() not in own for one in numbers)
+        job = dataclasses.replace(job, behind=behind, after=after)
+    line = shlex.join(slurm.sbatch_line(job))
+    if arguments.dry_run:
+        job.check()
+        text = render.script(job)
+        if arguments.json:
+            print(json.dumps({"script": str(job.script), "text": text, "command": slurm.sbatch_line(job)}, indent=2))
+        else:
+            print(f"{text}\n$ {line}")
+        return 0
+    number = send.send(job, decided)
+    if arguments.json:
+        print(json.dumps({"job": number, "script": str(job.script), "runs": [str(one) for one, _, _ in decided]}))
+        return 0
+    print(f"$ {line}\njob {number}: {len(decided)} run{'s' * (len(decided) > 1)}, {job.folder}")
+    print(f"`halfstep jobs` shows how it does, `halfstep jobs logs -f {job.folder}` what it says")
+    return 0
+
+
+def _combinations(each: list[str]) -> Iterable[tuple[str, ...]]:
+    """Return the words of every run of an array; of a single run, none."""
+    axes = []
+    for one in each:
+        key, given, values = one.partition("=")
+        if not given or not all(values.split(",")):
+            raise RequestError(f"--each {one} names no values", where="the command line", fix="--each seed=0,1,2")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    return itertools.product(*axes)
+
+
+def _array(decided: list[tuple[Path, Request, Plan]], at_once: int) -> Array:
+    runs = tuple(path for path, _, _ in decided)
+    plans = [plan for _, _, plan in decided]
+    if len({one.topology for one in plans}) > 1:
+        raise RequestError(
+            "the runs of an array start the same ranks on the same nodes",
+            where="--each, for nodes or gpus_per_node",
+            fix="submit those one by one",
+        )
+    if len(set(runs)) < len(runs):
+        raise RequestError("two runs of the array are the same", where="--each", fix="name every value once")
+    out = decided[0][1].spec.out
+    folder = Path(out) if out else Path.cwd() / "runs" / f"array-{plans[0].run_id}-{len(runs)}"
+    return Array(folder=folder.absolute(), runs=runs, at_once=min(at_once or len(runs), len(runs)))

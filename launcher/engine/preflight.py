@@ -1,0 +1,290 @@
+"""The roll call before anything is built: every rank says where it is and what it has, and rank 0 compares.
+
+It runs over a plain TCP store, before any process group: a group that cannot form says only that it timed out.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher import assets, rundir
+from launcher.errors import HalfstepError, TopologyError
+from launcher.plan.corpus import read_data
+from launcher.plan.plan import Plan
+from launcher.spec.digest import digest
+from launcher.topology import Rank, hosts
+
+LIMIT = 120.0
+"""Seconds that the first rank to be there waits for the last; importing torch on cold disks takes most of them."""
+_MESSAGE_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+_ALIKE = {
+    "halfstep": "Halfstep's code is {} on {}, and {} on {}",
+    "plan": "the plan of the run is {} on {}, and {} on {}",
+    "data": "the corpus is {} on {}, and {} on {}",
+    "device": "the device is {} on {}, and {} on {}",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one rank says."""
+
+    rank: int
+    host: str
+    address: str
+    """Its own, on the way to the first node."""
+    device: str
+    versions: dict[str, str]
+    halfstep: str
+    """Hash of Halfstep's own files."""
+    plan: str
+    data: str
+    problem: str | None
+    """What is missing on this node."""
+    listens: int | None = None
+    """The port at which a node's first rank can be reached."""
+
+
+class RollCall:
+    """The store that ranks meet at; rank 0 keeps it open, because torch's process group then uses it too."""
+
+    def __init__(self, rank: Rank, plan: Plan) -> None:
+        self._rank, self._plan = rank, plan
+        self._limit = min(LIMIT, 0.8 * plan.watch.startup)
+        self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._began = time.perf_counter()
+        # Under torchrun, its agent has the store.
+        serves = rank.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            self._store = dist.TCPStore(
+                self._host,
+                self._port,
+                rank.world_size,
+                is_master=serves,
+                timeout=datetime.timedelta(seconds=self._limit),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            raise self._unreachable(error) from None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._calls = dist.PrefixStore(f"halfstep/{attempt}", self._store)
+
+    def answer(self) -> dict[str, Any]:
+        """Report, compare, and return on rank 0 what is written down, nothing elsewhere.
+
+        Raises TopologyError on every rank where a rank is missing, cannot reach the next node, or has something else
+        than the others.
+        """
+        with contextlib.closing(socket.socket()) as ear:
+            first_of_node = self._rank.local_rank == 0
+            if first_of_node:
+                ear.bind(("", 0))
+                ear.listen(16)
+            own = _report(
+                self._rank, self._plan, (self._host, self._port), ear.getsockname()[1] if first_of_node else None
+            )
+            self._calls.set(f"report/{own.rank}", json.dumps(own.__dict__))
+            reports: list[Report] = []
+            if self._rank.rank == 0:
+                reports = self._collect()
+            if first_of_node and self._rank.world_size > self._rank.local_world_size:
+                self._calls.set(f"link/{own.rank}", self._reach_the_next_node())
+            if self._rank.rank == 0:
+                verdict = self._judge(reports)
+                self._calls.set("verdict", json.dumps(verdict))
+            else:
+                verdict = json.loads(self._calls.get("verdict"))
+        if verdict:
+            error = TopologyError(verdict[0], where=verdict[1], fix=verdict[2])
+            error.said_elsewhere = self._rank.rank != 0
+            raise error
+        return summary(reports, time.perf_counter() - self._began) if reports else {}
+
+    def _collect(self) -> list[Report]:
+        end = time.monotonic() + self._limit
+        missing = set(range(self._rank.world_size))
+        while missing and time.monotonic() < end:
+            missing -= {rank for rank in missing if self._calls.check([f"report/{rank}"])}
+            if missing:
+                time.sleep(0.05)
+        there = sorted(set(range(self._rank.world_size)) - missing)
+        return [Report(**json.loads(self._calls.get(f"report/{rank}"))) for rank in there]
+
+    def _reach_the_next_node(self) -> str:
+        """Connect to the first rank of the next node, and return what keeps us from it, or nothing."""
+        step, world = self._rank.local_world_size, self._rank.world_size
+        other = (self._rank.rank + step) // step * step % world
+        try:
+            self._calls.wait([f"report/{other}"], datetime.timedelta(seconds=self._limit))
+            found = Report(**json.loads(self._calls.get(f"report/{other}")))
+            with socket.create_connection((found.address, found.listens or 0), timeout=min(10.0, self._limit / 2)):
+                return ""
+        except (dist.DistError, RuntimeError):
+            return ""  # it never came: rank 0 says so
+        except OSError as error:
+            return f"{socket.gethostname()} cannot reach {found.host} at {found.address}: {error.strerror or error}"
+
+    def _judge(self, reports: Sequence[Report]) -> tuple[str, str, str] | None:
+        here = f"MASTER_ADDR={self._host} MASTER_PORT={self._port}"
+        there = {one.rank for one in reports}
+        if absent := sorted(set(range(self._rank.world_size)) - there):
+            nodes = _names_of_nodes(absent, self._rank, reports)
+            return (
+                f"{nodes} did not come to {self._host} within {self._limit:.0f} s: rank {_some(absent)} of "
+                f"{self._rank.world_size}",
+                here,
+                "look at that node: is it up, can it reach the first one, is the network interface the right one?",
+            )
+        for one in reports:
+            if one.problem:
+                return f"{one.host}: {one.problem}", "the preflight", "mend that node, or put data where all see it"
+        if told := different(reports):
+            return told, "the preflight: what every rank has", "give all nodes the same installation and the same data"
+        for leader in range(0, self._rank.world_size, self._rank.local_world_size):
+            if self._rank.world_size == self._rank.local_world_size:
+                break
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self._calls.wait([f"link/{leader}"], datetime.timedelta(seconds=min(30.0, self._limit)))
+                if told := self._calls.get(f"link/{leader}").decode():
+                    fix = "name the network that the nodes share: node.interface in the site, or GLOO_SOCKET_IFNAME"
+                    return told, "the preflight", fix
+        return None
+
+    def _unreachable(self, error: BaseException) -> TopologyError:
+        where = f"MASTER_ADDR={self._host} MASTER_PORT={self._port}"
+        if self._rank.rank == 0:
+            return TopologyError(
+                f"{socket.gethostname()} cannot open port {self._port} for the others: {str(error).splitlines()[0]}",
+                where=where,
+                fix="name a port that is free: `deepspeed --master_port N`, or MASTER_PORT=N",
+            )
+        told = TopologyError(
+            f"{socket.gethostname()} (rank {self._rank.rank}) could not reach {self._host} within {self._limit:.0f} s",
+            where=where,
+            fix="is the first node up, does its name resolve to an address that the others see, is there no firewall?",
+        )
+        told.said_elsewhere = self._rank.local_rank != 0
+        return told
+
+
+def bandwidth(device: torch.device) -> dict[str, float]:
+    """Measure an all-reduce over all ranks: `bytes`, median `seconds`, `gigabytes_per_second` of the bus.
+
+    The bus's share is 2 (n - 1) / n of the bytes, the convention of nccl-tests; one rank alone has none. A collective.
+    """
+    ranks, size = dist.get_world_size(), _MESSAGE_BYTES[device.type]
+    if ranks == 1:
+        return {}
+    message = torch.zeros(size // 4, device=device)
+    times = []
+    for _ in range(5):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(message)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    seconds = sorted(times[1:])[2]
+    rate = 2 * (ranks - 1) / ranks * size / seconds / 1e9
+    return {"bytes": size, "seconds": round(seconds, 6), "gigabytes_per_second": round(rate, 3)}
+
+
+def summary(reports: Sequence[Report], seconds: float) -> dict[str, Any]:
+    """Return what is written down: a row for each host, and what all have in common."""
+    first = reports[0]
+    rows: dict[str, dict[str, Any]] = {}
+    for one in reports:
+        row = rows.setdefault(one.host, {"host": one.host, "address": one.address, "device": one.device, "ranks": []})
+        row["ranks"].append(one.rank)
+    common = {"versions": first.versions, "halfstep": first.halfstep, "plan": first.plan, "data": first.data}
+    return {"seconds": round(seconds, 3), "hosts": list(rows.values()), **common}
+
+
+def different(reports: Sequence[Report]) -> str | None:
+    """Return one sentence on the first thing that is not the same everywhere, naming both nodes."""
+    first = reports[0]
+    for name in sorted(set[str]().union(*(one.versions for one in reports))):
+        for one in reports:
+            mine, its = first.versions.get(name, "missing"), one.versions.get(name, "missing")
+            if mine != its:
+                return f"{name} is {mine} on {first.host}, and {its} on {one.host}"
+    for key, sentence in _ALIKE.items():
+        for one in reports:
+            mine, its = getattr(first, key), getattr(one, key)
+            if mine != its:
+                return sentence.format(mine, first.host, its, f"{one.host} (rank {one.rank})")
+    return None
+
+
+def _report(rank: Rank, plan: Plan, master: tuple[str, int], listens: int | None) -> Report:
+    on_gpu = plan.topology.accelerator == "cuda"
+    problem, data = None, ""
+    if rank.local_rank == 0:  # the ranks of a node see the same files
+        try:
+            data = read_data(plan.data.path).digest
+            if data != plan.data.digest:
+                problem = f"{plan.data.path} holds another corpus than the run was planned for"
+            weights = plan.model.weights
+            if weights and weights.startswith("/") and not Path(weights).exists():
+                problem = f"the weights {weights} are not there"
+        except HalfstepError as error:
+            problem = error.what
+    return Report(
+        rank=rank.rank,
+        host=socket.gethostname(),
+        address=_address_towards(master),
+        device=torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu",
+        versions={**rundir.versions(), "python": platform.python_version()},
+        halfstep=_code_hash(),
+        plan=digest(plan.to_dict()),
+        data=data or plan.data.digest,
+        problem=problem,
+        listens=listens,
+    )
+
+
+def _address_towards(master: tuple[str, int]) -> str:
+    """Return the address that this host uses on the way to another; nothing is sent."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0]
+    except OSError:
+        return "unknown"
+
+
+def _code_hash() -> str:
+    found = hashlib.sha256()
+    root = assets.source_root()
+    for file in sorted([*(root / "launcher").rglob("*.py"), *(root / "models").rglob("*.py")]):
+        found.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _names_of_nodes(absent: Sequence[int], rank: Rank, reports: Sequence[Report]) -> str:
+    """Name the nodes of ranks that never came: by others of the node, else by SLURM's list, else by number."""
+    known = {one.rank // rank.local_world_size: one.host for one in reports}
+    listed = hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
+    names = []
+    for number in dict.fromkeys(one // rank.local_world_size for one in absent):
+        names.append(known.get(number) or (listed[number] if number < len(listed) else f"node {number}"))
+    return _some(names)
+
+
+def _some(values: Sequence[Any]) -> str:
+    shown = ", ".join(str(one) for one in values[:4])
+    return shown + (f" and {len(values) - 4} more" if len(values) > 4 else "")

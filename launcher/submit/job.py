@@ -1,0 +1,179 @@
+"""A job: what sbatch is asked for and what its script says, worked out from a plan and a site."""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import assets
+from launcher.errors import RequestError
+from launcher.plan.plan import Plan
+from launcher.submit.site import Container, Site, seconds
+
+LOG = "slurm.log"
+"""In the run directory: what all jobs of the run print, one after another."""
+COMMENT = "halfstep:"
+"""How a job says in SLURM's own lists which run it is: its comment is this and the run directory."""
+STARTERS = ("srun", "torchrun")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """Several runs as one job array."""
+
+    folder: Path
+    """Where its script, its list of run directories and its logs lie."""
+    runs: tuple[Path, ...]
+    at_once: int
+    """How many may run at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job script's contents, every value still unquoted."""
+
+    run: Path
+    """The run directory, of an array its folder."""
+    plan: Plan
+    site: Site
+    starter: str = "srun"
+    after: tuple[str, ...] = ()
+    """Jobs of other runs that must have ended well before this one begins."""
+    behind: tuple[str, ...] = ()
+    """Jobs of the same run, which this one goes on from however they end."""
+    array: Array | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the script and the log go."""
+        return self.array.folder if self.array else self.run
+
+    @property
+    def script(self) -> Path:
+        """The file that sbatch is given."""
+        return self.folder / "job.sbatch"
+
+    @property
+    def template(self) -> str:
+        """Which template it is made from."""
+        return "study.sbatch.j2" if self.array else "train.sbatch.j2"
+
+    def values(self) -> dict[str, Any]:
+        """Return what the template may name; None and empty lists are what was not given."""
+        topology, site = self.plan.topology, self.site
+        ranks = topology.ranks_per_node
+        cpus = site.node.cpus_per_task
+        torchrun = self.starter == "torchrun"
+        return {
+            "title": " ".join(f"{self.plan.model.name} zero={self.plan.zero} precision={self.plan.precision}".split()),
+            "name": _job_name(self.folder),
+            "script": self.script,
+            "log": str(self._log()),
+            "comment": f"{COMMENT}{self.folder}",
+            "run": self.run,
+            "site": site,
+            "limit": seconds(site.slurm.time),
+            "nodes": topology.nodes,
+            "tasks_per_node": 1 if torchrun else ranks,
+            "cpus_per_task": cpus and cpus * (ranks if torchrun else 1),
+            "threads": cpus if topology.accelerator == "cpu" else None,
+            "gres": _gres(site, ranks),
+            "exports": ",".join(site.environment.forward) or "NIL",
+            "dependency": self._dependency(),
+            "array": f"0-{len(self.array.runs) - 1}%{self.array.at_once}" if self.array else None,
+            "runs": self.array and self.array.folder / "runs.txt",
+            "python": self._python(on_the_batch_host=True),
+            "helper": _ours(site.container, "submit/inside.py", "launcher.submit.inside"),
+            "ranks": self._ranks(torchrun),
+            "torchrun": torchrun,
+            "image": site.container if site.container and site.container.kind == "pyxis" else None,
+        }
+
+    def _dependency(self) -> str | None:
+        kinds = {"afterok": self.after, "afterany": self.behind}
+        return ",".join(f"{kind}:{':'.join(jobs)}" for kind, jobs in kinds.items() if jobs) or None
+
+    def _log(self) -> Path:
+        # sbatch replaces %j and the like; of an array, each task has a log of its own.
+        name = "task-%a.log" if self.array else LOG
+        return Path(str(self.folder).replace("%", "%%")) / name
+
+    def _python(self, *, on_the_batch_host: bool) -> list[str]:
+        site = self.site
+        box = site.container
+        own = site.environment.python or ("python" if box else sys.executable)
+        if box is None:
+            return [own]
+        if box.kind == "apptainer":
+            mounts = [word for one in box.mounts for word in ("--bind", one)]
+            return ["apptainer", "exec", *box.options, *mounts, box.image, own]
+        if not on_the_batch_host:
+            return [own]
+        mounts = [f"--container-mounts={','.join(box.mounts)}"] if box.mounts else []
+        step = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--export=ALL"]
+        return [*step, f"--container-image={box.image}", *mounts, *box.options, own]
+
+    def _ranks(self, torchrun: bool) -> list[str]:
+        """Return the words of one task, less `run=DIR` at their end."""
+        python = self._python(on_the_batch_host=False)
+        train = _ours(self.site.container, "train.py", "launcher.train")
+        if not torchrun:
+            return [*python, *train]
+        topology = self.plan.topology
+        options = [f"--nnodes={topology.nodes}", f"--nproc-per-node={topology.ranks_per_node}"]
+        module = ["--module", "launcher.train"] if train[0] == "-m" else train
+        return [*python, "-m", "torch.distributed.run", *options, *module]
+
+    def check(self) -> None:
+        """Raise RequestError where the plan asks for what the site does not have."""
+        plan, site = self.plan, self.site
+        self._check_folders()
+        ranks, gpus = plan.topology.ranks_per_node, site.node.gpus
+        if gpus and ranks > gpus:
+            raise RequestError(
+                f"{ranks} ranks on a node of {gpus} GPUs",
+                where=f"gpus_per_node={ranks}, and node.gpus of site {site.name}",
+                fix=f"gpus_per_node={gpus}, and more nodes",
+            )
+        limit = seconds(site.slurm.time)
+        if site.slurm.notice >= limit:
+            raise RequestError(
+                f"the ranks are told to stop {site.slurm.notice} s before a limit of {limit} s: they would never train",
+                where=f"slurm.notice and slurm.time of site {site.name}",
+                fix="give the job more --time, or a shorter notice",
+            )
+        grace = plan.checkpoint.grace
+        if grace and grace > site.slurm.notice:
+            raise RequestError(
+                f"ranks may take {grace:g} s to save, and are told {site.slurm.notice} s before they are killed",
+                where=f"checkpoint.grace, and slurm.notice of site {site.name}",
+                fix=f"checkpoint.grace={max(1, site.slurm.notice - 30)}, or a longer notice",
+            )
+
+    def _check_folders(self) -> None:
+        shared = [Path(one) for one in self.site.environment.shared]
+        needed = {"out": self.folder, "data": Path(self.plan.data.path)}
+        for key, path in needed.items():
+            if shared and not any(path.absolute().is_relative_to(one) for one in shared):
+                raise RequestError(
+                    f"{path} cannot be seen from the compute nodes",
+                    where=f"{key}, and environment.shared of site {self.site.name}: {', '.join(map(str, shared))}",
+                    fix=f"give a folder there: {key}={shared[0]}/...",
+                )
+
+
+def _ours(box: Container | None, file: str, module: str) -> list[str]:
+    """Return how to name a page of ours to Python: by its file, in an image, where that lies elsewhere, by its name."""
+    return ["-m", module] if box else [str(assets.train_script().parent / file)]
+
+
+def _gres(site: Site, ranks: int) -> str | None:
+    # Not --gpus-per-task: tasks that see only their own GPU cannot copy between each other's.
+    if not site.node.gpus:
+        return None
+    return ":".join(["gpu", *([site.node.gpu_type] if site.node.gpu_type else []), str(ranks)])
+
+
+def _job_name(folder: Path) -> str:
+    return re.sub(r"[^\w.-]+", "-", folder.name)[:60].strip("-") or "halfstep"

@@ -1,0 +1,66 @@
+"""Send runs to SLURM: write their directories and the script, and submit it, or refuse before anything is queued."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import rundir
+from launcher.errors import RequestError
+from launcher.files import cannot_write, write_atomic
+from launcher.lease import lease
+from launcher.plan.plan import Plan
+from launcher.spec.load import Request
+from launcher.submit import jobs, render, slurm
+from launcher.submit.job import Job
+
+Decided = Sequence[tuple[Path, Request, Plan]]
+"""Run directories, and what was asked and decided for each."""
+
+
+def check(job: Job, decided: Decided, text: str) -> None:
+    """Raise RequestError for whatever would keep a job from running, as far as it can be seen from here."""
+    job.check()
+    for path, _, plan in decided:
+        plan.require_allowed()
+        rundir.refuse_another_run(path, plan)
+        if rundir.finished(path) and len(decided) == 1:
+            raise RequestError(
+                f"{path} is finished",
+                where=f"out={path}",
+                fix="its summary.json has the result; another out starts anew",
+            )
+        living = jobs.alive(path)
+        if living and living.job not in job.behind:
+            raise RequestError(
+                f"job {living.job} is for this run already, and is {living.state.lower()}",
+                where=f"out={path}",
+                fix=f"--after {living.job} queues behind it; `halfstep jobs cancel {living.job}` ends it",
+            )
+    slurm.check(job, text)
+
+
+def send(job: Job, decided: Decided) -> str:
+    """Check, write and submit; return the job's number."""
+    text = render.script(job)
+    check(job, decided, text)
+    for path, request, plan in decided:
+        if job.behind:
+            if not (path / "plan.json").exists():
+                rundir.write_plan(path, request, plan)
+            continue  # who is before us in this directory may hold it
+        with lease(path):
+            rundir.write_plan(path, request, plan)
+    with cannot_write(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if job.array:
+            write_atomic(job.array.folder / "runs.txt", "".join(f"{one}\n" for one in job.array.runs))
+        write_atomic(job.script, text)
+        number = slurm.submit(job)
+        line = slurm.sbatch_line(job)
+        for index, (path, _, _) in enumerate(decided):
+            own = f"{number}_{index}" if job.array else number
+            row = {"job": own, "time": time.time(), "script": str(job.script), "command": line}
+            with (path / "jobs.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    return number

@@ -1,0 +1,215 @@
+"""A site: what one cluster calls its partitions and wants in a job script, read from one TOML file."""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from launcher import assets
+from launcher.errors import RequestError, nearest
+
+DEFAULT = "default"
+"""The user's own site of this name is taken where none is named."""
+
+
+def _one_line(text: str) -> str:
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        raise ValueError("may not hold a line break or another control character")
+    return text
+
+
+def _slurm_word(text: str) -> str:
+    # sbatch splits #SBATCH lines by rules of its own, and no cluster has a partition with a quote in its name.
+    if not re.fullmatch(r"[\w.,:+@/=&|!()\[\]*%-]*", text):
+        raise ValueError("may hold letters, digits and . , : + @ / = & | ! ( ) [ ] * % - only")
+    return text
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", text):
+        raise ValueError("is no name of an environment variable")
+    return text
+
+
+def _minutes(text: str) -> str:
+    seconds(text)
+    return text
+
+
+def seconds(limit: str) -> int:
+    """Return the seconds of a SLURM time: minutes, minutes:seconds, h:m:s, days-h, days-h:m or days-h:m:s.
+
+    Raises ValueError for anything else.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not found:
+        raise ValueError(f"{limit!r} is no SLURM time, such as 90, 12:00:00 or 2-12")
+    days, *rest = found.groups()
+    numbers = [int(one) for one in rest if one is not None]
+    if days is not None:
+        hours, minutes, left = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, minutes, left = numbers
+    else:
+        hours, (minutes, left) = 0, (*numbers, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Word = Annotated[str, AfterValidator(_slurm_word)]
+Variable = Annotated[str, AfterValidator(_name)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Slurm(_Table):
+    """What sbatch is asked for."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    time: Annotated[Word, AfterValidator(_minutes)] = "1-00:00:00"
+    """The limit of one job; a run that needs longer requeues."""
+    signal: Literal["USR1", "USR2", "TERM", "INT"] = "USR1"
+    notice: int = Field(default=300, ge=10)
+    """Seconds before the limit at which the ranks are told to save and stop; SLURM may be up to a minute early."""
+    memory: Word | None = None
+    """Per node; `0` = all of it."""
+    exclusive: bool = False
+    options: list[Line] = []
+    """More words for sbatch, such as `--reservation=maintenance`."""
+
+
+class Node(_Table):
+    """What a node has."""
+
+    gpus: int = Field(default=0, ge=0)
+    gpu_type: Word | None = None
+    """As SLURM calls it, in `--gres=gpu:TYPE:N`."""
+    hardware: str | None = None
+    """As Halfstep calls it (the run key `hardware`)."""
+    cuda_compiler: bool = True
+    """Whether nvcc is there, after modules and setup: DeepSpeed's fused Adam needs it."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    interface: Word | None = None
+    """The network that ranks talk over, such as `ib0`."""
+
+
+class Environment(_Table):
+    """What the ranks find."""
+
+    python: Line | None = None
+    """The interpreter on the compute nodes; default: the one that submits, in a container `python`."""
+    modules: list[Line] = []
+    setup: list[Line] = []
+    """Lines of bash, run as they stand, after the modules."""
+    variables: dict[Variable, Line] = {}
+    forward: list[Variable] = []
+    """Variables that a job takes from the shell that submits it; nothing else of that shell gets there."""
+    shared: list[Line] = []
+    """Folders that all nodes see; a run directory and data elsewhere are refused."""
+
+
+class Container(_Table):
+    """Where the ranks run in an image."""
+
+    kind: Literal["apptainer", "pyxis"]
+    image: Line
+    mounts: list[Line] = []
+    """Folders of the host, as `/scratch` or `/scratch:/data`."""
+    options: list[Line] = []
+
+
+class Site(_Table):
+    """One cluster."""
+
+    name: str
+    description: Line = ""
+    slurm: Slurm = Slurm()
+    node: Node = Node()
+    environment: Environment = Environment()
+    container: Container | None = None
+
+
+def folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Return where sites are looked for: the user's configuration folder, then those that ship with Halfstep."""
+    base = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return [base / "halfstep" / "sites", assets.folder("slurm") / "sites"]
+
+
+def known(environ: Mapping[str, str] = os.environ) -> dict[str, Path]:
+    """Return the sites that can be named, the user's own before those that ship."""
+    found: dict[str, Path] = {}
+    for folder in folders(environ):
+        for file in sorted(folder.glob("*.toml")):
+            found.setdefault(file.stem, file)
+    return found
+
+
+def read(name: str | None, given: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> Site:
+    """Return a site by name, or from a file whose name ends in .toml, with the values that were `given` for this job.
+
+    `given` has keys of the table `slurm`; None leaves what the site says. Without a name it is that of HALFSTEP_SITE,
+    else the user's `default`, else `gpu`, which asks for nothing special.
+    Raises RequestError where there is no such site, or something in it is wrong.
+    """
+    where = "--site"
+    sites = known(environ)
+    if name is None and environ.get("HALFSTEP_SITE"):
+        name, where = environ["HALFSTEP_SITE"], "HALFSTEP_SITE"
+    if name is None:
+        name = DEFAULT if DEFAULT in sites else "gpu"
+    file = Path(name) if name.endswith(".toml") else sites.get(name)
+    if file is None:
+        near = nearest(name, sites)
+        raise RequestError(
+            f"there is no site {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+            where=f"{where} {name}",
+            fix=f"known sites: {', '.join(sorted(sites))}; yours go into {folders(environ)[0]}/NAME.toml",
+        )
+    try:
+        tree = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise RequestError(f"the site cannot be read: {error.strerror}", where=str(file), fix="check --site") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the site is not TOML: {error}", where=str(file), fix="mend that line") from None
+    own = {key: value for key, value in (given or {}).items() if value is not None}
+    try:
+        slurm = {**tree.get("slurm", {}), **own}
+        return Site.model_validate({**tree, "slurm": slurm, "name": file.stem})
+    except ValidationError as error:
+        problems = [_problem(file, own, one) for one in error.errors()]
+        raise problems[0].with_more(problems[1:]) from None
+
+
+def _problem(file: Path, own: dict[str, Any], error: Any) -> RequestError:
+    path = [str(one) for one in error["loc"]]
+    key = ".".join(path)
+    if path[0] == "slurm" and path[-1] in own:
+        said = str(error["msg"]).removeprefix("Value error, ")
+        return RequestError(f"--{path[-1]} {error.get('input')}: {said}", where="the command line", fix="mend it")
+    if error["type"] == "extra_forbidden":
+        near = nearest(path[-1], _keys(path[:-1]))
+        fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_keys(path[:-1]))}"
+        return RequestError(f"{key} is no key of a site", where=str(file), fix=fix)
+    said = str(error["msg"]).removeprefix("Value error, ")
+    value = error.get("input")
+    return RequestError(f"{key} = {value!r}: {said}", where=str(file), fix=f"mend {key} in that file")
+
+
+def _keys(path: list[str]) -> list[str]:
+    tables: dict[str, type[BaseModel]] = {
+        "slurm": Slurm,
+        "node": Node,
+        "environment": Environment,
+        "container": Container,
+    }
+    model: type[BaseModel] = tables.get(path[0], Site) if path else Site
+    return [name for name in model.model_fields if name != "name"]

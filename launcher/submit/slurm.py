@@ -1,0 +1,196 @@
+"""SLURM's own commands: submit, look, cancel; what they say when they refuse is passed on word for word."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.errors import RefusedError, RequestError
+from launcher.submit.job import COMMENT, Job
+from launcher.submit.site import seconds
+
+_PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """A job as squeue shows it."""
+
+    job: str
+    """Of an array's task `123_4`."""
+    state: str
+    reason: str
+    """Why it waits, or which nodes it has."""
+    run: str
+    """What its comment names: a run directory, or an array's folder."""
+    left: str
+    partition: str
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is not running."""
+        return self.state in _PENDING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """The limits of a partition; None where it has none."""
+
+    name: str
+    seconds: int | None
+    nodes: int | None
+    default: bool
+    state: str
+
+
+def sbatch_line(job: Job, *more: str) -> list[str]:
+    """Return the command that submits a job."""
+    return ["sbatch", "--parsable", *more, str(job.script)]
+
+
+def check(job: Job, text: str) -> str:
+    """Ask SLURM whether it would take a job, and return what it says of its start.
+
+    Raises RequestError with the partition's limit that the job breaks, or in sbatch's own words.
+    """
+    _check_partition(job)
+    done = _call(["sbatch", "--test-only"], text)
+    said = _words(done)
+    if done.returncode:
+        raise RequestError(
+            f"SLURM would not take this job: {said}",
+            where=f"sbatch --test-only, site {job.site.name}",
+            fix="`halfstep submit --dry-run` shows the script; `scontrol show partition` shows what may be asked for",
+        )
+    return said
+
+
+def submit(job: Job) -> str:
+    """Submit a script that has been written and return the job's number."""
+    done = _call(sbatch_line(job))
+    if done.returncode:
+        raise RequestError(
+            f"sbatch refused: {_words(done)}", where=shlex.join(sbatch_line(job)), fix="mend that, and submit again"
+        )
+    return done.stdout.strip().partition(";")[0]
+
+
+def queue(*jobs: str) -> list[Queued]:
+    """Return this user's jobs that are runs of ours and have not ended, those of `jobs` alone where any are named."""
+    chosen = [f"--jobs={','.join(jobs)}"] if jobs else ["--me"]
+    form = "%i|%T|%r|%N|%L|%P|%k"  # the comment last: it may hold anything
+    done = _call(["squeue", "--noheader", "--array", "--states=all", *chosen, f"--format={form}"])
+    if done.returncode:
+        if jobs and "Invalid job id" in done.stderr:
+            return []
+        raise RefusedError(f"squeue failed: {_words(done)}", where="squeue", fix="is SLURM up? `sinfo` tells")
+    found = []
+    for line in done.stdout.splitlines():
+        job, state, reason, nodes, left, partition, comment = line.split("|", 6)
+        if comment.startswith(COMMENT) and state in (*_PENDING, "RUNNING", "COMPLETING"):
+            why = reason if state in _PENDING else nodes
+            run = comment.removeprefix(COMMENT)
+            found.append(Queued(job=job, state=state, reason=why, run=run, left=left, partition=partition))
+    return found
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs."""
+    done = _call(["scancel", *jobs])
+    if done.returncode:
+        raise RequestError(f"scancel refused: {_words(done)}", where=f"scancel {' '.join(jobs)}", fix="check the job")
+
+
+def partitions() -> list[Partition]:
+    """Return the partitions of the cluster and their limits."""
+    done = _call(["scontrol", "--oneliner", "show", "partition"])
+    if done.returncode:
+        raise RefusedError(f"scontrol failed: {_words(done)}", where="scontrol", fix="is SLURM up? `sinfo` tells")
+    found = []
+    for line in done.stdout.splitlines():
+        values = dict(re.findall(r"(\w+)=(\S*)", line))
+        if "PartitionName" not in values:
+            continue
+        limits = [values.get(name, "") for name in ("MaxNodes", "TotalNodes")]
+        time = values.get("MaxTime", "UNLIMITED")
+        found.append(
+            Partition(
+                name=values["PartitionName"],
+                seconds=None if time in ("UNLIMITED", "NONE", "INFINITE") else seconds(time),
+                nodes=min((int(one) for one in limits if one.isdigit()), default=None),
+                default=values.get("Default") == "YES",
+                state=values.get("State", "UP"),
+            )
+        )
+    return found
+
+
+def node_memory(partition: str | None) -> int | None:
+    """Return the MB of the largest node of a partition, or of all."""
+    chosen = [f"--partition={partition}"] if partition else []
+    done = _call(["sinfo", "--noheader", "--format=%m", *chosen])
+    return max((int(one.rstrip("+")) for one in done.stdout.split() if one.rstrip("+").isdigit()), default=None)
+
+
+def _check_partition(job: Job) -> None:
+    known = partitions()
+    asked = job.site.slurm.partition
+    names = asked.split(",") if asked else []
+    where = f"slurm.partition of site {job.site.name}, or --partition"
+    for name in names:
+        if name not in [one.name for one in known]:
+            has = ", ".join(one.name for one in known)
+            raise RequestError(f"there is no partition {name!r}", where=where, fix=f"this cluster has: {has}")
+    chosen = [one for one in known if one.name in names or (not names and one.default)]
+    wanted, nodes = seconds(job.site.slurm.time), job.plan.topology.nodes
+    for one in chosen:
+        if one.seconds is not None and wanted > one.seconds:
+            raise RequestError(
+                f"a time limit of {job.site.slurm.time} is over the {_clock(one.seconds)} of partition {one.name}",
+                where=f"slurm.time of site {job.site.name}, or --time",
+                fix=f"--time {_clock(one.seconds)}: a run that needs longer requeues and goes on",
+            )
+        if one.nodes is not None and nodes > one.nodes:
+            raise RequestError(
+                f"{nodes} nodes are more than the {one.nodes} of partition {one.name}",
+                where="nodes",
+                fix=f"nodes={one.nodes}, or another --partition",
+            )
+    memory, has = _megabytes(job.site.slurm.memory), None
+    if memory:
+        has = node_memory(asked)
+    if memory and has and memory > has:
+        raise RequestError(
+            f"{job.site.slurm.memory} of memory a node is more than the {has} MB of the largest node",
+            where=f"slurm.memory of site {job.site.name}",
+            fix='slurm.memory = "0" takes all that a node has',
+        )
+
+
+def _megabytes(text: str | None) -> int | None:
+    found = re.fullmatch(r"(\d+)([KMGT]?)", text or "", re.IGNORECASE)
+    if not found:
+        return None
+    return int(int(found[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[found[2].upper()])
+
+
+def _clock(limit: int) -> str:
+    days, rest = divmod(limit, 86400)
+    return f"{days}-" * bool(days) + f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
+def _call(words: list[str], text: str | None = None) -> "subprocess.CompletedProcess[str]":
+    if shutil.which(words[0]) is None:
+        raise RefusedError(
+            f"{words[0]} is not here: this is no host that submits to SLURM",
+            where="PATH",
+            fix="log in to the cluster; `halfstep submit --dry-run` shows the script without it",
+        )
+    return subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+
+
+def _words(done: "subprocess.CompletedProcess[str]") -> str:
+    lines = [one.strip() for one in (done.stderr or done.stdout).splitlines() if one.strip()]
+    return "; ".join(re.sub(r"^(sbatch|squeue|scontrol|scancel): (error: )?", "", one) for one in lines) or "no word"

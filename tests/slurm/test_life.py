@@ -1,0 +1,273 @@
+"""What happens to jobs: limits, preemption, lost processes, nodes and daemons. Two nodes, real ranks, a real SLURM."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from faults import rig
+from slurm.conftest import Cloud, Submitted, left_on
+
+pytestmark = pytest.mark.slurm
+CELL = ("zero=2", "precision=fp16", "model.dropout=0.1")
+Undisturbed = Callable[..., Path]
+
+
+def finish(one: Submitted, reference: Path, *, attempts: int | None = None) -> None:
+    """Wait for the end of a run that nobody touches any more, and compare it with the undisturbed one to the bit."""
+    assert one.until_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=300) == "COMPLETED", (
+        one.log
+    )
+    rig.assert_same(one.run, reference)
+    if attempts is not None:
+        assert len(one.attempts) == attempts, one.log
+    assert one.log.count("--- the run is done") == 1, "one log for all starts"
+
+
+@pytest.mark.parametrize("starter", ["srun", "torchrun"])
+def test_a_submitted_run_equals_one_of_the_deepspeed_launcher_in_fp32(
+    cloud: Cloud, scratch: Path, data: Path, tmp_path: Path, starter: str
+) -> None:
+    words = ("zero=2", "precision=fp32")
+    here = tmp_path / "here"
+    command = ["--num_gpus", "2", "launcher/train.py", *rig.WORDS, f"data={data}", *words]
+    process = rig.start_by("deepspeed", command, here, scratch, DS_ACCELERATOR="cpu")
+    assert process.wait(180) == 0, rig.log_of(here, scratch)
+    one = cloud.submit("there", *words, options=("--with", starter))
+    finish(one, here, attempts=1)
+    hosts = json.loads((one.run / "attempts/0001/preflight.json").read_text())
+    assert [(row["host"], row["ranks"]) for row in hosts["hosts"]] == [("n1", [0]), ("n2", [1])]
+    assert hosts["all_reduce"]["gigabytes_per_second"] > 0
+
+
+def test_a_run_of_three_time_limits_finishes_by_itself(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    words = (*CELL, "steps=120", "checkpoint.every=30")
+    site = cloud.slowed(2.0)
+    text = site.read_text().replace('time = "10"', 'time = "2"').replace("notice = 30", "notice = 20")
+    site.write_text(text)
+    began = time.monotonic()
+    one = cloud.submit("long", *words, site=site)
+    assert one.until_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=1200) == "COMPLETED", one.log
+    rig.assert_same(one.run, undisturbed(*words))
+    assert time.monotonic() - began > 3 * 90, "it did need three limits"
+    assert len(one.attempts) >= 3
+    causes = [json.loads((one.run / f"attempts/{number}/exit.json").read_text()) for number in one.attempts]
+    assert [found["code"] for found in causes] == [*[75] * (len(causes) - 1), 0]
+    assert all(found["cause"].startswith("SIGUSR1 after step") for found in causes[:-1])
+    [row] = json.loads(cloud.halfstep("jobs", "--json", str(one.run)).stdout)
+    assert row["attempts"] == len(causes)
+
+
+def test_a_requeue_in_the_middle_of_a_save(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    reference = undisturbed(*CELL)
+    fault = {"variables": {"HALFSTEP_FAULT": "save.sync:*:20:sleep=20"}}
+    one = cloud.submit("mid-save", *CELL, site=cloud.write_site(cloud.folder / "held.toml", environment=fault))
+    cloud.cluster.wait(lambda: list(one.run.glob("checkpoints/.step-00000020*")), f"the save: {one.log}", 90)
+    assert cloud.cluster.call("scontrol", "requeue", one.job).returncode == 0
+    finish(one, reference, attempts=2)
+    [resumed] = rig.events(one.run, "resumed")
+    assert resumed["step"] == 10, "the save that was cut off does not count"
+
+
+def test_preemption_by_a_partition_of_higher_priority(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    reference = undisturbed(*CELL)
+    low = cloud.submit("low", *CELL, site=cloud.slowed(0.1))
+    low.until_step(12)
+    whole = cloud.write_site(cloud.folder / "whole.toml", slurm={"exclusive": True})
+    high = cloud.submit("high", *CELL, site=whole, options=("--partition", "urgent"))
+    high.until_state("RUNNING")
+    assert low.state != "RUNNING"
+    finish(high, reference, attempts=1)
+    finish(low, reference, attempts=2)
+    assert rig.exit_of(low.run)["code"] == 0
+
+
+def test_a_killed_rank_brings_the_job_back(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    reference = undisturbed(*CELL)
+    one = cloud.submit("killed", *CELL, site=cloud.slowed(0.1))
+    one.until_step(14)
+    os.kill(_rank(cloud, "n2"), signal.SIGKILL)
+    finish(one, reference, attempts=2)
+    told = json.loads((one.run / "attempts/0001/exit.json").read_text())
+    assert (told["code"], told["rank"]) == (137, 1)
+    assert "rank 1 was killed by signal 9 (SIGKILL)" in told["cause"]
+
+
+def test_a_lost_node(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    reference = undisturbed(*CELL)
+    one = cloud.submit("lost-node", *CELL, site=cloud.slowed(0.1))
+    one.until_step(14)
+    cloud.cluster.kill_node("n2")
+    cloud.cluster.wait(lambda: one.state in ("PENDING", "REQUEUED"), f"the job to be put back: {one.log}", 90)
+    cloud.cluster.start_node("n2")
+    finish(one, reference, attempts=2)
+
+
+def test_the_slurmd_of_a_node_dies(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    reference = undisturbed(*CELL)
+    one = cloud.submit("lost-slurmd", *CELL, site=cloud.slowed(0.1))
+    one.until_step(14)
+    cloud.cluster.kill_slurmd("n2")
+    # SLURM takes the node for dead and puts the job back, or, when it is quick to return, lets it run on.
+    cloud.cluster.wait(lambda: one.state in ("PENDING", "REQUEUED", "COMPLETED"), f"SLURM to notice: {one.log}", 90)
+    cloud.cluster.restart_slurmd("n2")
+    finish(one, reference)
+
+
+def test_the_controller_is_restarted(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    reference = undisturbed(*CELL)
+    one = cloud.submit("controller", *CELL, site=cloud.slowed(0.1))
+    one.until_step(10)
+    cloud.cluster.kill_controller()
+    one.until_step(20)
+    cloud.cluster.start_controller()
+    finish(one, reference, attempts=1)
+
+
+def test_a_cancel_at_any_time_leaves_nothing(cloud: Cloud) -> None:
+    waiting = cloud.submit("waiting", *CELL, site=cloud.slowed(0.2))
+    behind = cloud.submit("behind", *CELL, options=("--after", waiting.job))
+    assert behind.state == "PENDING"
+    assert cloud.halfstep("jobs", "cancel", behind.job).returncode == 0
+    waiting.until_state("RUNNING")
+    time.sleep(3)  # somewhere in its imports
+    assert cloud.cluster.call("scancel", "--full", waiting.job).returncode == 0
+    cloud.cluster.wait(lambda: left_on(cloud.cluster) == {"n1": [], "n2": []}, "the nodes to be empty", 30)
+    assert {one.state for one in (waiting, behind)} == {"CANCELLED"}
+
+
+def test_a_crash_at_the_same_step_three_times_ends_it_with_the_cause(cloud: Cloud) -> None:
+    fault = {"variables": {"HALFSTEP_FAULT": "fwd:1:15:kill9"}}
+    one = cloud.submit("crashes", *CELL, site=cloud.write_site(cloud.folder / "crash.toml", environment=fault))
+    assert one.until_state("FAILED", "COMPLETED", seconds=240) == "FAILED", one.log
+    assert one.attempts == ["0001", "0002", "0003"]
+    assert "error: 3 starts in a row came no further than step 10: rank 1 was killed by signal 9" in one.log
+    [row] = json.loads(cloud.halfstep("jobs", "--json", str(one.run)).stdout)
+    assert (row["state"], row["checkpoint"]) == ("ended", 10)
+
+
+def test_an_array_two_at_a_time(cloud: Cloud) -> None:
+    words = ["model=gpt2-nano", f"data={cloud.data}", f"out={cloud.folder / 'seeds'}", "steps=10", "sequence=64"]
+    each = ["--each", "seed=0,1,2,3,4,5", "--at-once", "2", "nodes=1", "gpus_per_node=1", "batch.global=4"]
+    done = cloud.halfstep("submit", "--json", "--site", str(cloud.site), *words, *each)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    running, runs = [], [Path(one) for one in told["runs"]]
+
+    def ended() -> bool:
+        states = cloud.cluster.call("squeue", "-h", "--array", "-j", told["job"], "--states=all", "-o", "%T").stdout
+        running.append(states.split().count("RUNNING"))
+        return states.split() == ["COMPLETED"] * 6
+
+    cloud.cluster.wait(ended, "six runs", 240)
+    assert max(running) == 2
+    assert [one.name for one in runs] == [f"seed={seed}" for seed in range(6)]
+    losses = {rig.rows(one)[-1].get("eval_loss") for one in runs}
+    assert len(losses) == 6
+    assert all(json.loads((one / "summary.json").read_text())["status"] == "done" for one in runs)
+    rows = json.loads(cloud.halfstep("jobs", "--json", str(cloud.folder / "seeds")).stdout)
+    assert [row["state"] for row in rows] == ["done"] * 6
+    assert "the run is done" in cloud.halfstep("jobs", "logs", str(runs[3])).stdout
+
+
+def test_two_jobs_on_one_node_do_not_meet(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    words = ("zero=1", "precision=bf16", "nodes=1", "gpus_per_node=2")
+    pin = cloud.write_site(cloud.folder / "pin.toml", slurm={"options": ["--nodelist=n1"]})
+    both = [cloud.submit(name, *words, site=pin) for name in ("left", "right")]
+    cloud.cluster.wait(lambda: [one.state for one in both] == ["RUNNING", "RUNNING"], "both to run at once")
+    reference = undisturbed("zero=1", "precision=bf16")
+    for one in both:
+        finish(one, reference, attempts=1)
+
+
+def test_a_second_job_for_a_run_is_refused_or_queued_behind_it(cloud: Cloud, undisturbed: Undisturbed) -> None:
+    reference = undisturbed(*CELL)
+    first = cloud.submit("twice", *CELL, site=cloud.slowed(0.2))
+    refused = cloud.halfstep("submit", "--site", str(cloud.site), *cloud.words("twice", *CELL))
+    assert refused.returncode == 2
+    assert f"job {first.job} is for this run already, and is" in refused.stderr
+    second = cloud.submit("twice", *CELL, options=("--after", first.job))
+    first.until_step(2)
+    assert second.state == "PENDING"
+    finish(first, reference, attempts=1)
+    second.until_state("COMPLETED")
+    assert second.attempts == ["0001"], "it found the run done"
+    # And a job that nobody asked about, on the same directory at the same time, is held off by the lease.
+    third = cloud.submit("held", *CELL, site=cloud.slowed(0.3))
+    third.until_step(1)
+    by_hand = cloud.cluster.call(
+        "sbatch", "--parsable", "--output", f"{third.run}/by-hand.log", f"{third.run}/job.sbatch"
+    )
+    number = by_hand.stdout.strip()
+    assert number.isdigit(), by_hand.stderr
+    cloud.cluster.wait(lambda: cloud.cluster.job_state(number) == "FAILED", "the second to be refused", 90)
+    assert f"{third.run} is in use by process" in (third.run / "by-hand.log").read_text()
+    assert third.state in ("RUNNING", "COMPLETED")
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "said"),
+    [
+        (("--partition", "nowhere"), (), "there is no partition 'nowhere'"),
+        (("--time", "02:00:00"), (), "a time limit of 02:00:00 is over the 01:00:00 of partition main"),
+        (("--memory", "64G"), (), "64G of memory a node is more than the 6000 MB"),
+        ((), ("nodes=3", "batch.global=12"), "3 nodes are more than the 2 of partition main"),
+        (("--qos", "none-such", "--constraint", "fast"), (), "SLURM would not take this job"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
+)
+def test_what_the_cluster_does_not_have_is_refused_before_anything_is_queued(
+    cloud: Cloud, options: tuple[str, ...], words: tuple[str, ...], said: str
+) -> None:
+    done = cloud.halfstep("submit", "--site", str(cloud.site), *options, *cloud.words("refused", *words))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not cloud.cluster.call("squeue", "-h").stdout
+    assert not (cloud.folder / "refused").exists()
+
+
+def test_more_gpus_than_a_node_has_is_slurms_own_word(cloud: Cloud) -> None:
+    gpus = cloud.write_site(cloud.folder / "gpus.toml", node={"gpus": 8})
+    done = cloud.halfstep("submit", "--site", str(gpus), *cloud.words("gpus", "gpus_per_node=8", "batch.global=16"))
+    assert done.returncode == 2
+    assert "SLURM would not take this job" in done.stderr
+
+
+def test_a_node_that_cannot_be_reached_is_named(cloud: Cloud) -> None:
+    one = cloud.submit("cut", *CELL, "watch.startup=40", site=cloud.slowed(0.1))
+    one.until_state("RUNNING")
+    # The ranks' port on the first node is cut off; SLURM's own are not.
+    cloud.cluster.wait(lambda: "start 1" in one.log, "the script")
+    first = 20000 + int(one.job) * 16 % 12000
+    rule = ["INPUT", "-p", "tcp", "--dport", str(first), "!", "-i", "lo", "-j", "DROP"]
+    assert cloud.cluster.on("n1", "iptables", "-I", *rule).returncode == 0
+    try:
+        assert one.until_state("FAILED", "COMPLETED", seconds=120) == "FAILED", one.log
+    finally:
+        cloud.cluster.on("n1", "iptables", "-D", *rule)
+    assert (
+        "error: n2 did not come to n1 within 32 s: rank 1 of 2" in one.log
+        or "n2 (rank 1) could not reach n1" in one.log
+    )
+    assert not (one.run / "attempts").exists(), "before anything was built"
+
+
+def test_a_folder_that_nodes_do_not_see_is_refused(cloud: Cloud) -> None:
+    shared = cloud.write_site(cloud.folder / "shared.toml", environment={"shared": ["/shared"]})
+    done = cloud.halfstep("submit", "--site", str(shared), *cloud.words("unseen"))
+    assert done.returncode == 2
+    assert "cannot be seen from the compute nodes" in done.stderr
+
+
+def _rank(cloud: Cloud, node: str) -> int:
+    """Return the rank on a node: the process that runs train.py."""
+    [found] = [
+        pid for pid in cloud.cluster.processes(node)
+        if any(word.endswith("train.py") for word in psutil.Process(pid).cmdline()[1:3])
+    ]  # fmt: skip
+    return found

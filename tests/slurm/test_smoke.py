@@ -1,0 +1,50 @@
+"""The life of a job in short: two nodes, a requeue that resumes, a cancel that leaves nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults import rig
+from slurm.conftest import Cloud, left_on
+
+pytestmark = pytest.mark.process
+CELL = ("zero=2", "precision=fp16", "model.dropout=0.1")
+
+
+def test_a_job_on_two_nodes_is_requeued_and_goes_on_to_the_bit(
+    cloud: Cloud, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference = undisturbed(*CELL)
+    one = cloud.submit("it's one", *CELL, site=cloud.slowed(0.1))
+    again = cloud.halfstep("submit", "--site", str(cloud.site), *cloud.words("it's one", *CELL))
+    assert again.returncode == 2
+    assert f"job {one.job} is for this run already" in again.stderr
+    one.until_step(15)
+    assert cloud.cluster.call("scontrol", "requeue", one.job).returncode == 0
+    assert one.until_state("COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", one.log
+    rig.assert_same(one.run, reference)
+    assert one.attempts == ["0001", "0002"]
+    assert rig.events(one.run, "resumed"), "it went on, it did not start anew"
+    assert one.log.count(f"--- job {one.job}, start") == 2, "one log"
+    seen = json.loads((one.run / "attempts/0001/preflight.json").read_text())
+    assert [row["host"] for row in seen["hosts"]] == ["n1", "n2"]
+    assert [row["address"] for row in seen["hosts"]] == [f"{cloud.cluster.net}.{number}" for number in (1, 2)]
+    [row] = json.loads(cloud.halfstep("jobs", "--json", str(one.run)).stdout)
+    assert (row["state"], row["step"], row["steps"], row["attempts"], row["checkpoint"]) == ("done", 40, 40, 2, 40)
+
+
+def test_a_cancelled_job_leaves_nothing_and_stays_cancelled(cloud: Cloud) -> None:
+    one = cloud.submit("cancelled", *CELL, site=cloud.slowed(0.2))
+    one.until_step(3)
+    [row] = json.loads(cloud.halfstep("jobs", "--json").stdout)
+    assert (row["job"], row["state"], row["reason"]) == (one.job, "running", "n[1-2]")
+    done = cloud.halfstep("jobs", "cancel", str(one.run))
+    assert done.returncode == 0, done.stderr
+    cloud.cluster.wait(lambda: left_on(cloud.cluster) == {"n1": [], "n2": []}, "the nodes to be empty", 20)
+    assert one.state == "CANCELLED", one.log
+    assert rig.exit_of(one.run)["code"] == 75
+    assert not cloud.cluster.call("squeue", "-h").stdout
+    said = cloud.halfstep("jobs", "logs", str(one.run), "-n", "1000").stdout
+    assert said == one.log
+    assert "stopped: SIGTERM after step" in said

@@ -1,0 +1,279 @@
+"""Job scripts and sites: word for word, quoted, and refused before anything is queued."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher import assets
+from launcher.cli import main
+from launcher.errors import HalfstepError, RequestError
+from launcher.plan.plan import Plan
+from launcher.submit import inside, render, site
+from launcher.submit.job import Array, Job
+from launcher.topology import Topology, hosts
+
+Make = Callable[..., Plan]
+GOLDEN = Path(__file__).parents[1] / "golden"
+SITES = ("cpu", "gpu", "container")
+
+
+def world(chosen: site.Site, nodes: int = 2) -> Topology:
+    ranks = chosen.node.gpus or 2
+    kind = "cuda" if chosen.node.gpus else "cpu"
+    return Topology(world_size=nodes * ranks, ranks_per_node=ranks, accelerator=kind, fused_adam=kind == "cuda")
+
+
+def job(plan: Make, name: str = "gpu", **more: Any) -> Job:
+    chosen = more.pop("site", None) or site.read(name, environ={})
+    made = plan("model=gpt2-124m", "batch.global=8192", topology=world(chosen, more.pop("nodes", 2)))
+    return Job(run=more.pop("run", Path("/scratch/me/runs/one")), plan=made, site=chosen, **more)
+
+
+@pytest.mark.parametrize("name", [*SITES, "gpu-torchrun", "gpu-array"])
+def test_the_script_of_each_site_is_word_for_word_this(plan: Make, name: str) -> None:
+    kind, _, form = name.partition("-")
+    more: dict[str, Any] = {"starter": "torchrun"} if form == "torchrun" else {}
+    if form == "array":
+        folder = Path("/scratch/me/runs/seeds")
+        more["array"] = Array(folder=folder, runs=tuple(folder / f"seed={n}" for n in range(6)), at_once=2)
+    text = render.script(job(plan, kind, **more))
+    text = text.replace(sys.executable, "/venv/bin/python").replace(str(assets.train_script().parent), "/src/launcher")
+    file = GOLDEN / f"job-{name}.sbatch"
+    if os.environ.get("ACCEPT_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+    assert not [line for line in text.splitlines() if line.startswith("#SBATCH") and "$" in line]
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("job-*.sbatch")), ids=lambda file: file.stem)
+def test_bash_and_shellcheck_have_nothing_to_say(file: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True).stderr == ""
+    if shutil.which("shellcheck") is None:
+        assert os.environ.get("CI") != "true", "shellcheck is not installed"
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "--shell=bash", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_script_does_not_grow_with_the_nodes(plan: Make) -> None:
+    few, many = (render.script(job(plan, nodes=nodes)) for nodes in (2, 1024))
+    assert len(many.splitlines()) == len(few.splitlines())
+    assert "#SBATCH --nodes=1024\n" in many
+
+
+@given(st.text(st.characters(min_codepoint=32, exclude_characters="\x7f", exclude_categories=["Cs"]), min_size=1))
+def test_whatever_a_value_holds_the_shell_gets_it_back(value: str) -> None:
+    text = f"printf %s {render._quoted(value)}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True)
+    assert done.stdout.decode() == value
+
+
+def test_paths_with_spaces_and_quotes_stay_whole(plan: Make) -> None:
+    run = Path('/scratch/it\'s "mine" $HOME %j/run')
+    lines = render.script(job(plan, run=run)).splitlines()
+    [named] = [line for line in lines if line.startswith("RUN=")]
+    done = subprocess.run(["bash", "-c", f'{named}; printf %s "$RUN"'], capture_output=True, text=True)
+    assert done.stdout == str(run)
+    [log] = [line for line in lines if line.startswith("#SBATCH --output=")]
+    assert "%%j" in log, "SLURM would replace %j"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[slurm]\npartition = "a\'b"', "slurm.partition"),
+        ('[slurm]\naccount = "a\\nb"', "slurm.account"),
+        ('[environment]\nvariables = { A = "x\\ny" }', "environment.variables.A"),
+        ('[environment]\nvariables = { "A B" = "x" }', "environment.variables"),
+        ('[slurm]\ntime = "tomorrow"', "slurm.time = 'tomorrow': 'tomorrow' is no SLURM time"),
+        ('[slurm]\npartitoin = "a"', "did you mean partition?"),
+        ("[node]\ngpus = -1", "node.gpus"),
+        ("[node\n", "the site is not TOML"),
+        ('[container]\nkind = "docker"\nimage = "x"', "container.kind"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_what_is_wrong_in_a_site_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(RequestError) as caught:
+        site.read(str(file))
+    assert said in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_an_unknown_site_names_the_known_ones(tmp_path: Path) -> None:
+    own = tmp_path / "halfstep" / "sites"
+    own.mkdir(parents=True)
+    (own / "mine.toml").write_text('description = "mine"')
+    with pytest.raises(RequestError, match="known sites: container, cpu, gpu, mine"):
+        site.read("gpus", environ={"XDG_CONFIG_HOME": str(tmp_path)})
+    assert site.read("mine", environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "mine"
+    (own / "default.toml").write_text('description = "default"')
+    assert site.read(None, environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "default"
+    named = {"XDG_CONFIG_HOME": str(tmp_path), "HALFSTEP_SITE": "mine"}
+    assert site.read(None, environ=named).description == "mine"
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("1:30", 90), ("12:00:00", 43200), ("2-12", 216000), ("1-02:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_slurm_times(limit: str, seconds: int) -> None:
+    assert site.seconds(limit) == seconds
+
+
+def test_a_plan_must_fit_the_site(plan: Make) -> None:
+    one = job(plan)
+    four = one.site.model_copy(update={"node": one.site.node.model_copy(update={"gpus": 4})})
+    with pytest.raises(RequestError, match="8 ranks on a node of 4 GPUs"):
+        Job(run=one.run, plan=one.plan, site=four).check()
+    with pytest.raises(RequestError, match="told to stop 300 s before a limit of 300 s"):
+        Job(run=one.run, plan=one.plan, site=site.read("gpu", {"time": "5"}, environ={})).check()
+    shared = one.site.model_copy(
+        update={"environment": one.site.environment.model_copy(update={"shared": ["/home", one.plan.data.path]})}
+    )
+    with pytest.raises(RequestError, match="cannot be seen from the compute nodes"):
+        Job(run=one.run, plan=one.plan, site=shared).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--site", "nowhere"], "there is no site 'nowhere'"),
+        (["--site", "cpu", "--time", "soon"], "--time soon: 'soon' is no SLURM time"),
+        (["--site", "cpu", "--partition", "a b"], "--partition a b"),
+        (["--site", "gpu", "gpus_per_node=9", "batch.global=36"], "9 ranks on a node of 8 GPUs"),
+        (["--each", "seed"], "--each seed names no values"),
+        (["--each", "seed=1,1"], "two runs of the array are the same"),
+        (["--each", "nodes=1,2"], "start the same ranks"),
+        (["zero=9"], "zero"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_submit_ends_with_2_and_writes_nothing(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    words = ["submit", "--dry-run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", *options]
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_slurm_a_submit_says_so_and_a_dry_run_works(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["submit", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
+    assert main(words) == 3
+    assert "this is no host that submits to SLURM" in capsys.readouterr().err
+    assert main([*words, "--dry-run", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["command"] == ["sbatch", "--parsable", f"{tmp_path}/run/job.sbatch"]
+    assert "\n#SBATCH --nodes=1\n" in shown["text"]
+
+
+def _run(folder: Path, *attempts: tuple[int, int | None], newest: int) -> Path:
+    """Make a run directory whose attempts began after a step and ended with a code, or said nothing."""
+    for number, (begin, code) in enumerate(attempts, start=1):
+        attempt = folder / "attempts" / f"{number:04d}"
+        attempt.mkdir(parents=True)
+        (attempt / "env.json").write_text(json.dumps({"steps_done": begin}))
+        if code is not None:
+            (attempt / "exit.json").write_text(json.dumps({"code": code, "cause": f"cause {number}"}))
+    if newest:
+        (folder / f"checkpoints/step-{newest:08d}").mkdir(parents=True)
+        (folder / f"checkpoints/step-{newest:08d}/manifest.json").write_text("{}")
+    (folder / "plan.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("attempts", "newest", "stuck"),
+    [
+        ([(0, 1), (0, 1)], 0, False),
+        ([(0, 1), (0, 1), (0, 137)], 0, True),
+        ([(0, 137), (40, 137)], 40, False),
+        ([(0, 137), (40, 137), (40, 137)], 40, True),
+        ([(0, 75), (40, 137), (40, 137)], 40, False),  # the first one was stopped: the crash has come twice
+        ([(0, 75), (40, 137), (40, None), (40, 1)], 40, True),
+        ([(0, 75), (40, 75), (80, 75), (120, 75), (160, 75)], 200, False),
+        ([(0, 137), (0, 137), (0, 75)], 40, False),
+    ],
+)
+def test_a_run_is_stuck_when_its_last_three_starts_got_nowhere(
+    tmp_path: Path, attempts: list[tuple[int, int | None]], newest: int, stuck: bool
+) -> None:
+    run = _run(tmp_path, *attempts, newest=newest)
+    found = inside.stuck(run)
+    assert (found is not None) == stuck
+    if found:
+        assert f"cause {len(attempts)}" in found.what
+        assert inside.main(["begin", str(run)]) == 76
+        assert inside.main(["end", str(run), "1"]) == 76
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "ends"),
+    [(75, 75, 75), (137, 1, 75), (77, 77, 75), (2, 2, 2), (3, 1, 3), (76, 1, 76), (None, 143, 75), (None, 2, 2)],
+)
+def test_what_becomes_of_a_job_follows_from_how_the_run_ended(
+    tmp_path: Path, code: int | None, status: int, ends: int
+) -> None:
+    assert inside.main(["end", str(_run(tmp_path, (0, code), newest=0)), str(status)]) == ends
+
+
+def test_a_finished_run_ends_its_job(tmp_path: Path) -> None:
+    run = _run(tmp_path, (0, 0), newest=40)
+    (run / "summary.json").write_text("{}")
+    assert inside.main(["end", str(run), "0"]) == 0
+
+
+def test_a_directory_that_a_node_does_not_see_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside.main(["begin", str(tmp_path / "elsewhere")]) == 2
+    assert "is not a run directory on" in capsys.readouterr().err
+
+
+def test_a_port_belongs_to_a_job_and_is_free() -> None:
+    import socket
+
+    first = inside.free_port(1234, 0)
+    assert 20000 <= first < 32000
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        assert inside.free_port(1234, 0) == first + 1
+    assert inside.free_port(1234, 1) != first
+    assert inside.free_port(1234, 0) == first
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "expected"),
+    [
+        ("n1", ["n1"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[08-11,20],m1", ["n08", "n09", "n10", "n11", "n20", "m1"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("a,b", ["a", "b"]),
+    ],
+)
+def test_a_node_list_is_expanded_as_slurm_does(nodelist: str, expected: list[str]) -> None:
+    assert hosts(nodelist) == expected
+    if shutil.which("scontrol") and os.environ.get("SLURM_CONF"):
+        done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True)
+        assert done.stdout.split() == expected
+
+
+def test_errors_read_well(tmp_path: Path) -> None:
+    found = inside.stuck(_run(tmp_path, (0, 1), (0, 1), (0, 1), newest=0))
+    assert isinstance(found, HalfstepError)
+    assert re.match(r"3 starts in a row came no further than the start: cause 3", found.what)
