@@ -106,12 +106,22 @@ class RollCall:
                 verdict = self._judge(reports)
                 self._calls.set("verdict", json.dumps(verdict))
             else:
-                verdict = json.loads(self._calls.get("verdict"))
+                verdict = json.loads(self._hear())
         if verdict:
             error = TopologyError(verdict[0], where=verdict[1], fix=verdict[2])
             error.said_elsewhere = self._rank.rank != 0
             raise error
         return summary(reports, time.perf_counter() - self._began) if reports else {}
+
+    def _hear(self) -> bytes:
+        try:
+            return self._calls.get("verdict")
+        except (dist.DistError, RuntimeError) as error:
+            raise TopologyError(
+                f"rank 0 was gone before all ranks had met: {str(error).splitlines()[0]}",
+                where=f"MASTER_ADDR={self._host} MASTER_PORT={self._port}",
+                fix="what it said before is the cause",
+            ) from None
 
     def _collect(self) -> list[Report]:
         end = time.monotonic() + self._limit

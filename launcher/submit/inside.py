@@ -77,7 +77,7 @@ def end(run: Path, status: int) -> int:
     if cause := stuck(run):
         print(f"--- {told}\n{cause}", flush=True)
         return cause.exit_code
-    print(f"--- {told}; to be started again", flush=True)
+    print(f"--- {told}; there is more to do", flush=True)
     return EXIT_STOPPED
 
 

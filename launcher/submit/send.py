@@ -24,7 +24,8 @@ def check(job: Job, decided: Decided, text: str) -> None:
     for path, _, plan in decided:
         plan.require_allowed()
         rundir.refuse_another_run(path, plan)
-        if rundir.finished(path) and len(decided) == 1:
+        done = rundir.finished(path)
+        if done and done["run_id"] == plan.run_id and len(decided) == 1:
             raise RequestError(
                 f"{path} is finished",
                 where=f"out={path}",

@@ -106,7 +106,8 @@ def start_by(tool: str, words: list[str], out: Path, scratch: Path, **more: str)
     """Start a tool of this environment (`halfstep run ...`, `deepspeed ...`) on a run, in a session of its own."""
     log = scratch / "logs" / f"{out.parent.name}-{out.name}.log"
     log.parent.mkdir(exist_ok=True)
-    command = [str(Path(sys.executable).parent / tool), *words, f"out={out}"]
+    port = ["--master_port", str(free_port())] if tool == "deepspeed" else []
+    command = [str(Path(sys.executable).parent / tool), *port, *words, f"out={out}"]
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
