@@ -19,7 +19,10 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
     )
     parser.add_argument(
-        "what", nargs="*", metavar="logs | cancel | RUN", help="what to do, and the run directories or jobs it is about"
+        "words",
+        nargs="*",
+        metavar="logs | cancel | RUN",
+        help="what to do, and the run directories or jobs it is about",
     )
     parser.add_argument("-f", "--follow", action="store_true", help="logs: go on printing what is added")
     parser.add_argument("-n", "--lines", type=int, default=40, metavar="N", help="logs: the last N (default: 40)")
@@ -28,14 +31,13 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _jobs(arguments: argparse.Namespace, words: list[str]) -> int:
-    what = [*arguments.what, *words]
-    if what[:1] == ["logs"]:
-        return _logs(arguments, what[1:])
-    if what[:1] == ["cancel"]:
-        return _cancel(what[1:])
+    if words[:1] == ["logs"]:
+        return _logs(arguments, words[1:])
+    if words[:1] == ["cancel"]:
+        return _cancel(words[1:])
     from launcher.submit import jobs
 
-    rows = jobs.survey(Path(one) for one in what)
+    rows = jobs.survey(Path(one) for one in words)
     if arguments.json:
         print(json.dumps([row.to_dict() for row in rows], indent=2, ensure_ascii=False))
         return 0

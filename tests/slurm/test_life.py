@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -255,6 +256,27 @@ def test_a_node_that_cannot_be_reached_is_named(cloud: Cloud) -> None:
         or "n2 (rank 1) could not reach n1" in one.log
     )
     assert not (one.run / "attempts").exists(), "before anything was built"
+
+
+def test_a_node_with_other_code_or_without_the_data_is_named_before_anything_is_built(cloud: Cloud) -> None:
+    ours = Path(__file__).parents[2] / "launcher" / "files.py"
+    other = cloud.folder / "files.py"
+    other.write_text(ours.read_text() + "\n# another version\n")
+    for mount, said in (
+        (["--bind", str(other), str(ours)], "error: Halfstep's code is "),
+        (["-t", "tmpfs", "tmpfs", str(cloud.data)], "error: n2: "),
+    ):
+        assert cloud.cluster.on("n2", "mount", *mount).returncode == 0
+        try:
+            one = cloud.submit(f"other-{mount[0].strip('-')}", *CELL)
+            assert one.until_state("FAILED", "COMPLETED", seconds=90) == "FAILED", one.log
+        finally:
+            cloud.cluster.on("n2", "umount", mount[-1])
+        [line] = re.findall(r"^error: .*$", one.log, re.MULTILINE)
+        assert line.startswith(said), "said once"
+        assert "n2" in line
+        assert not (one.run / "attempts").exists()
+        assert "--- the run ends: the ranks ended with exit code 2" in one.log
 
 
 def test_a_folder_that_nodes_do_not_see_is_refused(cloud: Cloud) -> None:

@@ -1,12 +1,15 @@
 """The life of a job in short: two nodes, a requeue that resumes, a cancel that leaves nothing."""
 
 import json
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from faults import rig
-from slurm.conftest import Cloud, left_on
+from slurm.conftest import HALFSTEP, Cloud, left_on
 
 pytestmark = pytest.mark.process
 CELL = ("zero=2", "precision=fp16", "model.dropout=0.1")
@@ -37,6 +40,9 @@ def test_a_job_on_two_nodes_is_requeued_and_goes_on_to_the_bit(
 def test_a_cancelled_job_leaves_nothing_and_stays_cancelled(cloud: Cloud) -> None:
     one = cloud.submit("cancelled", *CELL, site=cloud.slowed(0.2))
     one.until_step(3)
+    following = subprocess.Popen(
+        [HALFSTEP, "jobs", "logs", "-f", str(one.run)], env=cloud.environ, stdout=subprocess.PIPE, text=True
+    )
     [row] = json.loads(cloud.halfstep("jobs", "--json").stdout)
     assert (row["job"], row["state"], row["reason"]) == (one.job, "running", "n[1-2]")
     done = cloud.halfstep("jobs", "cancel", str(one.run))
@@ -45,6 +51,12 @@ def test_a_cancelled_job_leaves_nothing_and_stays_cancelled(cloud: Cloud) -> Non
     assert one.until_state("CANCELLED", "PENDING") == "CANCELLED", one.log
     assert rig.exit_of(one.run)["code"] == 75
     assert not cloud.cluster.call("squeue", "-h").stdout
+    assert following.stdout is not None
+    assert following.stdout.readline().startswith(f"--- job {one.job}, start 1")
+    time.sleep(1)  # it looks twice a second
+    following.send_signal(signal.SIGINT)
+    assert following.wait(20) == 130
+    assert "stopped: SIGTERM after step" in following.stdout.read(), "what was added later"
     said = cloud.halfstep("jobs", "logs", str(one.run), "-n", "1000").stdout
     assert said == one.log
     assert "stopped: SIGTERM after step" in said
