@@ -67,6 +67,8 @@ class RollCall:
         self._began = time.perf_counter()
         # Under torchrun, its agent has the store.
         serves = rank.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not serves:
+            self._knock()
         try:
             self._store = dist.TCPStore(
                 self._host,
@@ -78,9 +80,21 @@ class RollCall:
                 multi_tenant=True,
             )
         except (dist.DistError, RuntimeError, ValueError) as error:
-            raise self._unreachable(error) from None
+            raise self._unreachable(str(error).splitlines()[0]) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._calls = dist.PrefixStore(f"halfstep/{attempt}", self._store)
+
+    def _knock(self) -> None:
+        """Wait until the first node answers; a store that cannot connect says so at length, and not why."""
+        end = time.monotonic() + self._limit
+        while True:
+            try:
+                socket.create_connection((self._host, self._port), timeout=max(1.0, self._limit / 4)).close()
+                return
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise self._unreachable(error.strerror or error) from None
+                time.sleep(0.2)
 
     def answer(self) -> dict[str, Any]:
         """Report, compare, and return on rank 0 what is written down, nothing elsewhere.
@@ -173,16 +187,17 @@ class RollCall:
                     return told, "the preflight", fix
         return None
 
-    def _unreachable(self, error: BaseException) -> TopologyError:
+    def _unreachable(self, reason: object) -> TopologyError:
         where = f"MASTER_ADDR={self._host} MASTER_PORT={self._port}"
         if self._rank.rank == 0:
             return TopologyError(
-                f"{socket.gethostname()} cannot open port {self._port} for the others: {str(error).splitlines()[0]}",
+                f"{socket.gethostname()} cannot open port {self._port} for the others: {reason}",
                 where=where,
                 fix="name a port that is free: `deepspeed --master_port N`, or MASTER_PORT=N",
             )
         told = TopologyError(
-            f"{socket.gethostname()} (rank {self._rank.rank}) could not reach {self._host} within {self._limit:.0f} s",
+            f"{socket.gethostname()} (rank {self._rank.rank}) could not reach {self._host} within {self._limit:.0f} s: "
+            f"{reason}",
             where=where,
             fix="is the first node up, does its name resolve to an address that the others see, is there no firewall?",
         )

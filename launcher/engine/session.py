@@ -31,8 +31,13 @@ from launcher.watch.stop import Stop
 def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:
     """Train the plan in its run directory and return the exit code; every rank of the run calls this."""
     heart.mark("join")
-    call = preflight.RollCall(rank, plan)  # its store serves the process group too
-    seen = call.answer()
+    try:
+        call = preflight.RollCall(rank, plan)  # its store serves the process group too
+        seen = call.answer()
+    except HalfstepError as error:
+        if not error.said_elsewhere:
+            exits.write_refusal(path, error.exit_code, error.what)
+        raise
     distributed.join(rank, plan)
     reduced = preflight.bandwidth(distributed.device(rank, plan))
     stop.install()  # libraries may have put their own handlers there while they were imported

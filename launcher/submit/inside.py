@@ -8,8 +8,10 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     # Started as a script, Python puts launcher/submit/ itself on the path, where `site` would not be Python's.
@@ -25,11 +27,13 @@ from launcher.errors import (
     RequestError,
     TopologyError,
 )
-from launcher.watch.exits import read_exit
+from launcher.watch.exits import read_exit, read_refusal, start_of_job
 
 STUCK = 3
 """So many starts in a row may end without a newer checkpoint; a number of attempts that go on has no limit."""
 _FIRST_PORT, _PORTS = 20000, 12000  # below 32768, where Linux takes ports for outgoing connections
+_STARTS = "starts.jsonl"
+"""In the run directory: a line for every start of a job, and how many attempts there were then."""
 _FOR_GOOD = (0, EXIT_REQUEST, EXIT_REFUSED, EXIT_NUMERICS)
 
 
@@ -46,6 +50,8 @@ def begin(run: Path, environ: Mapping[str, str] = os.environ) -> int:
         )
     if cause := stuck(run):
         raise cause
+    with (run / _STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"attempts": len(_attempts(run)), "time": time.time(), **start_of_job()}) + "\n")
     return free_port(int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_ARRAY_TASK_ID", "0")))
 
 
@@ -66,11 +72,13 @@ def free_port(job: int, index: int) -> int:
 def end(run: Path, status: int) -> int:
     """Return what the job has to do after its ranks have ended with `status`, and say why."""
     attempts = _attempts(run)
-    found = read_exit(attempts[-1]) if attempts else None
+    found = read_refusal(run) or (read_exit(attempts[-1]) if attempts and not _idle_starts(run) else None)
     code = found["code"] if found else status
     if code == 0 and not (run / "summary.json").is_file():
         code = 1  # the ranks never began
     told = f"{found['cause']} (exit code {code})" if found else f"the ranks ended with exit code {code}"
+    if code == 0:
+        (run / _STARTS).unlink(missing_ok=True)
     if code in _FOR_GOOD:
         print("--- the run is done" if code == 0 else f"--- the run ends: {told}", flush=True)
         return code
@@ -82,8 +90,14 @@ def end(run: Path, status: int) -> int:
 
 
 def stuck(run: Path) -> HalfstepError | None:
-    """Return the reason to give up: the last starts all ended where the newest checkpoint stands."""
+    """Return the reason to give up: the last starts of this job all ended where the newest checkpoint stands."""
     attempts = _attempts(run)
+    if _idle_starts(run) >= STUCK:
+        return NumericsError(
+            f"{STUCK} starts in a row ended before the ranks had begun",
+            where=str(run / _STARTS),
+            fix="what they said stands above; mend it and submit the run again",
+        )
     if not attempts:
         return None
     newest = _newest(run)
@@ -91,7 +105,7 @@ def stuck(run: Path) -> HalfstepError | None:
     ends = [*begins[1:], newest]
     count = 0
     for attempt, first, last in reversed(list(zip(attempts, begins, ends, strict=True))):
-        if last != newest:
+        if last != newest or _job(attempt) != start_of_job()["job"]:
             break
         if first == newest:
             count += 1
@@ -112,15 +126,34 @@ def stuck(run: Path) -> HalfstepError | None:
     )
 
 
+def _idle_starts(run: Path) -> int:
+    """Count the last starts of this job that made no attempt."""
+    try:
+        rows = [json.loads(line) for line in (run / _STARTS).read_text("utf-8").splitlines()]
+        made = [int(row["attempts"]) for row in rows if row["job"] == start_of_job()["job"]]
+    except (OSError, ValueError, KeyError):
+        return 0
+    now = len(_attempts(run))
+    return next((count for count, one in enumerate(reversed(made)) if one != now), len(made))
+
+
 def _attempts(run: Path) -> list[Path]:
     return sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
 
 
 def _steps_done(attempt: Path) -> int:
+    return int(_about(attempt).get("steps_done", 0))
+
+
+def _job(attempt: Path) -> str:
+    return str(_about(attempt).get("environment", {}).get("SLURM_JOB_ID", ""))
+
+
+def _about(attempt: Path) -> dict[str, Any]:
     try:
-        return int(json.loads((attempt / "env.json").read_text("utf-8"))["steps_done"])
-    except (OSError, ValueError, KeyError):
-        return 0
+        return json.loads((attempt / "env.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _newest(run: Path) -> int:

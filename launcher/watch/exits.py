@@ -1,5 +1,6 @@
 """How an attempt ended: attempts/NNNN/exit.json, which the first to know writes, so that nothing hides the cause."""
 
+import contextlib
 import json
 import os
 import signal
@@ -37,6 +38,27 @@ def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
     finally:
         temporary.unlink(missing_ok=True)
     return None
+
+
+def write_refusal(run: Path, code: int, cause: str) -> None:
+    """Write why a start ended before it became an attempt, for the job script; of several ranks the last one stands."""
+    about = {"code": code, "cause": cause, "time": time.time(), **start_of_job()}
+    with contextlib.suppress(OSError):
+        (run / "refused.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+def read_refusal(run: Path) -> dict[str, Any] | None:
+    """Return what `write_refusal` wrote in this start of this job, else None."""
+    try:
+        found = json.loads((run / "refused.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if all(found.get(key) == value for key, value in start_of_job().items()) else None
+
+
+def start_of_job() -> dict[str, str]:
+    """Return which start of which SLURM job this is; empty words outside one."""
+    return {"job": os.environ.get("SLURM_JOB_ID", ""), "start": os.environ.get("SLURM_RESTART_COUNT", "0")}
 
 
 def read_exit(attempt: Path) -> dict[str, Any] | None:

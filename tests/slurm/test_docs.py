@@ -26,7 +26,19 @@ def test_every_command_of_the_page_does_what_the_page_says(cloud: Cloud, tmp_pat
         words = [HALFSTEP, *shlex.split(command)[1:]]
         if "--hostfile" in words:
             node = str(cloud.cluster.first_process("n1"))
-            words = ["nsenter", "--target", node, "--net", "--uts", "--mount", "--pid", *words]
+            words = [
+                "nsenter",
+                "--target",
+                node,
+                "--net",
+                "--uts",
+                "--mount",
+                "--pid",
+                "env",
+                "-C",
+                str(tmp_path),
+                *words,
+            ]
         if "logs" in words:
             cloud.cluster.wait(lambda: (tmp_path / "runs/first/slurm.log").exists(), "the first job to begin", 60)
         done = subprocess.run(

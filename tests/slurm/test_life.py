@@ -234,7 +234,7 @@ def test_what_the_cluster_does_not_have_is_refused_before_anything_is_queued(
 
 def test_more_gpus_than_a_node_has_is_slurms_own_word(cloud: Cloud) -> None:
     gpus = cloud.write_site(cloud.folder / "gpus.toml", node={"gpus": 8})
-    done = cloud.halfstep("submit", "--site", str(gpus), *cloud.words("gpus", "gpus_per_node=8", "batch.global=16"))
+    done = cloud.halfstep("submit", "--site", str(gpus), *cloud.words("gpus", "gpus_per_node=8", "batch.global=32"))
     assert done.returncode == 2
     assert "SLURM would not take this job" in done.stderr
 

@@ -21,6 +21,7 @@ from launcher.plan.plan import Plan
 from launcher.submit import inside, render, site
 from launcher.submit.job import Array, Job
 from launcher.topology import Topology, hosts
+from launcher.watch import exits
 
 Make = Callable[..., Plan]
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -223,6 +224,13 @@ def test_a_run_is_stuck_when_its_last_three_starts_got_nowhere(
         assert inside.main(["end", str(run), "1"]) == 76
 
 
+def test_a_job_that_is_submitted_again_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(tmp_path, (0, 1), (0, 1), (0, 1), newest=0)
+    assert inside.stuck(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert inside.stuck(run) is None
+
+
 @pytest.mark.parametrize(
     ("code", "status", "ends"),
     [(75, 75, 75), (137, 1, 75), (77, 77, 75), (2, 2, 2), (3, 1, 3), (76, 1, 76), (None, 143, 75), (None, 2, 2)],
@@ -231,6 +239,32 @@ def test_what_becomes_of_a_job_follows_from_how_the_run_ended(
     tmp_path: Path, code: int | None, status: int, ends: int
 ) -> None:
     assert inside.main(["end", str(_run(tmp_path, (0, code), newest=0)), str(status)]) == ends
+
+
+def test_starts_that_make_no_attempt_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path, newest=0)
+    for _ in range(2):
+        assert inside.main(["begin", str(run)]) == 0
+        assert inside.main(["end", str(run), "137"]) == 75
+    assert inside.main(["begin", str(run)]) == 0
+    assert inside.main(["end", str(run), "137"]) == 76
+    assert "3 starts in a row ended before the ranks had begun" in capsys.readouterr().out
+    assert inside.main(["begin", str(run)]) == 76
+    (run / "attempts" / "0001").mkdir(parents=True)
+    assert inside.main(["begin", str(run)]) == 0, "one that made an attempt ends the row"
+
+
+def test_a_refusal_of_this_start_counts_whatever_srun_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(tmp_path, (0, 75), newest=10)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    exits.write_refusal(run, 2, "n2 could not reach n1")
+    assert inside.main(["end", str(run), "137"]) == 2
+    assert "n2 could not reach n1 (exit code 2)" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert inside.main(["end", str(run), "137"]) == 75, "that was an earlier start"
 
 
 def test_a_finished_run_ends_its_job(tmp_path: Path) -> None:
