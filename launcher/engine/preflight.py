@@ -5,56 +5,24 @@ It runs over a plain TCP store, before any process group: a group that cannot fo
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
-import platform
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from launcher import assets, rundir
-from launcher.errors import HalfstepError, TopologyError
-from launcher.plan.corpus import read_data
+from launcher.engine.reports import Report, different, report, summary
+from launcher.errors import TopologyError
 from launcher.plan.plan import Plan
-from launcher.spec.digest import digest
 from launcher.topology import Rank, hosts
 
 LIMIT = 120.0
 """Seconds that the first rank to be there waits for the last; importing torch on cold disks takes most of them."""
 _MESSAGE_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-_ALIKE = {
-    "halfstep": "Halfstep's code is {} on {}, and {} on {}",
-    "plan": "the plan of the run is {} on {}, and {} on {}",
-    "data": "the corpus is {} on {}, and {} on {}",
-    "device": "the device is {} on {}, and {} on {}",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What one rank says."""
-
-    rank: int
-    host: str
-    address: str
-    """Its own, on the way to the first node."""
-    device: str
-    versions: dict[str, str]
-    halfstep: str
-    """Hash of Halfstep's own files."""
-    plan: str
-    data: str
-    problem: str | None
-    """What is missing on this node."""
-    listens: int | None = None
-    """The port at which a node's first rank can be reached."""
 
 
 class RollCall:
@@ -107,7 +75,7 @@ class RollCall:
             if first_of_node:
                 ear.bind(("", 0))
                 ear.listen(16)
-            own = _report(
+            own = report(
                 self._rank, self._plan, (self._host, self._port), ear.getsockname()[1] if first_of_node else None
             )
             self._calls.set(f"report/{own.rank}", json.dumps(own.__dict__))
@@ -225,79 +193,6 @@ def bandwidth(device: torch.device) -> dict[str, float]:
     seconds = sorted(times[1:])[2]
     rate = 2 * (ranks - 1) / ranks * size / seconds / 1e9
     return {"bytes": size, "seconds": round(seconds, 6), "gigabytes_per_second": round(rate, 3)}
-
-
-def summary(reports: Sequence[Report], seconds: float) -> dict[str, Any]:
-    """Return what is written down: a row for each host, and what all have in common."""
-    first = reports[0]
-    rows: dict[str, dict[str, Any]] = {}
-    for one in reports:
-        row = rows.setdefault(one.host, {"host": one.host, "address": one.address, "device": one.device, "ranks": []})
-        row["ranks"].append(one.rank)
-    common = {"versions": first.versions, "halfstep": first.halfstep, "plan": first.plan, "data": first.data}
-    return {"seconds": round(seconds, 3), "hosts": list(rows.values()), **common}
-
-
-def different(reports: Sequence[Report]) -> str | None:
-    """Return one sentence on the first thing that is not the same everywhere, naming both nodes."""
-    first = reports[0]
-    for name in sorted(set[str]().union(*(one.versions for one in reports))):
-        for one in reports:
-            mine, its = first.versions.get(name, "missing"), one.versions.get(name, "missing")
-            if mine != its:
-                return f"{name} is {mine} on {first.host}, and {its} on {one.host}"
-    for key, sentence in _ALIKE.items():
-        for one in reports:
-            mine, its = getattr(first, key), getattr(one, key)
-            if mine != its:
-                return sentence.format(mine, first.host, its, f"{one.host} (rank {one.rank})")
-    return None
-
-
-def _report(rank: Rank, plan: Plan, master: tuple[str, int], listens: int | None) -> Report:
-    on_gpu = plan.topology.accelerator == "cuda"
-    problem, data = None, ""
-    if rank.local_rank == 0:  # the ranks of a node see the same files
-        try:
-            data = read_data(plan.data.path).digest
-            if data != plan.data.digest:
-                problem = f"{plan.data.path} holds another corpus than the run was planned for"
-            weights = plan.model.weights
-            if weights and weights.startswith("/") and not Path(weights).exists():
-                problem = f"the weights {weights} are not there"
-        except HalfstepError as error:
-            problem = error.what
-    return Report(
-        rank=rank.rank,
-        host=socket.gethostname(),
-        address=_address_towards(master),
-        device=torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu",
-        versions={**rundir.versions(), "python": platform.python_version()},
-        halfstep=_code_hash(),
-        plan=digest(plan.to_dict()),
-        data=data or plan.data.digest,
-        problem=problem,
-        listens=listens,
-    )
-
-
-def _address_towards(master: tuple[str, int]) -> str:
-    """Return the address that this host uses on the way to another; nothing is sent."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
-            return probe.getsockname()[0]
-    except OSError:
-        return "unknown"
-
-
-def _code_hash() -> str:
-    found = hashlib.sha256()
-    root = assets.source_root()
-    for file in sorted([*(root / "launcher").rglob("*.py"), *(root / "models").rglob("*.py")]):
-        found.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def _names_of_nodes(absent: Sequence[int], rank: Rank, reports: Sequence[Report]) -> str:

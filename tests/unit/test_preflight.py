@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launcher.engine.preflight import Report, different, summary
+from launcher.engine.reports import Report, different, summary
 
 
 def report(rank: int = 0, host: str = "n1", **more: Any) -> Report:
