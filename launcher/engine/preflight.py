@@ -87,6 +87,8 @@ class RollCall:
             if self._rank.rank == 0:
                 verdict = self._judge(reports)
                 self._calls.set("verdict", json.dumps(verdict))
+                if verdict:
+                    self._wait_for_listeners(len(reports) - 1)
             else:
                 verdict = json.loads(self._hear())
         if verdict:
@@ -97,13 +99,21 @@ class RollCall:
 
     def _hear(self) -> bytes:
         try:
-            return self._calls.get("verdict")
+            verdict = self._calls.get("verdict")
+            self._calls.add("heard", 1)
+            return verdict
         except (dist.DistError, RuntimeError) as error:
             raise TopologyError(
                 f"rank 0 was gone before all ranks had met: {str(error).splitlines()[0]}",
                 where=f"MASTER_ADDR={self._host} MASTER_PORT={self._port}",
                 fix="what it said before is the cause",
             ) from None
+
+    def _wait_for_listeners(self, ranks: int) -> None:
+        """Keep the store open until all have heard the verdict: it ends with this rank."""
+        end = time.monotonic() + 5
+        while self._calls.add("heard", 0) < ranks and time.monotonic() < end:
+            time.sleep(0.02)
 
     def _collect(self) -> list[Report]:
         end = time.monotonic() + self._limit

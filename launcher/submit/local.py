@@ -14,6 +14,7 @@ from launcher import rundir
 from launcher.errors import Fault, Interrupted
 from launcher.submit.hostfile import write_environment
 from launcher.topology import prefer_cpu, usable_cores
+from launcher.watch import rope as rope_page
 from launcher.watch.exits import read_exit, write_exit
 from launcher.watch.processes import marked
 
@@ -41,8 +42,11 @@ def start(argv: list[str], run: Path, ranks: int, remote: Path | None = None) ->
     # Whatever is started from here on bears this name, wherever it moves: torchrun gives each rank its own session.
     name = uuid.uuid4().hex
     environment["HALFSTEP_LAUNCH"] = name
+    rope = None
     if remote is not None:
         write_environment(remote, environment)
+        tied = [sys.executable, "-S", "-P", rope_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={name}"]
+        rope = subprocess.Popen(tied, stdin=subprocess.DEVNULL, start_new_session=True)
     stop = run / STOP_FILE
     with _heard() as signals, subprocess.Popen(
         argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
@@ -66,6 +70,9 @@ def start(argv: list[str], run: Path, ranks: int, remote: Path | None = None) ->
                 stop.unlink(missing_ok=True)
             if remote is not None:
                 remote.unlink(missing_ok=True)
+            if rope is not None:
+                rope.kill()
+                rope.wait()
     return _verdict(run, _newest(run, before), status)
 
 

@@ -41,7 +41,9 @@ def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
 
 
 def write_refusal(run: Path, code: int, cause: str) -> None:
-    """Write why a start ended before it became an attempt, for the job script; of several ranks the last one stands."""
+    """Write why a start ended before it became an attempt, for the job script; the first to know stands."""
+    if read_refusal(run) is not None:
+        return
     about = {"code": code, "cause": cause, "time": time.time(), **start_of_job()}
     with contextlib.suppress(OSError):
         (run / "refused.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")

@@ -46,6 +46,7 @@ def start(cloud: Cloud, out: Path, *words: str, options: tuple[str, ...]) -> "su
         f"out={out}",
     ]
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "DS_ACCELERATOR": "cpu"}
+    root["OMP_NUM_THREADS"] = "1"  # as the undisturbed run's: a sum over two threads rounds otherwise
     with (cloud.folder / f"{out.name}.log").open("ab") as log:
         return subprocess.Popen(
             [*enter, *command],

@@ -56,7 +56,8 @@ def test_a_cancelled_job_leaves_nothing_and_stays_cancelled(cloud: Cloud) -> Non
     time.sleep(1)  # it looks twice a second
     following.send_signal(signal.SIGINT)
     assert following.wait(20) == 130
-    assert "stopped: SIGTERM after step" in following.stdout.read(), "what was added later"
+    with following.stdout:
+        assert "stopped: SIGTERM after step" in following.stdout.read(), "what was added later"
     said = cloud.halfstep("jobs", "logs", str(one.run), "-n", "1000").stdout
     assert said == one.log
     assert "stopped: SIGTERM after step" in said
