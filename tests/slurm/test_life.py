@@ -276,7 +276,7 @@ def test_a_node_with_other_code_or_without_the_data_is_named_before_anything_is_
         assert line.startswith(said), "said once"
         assert "n2" in line
         assert not (one.run / "attempts").exists()
-        assert "--- the run ends: the ranks ended with exit code 2" in one.log
+        assert f"--- the run ends: {line.removeprefix('error: ')} (exit code 2)" in one.log
 
 
 def test_a_folder_that_nodes_do_not_see_is_refused(cloud: Cloud) -> None:
