@@ -50,6 +50,14 @@ JobCompType=jobcomp/none
 NodeName=n1 NodeAddr={net}.1 Port={port1} CPUs=4 RealMemory=6000 State=UNKNOWN
 NodeName=n2 NodeAddr={net}.2 Port={port1} CPUs=4 RealMemory=6000 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=01:00:00 PriorityTier=1 OverSubscribe=NO
+# A thousand nodes that are only ever asked about.
+GresTypes=gpu
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=3600
+SuspendExcNodes=n1,n2
+NodeName=g[1-1024] CPUs=64 RealMemory=500000 Gres=gpu:8 State=CLOUD
+PartitionName=big Nodes=g[1-1024] MaxTime=2-00:00:00
 PartitionName=urgent Nodes=n1,n2 MaxTime=00:30:00 PriorityTier=10 PreemptMode=OFF
 """
 

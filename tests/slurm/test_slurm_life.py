@@ -232,9 +232,33 @@ def test_what_the_cluster_does_not_have_is_refused_before_anything_is_queued(
     assert not (cloud.folder / "refused").exists()
 
 
+def test_a_thousand_nodes_are_asked_for_as_two_are(cloud: Cloud) -> None:
+    gpus = cloud.write_site(
+        cloud.folder / "big.toml", slurm={"partition": "big", "time": "1-00"}, node={"gpus": 8, "cpus_per_task": 8}
+    )
+    words = [
+        "model=gpt2-1.5b",
+        f"data={cloud.data}",
+        "batch.global=8192",
+        "zero=3",
+        "precision=bf16",
+        "gpus_per_node=8",
+    ]
+    scripts = []
+    for nodes in (1024, 2):
+        out = cloud.folder / f"on-{nodes}"
+        done = cloud.halfstep("submit", "--json", "--site", str(gpus), *words, f"nodes={nodes}", f"out={out}")
+        assert done.returncode == 0, done.stderr
+        number = json.loads(done.stdout)["job"]
+        asked = cloud.cluster.call("squeue", "-h", "-j", number, "-o", "%D %b").stdout.split()
+        assert asked == [str(nodes), "gres:gpu:8"]
+        scripts.append((out / "job.sbatch").read_text().splitlines())
+    assert len(scripts[0]) == len(scripts[1])
+
+
 def test_more_gpus_than_a_node_has_is_slurms_own_word(cloud: Cloud) -> None:
-    gpus = cloud.write_site(cloud.folder / "gpus.toml", node={"gpus": 8})
-    done = cloud.halfstep("submit", "--site", str(gpus), *cloud.words("gpus", "gpus_per_node=8", "batch.global=32"))
+    gpus = cloud.write_site(cloud.folder / "gpus.toml", slurm={"partition": "big"}, node={"gpus": 16})
+    done = cloud.halfstep("submit", "--site", str(gpus), *cloud.words("gpus", "gpus_per_node=16", "batch.global=64"))
     assert done.returncode == 2
     assert "SLURM would not take this job" in done.stderr
 
