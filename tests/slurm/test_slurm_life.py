@@ -46,16 +46,14 @@ def test_a_submitted_run_equals_one_of_the_deepspeed_launcher_in_fp32(
 
 
 def test_a_run_of_three_time_limits_finishes_by_itself(cloud: Cloud, undisturbed: Undisturbed) -> None:
-    words = (*CELL, "steps=120", "checkpoint.every=30")
+    words = (*CELL, "steps=160", "checkpoint.every=30")
     site = cloud.slowed(2.0)
     text = site.read_text().replace('time = "10"', 'time = "2"').replace("notice = 30", "notice = 20")
     site.write_text(text)
-    began = time.monotonic()
     one = cloud.submit("long", *words, site=site)
     assert one.until_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=1200) == "COMPLETED", one.log
     rig.assert_same(one.run, undisturbed(*words))
-    assert time.monotonic() - began > 3 * 90, "it did need three limits"
-    assert len(one.attempts) >= 3
+    assert len(one.attempts) >= 4, "steps of two seconds, of which not sixty fit into one limit"
     causes = [json.loads((one.run / f"attempts/{number}/exit.json").read_text()) for number in one.attempts]
     assert [found["code"] for found in causes] == [*[75] * (len(causes) - 1), 0]
     assert all(found["cause"].startswith("SIGUSR1 after step") for found in causes[:-1])
