@@ -2,7 +2,7 @@
 # make test    set up, run the whole test suite
 # make test-all    and what takes longer than anybody waits: every combination of the parity gate, every cell's faults
 # make test-faults the fault matrix: every kill, flip, full disk, signal and stall, on real ranks (about 40 minutes)
-# make test-slurm  jobs on a real SLURM cluster of two nodes on this machine: limits, preemption, lost nodes (about 20 minutes)
+# make test-slurm  jobs on a real SLURM cluster of two nodes on this machine: limits, preemption, lost nodes (about 25 minutes)
 # make gpu     what only a GPU can show, into benchmarks/results/<device>.json
 # make check   formatting, lint, types, generated files
 

@@ -136,9 +136,14 @@ def wait_for(condition: Callable[[], Any], timeout: float = 120) -> Any:
 
 def ranks_of(out: Path) -> list[psutil.Process]:
     """Return the ranks of a run, by number, whoever started them."""
+    return [psutil.Process(pid) for pid in heartbeats(out)]
+
+
+def heartbeats(out: Path) -> list[int]:
+    """Return the process of each rank of the newest attempt, as its own host numbers it."""
     numbers = sorted((out / "attempts").glob("*/rank-*.heartbeat"), key=lambda one: (one.parent.name, one.name))
     last = [one for one in numbers if one.parent == numbers[-1].parent]
-    return [psutil.Process(json.loads(one.read_text())["pid"]) for one in last]
+    return [json.loads(one.read_text())["pid"] for one in last]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

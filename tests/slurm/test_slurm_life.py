@@ -96,13 +96,15 @@ def test_a_killed_rank_brings_the_job_back(cloud: Cloud, undisturbed: Undisturbe
     assert "rank 1 was killed by signal 9 (SIGKILL)" in told["cause"]
 
 
-def test_a_lost_node(cloud: Cloud, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_lost_node(cloud: Cloud, undisturbed: Undisturbed, node: str) -> None:
+    """The first node has the job's script, rank 0 and the lease of the run directory."""
     reference = undisturbed(*CELL)
     one = cloud.submit("lost-node", *CELL, site=cloud.slowed(0.1))
     one.until_step(14)
-    cloud.cluster.kill_node("n2")
+    cloud.cluster.kill_node(node)
     cloud.cluster.wait(lambda: one.state in ("PENDING", "REQUEUED"), f"the job to be put back: {one.log}", 90)
-    cloud.cluster.start_node("n2")
+    cloud.cluster.start_node(node)
     finish(one, reference, attempts=2)
 
 
@@ -171,6 +173,22 @@ def test_an_array_two_at_a_time(cloud: Cloud) -> None:
     rows = json.loads(cloud.halfstep("jobs", "--json", str(cloud.folder / "seeds")).stdout)
     assert [row["state"] for row in rows] == ["done"] * 6
     assert "the run is done" in cloud.halfstep("jobs", "logs", str(runs[3])).stdout
+
+
+def test_a_task_of_an_array_comes_back_by_itself(cloud: Cloud) -> None:
+    words = ["model=gpt2-nano", f"data={cloud.data}", f"out={cloud.folder / 'pair'}", "steps=20", "sequence=64"]
+    more = ["--each", "seed=0,1", "nodes=1", "gpus_per_node=1", "batch.global=4", "checkpoint.every=5"]
+    slowed = cloud.slowed(0.3)
+    done = cloud.halfstep("submit", "--json", "--site", str(slowed), *words, *more)
+    assert done.returncode == 0, done.stderr
+    job, runs = json.loads(done.stdout)["job"], [Path(one) for one in json.loads(done.stdout)["runs"]]
+    cloud.cluster.wait(lambda: rig.last_step(runs[1]) >= 7, "the second task to train", 90)
+    [victim] = rig.heartbeats(runs[1])
+    node = cloud.cluster.call("squeue", "-h", "-j", f"{job}_1", "-o", "%N").stdout.strip()
+    assert cloud.cluster.on(node, "kill", "-9", str(victim)).returncode == 0
+    cloud.cluster.wait(lambda: all((one / "summary.json").exists() for one in runs), "both to finish", 120)
+    assert [len(list((one / "attempts").glob("0*"))) for one in runs] == [1, 2]
+    assert rig.last_step(runs[1]) == 20
 
 
 def test_two_jobs_on_one_node_do_not_meet(cloud: Cloud, undisturbed: Undisturbed) -> None:

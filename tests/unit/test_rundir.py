@@ -164,6 +164,23 @@ def test_two_launches_do_not_share_a_directory_and_a_dead_one_gives_it_back(tmp_
     assert not (tmp_path / "run" / "lease").exists()
 
 
+def test_a_job_that_slurm_starts_again_takes_the_lease_of_its_lost_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {"host": "lost", "pid": 1, "since": 0, "job": "7", "start": "0"}
+    (tmp_path / "lease").write_text(json.dumps(held))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(RequestError, match="in use by process 1 on lost"), lease(tmp_path):
+        pass  # the same start, on another host: two steps of one job
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with lease(tmp_path):
+        assert json.loads((tmp_path / "lease").read_text())["start"] == "1"
+    (tmp_path / "lease").write_text(json.dumps(held))
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with pytest.raises(RequestError, match="in use by process 1 on lost"), lease(tmp_path):
+        pass
+
+
 def test_a_lease_of_another_host_counts_until_it_is_stale(tmp_path: Path) -> None:
     file = tmp_path / "lease"
     file.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
