@@ -173,7 +173,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
 
 
 def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
-    from launcher.submit import jobs, render, send, site, slurm  # Jinja takes a while to load
+    from launcher.submit import render, send, site, slurm  # Jinja takes a while to load
 
     names = ("time", "partition", "account", "qos", "constraint", "memory")
     chosen = site.read(arguments.site, {name: getattr(arguments, name) for name in names})
@@ -190,10 +190,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
     array = _array(decided, arguments.at_once) if arguments.each else None
     job = Job(run=path, plan=plan, site=chosen, starter=arguments.starter, array=array)
     if arguments.after:
-        own = {path for path, _, _ in decided}
-        found = [jobs.find(one) if not arguments.dry_run else (Path(one), [one]) for one in arguments.after]
-        behind = tuple(one for run, numbers in found if run.absolute() in own for one in numbers)
-        after = tuple(one for run, numbers in found if run.absolute() not in own for one in numbers)
+        after, behind = _before(arguments.after, {path for path, _, _ in decided}, asking=not arguments.dry_run)
         job = dataclasses.replace(job, behind=behind, after=after)
     line = shlex.join(slurm.sbatch_line(job))
     if arguments.dry_run:
@@ -209,8 +206,29 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         print(json.dumps({"job": number, "script": str(job.script), "runs": [str(one) for one, _, _ in decided]}))
         return 0
     print(f"$ {line}\njob {number}: {len(decided)} run{'s' * (len(decided) > 1)}, {job.folder}")
-    print(f"`halfstep jobs` shows how it does, `halfstep jobs logs -f {job.folder}` what it says")
+    print(f"`halfstep jobs` shows how it does, `halfstep jobs logs -f {path}` what it says")
     return 0
+
+
+def _before(words: list[str], own: set[Path], *, asking: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the jobs of other runs that must have ended well, and those of the same runs that must have ended."""
+    from launcher.submit import jobs
+
+    after: list[str] = []
+    behind: list[str] = []
+    for word in words:
+        if not asking:
+            after.append(word)
+            continue
+        run, numbers = jobs.find(word)
+        if not numbers and rundir.finished(run) is None:
+            raise RequestError(
+                f"{word} has no job that could still end well",
+                where="--after",
+                fix="submit that one first, or leave it out",
+            )
+        (behind if run in own else after).extend(numbers)
+    return tuple(after), tuple(behind)
 
 
 def _combinations(each: list[str]) -> Iterable[tuple[str, ...]]:

@@ -18,6 +18,8 @@ from launcher.files import cannot_write, unwritable, write_json
 LEASE_STALE_SECONDS = 300
 """A lease held from another host counts as abandoned when its file was not touched for this long."""
 
+_TOUCHED_EVERY = LEASE_STALE_SECONDS / 5
+
 LEASE_FILES = _LEASE, _LOCK = "lease", ".lease.lock"
 
 
@@ -41,12 +43,11 @@ def lease(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     released = threading.Event()
     try:
-        elsewhere = bool(holder) and holder.get("host") != socket.gethostname()
-        # SLURM has ended all of a job before it starts it again, also what ran on a node that it lost.
         job, start = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-        started_again = job is not None and holder.get("job") == job and holder.get("start") != start
-        if elsewhere and not started_again and _age(file) < LEASE_STALE_SECONDS:
-            raise _held(path, holder)
+        if holder and holder.get("host") != socket.gethostname():
+            # SLURM has ended all of a job before it starts it again, unless it could not reach a node of it.
+            again = job is not None and holder.get("job") == job and holder.get("start") != start
+            _outlive(path, file, holder, _TOUCHED_EVERY * 2 if again else LEASE_STALE_SECONDS, waits=job is not None)
         with cannot_write(path):
             about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
             write_json(file, {**about, "job": job, "start": start})
@@ -60,9 +61,27 @@ def lease(path: Path) -> Iterator[Path]:
         lock.release()
 
 
+def _outlive(path: Path, file: Path, holder: dict[str, Any], limit: float, *, waits: bool) -> None:
+    """Raise RequestError while another host's lease counts; a job waits, because its predecessor may just have died.
+
+    Whoever lives touches its lease, and that ends the waiting.
+    """
+    seen, told = _touched(file), False
+    while (at := _touched(file)) is not None and time.time() - at < limit:
+        if not waits or at != seen:
+            raise _held(path, holder)
+        if not told:
+            print(
+                f"waiting for the lease of process {holder.get('pid')} on {holder.get('host')}, if it is dead",
+                flush=True,
+            )
+            told = True
+        time.sleep(min(1.0, limit / 10))
+
+
 def _touch(file: Path, released: threading.Event) -> None:
     """Tell other hosts, for as long as this process lives, that the lease is held."""
-    while not released.wait(LEASE_STALE_SECONDS / 5):
+    while not released.wait(_TOUCHED_EVERY):
         with contextlib.suppress(OSError):
             os.utime(file)
 
@@ -83,8 +102,9 @@ def _read_holder(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _age(file: Path) -> float:
+def _touched(file: Path) -> float | None:
+    """Return when a lease was last touched; None where it is gone."""
     try:
-        return time.time() - file.stat().st_mtime
+        return file.stat().st_mtime
     except OSError:
-        return float("inf")
+        return None

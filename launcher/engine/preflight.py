@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from launcher.engine.reports import Report, different, report, summary
-from launcher.errors import TopologyError
+from launcher.errors import Fault, HalfstepError, Stalled, TopologyError
 from launcher.plan.plan import Plan
 from launcher.topology import Rank, hosts
 
-LIMIT = 120.0
-"""Seconds that the first rank to be there waits for the last; importing torch on cold disks takes most of them."""
+LIMIT = 300.0
+"""Seconds that the first rank to be there waits for the last, which may import torch from a cold disk meanwhile."""
+_KINDS: dict[str, type[HalfstepError]] = {"wrong": TopologyError, "stalled": Stalled}
 _MESSAGE_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
 
 
@@ -67,43 +68,44 @@ class RollCall:
     def answer(self) -> dict[str, Any]:
         """Report, compare, and return on rank 0 what is written down, nothing elsewhere.
 
-        Raises TopologyError on every rank where a rank is missing, cannot reach the next node, or has something else
-        than the others.
+        Raises on every rank: Stalled where a rank is missing or cannot reach the next node, TopologyError where one has
+        something else than the others.
         """
-        with contextlib.closing(socket.socket()) as ear:
-            first_of_node = self._rank.local_rank == 0
-            if first_of_node:
-                ear.bind(("", 0))
-                ear.listen(16)
-            own = report(
-                self._rank, self._plan, (self._host, self._port), ear.getsockname()[1] if first_of_node else None
-            )
+        leads = self._rank.local_rank == 0
+        with contextlib.closing(_listener()) as ear:
+            own = report(self._rank, self._plan, (self._host, self._port), ear.getsockname()[1] if leads else None)
             self._calls.set(f"report/{own.rank}", json.dumps(own.__dict__))
-            reports: list[Report] = []
-            if self._rank.rank == 0:
-                reports = self._collect()
-            if first_of_node and self._rank.world_size > self._rank.local_world_size:
-                self._calls.set(f"link/{own.rank}", self._reach_the_next_node())
-            if self._rank.rank == 0:
+            reports = self._collect() if self._rank.rank == 0 else []
+            if self._rank.rank == 0 and len(reports) < self._rank.world_size:
                 verdict = self._judge(reports)
+            else:
+                if leads and self._several_nodes:
+                    self._calls.set(f"link/{own.rank}", self._reach_the_next_node())
+                verdict = self._judge(reports) if self._rank.rank == 0 else json.loads(self._hear())
+            if self._rank.rank == 0:
                 self._calls.set("verdict", json.dumps(verdict))
                 if verdict:
                     self._wait_for_listeners(len(reports) - 1)
-            else:
-                verdict = json.loads(self._hear())
         if verdict:
-            error = TopologyError(verdict[0], where=verdict[1], fix=verdict[2])
+            kind, *words = verdict
+            error = _KINDS[kind](words[0], where=words[1], fix=words[2])
             error.said_elsewhere = self._rank.rank != 0
             raise error
         return summary(reports, time.perf_counter() - self._began) if reports else {}
 
+    @property
+    def _several_nodes(self) -> bool:
+        return self._rank.world_size > self._rank.local_world_size
+
     def _hear(self) -> bytes:
         try:
+            # Rank 0 waits for everybody first, then for the links between nodes.
+            self._calls.wait(["verdict"], datetime.timedelta(seconds=2 * self._limit + 60))
             verdict = self._calls.get("verdict")
             self._calls.add("heard", 1)
             return verdict
         except (dist.DistError, RuntimeError) as error:
-            raise TopologyError(
+            raise Fault(
                 f"rank 0 was gone before all ranks had met: {str(error).splitlines()[0]}",
                 where=f"MASTER_ADDR={self._host} MASTER_PORT={self._port}",
                 fix="what it said before is the cause",
@@ -132,40 +134,45 @@ class RollCall:
         try:
             self._calls.wait([f"report/{other}"], datetime.timedelta(seconds=self._limit))
             found = Report(**json.loads(self._calls.get(f"report/{other}")))
-            with socket.create_connection((found.address, found.listens or 0), timeout=min(10.0, self._limit / 2)):
-                return ""
         except (dist.DistError, RuntimeError):
             return ""  # it never came: rank 0 says so
+        # Where a host calls itself 127.0.1.1, only the first one's address is known to the others.
+        address = found.address or (self._host if other == 0 else "")
+        if not address:
+            return ""
+        try:
+            with socket.create_connection((address, found.listens or 0), timeout=min(10.0, self._limit / 2)):
+                return ""
         except OSError as error:
-            return f"{socket.gethostname()} cannot reach {found.host} at {found.address}: {error.strerror or error}"
+            return f"{socket.gethostname()} cannot reach {found.host} at {address}: {error.strerror or error}"
 
-    def _judge(self, reports: Sequence[Report]) -> tuple[str, str, str] | None:
-        here = f"MASTER_ADDR={self._host} MASTER_PORT={self._port}"
+    def _judge(self, reports: Sequence[Report]) -> tuple[str, str, str, str] | None:
+        """Return what is wrong, if anything: the kind of error, what, where from, and what to do."""
         there = {one.rank for one in reports}
         if absent := sorted(set(range(self._rank.world_size)) - there):
             nodes = _names_of_nodes(absent, self._rank, reports)
             return (
+                "stalled",
                 f"{nodes} did not come to {self._host} within {self._limit:.0f} s: rank {_some(absent)} of "
                 f"{self._rank.world_size}",
-                here,
+                f"MASTER_ADDR={self._host} MASTER_PORT={self._port}",
                 "look at that node: is it up, can it reach the first one, is the network interface the right one?",
             )
         for one in reports:
             if one.problem:
-                return f"{one.host}: {one.problem}", "the preflight", "mend that node, or put data where all see it"
+                fix = "mend that node, or put data where all see it"
+                return "wrong", f"{one.host}: {one.problem}", "the preflight", fix
         if told := different(reports):
-            return told, "the preflight: what every rank has", "give all nodes the same installation and the same data"
-        for leader in range(0, self._rank.world_size, self._rank.local_world_size):
-            if self._rank.world_size == self._rank.local_world_size:
-                break
+            fix = "give all nodes the same installation and the same data"
+            return "wrong", told, "the preflight: what every rank has", fix
+        for leader in range(0, self._rank.world_size, self._rank.local_world_size) if self._several_nodes else ():
             with contextlib.suppress(dist.DistError, RuntimeError):
                 self._calls.wait([f"link/{leader}"], datetime.timedelta(seconds=min(30.0, self._limit)))
                 if told := self._calls.get(f"link/{leader}").decode():
-                    fix = "name the network that the nodes share: node.interface in the site, or GLOO_SOCKET_IFNAME"
-                    return told, "the preflight", fix
+                    return "stalled", told, "the preflight", "look at the network between the two"
         return None
 
-    def _unreachable(self, reason: object) -> TopologyError:
+    def _unreachable(self, reason: object) -> HalfstepError:
         where = f"MASTER_ADDR={self._host} MASTER_PORT={self._port}"
         if self._rank.rank == 0:
             return TopologyError(
@@ -173,7 +180,7 @@ class RollCall:
                 where=where,
                 fix="name a port that is free: `deepspeed --master_port N`, or MASTER_PORT=N",
             )
-        told = TopologyError(
+        told = Stalled(
             f"{socket.gethostname()} (rank {self._rank.rank}) could not reach {self._host} within {self._limit:.0f} s: "
             f"{reason}",
             where=where,
@@ -181,6 +188,13 @@ class RollCall:
         )
         told.said_elsewhere = self._rank.local_rank != 0
         return told
+
+
+def _listener() -> socket.socket:
+    """Return a socket that listens at a port of its own, for IPv4 and, where there is that, IPv6."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def bandwidth(device: torch.device) -> dict[str, float]:

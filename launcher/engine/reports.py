@@ -1,6 +1,7 @@
 """What a rank says of itself at the roll call, and how the reports of all ranks compare."""
 
 import hashlib
+import ipaddress
 import platform
 import socket
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ class Report:
     rank: int
     host: str
     address: str
-    """Its own, on the way to the first node."""
+    """Its own, on the way to the first node; empty where that is one that only the host itself can use."""
     device: str
     versions: dict[str, str]
     halfstep: str
@@ -106,9 +107,18 @@ def _address_towards(master: tuple[str, int]) -> str:
         family, kind, protocol, _, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)
-            return probe.getsockname()[0]
+            own = probe.getsockname()[0]
     except OSError:
-        return "unknown"
+        return ""
+    return "" if ipaddress.ip_address(own.partition("%")[0]).is_loopback and not _is_here(master[0]) else own
+
+
+def _is_here(host: str) -> bool:
+    """Tell whether an address was named that means this host to itself only: then there is no other one."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _code_hash() -> str:

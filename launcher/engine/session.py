@@ -35,10 +35,11 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
         call = preflight.RollCall(rank, plan)  # its store serves the process group too
         seen = call.answer()
     except HalfstepError as error:
-        if not error.said_elsewhere:
+        if not error.said_elsewhere and not isinstance(error, Fault):
             exits.write_refusal(path, error.exit_code, error.what)
         raise
     distributed.join(rank, plan)
+    del call  # every connection counts at the host of rank 0
     reduced = preflight.bandwidth(distributed.device(rank, plan))
     stop.install()  # libraries may have put their own handlers there while they were imported
     with contextlib.ExitStack() as held:

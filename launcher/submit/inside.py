@@ -1,15 +1,20 @@
 """What a job script asks from inside its allocation: where the ranks may meet, and whether the run goes on.
 
-python inside.py begin RUN            prints a free port, or ends with the code that the job has to end with
-python inside.py end RUN STATUS       ends with 0 (done), 75 (put the job back into the queue) or the run's own code
+python inside.py begin RUN            prints a free port
+python inside.py end RUN STATUS TOLD  ends with 0 (done), 75 (put the job back into the queue) or the run's own code
+
+TOLD is empty, or what the job had used of its time when SLURM told it to end, and the limit: `1:02:03 2:00:00`.
 """
 
+import contextlib
+import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +32,25 @@ from launcher.errors import (
     RequestError,
     TopologyError,
 )
+from launcher.submit.times import seconds
 from launcher.watch.exits import read_exit, read_refusal, start_of_job
 
 STUCK = 3
-"""So many starts in a row may end without a newer checkpoint; a number of attempts that go on has no limit."""
+"""So many starts in a row may end by themselves without a newer checkpoint; of others there is no limit."""
 _FIRST_PORT, _PORTS = 20000, 12000  # below 32768, where Linux takes ports for outgoing connections
 _STARTS = "starts.jsonl"
-"""In the run directory: a line for every start of a job, and how many attempts there were then."""
+"""In the run directory: a line for every start of a job that ended by itself, with the newest checkpoint then."""
 _FOR_GOOD = (0, EXIT_REQUEST, EXIT_REFUSED, EXIT_NUMERICS)
 
 
 def begin(run: Path, environ: Mapping[str, str] = os.environ) -> int:
-    """Return a port for the ranks to meet at.
-
-    Raises RequestError where this host does not see the run directory, and NumericsError where the run is stuck.
-    """
+    """Return a port for the ranks to meet at; raises RequestError where this host does not see the run directory."""
     if not (run / "plan.json").is_file():
         raise RequestError(
             f"{run} is not a run directory on {socket.gethostname()}",
             where="the job script, on the first node of the job",
             fix="put out= on a file system that every node sees",
         )
-    if cause := stuck(run):
-        raise cause
-    with (run / _STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"attempts": len(_attempts(run)), "time": time.time(), **start_of_job()}) + "\n")
     return free_port(int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_ARRAY_TASK_ID", "0")))
 
 
@@ -69,91 +68,81 @@ def free_port(job: int, index: int) -> int:
     raise TopologyError("no port is free", where=socket.gethostname(), fix="look for what holds them: ss -ltn")
 
 
-def end(run: Path, status: int) -> int:
+def end(run: Path, status: int, told: str = "") -> int:
     """Return what the job has to do after its ranks have ended with `status`, and say why."""
-    attempts = _attempts(run)
-    found = read_refusal(run) or (read_exit(attempts[-1]) if attempts and not _idle_starts(run) else None)
+    attempt = _attempt(run)
+    found = read_refusal(run) or (read_exit(attempt) if attempt else None)
     code = found["code"] if found else status
     if code == 0 and not (run / "summary.json").is_file():
         code = 1  # the ranks never began
-    told = f"{found['cause']} (exit code {code})" if found else f"the ranks ended with exit code {code}"
-    if code == 0:
-        (run / _STARTS).unlink(missing_ok=True)
+    why = f"{found['cause']} (exit code {code})" if found else f"the ranks ended with exit code {code}"
     if code in _FOR_GOOD:
-        print("--- the run is done" if code == 0 else f"--- the run ends: {told}", flush=True)
+        print("--- the run is done" if code == 0 else f"--- the run ends: {why}", flush=True)
         return code
-    if cause := stuck(run):
-        print(f"--- {told}\n{cause}", flush=True)
+    if told and not _limit_reached(told):
+        print(f"--- {why}; the job was cancelled, or SLURM puts it back by itself", flush=True)
+        return 128 + signal.SIGTERM
+    starts = [*_starts(run), {**start_of_job(), "newest": _newest(run), "code": code, "time": time.time()}]
+    with contextlib.suppress(OSError), (run / _STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(starts[-1]) + "\n")
+    if count := stuck(starts):
+        at = f"step {starts[-1]['newest']}" if starts[-1]["newest"] else "the start"
+        cause = NumericsError(
+            f"{count} starts in a row came no further than {at}: {why}",
+            where=str(attempt or run),
+            fix="mend the cause and submit it again; where a time limit is too short for one checkpoint, more --time",
+        )
+        print(cause, flush=True)
         return cause.exit_code
-    print(f"--- {told}; there is more to do", flush=True)
+    print(f"--- {why}; there is more to do", flush=True)
     return EXIT_STOPPED
 
 
-def stuck(run: Path) -> HalfstepError | None:
-    """Return the reason to give up: the last starts of this job all ended where the newest checkpoint stands."""
-    attempts = _attempts(run)
-    if _idle_starts(run) >= STUCK:
-        return NumericsError(
-            f"{STUCK} starts in a row ended before the ranks had begun",
-            where=str(run / _STARTS),
-            fix="what they said stands above; mend it and submit the run again",
-        )
-    if not attempts:
-        return None
-    newest = _newest(run)
-    begins = [_steps_done(one) for one in attempts]
-    ends = [*begins[1:], newest]
-    count = 0
-    for attempt, first, last in reversed(list(zip(attempts, begins, ends, strict=True))):
-        if last != newest or _job(attempt) != start_of_job()["job"]:
-            break
-        if first == newest:
-            count += 1
-            continue
-        # This one wrote the newest checkpoint: it got somewhere, but counts if it then failed.
-        ended = read_exit(attempt)
-        count += ended is None or ended["code"] != EXIT_STOPPED
-        break
-    if count < STUCK:
-        return None
-    ended = read_exit(attempts[-1])
-    why = ended["cause"] if ended else "nobody could say how the last one ended: its node failed, or all was killed"
-    at = f"step {newest}" if newest else "the start"
-    return NumericsError(
-        f"{count} starts in a row came no further than {at}: {why}",
-        where=str(attempts[-1]),
-        fix="mend the cause and submit it again; with a time limit too short for one checkpoint, give more --time",
-    )
+def stuck(starts: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many of the last starts of a job ended where its newest checkpoint stands, 0 if fewer than STUCK.
+
+    The start that wrote that checkpoint is one of them if it then failed; if it was stopped, it got somewhere.
+    """
+    trail = list(itertools.takewhile(lambda one: one["newest"] == starts[-1]["newest"], reversed(starts)))
+    first = trail[-1]
+    if first["code"] == EXIT_STOPPED and first["newest"]:
+        trail.pop()
+    return len(trail) if len(trail) >= STUCK else 0
 
 
-def _idle_starts(run: Path) -> int:
-    """Count the last starts of this job that made no attempt."""
+def _starts(run: Path) -> list[dict[str, Any]]:
+    """Return what `end` wrote of earlier starts of this job; starts that SLURM cut off are not among them."""
+    found, job = [], start_of_job()["job"]
     try:
-        rows = [json.loads(line) for line in (run / _STARTS).read_text("utf-8").splitlines()]
-        made = [int(row["attempts"]) for row in rows if row["job"] == start_of_job()["job"]]
-    except (OSError, ValueError, KeyError):
-        return 0
-    now = len(_attempts(run))
-    return next((count for count, one in enumerate(reversed(made)) if one != now), len(made))
+        lines = (run / _STARTS).read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk cuts lines short
+            row = json.loads(line)
+            if row["job"] == job and isinstance(row["newest"], int) and isinstance(row["code"], int):
+                found.append(row)
+    return found
 
 
-def _attempts(run: Path) -> list[Path]:
-    return sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
-
-
-def _steps_done(attempt: Path) -> int:
-    return int(_about(attempt).get("steps_done", 0))
-
-
-def _job(attempt: Path) -> str:
-    return str(_about(attempt).get("environment", {}).get("SLURM_JOB_ID", ""))
-
-
-def _about(attempt: Path) -> dict[str, Any]:
+def _limit_reached(told: str) -> bool:
+    """Tell whether the time that a job had used was all of its limit, as squeue writes both."""
+    used, _, limit = told.partition(" ")
     try:
-        return json.loads((attempt / "env.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+        return seconds(used) >= seconds(limit)
+    except ValueError:  # UNLIMITED, or nothing
+        return False
+
+
+def _attempt(run: Path) -> Path | None:
+    """Return the attempt that this start of the job has made, if its ranks came so far."""
+    attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
+    try:
+        about = json.loads((attempts[-1] / "env.json").read_text("utf-8"))["environment"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    made_by = {"job": about.get("SLURM_JOB_ID", ""), "start": about.get("SLURM_RESTART_COUNT", "0")}
+    return attempts[-1] if made_by == start_of_job() else None
 
 
 def _newest(run: Path) -> int:
@@ -167,7 +156,7 @@ def main(words: list[str]) -> int:
         if words[0] == "begin":
             print(begin(Path(words[1])), flush=True)
             return 0
-        return end(Path(words[1]), int(words[2]))
+        return end(Path(words[1]), int(words[2]), " ".join(words[3:]))
     except HalfstepError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code

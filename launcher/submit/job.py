@@ -1,5 +1,6 @@
 """A job: what sbatch is asked for and what its script says, worked out from a plan and a site."""
 
+import hashlib
 import re
 import sys
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 from launcher import assets
 from launcher.errors import RequestError
 from launcher.plan.plan import Plan
-from launcher.submit.site import Container, Site, seconds
+from launcher.submit.site import Container, Site
+from launcher.submit.times import seconds
 
 LOG = "slurm.log"
 """In the run directory: what all jobs of the run print, one after another."""
@@ -27,6 +29,12 @@ class Array:
     runs: tuple[Path, ...]
     at_once: int
     """How many may run at a time."""
+
+    @property
+    def list(self) -> Path:
+        """The file that names a run directory a line; another array in this folder has another one."""
+        text = "\n".join(map(str, self.runs))
+        return self.folder / f"runs-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +78,17 @@ class Job:
             "name": _job_name(self.folder),
             "script": self.script,
             "log": str(self._log()),
-            "comment": f"{COMMENT}{self.folder}",
+            "comment": f"{COMMENT}{self.array.list if self.array else self.run}",
             "run": self.run,
             "site": site,
-            "limit": seconds(site.slurm.time),
             "nodes": topology.nodes,
             "tasks_per_node": 1 if torchrun else ranks,
             "cpus_per_task": cpus and cpus * (ranks if torchrun else 1),
             "threads": cpus if topology.accelerator == "cpu" else None,
             "gres": _gres(site, ranks),
             "exports": ",".join(site.environment.forward) or "NIL",
-            "dependency": self._dependency(),
             "array": f"0-{len(self.array.runs) - 1}%{self.array.at_once}" if self.array else None,
-            "runs": self.array and self.array.folder / "runs.txt",
+            "runs": self.array and self.array.list,
             "python": self._python(on_the_batch_host=True),
             "helper": _ours(site.container, "submit/inside.py", "launcher.submit.inside"),
             "ranks": self._ranks(torchrun),
@@ -90,9 +96,14 @@ class Job:
             "image": site.container if site.container and site.container.kind == "pyxis" else None,
         }
 
-    def _dependency(self) -> str | None:
+    def dependency(self) -> list[str]:
+        """Return the words for sbatch that make this job wait for others.
+
+        They are no part of the script, which can be submitted again when those are long over.
+        """
         kinds = {"afterok": self.after, "afterany": self.behind}
-        return ",".join(f"{kind}:{':'.join(jobs)}" for kind, jobs in kinds.items() if jobs) or None
+        said = ",".join(f"{kind}:{':'.join(jobs)}" for kind, jobs in kinds.items() if jobs)
+        return [f"--dependency={said}", "--kill-on-invalid-dep=yes"] if said else []
 
     def _log(self) -> Path:
         # sbatch replaces %j and the like; of an array, each task has a log of its own.
@@ -129,6 +140,18 @@ class Job:
         """Raise RequestError where the plan asks for what the site does not have."""
         plan, site = self.plan, self.site
         self._check_folders()
+        if plan.checkpoint.resume == "never":
+            raise RequestError(
+                "a job that never resumes would begin anew at every start",
+                where="checkpoint.resume=never",
+                fix="leave it out, and choose an out that does not exist yet",
+            )
+        if self.starter == "torchrun" and site.slurm.signal == "TERM":
+            raise RequestError(
+                "torchrun ends its ranks on SIGTERM before they have saved",
+                where=f"slurm.signal of site {site.name}",
+                fix='signal = "USR1"',
+            )
         ranks, gpus = plan.topology.ranks_per_node, site.node.gpus
         if gpus and ranks > gpus:
             raise RequestError(
@@ -154,6 +177,9 @@ class Job:
     def _check_folders(self) -> None:
         shared = [Path(one) for one in self.site.environment.shared]
         needed = {"out": self.folder, "data": Path(self.plan.data.path)}
+        for path in (self.folder, *(self.array.runs if self.array else ())):
+            if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(path)):
+                raise RequestError(f"{str(path)!r} holds a control character", where="out", fix="choose another out")
         for key, path in needed.items():
             if shared and not any(path.absolute().is_relative_to(one) for one in shared):
                 raise RequestError(

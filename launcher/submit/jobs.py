@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,42 +42,39 @@ class Row:
 
 
 def submitted(run: Path) -> list[str]:
-    """Return the jobs that were submitted for a run, oldest first."""
-    try:
-        lines = (run / "jobs.jsonl").read_text("utf-8").splitlines()
-        return [str(json.loads(line)["job"]) for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    """Return the jobs that `halfstep submit` sent for a run, oldest first."""
+    return [str(row["job"]) for row in _lines(run / "jobs.jsonl")]
 
 
-def alive(run: Path) -> slurm.Queued | None:
-    """Return the job of a run that waits or runs."""
-    for job in reversed(submitted(run)):
-        if found := slurm.queue(job):
-            return found[0]
-    return None
+def alive(run: Path, queued: Sequence[slurm.Queued] | None = None) -> list[slurm.Queued]:
+    """Return the jobs of a run or of an array's folder that wait or run, whoever submitted them, oldest first."""
+    wanted = run.absolute()
+    found = []
+    for one in slurm.queue() if queued is None else queued:
+        named = Path(one.run)
+        if (wanted == named.parent and named.suffix == ".txt") or wanted in runs_of(one):
+            found.append(one)
+    return sorted(found, key=lambda one: [int(part) for part in one.job.split("_")])
 
 
 def survey(places: Iterable[Path]) -> list[Row]:
     """Return a row for every run in these folders, or, where none is named, for all jobs and the runs under runs/."""
-    queued = {one.job: one for one in slurm.queue()}
+    queued = slurm.queue()
     named = [run for place in places for run in _runs(place)]
     if not named:
-        named = [run for one in queued.values() for run in _of_job(one)]
+        named = [run for one in queued for run in runs_of(one)]
         named += [run for run in _runs(Path("runs")) if submitted(run)]
-    seen = dict.fromkeys(run.absolute() for run in named)
-    return [_row(run, queued) for run in seen]
+    return [_row(run, alive(run, queued)) for run in dict.fromkeys(run.absolute() for run in named)]
 
 
 def find(word: str) -> tuple[Path, list[str]]:
-    """Return the run directory and the living jobs that a run directory or a job's number names.
+    """Return the run directory, or an array's folder, and the living jobs that a directory or a job's number names.
 
     Raises RequestError where it names neither.
     """
     path = Path(word)
     if path.is_dir():
-        job = alive(path)
-        return path, [job.job] if job else []
+        return path.absolute(), [one.job for one in alive(path)]
     found = slurm.queue(word) if word.replace("_", "").isdigit() else []
     if not found:
         raise RequestError(
@@ -85,17 +82,17 @@ def find(word: str) -> tuple[Path, list[str]]:
             where="the command line",
             fix="`halfstep jobs` lists both",
         )
-    runs = _of_job(found[0])
-    return (runs[0] if len(runs) == 1 else Path(found[0].run)), [one.job for one in found]
+    runs = runs_of(found[0])
+    one_run = len(found) == 1 and len(runs) == 1
+    return (runs[0] if one_run else Path(found[0].run).parent), [one.job for one in found]
 
 
 def log_of(run: Path) -> Path:
     """Return the log of a run's jobs: its own, or that of its task in an array."""
     own = run / LOG
-    if not own.exists() and (jobs := submitted(run)) and "_" in jobs[-1]:
-        lines = (run / "jobs.jsonl").read_text("utf-8").splitlines()
-        folder = Path(json.loads(lines[-1])["script"]).parent
-        own = folder / f"task-{jobs[-1].partition('_')[2]}.log"
+    rows = _lines(run / "jobs.jsonl")
+    if not own.exists() and rows and "_" in str(rows[-1]["job"]):
+        own = Path(rows[-1]["script"]).parent / f"task-{str(rows[-1]['job']).partition('_')[2]}.log"
     if not own.exists():
         raise RequestError(
             f"{run} has no log yet", where=str(own), fix="`halfstep jobs` says whether its job has started"
@@ -124,17 +121,18 @@ def _runs(place: Path) -> Iterator[Path]:
         yield from sorted(one.parent for one in place.glob("*/plan.json"))
 
 
-def _of_job(job: slurm.Queued) -> list[Path]:
-    listed = Path(job.run) / "runs.txt"
-    if not listed.is_file():
-        return [Path(job.run)]
+def runs_of(job: slurm.Queued) -> list[Path]:
+    """Return the run directories that a job is about: one, or those of a whole array."""
+    listed = Path(job.run)
+    if listed.suffix != ".txt" or not listed.is_file():
+        return [listed]
     runs = [Path(line) for line in listed.read_text("utf-8").splitlines()]
     task = job.job.partition("_")[2]
     return [runs[int(task)]] if task.isdigit() and int(task) < len(runs) else runs
 
 
-def _row(run: Path, queued: dict[str, slurm.Queued]) -> Row:
-    job = next((queued[one] for one in reversed(submitted(run)) if one in queued), None)
+def _row(run: Path, living: list[slurm.Queued]) -> Row:
+    job = living[0] if living else None
     attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
     last = _last_step(run / "metrics.jsonl")
     state, reason = (job.state.lower(), job.reason) if job else _ending(run, attempts)
@@ -178,6 +176,13 @@ def _last_step(metrics: Path) -> dict[str, Any]:
         if "loss" in row:
             return row
     return {}
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError):
+        return []
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ Decided = Sequence[tuple[Path, Request, Plan]]
 def check(job: Job, decided: Decided, text: str) -> None:
     """Raise RequestError for whatever would keep a job from running, as far as it can be seen from here."""
     job.check()
+    queued = slurm.queue()
     for path, _, plan in decided:
         plan.require_allowed()
         rundir.refuse_another_run(path, plan)
@@ -31,12 +32,18 @@ def check(job: Job, decided: Decided, text: str) -> None:
                 where=f"out={path}",
                 fix="its summary.json has the result; another out starts anew",
             )
-        living = jobs.alive(path)
-        if living and living.job not in job.behind:
+        living = [one for one in jobs.alive(path, queued) if one.job not in job.behind]
+        if living:
             raise RequestError(
-                f"job {living.job} is for this run already, and is {living.state.lower()}",
+                f"job {living[0].job} is for this run already, and is {living[0].state.lower()}",
                 where=f"out={path}",
-                fix=f"--after {living.job} queues behind it; `halfstep jobs cancel {living.job}` ends it",
+                fix=f"--after {living[0].job} queues behind it; `halfstep jobs cancel {living[0].job}` ends it",
+            )
+        if job.behind and plan.to_dict() != rundir.read_plan(path)[1].to_dict():
+            raise RequestError(
+                "what is queued behind a job of the same run has to be the same plan",
+                where=f"--after {job.behind[0]}, out={path}",
+                fix="submit the changed run when that job has ended",
             )
     slurm.check(job, text)
 
@@ -47,15 +54,13 @@ def send(job: Job, decided: Decided) -> str:
     check(job, decided, text)
     for path, request, plan in decided:
         if job.behind:
-            if not (path / "plan.json").exists():
-                rundir.write_plan(path, request, plan)
-            continue  # who is before us in this directory may hold it
+            continue  # who is before us in this directory may hold it, and has written the same
         with lease(path):
             rundir.write_plan(path, request, plan)
     with cannot_write(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.array:
-            write_atomic(job.array.folder / "runs.txt", "".join(f"{one}\n" for one in job.array.runs))
+            write_atomic(job.array.list, "".join(f"{one}\n" for one in job.array.runs))
         write_atomic(job.script, text)
         number = slurm.submit(job)
         line = slurm.sbatch_line(job)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from launcher import assets
 from launcher.errors import RequestError, nearest
+from launcher.submit.times import seconds
 
 DEFAULT = "default"
 """The user's own site of this name is taken where none is named."""
@@ -40,25 +41,6 @@ def _minutes(text: str) -> str:
     return text
 
 
-def seconds(limit: str) -> int:
-    """Return the seconds of a SLURM time: minutes, minutes:seconds, h:m:s, days-h, days-h:m or days-h:m:s.
-
-    Raises ValueError for anything else.
-    """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if not found:
-        raise ValueError(f"{limit!r} is no SLURM time, such as 90, 12:00:00 or 2-12")
-    days, *rest = found.groups()
-    numbers = [int(one) for one in rest if one is not None]
-    if days is not None:
-        hours, minutes, left = (*numbers, 0, 0)[:3]
-    elif len(numbers) == 3:
-        hours, minutes, left = numbers
-    else:
-        hours, (minutes, left) = 0, (*numbers, 0)[:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
-
-
 Line = Annotated[str, AfterValidator(_one_line)]
 Word = Annotated[str, AfterValidator(_slurm_word)]
 Variable = Annotated[str, AfterValidator(_name)]
@@ -77,7 +59,7 @@ class Slurm(_Table):
     constraint: Word | None = None
     time: Annotated[Word, AfterValidator(_minutes)] = "1-00:00:00"
     """The limit of one job; a run that needs longer requeues."""
-    signal: Literal["USR1", "USR2", "TERM", "INT"] = "USR1"
+    signal: Literal["USR1", "USR2", "TERM"] = "USR1"
     notice: int = Field(default=300, ge=10)
     """Seconds before the limit at which the ranks are told to save and stop; SLURM may be up to a minute early."""
     memory: Word | None = None

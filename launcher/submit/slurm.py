@@ -1,5 +1,6 @@
 """SLURM's own commands: submit, look, cancel; what they say when they refuse is passed on word for word."""
 
+import os
 import re
 import shlex
 import shutil
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from launcher.errors import RefusedError, RequestError
 from launcher.submit.job import COMMENT, Job
-from launcher.submit.site import seconds
+from launcher.submit.times import clock, seconds
 
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
 
@@ -45,9 +46,9 @@ class Partition:
     state: str
 
 
-def sbatch_line(job: Job, *more: str) -> list[str]:
+def sbatch_line(job: Job) -> list[str]:
     """Return the command that submits a job."""
-    return ["sbatch", "--parsable", *more, str(job.script)]
+    return ["sbatch", "--parsable", *job.dependency(), str(job.script)]
 
 
 def check(job: Job, text: str) -> str:
@@ -145,12 +146,13 @@ def _check_partition(job: Job) -> None:
             raise RequestError(f"there is no partition {name!r}", where=where, fix=f"this cluster has: {has}")
     chosen = [one for one in known if one.name in names or (not names and one.default)]
     wanted, nodes = seconds(job.site.slurm.time), job.plan.topology.nodes
-    for one in chosen:
+    fitting = [one for one in chosen if wanted <= (one.seconds or wanted) and nodes <= (one.nodes or nodes)]
+    for one in chosen if not fitting else []:
         if one.seconds is not None and wanted > one.seconds:
             raise RequestError(
-                f"a time limit of {job.site.slurm.time} is over the {_clock(one.seconds)} of partition {one.name}",
+                f"a time limit of {job.site.slurm.time} is over the {clock(one.seconds)} of partition {one.name}",
                 where=f"slurm.time of site {job.site.name}, or --time",
-                fix=f"--time {_clock(one.seconds)}: a run that needs longer requeues and goes on",
+                fix=f"--time {clock(one.seconds)}: a run that needs longer requeues and goes on",
             )
         if one.nodes is not None and nodes > one.nodes:
             raise RequestError(
@@ -176,11 +178,6 @@ def _megabytes(text: str | None) -> int | None:
     return int(int(found[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[found[2].upper()])
 
 
-def _clock(limit: int) -> str:
-    days, rest = divmod(limit, 86400)
-    return f"{days}-" * bool(days) + f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-
-
 def _call(words: list[str], text: str | None = None) -> "subprocess.CompletedProcess[str]":
     if shutil.which(words[0]) is None:
         raise RefusedError(
@@ -188,7 +185,9 @@ def _call(words: list[str], text: str | None = None) -> "subprocess.CompletedPro
             where="PATH",
             fix="log in to the cluster; `halfstep submit --dry-run` shows the script without it",
         )
-    return subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+    # Variables like SBATCH_PARTITION win over what a script says.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    return subprocess.run(words, input=text, capture_output=True, text=True, check=False, env=environ)
 
 
 def _words(done: "subprocess.CompletedProcess[str]") -> str:

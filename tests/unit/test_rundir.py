@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -164,21 +166,38 @@ def test_two_launches_do_not_share_a_directory_and_a_dead_one_gives_it_back(tmp_
     assert not (tmp_path / "run" / "lease").exists()
 
 
-def test_a_job_that_slurm_starts_again_takes_the_lease_of_its_lost_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_outlives_the_lease_of_its_dead_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import launcher.lease as page
+
+    monkeypatch.setattr(page, "LEASE_STALE_SECONDS", 0.6)
     held = {"host": "lost", "pid": 1, "since": 0, "job": "7", "start": "0"}
     (tmp_path / "lease").write_text(json.dumps(held))
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(RequestError, match="in use by process 1 on lost"), lease(tmp_path):
-        pass  # the same start, on another host: two steps of one job
+        pass  # no job: a person is told at once
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with lease(tmp_path):  # after 0.6 seconds
+        assert json.loads((tmp_path / "lease").read_text())["job"] == "8"
+    # The same job, started again by SLURM, needs less: its node has not touched the lease twice in a row.
+    monkeypatch.setattr(page, "LEASE_STALE_SECONDS", 300)
+    (tmp_path / "lease").write_text(json.dumps(held))
+    os.utime(tmp_path / "lease", (time.time() - 130, time.time() - 130))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with lease(tmp_path):
-        assert json.loads((tmp_path / "lease").read_text())["start"] == "1"
-    (tmp_path / "lease").write_text(json.dumps(held))
+        found = json.loads((tmp_path / "lease").read_text())
+    assert (found["job"], found["start"]) == ("7", "1")
+
+
+def test_a_job_does_not_wait_for_a_lease_whose_holder_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "lease"
+    file.write_text(json.dumps({"host": "other", "pid": 1, "since": 0, "job": "7", "start": "0"}))
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    with pytest.raises(RequestError, match="in use by process 1 on lost"), lease(tmp_path):
+    living = threading.Timer(0.3, lambda: os.utime(file, (time.time() + 1, time.time() + 1)))
+    living.start()
+    with pytest.raises(RequestError, match="in use by process 1 on other"), lease(tmp_path):
         pass
+    living.join()
 
 
 def test_a_lease_of_another_host_counts_until_it_is_stale(tmp_path: Path) -> None:

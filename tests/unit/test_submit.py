@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 
 from launcher import assets
 from launcher.cli import main
-from launcher.errors import HalfstepError, RequestError
+from launcher.errors import RequestError
 from launcher.plan.plan import Plan
-from launcher.submit import inside, render, site
+from launcher.submit import inside, render, site, slurm, times
 from launcher.submit.job import Array, Job
 from launcher.topology import Topology, hosts
 from launcher.watch import exits
@@ -131,7 +130,7 @@ def test_an_unknown_site_names_the_known_ones(tmp_path: Path) -> None:
     [("90", 5400), ("1:30", 90), ("12:00:00", 43200), ("2-12", 216000), ("1-02:03", 93780), ("1-02:03:04", 93784)],
 )
 def test_slurm_times(limit: str, seconds: int) -> None:
-    assert site.seconds(limit) == seconds
+    assert times.seconds(limit) == seconds
 
 
 def test_a_plan_must_fit_the_site(plan: Make) -> None:
@@ -146,6 +145,27 @@ def test_a_plan_must_fit_the_site(plan: Make) -> None:
     )
     with pytest.raises(RequestError, match="cannot be seen from the compute nodes"):
         Job(run=one.run, plan=one.plan, site=shared).check()
+
+
+def test_the_same_script_serves_again_when_what_it_waited_for_is_over(plan: Make) -> None:
+    one = job(plan, after=("12",), behind=("13", "14"))
+    assert slurm.sbatch_line(one)[2:4] == ["--dependency=afterok:12,afterany:13:14", "--kill-on-invalid-dep=yes"]
+    assert "dependency" not in render.script(one)
+
+
+def test_two_arrays_in_one_folder_have_lists_of_their_own() -> None:
+    folder = Path("/runs/seeds")
+    first, second = (Array(folder=folder, runs=(folder / name,), at_once=1) for name in ("seed=0", "seed=1"))
+    assert first.list != second.list
+    assert first.list.parent == folder
+
+
+@pytest.mark.parametrize("word", ["checkpoint.resume=never", "out=/tmp/a\nb"])
+def test_what_a_job_cannot_do_is_refused(corpus: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "--dry-run", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", word]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "begin anew at every start" in said or "control character" in said
 
 
 @pytest.mark.parametrize(
@@ -184,51 +204,60 @@ def test_without_slurm_a_submit_says_so_and_a_dry_run_works(
     assert "\n#SBATCH --nodes=1\n" in shown["text"]
 
 
-def _run(folder: Path, *attempts: tuple[int, int | None], newest: int) -> Path:
-    """Make a run directory whose attempts began after a step and ended with a code, or said nothing."""
-    for number, (begin, code) in enumerate(attempts, start=1):
-        attempt = folder / "attempts" / f"{number:04d}"
+def _run(folder: Path, *, code: int | None = None, newest: int = 0) -> Path:
+    """Make a run directory whose only attempt, of this start, ended with a code, or never was."""
+    (folder / "plan.json").write_text("{}")
+    if code is not None:
+        attempt = folder / "attempts" / "0001"
         attempt.mkdir(parents=True)
-        (attempt / "env.json").write_text(json.dumps({"steps_done": begin}))
-        if code is not None:
-            (attempt / "exit.json").write_text(json.dumps({"code": code, "cause": f"cause {number}"}))
+        (attempt / "env.json").write_text(json.dumps({"environment": {}}))
+        (attempt / "exit.json").write_text(json.dumps({"code": code, "cause": "the cause"}))
     if newest:
         (folder / f"checkpoints/step-{newest:08d}").mkdir(parents=True)
         (folder / f"checkpoints/step-{newest:08d}/manifest.json").write_text("{}")
-    (folder / "plan.json").write_text("{}")
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(
-    ("attempts", "newest", "stuck"),
+    ("starts", "count"),
     [
-        ([(0, 1), (0, 1)], 0, False),
-        ([(0, 1), (0, 1), (0, 137)], 0, True),
-        ([(0, 137), (40, 137)], 40, False),
-        ([(0, 137), (40, 137), (40, 137)], 40, True),
-        ([(0, 75), (40, 137), (40, 137)], 40, False),  # the first one was stopped: the crash has come twice
-        ([(0, 75), (40, 137), (40, None), (40, 1)], 40, True),
-        ([(0, 75), (40, 75), (80, 75), (120, 75), (160, 75)], 200, False),
-        ([(0, 137), (0, 137), (0, 75)], 40, False),
+        ([(0, 1), (0, 1)], 0),
+        ([(0, 1), (0, 1), (0, 137)], 3),
+        ([(40, 137), (40, 137)], 0),
+        ([(40, 137), (40, 137), (40, 137)], 3),
+        ([(40, 75), (40, 137), (40, 137)], 0),  # the first was stopped after it had saved: the crash has come twice
+        ([(40, 75), (40, 137), (40, 1), (40, 1)], 3),
+        ([(40, 75), (80, 75), (120, 75), (160, 75), (200, 75)], 0),
+        ([(0, 75), (0, 75), (0, 75)], 3),  # a limit too short for one checkpoint
+        ([(0, 137), (0, 137), (40, 75)], 0),
+        ([(90, 1), (100, 1), (100, 1), (100, 1)], 3),
     ],
 )
-def test_a_run_is_stuck_when_its_last_three_starts_got_nowhere(
-    tmp_path: Path, attempts: list[tuple[int, int | None]], newest: int, stuck: bool
-) -> None:
-    run = _run(tmp_path, *attempts, newest=newest)
-    found = inside.stuck(run)
-    assert (found is not None) == stuck
-    if found:
-        assert f"cause {len(attempts)}" in found.what
-        assert inside.main(["begin", str(run)]) == 76
-        assert inside.main(["end", str(run), "1"]) == 76
+def test_a_run_is_stuck_when_its_last_three_starts_got_nowhere(starts: list[tuple[int, int]], count: int) -> None:
+    assert inside.stuck([{"newest": newest, "code": code} for newest, code in starts]) == count
+
+
+def test_the_third_start_that_gets_nowhere_ends_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path, code=137, newest=10)
+    assert [inside.main(["end", str(run), "1", ""]) for _ in range(2)] == [75, 75]
+    with (run / "starts.jsonl").open("a") as file:
+        file.write('{"job": "", "newe')  # the disk was full
+        file.write("\n")
+    assert inside.main(["end", str(run), "1", ""]) == 76
+    assert "error: 3 starts in a row came no further than step 10: the cause" in capsys.readouterr().out
 
 
 def test_a_job_that_is_submitted_again_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = _run(tmp_path, (0, 1), (0, 1), (0, 1), newest=0)
-    assert inside.stuck(run)
+    run = _run(tmp_path)
+    assert [inside.main(["end", str(run), "1", ""]) for _ in range(3)] == [75, 75, 76]
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert inside.stuck(run) is None
+    assert inside.main(["end", str(run), "1", ""]) == 75
 
 
 @pytest.mark.parametrize(
@@ -238,39 +267,53 @@ def test_a_job_that_is_submitted_again_begins_to_count_anew(tmp_path: Path, monk
 def test_what_becomes_of_a_job_follows_from_how_the_run_ended(
     tmp_path: Path, code: int | None, status: int, ends: int
 ) -> None:
-    assert inside.main(["end", str(_run(tmp_path, (0, code), newest=0)), str(status)]) == ends
+    assert inside.main(["end", str(_run(tmp_path, code=code)), str(status), ""]) == ends
 
 
-def test_starts_that_make_no_attempt_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = _run(tmp_path, newest=0)
-    for _ in range(2):
-        assert inside.main(["begin", str(run)]) == 0
-        assert inside.main(["end", str(run), "137"]) == 75
-    assert inside.main(["begin", str(run)]) == 0
-    assert inside.main(["end", str(run), "137"]) == 76
-    assert "3 starts in a row ended before the ranks had begun" in capsys.readouterr().out
-    assert inside.main(["begin", str(run)]) == 76
-    (run / "attempts" / "0001").mkdir(parents=True)
-    assert inside.main(["begin", str(run)]) == 0, "one that made an attempt ends the row"
+@pytest.mark.parametrize(
+    ("told", "ends"),
+    [
+        ("", 75),
+        ("2:00:00 2:00:00", 75),
+        ("1-00:00:03 1-00:00:00", 75),
+        ("1:59:00 2:00:00", 143),
+        ("0:20 10:00", 143),
+        ("3:00:00 UNLIMITED", 143),
+        ("INVALID INVALID", 143),
+    ],
+)
+def test_told_to_end_before_its_limit_a_job_leaves_it_to_slurm(tmp_path: Path, told: str, ends: int) -> None:
+    run = _run(tmp_path, code=75)
+    assert inside.main(["end", str(run), "75", told]) == ends
+    assert (run / "starts.jsonl").exists() == (ends == 75), "a preemption is no failure of the run's"
+
+
+def test_an_attempt_of_an_earlier_start_tells_nothing_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path, code=76)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert inside.main(["end", str(run), "137", ""]) == 75
 
 
 def test_a_refusal_of_this_start_counts_whatever_srun_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = _run(tmp_path, (0, 75), newest=10)
+    run = _run(tmp_path, code=75, newest=10)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    exits.write_refusal(run, 2, "n2 could not reach n1")
-    assert inside.main(["end", str(run), "137"]) == 2
-    assert "n2 could not reach n1 (exit code 2)" in capsys.readouterr().out
+    exits.write_refusal(run, 2, "n2 has another torch")
+    exits.write_refusal(run, 1, "what came of it")
+    assert inside.main(["end", str(run), "137", ""]) == 2
+    assert "n2 has another torch (exit code 2)" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert inside.main(["end", str(run), "137"]) == 75, "that was an earlier start"
+    assert inside.main(["end", str(run), "137", ""]) == 75, "that was an earlier start"
 
 
 def test_a_finished_run_ends_its_job(tmp_path: Path) -> None:
-    run = _run(tmp_path, (0, 0), newest=40)
+    run = _run(tmp_path, code=0, newest=40)
     (run / "summary.json").write_text("{}")
-    assert inside.main(["end", str(run), "0"]) == 0
+    assert inside.main(["end", str(run), "0", ""]) == 0
 
 
 def test_a_directory_that_a_node_does_not_see_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,9 +348,3 @@ def test_a_node_list_is_expanded_as_slurm_does(nodelist: str, expected: list[str
     if shutil.which("scontrol") and os.environ.get("SLURM_CONF"):
         done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True)
         assert done.stdout.split() == expected
-
-
-def test_errors_read_well(tmp_path: Path) -> None:
-    found = inside.stuck(_run(tmp_path, (0, 1), (0, 1), (0, 1), newest=0))
-    assert isinstance(found, HalfstepError)
-    assert re.match(r"3 starts in a row came no further than the start: cause 3", found.what)
