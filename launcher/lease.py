@@ -71,10 +71,8 @@ def _outlive(path: Path, file: Path, holder: dict[str, Any], limit: float, *, wa
         if not waits or at != seen:
             raise _held(path, holder)
         if not told:
-            print(
-                f"waiting for the lease of process {holder.get('pid')} on {holder.get('host')}, if it is dead",
-                flush=True,
-            )
+            who = f"process {holder.get('pid')} on {holder.get('host')}"
+            print(f"{who} held this run directory; waiting to see whether it lives", flush=True)
             told = True
         time.sleep(min(1.0, limit / 10))
 
