@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launcher.errors import Fault
 from launcher.watch import processes
 from launcher.watch.pulse import IGNORED, SIZE, Pulse
 from launcher.watch.stop import Stop
@@ -157,6 +158,12 @@ class Heart:
 
 def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
     """Hear signals and be watched from here on, which is before torch is imported: that takes seconds."""
+    if "HALFSTEP_REMOTE" in os.environ and processes.is_orphan(os.getpid()):
+        raise Fault(
+            "the ssh session that started this rank had ended before it began",
+            where=f"rank {rank} on {socket.gethostname()}",
+            fix="start the same command again",
+        )
     stop = Stop()
     stop.install()
     heart = Heart(rank, stop)

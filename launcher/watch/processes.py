@@ -11,7 +11,8 @@ from pathlib import Path
 _SCRIPTS = ("deepspeed", "torchrun", "accelerate", "halfstep")
 _MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.commands.", "launcher.")
 # Where a person sits, or what outlives them on purpose: a rank under nohup must not end with any of these.
-_PLACES = ("sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh", "csh", "busybox", "login", "su", "sudo", "sshd",
+_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh", "csh", "busybox")
+_PLACES = (*_SHELLS, "login", "su", "sudo", "sshd",
            "sshd-session", "tmux", "tmux: server", "screen", "mosh-server", "systemd", "init")  # fmt: skip
 _PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO_SIZE = 0xC040FF0B, 8, 64  # linux/pidfd.h
 
@@ -86,6 +87,17 @@ def launchers_above(pid: int, *, over_ssh: bool = False) -> list[Process]:
             break
         found.append(Process(pid=parent, start=below.start, name=name))
     return found
+
+
+def is_orphan(pid: int) -> bool:
+    """Tell whether only launchers and shells are left above a process: the session they were started from has ended."""
+    below = stat(pid)
+    while below is not None and below.parent > 1:
+        parent = below.parent
+        if not launcher_name(_words(parent))[1] and _comm(parent) not in _SHELLS:
+            return False
+        below = stat(parent)
+    return True
 
 
 def launcher_name(words: Sequence[str]) -> tuple[str, bool]:
