@@ -75,5 +75,6 @@ def main(words: list[str]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    if code:
-        os._exit(code)  # a rank that failed must not wait for the others while Python takes its process group down
+    # Whatever the code: taking Python down beside threads of gloo or NCCL can wait for other ranks or abort (a thread
+    # that wants Python's lock then ends the process: `terminate called without an active exception`).
+    os._exit(code)

@@ -76,8 +76,11 @@ def _row(case: Case, series: "Series", oracle: "Series", stage_1: "Series") -> d
 
 
 if __name__ == "__main__":
+    code = 0
     try:
         main(Path(sys.argv[1]))
     except HalfstepError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    sys.stdout.flush()
+    os._exit(code)  # as in launcher/train.py: taking Python down beside gloo's threads can abort

@@ -57,6 +57,21 @@ def test_halfstep_run_prints_its_command_and_one_bare_process_agrees(start: Star
     assert one.losses == pytest.approx(two.losses, abs=2e-5), "the same global batches, summed in another order"
 
 
+def test_what_happens_while_python_is_taken_down_does_not_change_how_a_rank_ended(
+    start: Start, data: Path, scratch: Path
+) -> None:
+    # Threads of gloo that end at that moment have aborted a rank that was done; an exit handler does so every time.
+    folder = scratch / "aborting"
+    folder.mkdir()
+    abort = "atexit.register(lambda: sys.argv[0].endswith('train.py') and os.abort())"
+    (folder / "sitecustomize.py").write_text(f"import atexit, os, sys\n{abort}\n")
+    run = [*WORDS, "steps=2", "eval.every=0", f"data={data}", "out={out}"]
+    outcome = start("aborting", [sys.executable, "launcher/train.py", *run], PYTHONPATH=str(folder))
+    assert outcome.returncode == 0, outcome.output
+    assert outcome.json("summary.json")["status"] == "done"
+    assert "done: validation perplexity" in outcome.output
+
+
 def test_an_installed_wheel_trains_from_anywhere(start: Start, cell: Cell, data: Path, scratch: Path) -> None:
     target = scratch / "installed"
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(scratch / "dist"), str(ROOT)]
