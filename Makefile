@@ -35,7 +35,7 @@ demo: $(STAMP)
 # What the cluster in the tests is made of, where it may be installed; without it those tests are skipped and say so.
 CLUSTER := slurmctld slurmd munged shellcheck sshd pdsh mpirun ip
 cluster:
-	@for one in $(CLUSTER); do command -v $$one > /dev/null || exit 1; done || \
+	@(for one in $(CLUSTER); do command -v $$one > /dev/null || exit 1; done) || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
 	      slurm-wlm munge shellcheck openssh-server pdsh openmpi-bin iproute2; } || \

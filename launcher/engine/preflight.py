@@ -83,6 +83,7 @@ class RollCall:
                     self._calls.set(f"link/{own.rank}", self._reach_the_next_node())
                 verdict = self._judge(reports) if self._rank.rank == 0 else json.loads(self._hear())
             if self._rank.rank == 0:
+                self._calls.set("plan", own.plan)
                 self._calls.set("verdict", json.dumps(verdict))
                 if verdict:
                     self._wait_for_listeners(len(reports) - 1)
@@ -91,6 +92,14 @@ class RollCall:
             error = _KINDS[kind](words[0], where=words[1], fix=words[2])
             error.said_elsewhere = self._rank.rank != 0
             raise error
+        if self._rank.rank and self._calls.get("plan").decode() != own.plan:
+            # Where two launches share a port (the deepspeed command's is 29500), the other one's rank may have been
+            # counted in this one's place.
+            raise TopologyError(
+                f"rank 0 at {self._host}:{self._port} is of another run",
+                where=f"MASTER_ADDR={self._host} MASTER_PORT={self._port}, rank {self._rank.rank}",
+                fix="choose another port: `deepspeed --master_port N`; `halfstep run` finds a free one",
+            )
         return summary(reports, time.perf_counter() - self._began) if reports else {}
 
     @property

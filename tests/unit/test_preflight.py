@@ -1,11 +1,17 @@
 """What the roll call makes of the ranks' reports."""
 
 import dataclasses
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from launcher.engine.preflight import RollCall
 from launcher.engine.reports import Report, different, summary
+from launcher.errors import TopologyError
+from launcher.plan.plan import Plan
+from launcher.topology import Rank, free_port
 
 
 def report(rank: int = 0, host: str = "n1", **more: Any) -> Report:
@@ -45,3 +51,35 @@ def test_the_record_has_a_row_for_each_host() -> None:
         {"host": "n2", "address": "10.0.0.2", "device": "cpu", "ranks": [2]},
     ]
     assert (seen["seconds"], seen["halfstep"]) == (0.25, "aa")
+
+
+def test_a_rank_of_another_run_that_met_this_one_at_its_port_goes(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
+        monkeypatch.setenv(name, value)
+    ours, theirs = plan("zero=1"), plan("zero=2")
+    numbered = [
+        Rank(rank=rank, local_rank=rank, world_size=2, local_world_size=2, source="launcher") for rank in (0, 1)
+    ]
+    first, stranger, second = RollCall(numbered[0], ours), RollCall(numbered[1], theirs), RollCall(numbered[1], ours)
+    left: list[Exception] = []
+
+    def of_another_run() -> None:
+        try:
+            stranger.answer()
+        except TopologyError as error:
+            left.append(error)
+
+    threads = [threading.Thread(target=of_another_run), threading.Thread(target=second.answer)]
+    threads[0].start()
+    while not first._calls.check(["report/1"]):
+        pass
+    before = first._calls.get("report/1")
+    threads[1].start()
+    while first._calls.get("report/1") == before:  # ours takes the place of theirs
+        pass
+    assert len(first.answer()["hosts"]) == 1
+    for one in threads:
+        one.join()
+    assert "is of another run" in str(left[0])
