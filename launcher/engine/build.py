@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
-from launcher.engine import opcache
+from launcher.engine import half, opcache
 from launcher.engine.repair import Repairs, repair
 from launcher.errors import RefusedError, RequestError
 from launcher.plan.plan import Plan
@@ -23,6 +23,7 @@ def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
 
     Raises RequestError for a model that cannot be built.
     """
+    half.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
     model = _model(plan)
     names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
