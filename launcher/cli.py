@@ -3,6 +3,7 @@
 halfstep data prepare --source stdlib --out data/stdlib --vocab-size 4096
 halfstep plan model=gpt2-124m data=data/stdlib zero=2 precision=fp16
 halfstep run model=gpt2-nano data=data/stdlib zero=2 precision=fp16
+halfstep study run zero-x-precision
 halfstep submit --site gpu nodes=2 model=gpt2-1.5b data=/shared/data zero=2 precision=bf16
 """
 
@@ -12,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from launcher import cli_checkpoint, cli_jobs, cli_run, topology
+from launcher import cli_checkpoint, cli_jobs, cli_run, cli_study, topology
 from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError
 
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _data_verbs(verbs.add_parser("data", help="prepare or inspect a corpus"), common)
     cli_run.add(verbs, common)
     cli_jobs.add(verbs, common)
+    cli_study.add(verbs, common)
     verify = verbs.add_parser(
         "verify",
         help="prove that every (stage, precision) cell trains the same model here",

@@ -99,7 +99,7 @@ def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
     return load([*words, *own])
 
 
-def _decide(request: Request, world: Topology) -> Plan:
+def decide(request: Request, world: Topology) -> Plan:
     def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
         from launcher.engine.build import count_parameters
 
@@ -108,13 +108,13 @@ def _decide(request: Request, world: Topology) -> Plan:
     return resolve(request, world, facts.read(request.spec, count_parameters))
 
 
-def _here(request: Request) -> Topology:
+def here(request: Request) -> Topology:
     """Return the ranks that the request names, or that would be started here."""
     ranks_per_node = request.spec.gpus_per_node or topology.default_ranks_per_node()
     return topology.describe((request.spec.nodes or 1) * ranks_per_node, ranks_per_node)
 
 
-def _there(request: Request, site: Site) -> Topology:
+def there(request: Request, site: Site) -> Topology:
     """Return the ranks that a site would start."""
     gpus = site.node.gpus
     ranks_per_node = request.spec.gpus_per_node or gpus or 2
@@ -129,11 +129,11 @@ def _there(request: Request, site: Site) -> Topology:
 
 def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
     request = _request(arguments, words)
-    world = _here(request)
+    world = here(request)
     if request.spec.hardware and world.accelerator == "cpu":
         # Planned on a login node for the GPUs of another.
         world = dataclasses.replace(world, accelerator="cuda", device_name=request.spec.hardware)
-    plan = _decide(request, world)
+    plan = decide(request, world)
     if arguments.json:
         print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -143,7 +143,7 @@ def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
 
 def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     request = _request(arguments, words)
-    spec, hosts, world = request.spec, None, _here(request)
+    spec, hosts, world = request.spec, None, here(request)
     if arguments.hostfile is not None:
         hosts = hostfile.read(arguments.hostfile.absolute(), spec.nodes, spec.gpus_per_node, arguments.ssh_port)
         world = topology.describe(len(hosts.names) * hosts.slots, hosts.slots)
@@ -153,7 +153,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
             where=f"nodes from {request.origins['nodes']}",
             fix="name the hosts with --hostfile FILE, or send the run to a cluster with `halfstep submit`",
         )
-    plan = _decide(request, world)
+    plan = decide(request, world)
     plan.require_allowed()
     path = rundir.location(request, plan).absolute()
     rundir.refuse_another_run(path, plan)
@@ -180,7 +180,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
     decided = []
     for more in _combinations(arguments.each):
         request = _request(arguments, [*words, *more])
-        plan = _decide(request, _there(request, chosen))
+        plan = decide(request, there(request, chosen))
         plan.require_allowed()
         path = rundir.location(request, plan).absolute()
         if more and request.spec.out:

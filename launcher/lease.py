@@ -61,6 +61,20 @@ def lease(path: Path) -> Iterator[Path]:
         lock.release()
 
 
+def holder(path: Path) -> dict[str, Any] | None:
+    """Return who holds a run directory, as far as it can be seen from this host; None where nobody who lives does."""
+    file = path / _LEASE
+    found, touched = _read_holder(file), _touched(file)
+    if not found or touched is None:
+        return None
+    if found.get("host") == socket.gethostname():
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            os.kill(int(found["pid"]), 0)
+            return found
+        return None
+    return found if time.time() - touched < LEASE_STALE_SECONDS else None
+
+
 def _outlive(path: Path, file: Path, holder: dict[str, Any], limit: float, *, waits: bool) -> None:
     """Raise RequestError while another host's lease counts; a job waits, because its predecessor may just have died.
 

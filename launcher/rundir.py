@@ -24,7 +24,7 @@ from typing import Any
 
 import tomli_w
 
-from launcher import assets
+from launcher import assets, topology
 from launcher.errors import RequestError
 from launcher.files import cannot_write, write_atomic, write_json
 from launcher.lease import LEASE_FILES
@@ -225,6 +225,8 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "command": sys.argv,
         "folder": str(Path.cwd()),
+        "load_average": os.getloadavg(),
+        "cpu": topology.cpu_model(),
         "versions": versions(),
         "code_revision": code_revision(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},

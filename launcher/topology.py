@@ -1,7 +1,9 @@
 """Which processes take part, and on what: ranks from whoever set them, devices from what is there."""
 
+import contextlib
 import itertools
 import os
+import platform
 import re
 import shutil
 import socket
@@ -145,6 +147,15 @@ def device_name() -> str:
             if line.startswith("Model:"):
                 return line.partition(":")[2].strip()
     return ""
+
+
+def cpu_model() -> str:
+    """Return what the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def usable_cores() -> int:

@@ -3,24 +3,24 @@
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from launcher import assets
+from filelock import FileLock
+
+from launcher import assets, topology
 from launcher.files import write_json
 from launcher.spec.digest import digest
-from launcher.topology import Topology
 
 _VERSIONED = ("halfstep", "torch", "deepspeed", "transformers")
 # What decides how a cell trains; another text of these is another question.
 _CODE = ("launcher/engine", "launcher/plan", "launcher/spec", "launcher/parity", "models", "ds_configs")
 
 
-def conditions(topology: Topology) -> dict[str, Any]:
+def conditions(here: topology.Topology) -> dict[str, Any]:
     """Return what a verdict holds for: versions, our own code, and the hardware."""
     versions = {}
     for name in _VERSIONED:
@@ -31,18 +31,10 @@ def conditions(topology: Topology) -> dict[str, Any]:
     return {
         "versions": versions,
         "code": _code_digest(),
-        "accelerator": topology.accelerator,
-        "device": topology.device_name or _cpu(),
-        "cuda_compiler": topology.fused_adam,
+        "accelerator": here.accelerator,
+        "device": here.device_name or topology.cpu_model(),
+        "cuda_compiler": here.fused_adam,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _code_digest() -> str:
@@ -56,33 +48,34 @@ def _code_digest() -> str:
     return total.hexdigest()[:16]
 
 
-def file(topology: Topology) -> Path:
+def file(here: topology.Topology) -> Path:
     """Return where the verdict for this machine, these versions and this code is kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "halfstep" / "verdicts" / f"{digest(conditions(topology))}.json"
+    return cache / "halfstep" / "verdicts" / f"{digest(conditions(here))}.json"
 
 
-def store(topology: Topology, cells: list[dict[str, Any]]) -> Path:
+def store(here: topology.Topology, cells: list[dict[str, Any]]) -> Path:
     """Add results to the verdict; a case that was there already is replaced."""
-    path = file(topology)
-    known = {_key(one): one for one in read(topology)}
-    known |= {_key(one): one for one in cells}
+    path = file(here)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"conditions": conditions(topology), "time": time.time(), "cells": list(known.values())})
+    with FileLock(path.with_suffix(".lock")):  # tasks of an array may each find out something
+        known = {_key(one): one for one in read(here)}
+        known |= {_key(one): one for one in cells}
+        write_json(path, {"conditions": conditions(here), "time": time.time(), "cells": list(known.values())})
     return path
 
 
-def read(topology: Topology) -> list[dict[str, Any]]:
+def read(here: topology.Topology) -> list[dict[str, Any]]:
     """Return the stored results for this machine, these versions and this code; none where there are none."""
     try:
-        return json.loads(file(topology).read_text("utf-8"))["cells"]
+        return json.loads(file(here).read_text("utf-8"))["cells"]
     except (OSError, ValueError, KeyError):
         return []
 
 
-def proved(topology: Topology, cases: Sequence[Mapping[str, Any]]) -> bool | None:
+def proved(here: topology.Topology, cases: Sequence[Mapping[str, Any]]) -> bool | None:
     """Tell whether these cases were found to train the same model: True, False, or None where one was not run."""
-    known = {_key(one): one["ok"] for one in read(topology)}
+    known = {_key(one): one["ok"] for one in read(here)}
     results = [known.get(_key(case)) for case in cases]
     if False in results:
         return False
@@ -91,4 +84,4 @@ def proved(topology: Topology, cases: Sequence[Mapping[str, Any]]) -> bool | Non
 
 def _key(cell: Mapping[str, Any]) -> str:
     names = ("zero", "precision", "accumulation", "clip", "world_size", "optimizer", "family")
-    return digest([cell[name] for name in names] + [cell["activation_checkpointing"]])
+    return digest([cell[name] for name in names] + [cell["activation_checkpointing"], cell["offload"]])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launcher import faults
-from launcher.engine import distributed, loop, randomness, restoring
+from launcher.engine import distributed, loop, randomness, restoring, states
 from launcher.engine.build import build
 from launcher.engine.feed import Feed
 from launcher.engine.guard import Guard
@@ -110,8 +110,9 @@ def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guar
     if choice.checkpoint is not None:
         heart.mark("load", choice.step)
         witness.resumed(restoring.restore(engine, plan, choice, guard, rank, heart))
-    elif plan.model.weights is None:
-        witness.event("initialised", mean_and_std=initial_statistics(engine.module))
+    else:
+        drawn = initial_statistics(engine.module) if plan.model.weights is None else None
+        witness.event("initialised", mean_and_std=drawn, checksum=_checksum(engine, plan))
     return engine, guard, saver if plan.can_save else None
 
 
@@ -153,6 +154,13 @@ def _say_what_is_coming(witness: Witness, attempt: Attempt) -> None:
     if fault := faults.set_here():
         witness.event("fault_set", fault=fault)
         witness.screen.say(f"WARNING: {faults.VARIABLE}={fault}: this run is being broken on purpose")
+
+
+def _checksum(engine: DeepSpeedEngine, plan: Plan) -> str | None:
+    """Return a checksum of the initial masters, equal at all stages and world sizes; None where they lie on NVMe."""
+    if not plan.can_save:
+        return None
+    return f"{sum(distributed.gather_objects(states.checksum(engine))) % 2**64:016x}"
 
 
 def _weights_are_finite(engine: DeepSpeedEngine) -> bool:

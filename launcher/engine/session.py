@@ -128,6 +128,13 @@ def _explain(error: BaseException, log: Path) -> HalfstepError:
             where=str(log),
             fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",
         )
+    # torch's allocator for the host has no error type of its own (c10/core/impl/alloc_cpu.cpp).
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return RefusedError(
+            f"out of host memory: {(str(error).splitlines() or ['MemoryError'])[0]}",
+            where=str(log),
+            fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RefusedError(
             "the disk is full",

@@ -4,6 +4,7 @@ Every wrapper keeps masters and optimizer states in flat tensors of its own cut:
 all parameters at stages 1 and 2, a slice of each at stage 3. A fragment names a piece of one parameter in them.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -91,6 +92,33 @@ def _stage_0(engine: DeepSpeedEngine) -> dict[Tensor, tuple[Tensor, int]] | None
             weight: (master, 0) for masters, weights in groups for master, weight in zip(masters, weights, strict=True)
         }
     return {parameter: (parameter, 0) for parameter in engine.module.parameters()}
+
+
+@torch.no_grad()
+def checksum(engine: DeepSpeedEngine) -> int:
+    """Return this rank's part of a checksum of all masters; the parts of all ranks add up to it, modulo 2^64.
+
+    Every element's bits are weighed by a number that depends on its parameter's name and its place in it, so that the
+    sum is the same however stages and ranks cut the parameters up.
+    """
+    total = 0
+    if not engine.zero_optimization() and torch.distributed.get_rank():
+        return total  # at stage 0 every rank holds all
+    for piece in fragments(engine):
+        name = int.from_bytes(hashlib.blake2b(piece.name.encode(), digest_size=7).digest())
+        for values, start in _slices(piece):
+            places = torch.arange(start, start + len(values), device=values.device)
+            weights = (places + name) * 0x9E3779B97F4A7C1 | 1
+            weights ^= weights >> 29
+            total += int((values.view(torch.int32).long() * weights).sum())
+    return total % 2**64
+
+
+def _slices(piece: Fragment, most: int = 1 << 22) -> Iterator[tuple[Tensor, int]]:
+    """Yield a fragment's master in pieces small enough to copy, each with its place in the whole parameter."""
+    whole = piece.view(piece.flat)
+    for first in range(0, piece.length, most):
+        yield whole[first : first + most].float().contiguous(), piece.start + first
 
 
 def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -146,6 +147,7 @@ class Witness:
             "peak_memory_bytes": max(one.peak_memory_bytes for one in self._steps),
             **goodput.of(self._where.path, now=time.time()).to_dict(),
             "attempts": int(self._where.attempt.name),
+            "load_average": os.getloadavg(),
             "repairs": self._repairs,
             "warnings": plan.warnings,
         }

@@ -41,13 +41,15 @@ class Case:
     optimizer: str
     family: str
     activation_checkpointing: bool = False
+    offload: str = "none"
 
     def at_stage_1(self) -> "Case":
-        """Return the same run at ZeRO stage 1, which it is compared with."""
-        return replace(self, zero=1)
+        """Return the same run at ZeRO stage 1 with everything on the device, which it is compared with."""
+        return replace(self, zero=1, offload="none")
 
     def __str__(self) -> str:
         extra = ", activation checkpointing" if self.activation_checkpointing else ""
+        extra += "" if self.offload == "none" else f", offload {self.offload}"
         clip = f"clip {self.clip:g}" if self.clip else "no clip"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return f"{self.family} {self.optimizer}, accumulation {self.accumulation}, {clip}, {ranks}{extra}"
@@ -81,6 +83,17 @@ def every_case() -> list[Case]:
 def default_cases() -> list[Case]:
     """Return the subset that meets every value of every condition in every cell."""
     return [case for conditions in _DEFAULT for case in _cells(conditions)]
+
+
+def cases_of(zero: int, precision: str, offload: str) -> list[Case]:
+    """Return what has to hold before a cell's numbers are believed: the default subset, of an offloaded cell two runs.
+
+    What is on the device and what is not changes where the same arithmetic is done; both numbers of ranks are tried.
+    """
+    if offload != "none":
+        conditions = [one for one in _DEFAULT[:2] if one["optimizer"] == "adamw"]
+        return [Case(zero=zero, precision=precision, offload=offload, **one) for one in conditions]
+    return [case for case in default_cases() if (case.zero, case.precision) == (zero, precision)]
 
 
 _CHECKPOINTED: dict[str, Any] = {
@@ -154,6 +167,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         "schedule.warmup=0",
         *(_SCALING if case.precision == "fp16" else []),
         f"activation_checkpointing={str(case.activation_checkpointing).lower()}",
+        f"offload={case.offload}",
         f"numerics.repairs={str(repairs).lower()}",
     ]
     request = load(words)

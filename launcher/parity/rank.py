@@ -45,8 +45,9 @@ def main(job_file: Path) -> None:
             if case.zero == 1:
                 stage_1[case] = series
             if rank.rank == 0 and case in reported:
-                # What the reference does depends neither on the stage nor on recomputing activations.
-                oracle = reference(dataclasses.replace(case, zero=0, activation_checkpointing=False))
+                # What the reference does depends neither on the stage nor on what is recomputed or offloaded.
+                plain = {"zero": 0, "activation_checkpointing": False, "offload": "none"}
+                oracle = reference(dataclasses.replace(case, **plain))
                 row = _row(case, series, oracle, stage_1[case.at_stage_1()])
                 out.write(json.dumps({**row, "seconds": time.perf_counter() - started}) + "\n")
                 out.flush()
@@ -57,7 +58,7 @@ def _row(case: Case, series: "Series", oracle: "Series", stage_1: "Series") -> d
     from launcher.parity import judge
 
     found = judge.deviations(case, series, oracle, "oracle")
-    if case.zero != 1:
+    if case != case.at_stage_1():
         found += judge.deviations(case, series, stage_1, "stage 1")
     worst = judge.worst(found)
     return {

@@ -130,6 +130,11 @@ class Plan:
         moved = (self.deepspeed["zero_optimization"].get(f"offload_{what}", {}) for what in ("param", "optimizer"))
         return all(one.get("device") != "nvme" for one in moved)
 
+    @property
+    def repairs_on(self) -> bool:
+        """Whether what DeepSpeed gets wrong in this cell is mended; only stage 0 in half precision needs it."""
+        return self.numerics.repairs or self.zero != 0 or self.precision == "fp32"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries."""
         tree = dataclasses.asdict(self)

@@ -16,7 +16,7 @@ from launcher.spec.dotted import flatten, unflatten
 from launcher.spec.schema import RunSpec, run_keys
 from models.presets import PRESETS
 
-_PATH_KEYS = ("data", "out", "nvme_path", "ds_config")
+PATH_KEYS = ("data", "out", "nvme_path", "ds_config")
 _COMMAND_LINE = "the command line"
 
 
@@ -28,8 +28,10 @@ class Request:
     origins: dict[str, str]
 
 
-def load(words: Sequence[str]) -> Request:
+def load(words: Sequence[str], origin: str = _COMMAND_LINE) -> Request:
     """Read `[RUN.toml] key=value ... [--ds-config FILE]`; later words override earlier ones.
+
+    `origin` is what an error names as the place where the words stand.
 
     Relative paths are taken from the current folder on the command line and from the file's own folder in a run file.
     Raises RequestError, naming every key that is wrong and the nearest right one.
@@ -41,7 +43,7 @@ def load(words: Sequence[str]) -> Request:
         word = remaining.pop(0)
         if word == "--ds-config" or word.startswith("--ds-config="):
             path = word.partition("=")[2] or (remaining.pop(0) if remaining else "")
-            _put(values, origins, "ds_config", path, _COMMAND_LINE, Path.cwd())
+            _put(values, origins, "ds_config", path, origin, Path.cwd())
         elif word.endswith(".toml") and ("=" not in word or Path(word).is_file()):
             for key, value in _read_toml(Path(word)).items():
                 _put(values, origins, key, value, word, Path(word).absolute().parent)
@@ -49,14 +51,14 @@ def load(words: Sequence[str]) -> Request:
             key, _, text = word.partition("=")
             if not all(key.split(".")):
                 raise RequestError(
-                    f"{word!r} has no key before the =", where=_COMMAND_LINE, fix="write key=value, such as zero=2"
+                    f"{word!r} has no key before the =", where=origin, fix="write key=value, such as zero=2"
                 )
-            _put(values, origins, key.strip(), _literal(key, text), _COMMAND_LINE, Path.cwd())
+            _put(values, origins, key.strip(), _literal(key, text), origin, Path.cwd())
         else:
             fix = "write key=value without spaces around the =, or name a file that ends in .toml"
             if word.startswith("-"):
                 fix = "run keys have no dashes: zero=2, not --zero=2; `halfstep plan --help` lists keys and options"
-            raise RequestError(f"{word!r} is neither key=value nor a run file", where=_COMMAND_LINE, fix=fix)
+            raise RequestError(f"{word!r} is neither key=value nor a run file", where=origin, fix=fix)
     return Request(spec=_validate(values, origins), origins=origins)
 
 
@@ -73,7 +75,7 @@ def _literal(key: str, text: str) -> Any:
 def _put(values: dict[str, Any], origins: dict[str, str], key: str, value: Any, origin: str, base: Path) -> None:
     key = "model.name" if key == "model" else key
     if isinstance(value, str) and value:
-        if key in _PATH_KEYS:
+        if key in PATH_KEYS:
             value = os.path.abspath(base / Path(value).expanduser())
         elif key == "model.name" and value.startswith("hf:"):
             local = base / Path(value[3:]).expanduser()

@@ -29,6 +29,8 @@ class Array:
     runs: tuple[Path, ...]
     at_once: int
     """How many may run at a time."""
+    gate: bool = False
+    """Whether each task asks the parity gate about its cell first: a study does."""
 
     @property
     def list(self) -> Path:
@@ -91,6 +93,7 @@ class Job:
             "runs": self.array and self.array.list,
             "python": self._python(on_the_batch_host=True),
             "helper": _ours(site.container, "submit/inside.py", "launcher.submit.inside"),
+            "prove": self.array and self.array.gate and _ours(site.container, "study/proof.py", "launcher.study.proof"),
             "ranks": self._ranks(torchrun),
             "torchrun": torchrun,
             "image": site.container if site.container and site.container.kind == "pyxis" else None,

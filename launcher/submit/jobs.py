@@ -134,7 +134,7 @@ def runs_of(job: slurm.Queued) -> list[Path]:
 def _row(run: Path, living: list[slurm.Queued]) -> Row:
     job = living[0] if living else None
     attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
-    last = _last_step(run / "metrics.jsonl")
+    last = last_step(run / "metrics.jsonl")
     state, reason = (job.state.lower(), job.reason) if job else _ending(run, attempts)
     return Row(
         run=_short(run),
@@ -160,7 +160,7 @@ def _ending(run: Path, attempts: list[Path]) -> tuple[str, str]:
     return ("ended", f"{found['cause']} ({found['code']})") if found else ("lost", "nobody wrote how it ended")
 
 
-def _last_step(metrics: Path) -> dict[str, Any]:
+def last_step(metrics: Path) -> dict[str, Any]:
     """Return the newest row of a step, from the file's end."""
     try:
         with metrics.open("rb") as file:

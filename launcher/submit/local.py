@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from launcher import rundir
 from launcher.errors import Fault, Interrupted
@@ -20,15 +21,26 @@ from launcher.watch.processes import marked
 
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""
+TIMED_OUT = 124
+"""Exit code of a run that took longer than its limit, as timeout(1) has it."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LEAVING_SECONDS = 15.0
 """How long what the launcher leaves behind may take to end; the ranks' wardens need ten at most."""
 
 
-def start(argv: list[str], run: Path, ranks: int, remote: Path | None = None) -> int:
+def start(
+    argv: list[str],
+    run: Path,
+    ranks: int,
+    remote: Path | None = None,
+    *,
+    log: Path | None = None,
+    limit: float = 0.0,
+) -> int:
     """Run a starter's command and return the run's exit code.
 
-    `remote` is where ranks on other hosts look for their environment; it is written now and removed at the end.
+    `remote` is where ranks on other hosts look for their environment; it is written now and removed at the end. `log`
+    gets what the launch prints, instead of the screen. After `limit` seconds the run is ended (0 = never).
 
     The starter gets a session of its own, so that Ctrl-C reaches only this process, which asks the ranks to stop at
     their next step; a second one ends them at once. torchrun and accelerate turn every failure into 1, so the code
@@ -47,9 +59,9 @@ def start(argv: list[str], run: Path, ranks: int, remote: Path | None = None) ->
         write_environment(remote, environment)
         tied = [sys.executable, "-S", "-P", rope_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={name}"]
         rope = subprocess.Popen(tied, stdin=subprocess.DEVNULL, start_new_session=True)
-    stop = run / STOP_FILE
-    with _heard() as signals, subprocess.Popen(
-        argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+    stop, end = run / STOP_FILE, time.monotonic() + limit
+    with _output(log) as out, _heard() as signals, subprocess.Popen(
+        argv, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
     ) as process:  # fmt: skip
         asked = ours = False
         try:
@@ -59,6 +71,11 @@ def start(argv: list[str], run: Path, ranks: int, remote: Path | None = None) ->
                     process.wait()
                     print("interrupted", file=sys.stderr, flush=True)
                     return Interrupted.exit_code
+                if limit and time.monotonic() > end:
+                    cause = f"it took longer than the {limit:g} s it was given"
+                    _end(f"HALFSTEP_LAUNCH={name}", _newest(run, before), TIMED_OUT, cause)
+                    process.wait()
+                    return TIMED_OUT
                 if signals and not asked:
                     asked, ours = True, _ask(stop, signals[0])
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -74,6 +91,16 @@ def start(argv: list[str], run: Path, ranks: int, remote: Path | None = None) ->
                 rope.kill()
                 rope.wait()
     return _verdict(run, _newest(run, before), status)
+
+
+@contextlib.contextmanager
+def _output(log: Path | None) -> Iterator[IO[bytes] | None]:
+    """Open the log that the launch's words are added to, or leave them to the screen."""
+    if log is None:
+        yield None
+        return
+    with log.open("ab") as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -105,10 +132,10 @@ def _ask(stop: Path, number: int) -> bool:
     return True
 
 
-def _end(mark: str, attempt: Path | None) -> None:
+def _end(mark: str, attempt: Path | None, code: int = Interrupted.exit_code, cause: str = "interrupted") -> None:
     """Kill everything of this launch, having said why, so that nobody reports the killing as the cause."""
     if attempt is not None:
-        write_exit(attempt, Interrupted.exit_code, "interrupted", 0)
+        write_exit(attempt, code, cause, 0)
     end = time.monotonic() + _LEAVING_SECONDS
     while (left := marked(mark)) and time.monotonic() < end:
         for pid in left:

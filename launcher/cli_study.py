@@ -1,0 +1,230 @@
+"""The verbs on studies: halfstep study run, submit, status, report."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import RequestError
+from launcher.spec.load import Request
+from launcher.submit import argv
+from launcher.submit.job import STARTERS
+from launcher.topology import Topology
+
+_DATA = Path("data") / "stdlib"
+"""Where a study without data prepares the standard library's sources, once for all studies of this folder."""
+_VOCABULARY = 4096
+
+Decide = Callable[[Request, Topology], Any]
+
+
+def add(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verbs to the command."""
+    from launcher.study.file import ready
+
+    text = "run a grid of ZeRO stages, precisions or anything else under controlled conditions, and report on it"
+    listed = (
+        f"ready studies: {', '.join(ready())}; key=value overrides its [base], AXIS=A,B names an axis's values anew"
+    )
+    parser = verbs.add_parser("study", help=text, description=text, epilog=listed)
+    inner = parser.add_subparsers(required=True, metavar="VERB")
+    for name, verb, said in (
+        ("run", _run, "run here what has no result yet, one cell after another"),
+        ("submit", _submit, "send what has no result yet to SLURM, as an array"),
+    ):
+        one = inner.add_parser(name, help=said, description=said, epilog=listed, parents=[common])
+        one.add_argument("study", metavar="STUDY", help="a ready study's name, or a study file (.toml)")
+        one.add_argument("words", nargs="*", metavar="key=value")
+        one.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (default: studies/NAME)")
+        one.add_argument("--retry", action="store_true", help="run again what failed")
+        one.add_argument("--dry-run", action="store_true", help="print the cells and start nothing")
+        one.add_argument("--force", action="store_true", help="also cells that are predicted not to fit")
+        one.add_argument("--json", action="store_true", help="print what was done as JSON")
+        one.set_defaults(verb=verb)
+        if name == "run":
+            one.add_argument(
+                "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts ranks"
+            )
+            one.add_argument("--no-gate", action="store_true", help="do not run the parity gate: cells stay unproved")
+        else:
+            one.add_argument("--site", metavar="NAME", help="the cluster, as for `halfstep submit`")
+            for option in ("time", "partition", "account", "qos", "constraint", "memory"):
+                one.add_argument(f"--{option}", metavar=option.upper(), help="instead of the site's")
+            one.add_argument("--with", dest="starter", choices=STARTERS, default="srun", help="what starts ranks")
+            one.add_argument("--at-once", type=int, metavar="N", default=0, help="how many cells may run at a time")
+    status = inner.add_parser("status", help="show how far every run is", parents=[common])
+    status.add_argument("study", metavar="STUDY | DIR", help="the study's folder, or its name where it was started")
+    status.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again until all have ended")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    status.set_defaults(verb=_status)
+    report = inner.add_parser("report", help="write report.html, report.md, results.csv and .json", parents=[common])
+    report.add_argument("study", metavar="STUDY | DIR", help="the study's folder, or its name where it was started")
+    report.add_argument("--price", metavar="PRICE", help="of one device for one hour")
+    report.add_argument("--json", action="store_true", help="print results.json")
+    report.set_defaults(verb=_report)
+
+
+def _read(
+    arguments: argparse.Namespace, words: list[str], world: Callable[[Request], Topology]
+) -> tuple[Any, Any, Path]:
+    """Return the study, its cells and its folder; what is kept and what is new is said first."""
+    from launcher.cli_run import decide
+    from launcher.study import file, folder, grid
+
+    study = file.read(arguments.study, words)
+    if "data" not in study.base and not any(axis.name == "data" for axis in study.axes):
+        study.base["data"] = str(_prepared(arguments.dry_run))
+    cells = grid.cells(study, lambda request: decide(request, world(request)))
+    where = folder.location(study, arguments.out)
+    change = folder.compare(where, cells)
+    if not arguments.json:
+        refused = sum(cell.refused is not None for cell in cells)
+        print(
+            f"study {study.name}: {len(cells)} runs"
+            + (f", {refused} refused by a rule" if refused else "")
+            + f"; {where}"
+        )
+        if change.kept or change.left:
+            print(f"of those, {change.kept} were part of it before and stay; {change.new} are new")
+        if change.left:
+            print(f"no part of it any more, and left where they are: {', '.join(change.left[:4])}"
+                  + (f" and {len(change.left) - 4} more" if len(change.left) > 4 else ""))  # fmt: skip
+    return study, cells, where
+
+
+def _prepared(dry: bool) -> Path:
+    """Return the standard library's corpus, prepared now if nobody has."""
+    folder = _DATA.absolute()
+    if not (folder / "manifest.json").is_file():
+        if dry:
+            raise RequestError(
+                "the study names no data, and data/stdlib is not prepared yet",
+                where="[base] data",
+                fix=f"halfstep data prepare --source stdlib --out {_DATA} --vocab-size {_VOCABULARY}",
+            )
+        from launcher.cli import main
+
+        words = ["data", "prepare", "--source", "stdlib", "--out", str(folder), "--vocab-size", str(_VOCABULARY)]
+        print(f"the study names no data: preparing {_DATA}, once", flush=True)
+        if code := main(words):
+            raise SystemExit(code)
+    return folder
+
+
+def _run(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher.cli_run import here
+    from launcher.study import drive
+
+    study, cells, where = _read(arguments, words, here)
+    if arguments.dry_run:
+        return _show(study, cells, as_json=arguments.json)
+
+    def say(line: str) -> None:
+        if not arguments.json:
+            print(line, flush=True)
+
+    done = drive.run(
+        study, cells, where, starter=arguments.starter, retry=arguments.retry, gate=not arguments.no_gate, say=say
+    )
+    if done.code == 0 and done.ran + done.kept:
+        from launcher.study import report
+
+        made = report.make(where)
+        files = report.write(made)
+        for line in ["", *report.answer(made), "", f"report {files[0]}"]:
+            say(line)
+    say(f"{done.ran} run, {done.failed} of them failed; {done.kept} had a result already")
+    if arguments.json:
+        print(drive.as_json(done, where))
+    return done.code
+
+
+def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
+    import shlex
+
+    from launcher.cli_run import there
+    from launcher.study import array
+    from launcher.submit import site, slurm
+
+    names = ("time", "partition", "account", "qos", "constraint", "memory")
+    chosen = site.read(arguments.site, {name: getattr(arguments, name) for name in names})
+    study, cells, where = _read(arguments, words, lambda request: there(request, chosen))
+    sent = array.submit(
+        study,
+        cells,
+        where,
+        chosen,
+        starter=arguments.starter,
+        at_once=arguments.at_once,
+        retry=arguments.retry,
+        dry=arguments.dry_run,
+    )
+    if arguments.json:
+        told = [
+            {"job": one.number, "script": str(one.job.script), "runs": [str(run) for run in one.job.array.runs]}
+            for one in sent
+        ]
+        print(json.dumps({"folder": str(where), "arrays": told}, indent=2))
+        return 0
+    for one in sent:
+        line = shlex.join(slurm.sbatch_line(one.job))
+        if arguments.dry_run:
+            print(f"{array.script(one)}\n$ {line}")
+        else:
+            print(f"$ {line}\njob {one.number}: {len(one.cells)} runs, {one.job.folder}")
+    if not sent:
+        print("nothing to submit: every run has a result or a job")
+    elif not arguments.dry_run:
+        print(f"`halfstep study status {where}` shows how they do, `halfstep study report {where}` what came of it")
+    return 0
+
+
+def _show(study: Any, cells: Any, *, as_json: bool) -> int:
+    if as_json:
+        listed = [
+            {"cell": cell.values, "seed": cell.seed, "words": cell.words, "refused": cell.refused} for cell in cells
+        ]
+        print(json.dumps({"study": study.name, "cells": listed}, indent=2))
+        return 0
+    for cell in cells:
+        print(f"{cell.name} seed={cell.seed}" + (f"  REFUSED {cell.refused}" if cell.refused else ""))
+    return 0
+
+
+def _status(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher.study import array, collect, folder, state
+
+    where = folder.find(arguments.study)
+    while True:
+        cells = folder.read(where)["cells"]
+        queued = state.queue(where, cells)
+        now = [(cell, state.of(cell, where, queued)) for cell in cells]
+        if arguments.json:
+            rows = [
+                {"cell": cell["values"], "seed": cell["seed"], "run": cell["run"], **vars(one)} for cell, one in now
+            ]
+            print(json.dumps(rows, indent=2, ensure_ascii=False))
+        else:
+            array.table([(collect.name_of(cell["values"]), cell["seed"], one) for cell, one in now], print)
+            counts: dict[str, int] = {}
+            for _, one in now:
+                counts[one.status] = counts.get(one.status, 0) + 1
+            print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        if not arguments.watch or all(one.status in ("done", "failed", "refused") for _, one in now):
+            return 0
+        time.sleep(arguments.watch)
+
+
+def _report(arguments: argparse.Namespace, words: list[str]) -> int:
+    from launcher.study import file, folder, report
+
+    price = file.price(arguments.price, "--price")
+    made = report.make(folder.find(arguments.study), price)
+    files = report.write(made)
+    if arguments.json:
+        print(report.as_json(made), end="")
+    else:
+        print("\n".join([*report.answer(made), "", *map(str, files)]))
+    return 0

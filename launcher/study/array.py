@@ -1,0 +1,92 @@
+"""Send a study to SLURM: one array for all cells on the same nodes, a task each; what has a result stays out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.study import folder as folders
+from launcher.study import state
+from launcher.study.file import Study
+from launcher.study.grid import Cell, order
+from launcher.submit import render, send, slurm
+from launcher.submit.job import Array, Job
+from launcher.submit.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """One array as it went, or would go."""
+
+    job: Job
+    cells: tuple[Cell, ...]
+    number: str | None
+    """SLURM's; None where nothing was submitted."""
+
+
+def submit(
+    study: Study,
+    cells: Sequence[Cell],
+    folder: Path,
+    site: Site,
+    *,
+    starter: str,
+    at_once: int,
+    retry: bool,
+    dry: bool,
+) -> list[Sent]:
+    """Submit every cell that has no result and no job; `retry` also those that failed."""
+    open_ = _open(study, cells, folder, retry=retry, dry=dry)
+    groups: dict[object, list[Cell]] = {}
+    for cell in open_:
+        assert cell.plan is not None, "only what was planned is open"
+        groups.setdefault(cell.plan.topology, []).append(cell)
+    sent = []
+    for place, group in enumerate(groups.values()):
+        runs = tuple(folders.run_of(folder, cell) for cell in group)
+        where = folder / "arrays" / str(place) if len(groups) > 1 else folder / "array"
+        array = Array(folder=where, runs=runs, at_once=min(at_once or len(runs), len(runs)), gate=True)
+        plan = group[0].plan
+        assert plan is not None, "only what was planned is open"
+        job = Job(run=where, plan=plan, site=site, starter=starter, array=array)
+        number = None
+        if not dry:
+            decided = [
+                (run, cell.request, cell.plan) for run, cell in zip(runs, group, strict=True) if cell.plan is not None
+            ]
+            number = send.send(job, decided)
+        else:
+            job.check()
+        sent.append(Sent(job=job, cells=tuple(group), number=number))
+    return sent
+
+
+def _open(study: Study, cells: Sequence[Cell], folder: Path, *, retry: bool, dry: bool) -> list[Cell]:
+    allowed = [cell for cell in order(cells, study.seeds) if cell.plan is not None and cell.refused is None]
+    if dry and not (folder / "study.json").is_file():
+        return allowed
+    if not dry:
+        folders.write(folder, study, cells)
+    queued = slurm.queue() if not dry else ()
+
+    def now(cell: Cell) -> state.State:
+        listed = {"run": f"runs/{cell.folder}", "refused": cell.refused}
+        return state.of(listed, folder, queued)
+
+    return [cell for cell in allowed if now(cell).open or (retry and now(cell).status == "failed")]
+
+
+def script(sent: Sent) -> str:
+    """Return the text of an array's script."""
+    return render.script(sent.job)
+
+
+def table(cells: Sequence[tuple[str, int, state.State]], say: Callable[[str], None]) -> None:
+    """Print how far every run is."""
+    lines = [["cell", "seed", "status", "step", "loss", "why"]]
+    for name, seed, now in cells:
+        step = "-" if now.step is None else f"{now.step}/{now.steps}"
+        loss = "-" if now.loss is None else f"{now.loss:.4f}"
+        lines.append([name, str(seed), now.status, step, loss, now.reason])
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    for line in lines:
+        say("  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[5]]).rstrip())

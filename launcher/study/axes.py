@@ -1,0 +1,151 @@
+"""The axes of a study: what changes from cell to cell, and patterns that name cells by it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import RequestError, nearest
+from launcher.spec.dotted import flatten
+from launcher.spec.schema import run_keys
+
+Pattern = dict[str, tuple[str, ...]]
+"""By axis, the labels of the values that match."""
+_NO_AXIS = {
+    "out": "the study gives every run a directory of its own",
+    "seed": "seeds have a table of their own: [seeds] values = [0, 1]",
+    "ds_config": "set single keys instead: ds.<key>",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """One value of an axis: how it is called, and the run keys it sets."""
+
+    label: str
+    keys: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """What changes from cell to cell: a run key, or several that change together."""
+
+    name: str
+    values: tuple[Value, ...]
+
+
+def label(value: Any) -> str:
+    """Return a value as it is called in tables and folder names."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def word_of(key: str, value: Any) -> str:
+    """Return a run key as a word of a command line."""
+    if key.startswith("ds."):
+        return f"{key}={json.dumps(value)}"
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def axis(name: str, values: Any, where: object) -> Axis:
+    """Return the axis that a file gives a list of values; raises RequestError where it is none."""
+    if not isinstance(values, list):
+        raise RequestError(f"axis {name} is no list", where=f"[axes] in {where}", fix=f"{name} = [{values!r}, ...]")
+    if not values:
+        raise RequestError(
+            f"axis {name} has no values", where=f"[axes] in {where}", fix="name at least one, or drop the axis"
+        )
+    found = [one if isinstance(one, Value) else _value(name, one, where) for one in values]
+    labels = [one.label for one in found]
+    twice = next((one for one in labels if labels.count(one) > 1), None)
+    if twice is not None:
+        raise RequestError(f"axis {name} has {twice} twice", where=f"[axes] in {where}", fix="name every value once")
+    return Axis(name=long_name(name), values=tuple(found))
+
+
+def _value(name: str, value: Any, where: object) -> Value:
+    if not isinstance(value, dict):
+        return Value(label=label(value), keys={long_name(name): value})
+    keys = {long_name(key): one for key, one in flatten(value).items() if key != "name"}
+    if not isinstance(value.get("name"), str) or not keys:
+        raise RequestError(
+            f"a value of axis {name} that sets several keys needs a name, and keys",
+            where=f"[axes] in {where}",
+            fix=f'{name} = [{{ name = "static", "fp16.scale" = 1024 }}, ...]',
+        )
+    return Value(label=value["name"], keys=keys)
+
+
+def chosen(old: Axis, labels: Iterable[str]) -> Axis:
+    """Return an axis with the values that a command line names: its own by their labels, and new ones."""
+    own = {one.label: one for one in old.values}
+    named = [own.get(one, one) for one in labels]
+    plain = all(list(one.keys) == [old.name] for one in old.values)
+    unknown = next((one for one in named if isinstance(one, str)), None)
+    if unknown is not None and (not plain or not unknown):
+        raise RequestError(
+            f"axis {old.name} has no value {unknown!r}", where="the command line", fix=f"one of {', '.join(own)}"
+        )
+    return axis(
+        old.name, [one if isinstance(one, Value) else literal(old.name, one) for one in named], "the command line"
+    )
+
+
+def literal(key: str, text: str) -> Any:
+    """Return what a word of a command line says, typed as JSON has it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def check_keys(base: Mapping[str, Any], axes: Mapping[str, Axis], file: object) -> None:
+    """Raise RequestError where an axis is no run key, or is one of the base too."""
+    known = run_keys()
+    problems = []
+    for name, one in axes.items():
+        for key in dict.fromkeys(key for value in one.values for key in value.keys):
+            where = f"[axes] in {file}"
+            if key in _NO_AXIS:
+                problems.append(RequestError(f"{key} is no axis", where=where, fix=_NO_AXIS[key]))
+            elif key not in known and not key.startswith("ds."):
+                close = nearest(key, known) or ["a run key of `halfstep plan --help`"]
+                problems.append(
+                    RequestError(f"axis {name}: {key!r} is no run key", where=where, fix=f"did you mean {close[0]}?")
+                )
+            elif key in base:
+                fix = f"drop one of the two; on the command line {key}=A,B names an axis's values anew"
+                problems.append(RequestError(f"{key} is an axis and a base key", where=str(file), fix=fix))
+    if not axes:
+        problems.append(
+            RequestError("a study needs an axis", where=str(file), fix='[axes] precision = ["fp32", "bf16"]')
+        )
+    if problems:
+        raise problems[0].with_more(problems[1:])
+
+
+def patterns(given: list[dict[str, Any]], axes: Mapping[str, Axis], where: str) -> tuple[Pattern, ...]:
+    """Return tables of a file that name cells by their values; raises RequestError for a key that is no axis."""
+    names = list(axes)
+    found = []
+    for one in given:
+        pattern = {long_name(key): value for key, value in flatten(one).items()}
+        for key in pattern:
+            if key not in names:
+                close = nearest(key, names) or names
+                raise RequestError(
+                    f"{key!r} is no axis of this study", where=where, fix=f"its axes: {', '.join(close)}"
+                )
+        found.append(
+            {
+                key: tuple(label(one) for one in (value if isinstance(value, list) else [value]))
+                for key, value in pattern.items()
+            }
+        )
+    return tuple(found)
+
+
+def long_name(key: str) -> str:
+    """Return a run key without the short form that `model` has."""
+    return "model.name" if key == "model" else key

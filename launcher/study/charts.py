@@ -1,0 +1,290 @@
+"""A study's pictures, as SVG: curves and differences, loss scales, speed and memory, and what one costs the other."""
+
+import io
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from launcher.study.judge import Summary, Verdict
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; dashes and marks differ as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_DASHES = ("-", "--", ":", "-.")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_POINTS = 240
+"""Of a curve; what lies between two is averaged."""
+MOST_CURVES = 12
+_MOST_BARS = 40
+_GIB = 2**30
+
+
+def draw(verdict: Verdict) -> dict[str, str]:
+    """Return every picture for which there are data, by its title."""
+    shown = _shown(verdict)
+    pictures: list[tuple[str, Callable[[], Figure | None]]] = [
+        ("Loss, and its difference to the reference", lambda: _curves(verdict, shown)),
+        ("Loss scale and skipped steps", lambda: _scales(verdict)),
+        ("Throughput and peak memory", lambda: _bars(verdict)),
+        ("Speed against memory", lambda: _trade(verdict)),
+    ]
+    found = {}
+    for title, make in pictures:
+        with _our_style(title), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+            figure = make()
+            if figure is not None:
+                found[title] = svg(figure)
+    return found
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as the text of an <svg> element."""
+    content = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = content.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _our_style(salt: str):
+    # Several pictures stand in one page: their ids must differ, and be the same for the same data.
+    ours = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.axisbelow": True,
+            "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "legend.frameon": False,
+            "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    return matplotlib.style.context(["default", ours])
+
+
+def look(verdict: Verdict, cell: Summary) -> dict[str, str]:
+    """Return a cell's colour, dash and mark: by its value on the first axis that varies, and on the second."""
+    axes = [axis for axis in cell.values if len({one.values[axis] for one in verdict.cells}) > 1] or list(cell.values)
+    places = []
+    for axis in axes[:2]:
+        labels = list(dict.fromkeys(one.values[axis] for one in verdict.cells))
+        places.append(labels.index(cell.values[axis]))
+    second = places[1] if len(places) > 1 else 0
+    return {
+        "color": _COLOURS[places[0] % len(_COLOURS)],
+        "linestyle": _DASHES[second % len(_DASHES)],
+        "marker": _MARKS[second % len(_MARKS)],
+    }
+
+
+def _shown(verdict: Verdict) -> list[Summary]:
+    """Return the cells whose curves are drawn: the reference, the ones to choose from, then the others in order."""
+    with_steps = [cell for cell in verdict.cells if any(one.curve.steps for one in cell.results)]
+    first = [cell for cell in (verdict.reference, verdict.best, *verdict.frontier) if cell in with_steps]
+    chosen = list({cell.name: cell for cell in [*first, *with_steps]}.values())[:MOST_CURVES]
+    return [cell for cell in verdict.cells if cell in chosen]
+
+
+def _curves(verdict: Verdict, shown: Sequence[Summary]) -> Figure | None:
+    if not shown:
+        return None
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    reference = _mean_curve(verdict.reference)
+    for cell in shown:
+        steps, losses = _thinned(_mean_curve(cell))
+        style = {key: value for key, value in look(verdict, cell).items() if key != "marker"}
+        top.plot(steps, losses, label=cell.name, linewidth=1.6, **style)
+        if cell is not verdict.reference and reference:
+            own = _mean_curve(cell, seeds=_seeds(verdict.reference))
+            theirs = _mean_curve(verdict.reference, seeds=_seeds(cell))
+            bottom.plot(
+                *_thinned({step: own[step] - theirs[step] for step in own if step in theirs}), linewidth=1.2, **style
+            )
+    band = _band(verdict.reference)
+    if band:
+        steps, widths = _thinned(band)
+        bottom.fill_between(
+            steps,
+            -np.array(widths),
+            widths,
+            color="#BBBBBB",
+            alpha=0.45,
+            linewidth=0,
+            label="2 standard deviations of the reference over its seeds",
+        )
+        bottom.legend(loc="lower left", fontsize=8)
+    bottom.axhline(0, color="black", linewidth=0.8)
+    top.set_ylabel("training loss, nats per token")
+    bottom.set_ylabel(f"less {verdict.reference.name}")
+    bottom.set_xlabel("optimizer step")
+    for panel in (top, bottom):
+        panel.grid(color="#E4E4E4", linewidth=0.6)
+    top.legend(loc="upper right", fontsize=8, ncols=1 if len(shown) <= 6 else 2)
+    return figure
+
+
+def _scales(verdict: Verdict) -> Figure | None:
+    scaled = [cell for cell in _shown(verdict) if any(one is not None for one in cell.results[0].curve.loss_scale)]
+    if not scaled:
+        return None
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panel = figure.subplots()
+    for place, cell in enumerate(scaled):
+        curve = cell.results[0].curve
+        known = {step: scale for step, scale in zip(curve.steps, curve.loss_scale, strict=True) if scale}
+        # Cells whose scales move alike would hide each other: each is drawn a little above the one before.
+        shift = 1.03**place
+        style = {key: value for key, value in look(verdict, cell).items() if key != "marker"}
+        panel.plot(
+            list(known),
+            [scale * shift for scale in known.values()],
+            drawstyle="steps-post",
+            linewidth=1.5,
+            label=f"{cell.name}, {len(curve.skipped)} skipped",
+            **style,
+        )
+        marks = [step for step in curve.skipped if step in known]
+        panel.plot(marks, [known[step] * shift for step in marks], "x", color=style["color"], markersize=5)
+    panel.set_yscale("log", base=2)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low / 2, high * 2)
+    panel.set_xlabel("optimizer step (crosses: skipped)")
+    panel.set_ylabel(f"loss scale, seed {scaled[0].results[0].seed}")
+    panel.grid(color="#E4E4E4", linewidth=0.6)
+    panel.legend(fontsize=8, loc="best", ncols=1 if len(scaled) <= 4 else 2)
+    return figure
+
+
+def _bars(verdict: Verdict) -> Figure | None:
+    cells = [cell for cell in verdict.cells if cell.tokens_per_second and cell.peak_memory_bytes][:_MOST_BARS]
+    if not cells:
+        return None
+    figure = Figure(figsize=(8, 1.4 + 0.26 * len(cells)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(cells))
+    colours = [look(verdict, cell)["color"] for cell in cells]
+    left.barh(places, [cell.tokens_per_second or 0 for cell in cells], color=colours, height=0.7)
+    right.barh(places, [(cell.peak_memory_bytes or 0) / _GIB for cell in cells], color=colours, height=0.7)
+    predicted = [cell.results[0].predicted_memory_bytes for cell in cells]
+    known = [(place, one / _GIB) for place, one in zip(places, predicted, strict=True) if one]
+    if known:
+        right.plot(
+            [one for _, one in known],
+            [place for place, _ in known],
+            "|",
+            color="black",
+            markersize=11,
+            markeredgewidth=1.6,
+            label="predicted",
+        )
+        right.legend(fontsize=8, loc="lower right")
+    left.set_yticks(
+        places, [cell.name + (" (reference)" if cell is verdict.reference else "") for cell in cells], parse_math=False
+    )
+    left.invert_yaxis()
+    left.set_xlabel("tokens per second (median)")
+    right.set_xlabel("peak memory of a rank, GiB")
+    for panel in (left, right):
+        panel.grid(axis="x", color="#E4E4E4", linewidth=0.6)
+        panel.tick_params(axis="y", length=0)
+    return figure
+
+
+def _trade(verdict: Verdict) -> Figure | None:
+    cells = [cell for cell in verdict.cells if cell.tokens_per_second and cell.peak_memory_bytes]
+    if len(cells) < 2:
+        return None
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    panel = figure.subplots()
+    for cell in cells:
+        style = look(verdict, cell)
+        usable = cell in verdict.usable
+        panel.plot(
+            (cell.peak_memory_bytes or 0) / _GIB,
+            cell.tokens_per_second,
+            style["marker"],
+            color=style["color"],
+            markersize=8,
+            fillstyle="full" if usable else "none",
+        )
+    line = sorted(verdict.frontier, key=lambda one: one.peak_memory_bytes or 0)
+    if line:
+        panel.plot(
+            [(one.peak_memory_bytes or 0) / _GIB for one in line],
+            [one.tokens_per_second for one in line],
+            color="black",
+            linewidth=1,
+            zorder=0,
+            label="efficient: no usable cell is faster and smaller",
+        )
+    named = line if len(cells) > MOST_CURVES else cells
+    _name(panel, named)
+    panel.set_xlabel("peak memory of a rank, GiB (hollow: not proved, or of another quality)")
+    panel.set_ylabel("tokens per second")
+    panel.margins(x=0.18, y=0.15)
+    panel.grid(color="#E4E4E4", linewidth=0.6)
+    if line:
+        panel.legend(fontsize=8, loc="best")
+    return figure
+
+
+def _name(panel: Axes, cells: Sequence[Summary]) -> None:
+    """Write names beside points, each a line below the one before where they would lie on each other."""
+    speeds = [cell.tokens_per_second or 0.0 for cell in cells]
+    apart = 0.045 * ((max(speeds) - min(speeds)) or 1.0)
+    last = math.inf
+    for cell in sorted(cells, key=lambda one: -(one.tokens_per_second or 0.0)):
+        height = min(cell.tokens_per_second or 0.0, last - apart)
+        last = height
+        point = ((cell.peak_memory_bytes or 0) / _GIB, cell.tokens_per_second or 0.0)
+        panel.annotate(
+            cell.name,
+            point,
+            xytext=(point[0], height),
+            textcoords="data",
+            fontsize=7.5,
+            xycoords="data",
+            parse_math=False,
+            annotation_clip=False,
+            horizontalalignment="left",
+            verticalalignment="center",
+            rotation=0,
+            alpha=0.9,
+        )
+
+
+def _seeds(cell: Summary) -> set[int]:
+    return {one.seed for one in cell.results if one.curve.steps}
+
+
+def _mean_curve(cell: Summary, seeds: set[int] | None = None) -> dict[int, float]:
+    """Return the mean loss over the seeds, for the steps that all of them have."""
+    columns: dict[int, list[float]] = {}
+    counted = 0
+    for one in cell.results:
+        if one.curve.steps and (seeds is None or one.seed in seeds):
+            counted += 1
+            for step, loss in zip(one.curve.steps, one.curve.loss, strict=True):
+                if loss is not None:
+                    columns.setdefault(step, []).append(loss)
+    return {step: statistics.fmean(losses) for step, losses in columns.items() if len(losses) == counted}
+
+
+def _band(cell: Summary) -> dict[int, float]:
+    columns: dict[int, list[float]] = {}
+    for one in cell.results:
+        for step, loss in zip(one.curve.steps, one.curve.loss, strict=True):
+            if loss is not None:
+                columns.setdefault(step, []).append(loss)
+    return {step: 2 * statistics.stdev(losses) for step, losses in columns.items() if len(losses) > 1}
+
+
+def _thinned(curve: dict[int, float]) -> tuple[list[float], list[float]]:
+    """Return a curve of at most `_POINTS` points, each the mean of its neighbours."""
+    steps, values = list(curve), list(curve.values())
+    size = max(1, -(-len(steps) // _POINTS))
+    chunks = range(0, len(steps), size)
+    return (
+        [statistics.fmean(steps[first : first + size]) for first in chunks],
+        [statistics.fmean(values[first : first + size]) for first in chunks],
+    )

@@ -1,0 +1,160 @@
+"""Whether only the axes changed: confounders, initial weights, data order, and every key in which two cells differ."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.spec.dotted import flatten
+from launcher.study.collect import Result
+
+ABSENT = "not used"
+# What is known to change numerics or speed beside the stage and the precision (docs/deepspeed.md).
+_CONFOUNDERS = {
+    "reduce bucket, elements": "zero_optimization.reduce_bucket_size",
+    "gather bucket, elements": "zero_optimization.allgather_bucket_size",
+    "overlapped communication": "zero_optimization.overlap_comm",
+    "communication dtype": "communication_data_type",
+    "accumulation dtype": "data_types.grad_accum_dtype",
+    "optimizer": "optimizer.type",
+    "optimizer is torch's own": "optimizer.params.torch_adam",
+    "peak learning rate": "optimizer.params.lr",
+    "gradient clipping": "gradient_clipping",
+    "global batch, sequences": "train_batch_size",
+    "micro-batch, sequences": "train_micro_batch_size_per_gpu",
+    "accumulation, micro-steps": "gradient_accumulation_steps",
+    "fixed loss scale (0 = dynamic)": "fp16.loss_scale",
+    "initial loss scale, power of 2": "fp16.initial_scale_power",
+    "loss-scale window, steps": "fp16.loss_scale_window",
+    "loss-scale hysteresis": "fp16.hysteresis",
+    "smallest loss scale": "fp16.min_loss_scale",
+}
+# Of the plan itself, beside DeepSpeed's config.
+_PLANNED = {
+    "sequence": "sequence, tokens",
+    "steps": "steps",
+    "compile": "compiled",
+    "activation_checkpointing": "activation checkpointing",
+    "data.digest": "corpus",
+    "data.validation_windows": "validation sequences",
+    "model.parameters": "parameters",
+    "topology.world_size": "ranks",
+    "topology.ranks_per_node": "ranks per node",
+    "topology.device_name": "device",
+    "schedule.kind": "schedule",
+    "schedule.warmup": "warm-up, steps",
+    "numerics.repairs": "repairs at stage 0",
+    "eval_every": "steps between evaluations",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """One thing that could differ between cells."""
+
+    name: str
+    values: dict[str, tuple[str, ...]]
+    """Its values, and the cells that have each."""
+    follows_from: str | None
+    """The axis that decides it; None where it is the same everywhere, or differs for no reason that is known."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is the same in every cell that uses it."""
+        return len([one for one in self.values if one != ABSENT]) <= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """All that is known of how equal the cells' conditions were."""
+
+    confounders: tuple[Condition, ...]
+    differences: tuple[Condition, ...]
+    """Every DeepSpeed key that is not the same in all cells."""
+    weights: dict[str, tuple[str, ...]]
+    """Seeds and precisions in which cells did not begin with the same weights, and the checksums; empty is good."""
+    machines: tuple[str, ...]
+    versions: dict[str, tuple[str, ...]]
+    """Of each package, all versions that were met."""
+    revisions: tuple[str, ...]
+
+    @property
+    def unexplained(self) -> tuple[Condition, ...]:
+        """Return what differs and follows from no axis."""
+        return tuple(one for one in self.differences if one.follows_from is None and not one.pinned)
+
+
+def conditions(results: Sequence[Result], axes: dict[str, Any]) -> Conditions:
+    """Compare what the run directories say was really asked of DeepSpeed, cell by cell."""
+    planned = [one for one in results if one.plan]
+    leaves = {id(one): flatten(one.plan["deepspeed"]) for one in planned}
+    names = sorted(set[str]().union(*(set(one) for one in leaves.values())) if leaves else [])
+    found = {key: _condition(key, planned, lambda one, key=key: leaves[id(one)].get(key), axes) for key in names}
+    others = [
+        _condition(title, planned, lambda one, key=key: flatten(one.plan).get(key), axes)
+        for key, title in _PLANNED.items()
+    ]
+    named = [_renamed(found[key], title) for title, key in _CONFOUNDERS.items() if key in found]
+    return Conditions(
+        confounders=(*named, *others),
+        differences=tuple(one for one in [*found.values(), *others] if len(one.values) > 1),
+        weights=_weights(planned),
+        machines=_seen(f"{one.environment.get('host')}: {_device(one)}" for one in planned if one.environment),
+        versions=_versions(planned),
+        revisions=_seen(str(one.environment.get("code_revision")) for one in planned if one.environment),
+    )
+
+
+def _condition(name: str, results: Sequence[Result], value: Any, axes: dict[str, Any]) -> Condition:
+    values: dict[str, list[str]] = {}
+    for one in results:
+        got = value(one)
+        values.setdefault(ABSENT if got is None else _text(got), []).append(one.name)
+    cells = {text: tuple(dict.fromkeys(names)) for text, names in values.items()}
+    return Condition(name=name, values=cells, follows_from=_follows(results, value, axes) if len(cells) > 1 else None)
+
+
+def _follows(results: Sequence[Result], value: Any, axes: dict[str, Any]) -> str | None:
+    """Return the axis, or the axes together, whose value decides a key's: equal there, equal here."""
+    several = [axis for axis, labels in axes.items() if len(labels) > 1]
+    for chosen in [*([axis] for axis in several), several]:
+        decided: dict[tuple[str, ...], str] = {}
+        if chosen and all(
+            decided.setdefault(tuple(one.values[axis] for axis in chosen), _text(value(one))) == _text(value(one))
+            for one in results
+        ):
+            return " and ".join(axis.removesuffix(".name") for axis in chosen)
+    return None
+
+
+def _renamed(condition: Condition, name: str) -> Condition:
+    return Condition(name=name, values=condition.values, follows_from=condition.follows_from)
+
+
+def _weights(results: Sequence[Result]) -> dict[str, tuple[str, ...]]:
+    """Return where checksums of the initial masters differ that should not.
+
+    A half-precision cell begins with the same draw, rounded to its type: one checksum for each precision and model.
+    """
+    groups: dict[str, dict[str, None]] = {}
+    for one in results:
+        if one.checksum is not None:
+            parameters = (one.plan.get("model") or {}).get("parameters")
+            groups.setdefault(f"seed {one.seed}, {one.precision}, {parameters} parameters", {})[one.checksum] = None
+    return {name: tuple(seen) for name, seen in groups.items() if len(seen) > 1}
+
+
+def _device(one: Result) -> str:
+    return (one.plan.get("topology") or {}).get("device_name") or str(one.environment.get("cpu", "unknown processor"))
+
+
+def _versions(results: Sequence[Result]) -> dict[str, tuple[str, ...]]:
+    names = dict.fromkeys(name for one in results for name in one.environment.get("versions", {}))
+    return {name: _seen(one.environment["versions"].get(name) for one in results if one.environment) for name in names}
+
+
+def _seen(values: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(one) for one in values if one is not None))
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,122 @@
+"""The cells of a study: every combination of its axes for every seed, each planned, pinned, or refused by a rule."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import HalfstepError, RequestError
+from launcher.plan.plan import Plan
+from launcher.spec.load import Request, load
+from launcher.study.axes import Pattern, Value, word_of
+from launcher.study.file import Study
+
+Decide = Callable[[Request], Plan]
+"""How a request is planned, for the world that the study will run in."""
+
+PINNED = {"ds.zero_optimization.overlap_comm": False}
+"""DeepSpeed keys that would differ between stages by themselves; a study that names one of them decides it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a study."""
+
+    values: dict[str, str]
+    """By axis, the value's label."""
+    seed: int
+    words: tuple[str, ...]
+    """Run keys that make it, but for `out`."""
+    request: Request
+    plan: Plan | None
+    """None where it could not be planned."""
+    refused: str | None
+    """The rule that forbids it, and why."""
+
+    @property
+    def name(self) -> str:
+        """Return how it is called, without its seed."""
+        return " ".join(f"{axis.removesuffix('.name')}={value}" for axis, value in self.values.items())
+
+    @property
+    def folder(self) -> str:
+        """Return the name of its run directory: another plan gets another one."""
+        assert self.plan is not None, "a cell that could not be planned has no run"
+        return f"{'-'.join(map(_short, self.values.items()))}-s{self.seed}-{self.plan.run_id[:8]}"
+
+
+def cells(study: Study, decide: Decide) -> list[Cell]:
+    """Return every cell that `only` and `exclude` leave, seed by seed, in the order of the axes.
+
+    Raises RequestError for a value that its key does not take, and where not a single cell can be planned.
+    """
+    errors: list[HalfstepError] = []
+    found = [
+        _cell(study, chosen, seed, decide, errors)
+        for seed in study.seeds
+        for chosen in itertools.product(*(axis.values for axis in study.axes))
+        if _wanted(study, _labels(study, chosen))
+    ]
+    if errors and len(errors) == len(found):
+        raise errors[0]
+    if not found:
+        raise RequestError("no cell is left", where=f"only and exclude in {study.source}", fix="leave more")
+    if not any(_matches(cell.values, {key: (value,) for key, value in study.reference.items()}) for cell in found):
+        name = " ".join(f"{key}={value}" for key, value in study.reference.items())
+        raise RequestError(
+            f"the reference {name} is not in the grid",
+            where=f"compare.reference, only and exclude in {study.source}",
+            fix="leave it in, or name another",
+        )
+    return found
+
+
+def order(found: Sequence[Cell], seeds: Sequence[int]) -> Iterator[Cell]:
+    """Yield cells in the order in which they run: pass by pass, every other one backwards.
+
+    A machine that gets slower, or faster, over the hours then favours no cell.
+    """
+    for place, seed in enumerate(seeds):
+        those = [cell for cell in found if cell.seed == seed]
+        yield from those if place % 2 == 0 else reversed(those)
+
+
+def _labels(study: Study, chosen: Sequence[Value]) -> dict[str, str]:
+    return {axis.name: value.label for axis, value in zip(study.axes, chosen, strict=True)}
+
+
+def _wanted(study: Study, labels: dict[str, str]) -> bool:
+    within = not study.only or any(_matches(labels, pattern) for pattern in study.only)
+    return within and not any(_matches(labels, pattern) for pattern in study.exclude)
+
+
+def _matches(labels: dict[str, str], pattern: Pattern) -> bool:
+    return all(labels[key] in values for key, values in pattern.items())
+
+
+def _cell(study: Study, chosen: Sequence[Value], seed: int, decide: Decide, errors: list[HalfstepError]) -> Cell:
+    keys = dict(study.base)
+    for value in chosen:
+        keys |= value.keys
+    if int(keys.get("zero", 1)) > 0 and "ds_config" not in keys:
+        keys |= {key: value for key, value in PINNED.items() if key not in keys}
+    words = tuple(word_of("model" if key == "model.name" else key, value) for key, value in keys.items())
+    words = (*words, f"seed={seed}")
+    labels = _labels(study, chosen)
+    request = load(words, origin=f"{Path(study.source).name} or the command line")
+    plan = refused = None
+    try:
+        plan = decide(request)
+        refused = "; ".join(f"{one['rule']}: {one['sentence']}" for one in plan.refused_by) or None
+    except HalfstepError as error:
+        errors.append(error)
+        refused = f"request: {error.what}"
+    return Cell(values=labels, seed=seed, words=words, request=request, plan=plan, refused=refused)
+
+
+def _short(pair: tuple[str, str]) -> str:
+    axis, value = pair
+    key = axis.removesuffix(".name").rpartition(".")[2]
+    text = value if re.match(r"[A-Za-z]", value) and value not in ("true", "false") else f"{key}{value}"
+    return re.sub(r"[^A-Za-z0-9.+_]+", "_", text)[:40]

@@ -1,0 +1,218 @@
+"""What may be concluded from a study: differences with their noise, and which cell to use.
+
+Cells share seeds, and with them initial weights and data, so a cell is compared with the reference seed by seed. Two
+bands matter. The noise band is the 95 % confidence interval of that paired difference: a difference beyond it is real.
+The seeds' band says how much the reference itself moves when only the seed changes: a loss within it costs no quality
+that another seed would not cost as well.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.study.collect import Result, name_of
+
+# Rounding alone moves a loss by this share, relative; what the parity gate tolerates between equal algorithms
+# (parity/judge.py): below it no difference is called real, however regular it is.
+_ROUNDING = {"fp32": 1e-5, "fp16": 3e-4, "bf16": 3e-4}
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (Abramowitz and Stegun, table 26.10).
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_T_LARGE = ((20, 2.086), (30, 2.042), (60, 2.000), (math.inf, 1.960))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One cell, all its seeds together."""
+
+    values: dict[str, str]
+    results: tuple[Result, ...]
+    quality: float | None = None
+    """Mean over the seeds that are done, nats per token."""
+    band: float | None = None
+    """Two standard deviations over the seeds; None with one seed."""
+    difference: float | None = None
+    """Mean over the seeds that both have, this cell less the reference."""
+    noise: float | None = None
+    """What the difference has to exceed; None where it cannot be said."""
+    verdict: str = "not judged"
+    """`reference`, `identical`, `within noise`, `real`, or `not judged`."""
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    step_spread: float | None = None
+    """Distance of the quartiles over the median."""
+    peak_memory_bytes: float | None = None
+    wall_seconds: float | None = None
+    device_seconds_per_token: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Return how it is called."""
+        return name_of(self.values)
+
+    @property
+    def done(self) -> bool:
+        """Whether all its seeds ran to their end."""
+        return all(one.done for one in self.results)
+
+    @property
+    def proved(self) -> bool | None:
+        """Whether the gate holds for it wherever it ran; None where that is not known of every run."""
+        told = [one.proved for one in self.results]
+        return False if False in told else None if None in told else True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """All of a study."""
+
+    cells: tuple[Summary, ...]
+    reference: Summary
+    seeds: int
+    freedom: int
+    """Degrees of freedom that the noise bands rest on."""
+    usable: tuple[Summary, ...]
+    """Done, proved, and of a quality that the reference's own seeds would also give."""
+    fastest: Summary | None
+    smallest: Summary | None
+    cheapest: Summary | None
+    frontier: tuple[Summary, ...]
+    """Usable cells that no other usable one beats in both speed and memory; fastest first."""
+
+    @property
+    def best(self) -> Summary | None:
+        """Return the cell to use."""
+        return self.fastest
+
+
+def t95(freedom: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t; between two rows of the table the more cautious one."""
+    if freedom <= len(_T):
+        return _T[max(freedom, 1) - 1]
+    before = _T[-1]
+    for degrees, value in _T_LARGE:
+        if freedom < degrees:
+            return before
+        before = value
+    return before
+
+
+def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
+    """Summarise every cell, compare it with the reference, and choose."""
+    groups: dict[str, list[Result]] = {}
+    for one in results:
+        groups.setdefault(one.name, []).append(one)
+    theirs = groups[name_of(reference)]
+    paired = {name: _paired(own, theirs) for name, own in groups.items()}
+    pooled, freedom = _pooled([pairs for name, pairs in paired.items() if name != name_of(reference)])
+    cells = tuple(_summary(own, theirs, paired[name], pooled, freedom) for name, own in groups.items())
+    (chosen,) = [cell for cell in cells if cell.values == reference]
+    usable = tuple(cell for cell in cells if _usable(cell, chosen))
+    return Verdict(
+        cells=cells,
+        reference=chosen,
+        seeds=len({one.seed for one in results}),
+        freedom=freedom,
+        usable=usable,
+        fastest=_least(usable, lambda cell: -cell.tokens_per_second),
+        smallest=_least(usable, lambda cell: cell.peak_memory_bytes),
+        cheapest=_least(usable, lambda cell: cell.device_seconds_per_token),
+        frontier=_frontier(usable),
+    )
+
+
+def _paired(own: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
+    """Return the differences in quality, seed by seed."""
+    reference = {one.seed: one.quality for one in theirs if one.done}
+    return [
+        one.quality - there
+        for one in own
+        if one.done and one.quality is not None and (there := reference.get(one.seed)) is not None
+    ]
+
+
+def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """Return the standard deviation of paired differences between seeds, of all cells together, and its freedom.
+
+    With two seeds a cell's own deviation rests on one degree of freedom, which says next to nothing.
+    """
+    several = [one for one in groups if len(one) > 1]
+    freedom = sum(len(one) - 1 for one in several)
+    squares = sum(statistics.variance(one) * (len(one) - 1) for one in several)
+    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
+
+
+def _summary(
+    own: Sequence[Result], theirs: Sequence[Result], paired: Sequence[float], pooled: float, freedom: int
+) -> Summary:
+    done = [one for one in own if one.done]
+    qualities = [one.quality for one in done if one.quality is not None]
+    middle = _median([one.step_seconds for one in done])
+    spans = [
+        one.step_seconds_high - one.step_seconds_low for one in done if one.step_seconds_high and one.step_seconds_low
+    ]
+    speed = _median([one.tokens_per_second for one in done])
+    devices = max((one.devices or 1 for one in done), default=1)
+    about: dict[str, Any] = {
+        "values": own[0].values,
+        "results": tuple(own),
+        "quality": statistics.fmean(qualities) if qualities else None,
+        "band": 2 * statistics.stdev(qualities) if len(qualities) > 1 else None,
+        "tokens_per_second": speed,
+        "step_seconds": middle,
+        "step_spread": statistics.median(spans) / middle if spans and middle else None,
+        "peak_memory_bytes": _median([one.peak_memory_bytes for one in done]),
+        "wall_seconds": _median([one.wall_seconds for one in done]),
+        "device_seconds_per_token": devices / speed if speed else None,
+    }
+    if own[0].values == theirs[0].values:
+        return Summary(**about, verdict="reference")
+    if not paired:
+        return Summary(**about)
+    difference = statistics.fmean(paired)
+    if not any(paired):
+        return Summary(**about, difference=0.0, noise=0.0, verdict="identical")
+    about["difference"] = difference
+    if len(paired) < 2:
+        return Summary(**about)  # one seed has no noise that could be known
+    rounding = _rounding([*own, *theirs]) * abs(about["quality"])
+    deviation = max(pooled, statistics.stdev(paired))  # a cell that is noisier than the others is not helped by them
+    noise = max(t95(freedom) * deviation / math.sqrt(len(paired)), rounding)
+    return Summary(**about, noise=noise, verdict="real" if abs(difference) > noise else "within noise")
+
+
+def _usable(cell: Summary, reference: Summary) -> bool:
+    """Tell whether a cell may be recommended: it is done, proved, and no worse than the reference's own noise."""
+    if not cell.done or cell.proved is not True or cell.tokens_per_second is None:
+        return False
+    if cell.verdict in ("reference", "identical"):
+        return True
+    if cell.difference is None:
+        return False
+    least = _rounding([*cell.results, *reference.results]) * abs(cell.quality or 0.0)
+    return cell.difference <= max(cell.noise or 0.0, reference.band or 0.0, least)
+
+
+def _rounding(results: Sequence[Result]) -> float:
+    return max(_ROUNDING.get(one.precision or "", 3e-4) for one in results)
+
+
+def _least(cells: Sequence[Summary], key: Any) -> Summary | None:
+    known = [cell for cell in cells if cell.tokens_per_second and cell.peak_memory_bytes]
+    return min(known, key=key, default=None)
+
+
+def _frontier(cells: Sequence[Summary]) -> tuple[Summary, ...]:
+    found, least = [], math.inf
+    known = [cell for cell in cells if cell.tokens_per_second and cell.peak_memory_bytes]
+    for cell in sorted(known, key=lambda one: (-(one.tokens_per_second or 0.0), one.peak_memory_bytes or 0.0)):
+        if (cell.peak_memory_bytes or math.inf) < least:
+            found.append(cell)
+            least = cell.peak_memory_bytes or math.inf
+    return tuple(found)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [one for one in values if one is not None]
+    return statistics.median(known) if known else None

@@ -1,0 +1,255 @@
+"""The report of a study: report.html, report.md, results.csv and results.json, from its run directories alone."""
+
+import csv
+import io
+import json
+import re
+import shlex
+import warnings as python_warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from launcher.errors import HalfstepError
+from launcher.files import cannot_write, write_atomic
+from launcher.metrics import numerics, plots
+from launcher.study import charts, folder, state, words
+from launcher.study.collect import Result, results
+from launcher.study.conditions import Conditions, conditions
+from launcher.study.judge import Summary, Verdict, judge
+
+_LEADING = ("zero", "precision", "seed", "status", "reason", "proved")
+_MEASURED = (
+    "loss", "eval_loss", "perplexity", "tokens_per_second", "mfu", "step_seconds", "step_seconds_low",
+    "step_seconds_high", "peak_memory_bytes", "predicted_memory_bytes", "predicted_step_seconds", "skipped_steps",
+    "loss_scale", "wall_seconds", "devices", "tokens", "load", "checksum",
+)  # fmt: skip
+_CAPTIONS = {
+    "Loss, and its difference to the reference": "Above, the mean over the seeds. Below, less the reference, over the "
+    "seeds that both have.",
+    "Loss scale and skipped steps": "The first seed of each cell; lines that would hide others stand a little apart.",
+    "Throughput and peak memory": "Medians over steps and seeds.",
+    "Speed against memory": "Up and to the left is better.",
+}
+_MOST_MAPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that is written, worked out once."""
+
+    about: dict[str, Any]
+    """The study, as study.json has it."""
+    folder: Path
+    results: list[Result]
+    verdict: Verdict
+    conditions: Conditions
+    price: float | None
+
+
+def make(where: Path, price: float | None = None) -> Report:
+    """Read a study's folder; `price` of a device-hour wins over the study file's."""
+    tree = folder.read(where)
+    about = tree["study"]
+    found = results(tree, where, state.queue(where, tree["cells"]))
+    verdict = judge(found, about["reference"])
+    seen = conditions(found, about["axes"])
+    return Report(
+        about=about,
+        folder=where,
+        results=found,
+        verdict=verdict,
+        conditions=seen,
+        price=about["price"] if price is None else price,
+    )
+
+
+def write(report: Report) -> list[Path]:
+    """Write the four files, and the pictures that report.md shows; return what a person opens first."""
+    where = report.folder
+    pictures = {**charts.draw(report.verdict), **_maps(report)}
+    with cannot_write(where):
+        for title, picture in pictures.items():
+            write_atomic(where / _file_of(title), picture)
+        write_atomic(where / "report.html", html(report, pictures))
+        write_atomic(where / "report.md", markdown(report, pictures))
+        write_atomic(where / "results.csv", as_csv(report))
+        write_atomic(where / "results.json", as_json(report))
+    return [where / name for name in ("report.html", "report.md", "results.csv", "results.json")]
+
+
+def answer(report: Report) -> list[str]:
+    """Return the answer in three sentences."""
+    return words.answer(report.verdict, report.price, report.about["currency"])
+
+
+def html(report: Report, pictures: dict[str, str]) -> str:
+    """Return the page: whole in itself, no script, nothing from elsewhere."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
+    )
+    return environment.get_template("report.html.j2").render(
+        columns=words.COLUMNS,
+        notes=words.NOTES,
+        recommended=report.verdict.best is not None,
+        pictures=[(title, picture, _caption(title)) for title, picture in pictures.items()],
+        **_parts(report),
+    )
+
+
+def _parts(report: Report) -> dict[str, Any]:
+    verdict, seen, about = report.verdict, report.conditions, report.about
+    return {
+        "title": f"Study {about['name']}",
+        "subtitle": _subtitle(report),
+        "answer": answer(report),
+        "warnings": words.warnings(verdict, seen),
+        "rows": words.rows(verdict, report.price, about["currency"]),
+        "failures": [one for one in report.results if not one.done],
+        "equality": words.equality(verdict, seen),
+        "confounders": [words.condition(one, len(verdict.cells)) for one in seen.confounders],
+        "differences": [words.condition(one, len(verdict.cells)) for one in seen.differences],
+        "machines": _machines(seen),
+        "again": again(report),
+        "commands": [(f"{one.name}, seed {one.seed}", words.command(one)) for one in report.results],
+    }
+
+
+def markdown(report: Report, pictures: dict[str, str]) -> str:
+    """Return the same as Markdown, with the pictures in files beside it."""
+    parts = _parts(report)
+    lines = [f"# {parts['title']}", "", parts["subtitle"], "", *[f"**{one}**" for one in parts["answer"]], ""]
+    lines += [line for one in parts["warnings"] for line in (f"> {one}", "")]
+    lines += ["## Cell by cell", "", *_table(words.COLUMNS, [row.texts for row in parts["rows"]]), ""]
+    lines += [line for one in words.NOTES for line in (one, "")]
+    if parts["failures"]:
+        failed = [(one.name, str(one.seed), one.status, one.reason) for one in parts["failures"]]
+        lines += [
+            "## What did not run to its end, and why",
+            "",
+            *_table(("cell", "seed", "status", "reason"), failed),
+            "",
+        ]
+    for title in pictures:
+        lines += [f"## {title}", "", f"![{title}]({_file_of(title)})", "", _caption(title), ""]
+    lines += ["## Were the conditions equal?", "", *[line for one in parts["equality"] for line in (one, "")]]
+    for title, key in (("confounder", "confounders"), ("key in which cells differ", "differences")):
+        listed = [(one["name"], one["text"], one["why"]) for one in parts[key]]
+        lines += [*_table((title, "value", "follows from"), listed), ""]
+    lines += ["## On what it ran", "", *[f"- {one}" for one in parts["machines"]], ""]
+    lines += ["## To do it again", "", "```console", f"$ {parts['again']}", "```", ""]
+    lines += ["Each run by itself:", "", "```console", *[f"$ {one}" for _, one in parts["commands"]], "```", ""]
+    return "\n".join(lines)
+
+
+def as_csv(report: Report) -> str:
+    """Return a row for each cell and seed."""
+    text = io.StringIO()
+    axes = [axis for axis in report.about["axes"] if axis not in _LEADING]
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow([*_LEADING, *axes, *_MEASURED, "run"])
+    for one in report.results:
+        leading = [one.zero, one.precision, one.seed, one.status, one.reason, _truth(one.proved)]
+        measured = [getattr(one, name) for name in _MEASURED]
+        run = "" if one.run is None else one.run.relative_to(report.folder)
+        out.writerow([*leading, *(one.values[axis] for axis in axes), *measured, run])
+    return text.getvalue()
+
+
+def as_json(report: Report) -> str:
+    """Return the answer, the cells and the runs as JSON."""
+    verdict = report.verdict
+
+    def cell(one: Summary) -> dict[str, Any]:
+        skipped = ("results",)
+        kept = {name: value for name, value in vars(one).items() if name not in skipped}
+        return {**kept, "name": one.name, "done": one.done, "proved": one.proved, "usable": one in verdict.usable}
+
+    named = {
+        key: one and one.name
+        for key, one in {
+            "best": verdict.best,
+            "fastest": verdict.fastest,
+            "smallest": verdict.smallest,
+            "cheapest": verdict.cheapest,
+        }.items()
+    }
+    runs = [
+        {"values": one.values, "seed": one.seed, "status": one.status, "reason": one.reason, "proved": one.proved}
+        | {name: getattr(one, name) for name in _MEASURED}
+        | {"run": None if one.run is None else str(one.run.relative_to(report.folder)), "command": words.command(one)}
+        for one in report.results
+    ]
+    tree = {
+        "study": report.about["name"],
+        "answer": answer(report),
+        "reference": report.about["reference"],
+        **named,
+        "frontier": [one.name for one in verdict.frontier],
+        "cells": [cell(one) for one in verdict.cells],
+        "runs": runs,
+        "unexplained": [one.name for one in report.conditions.unexplained],
+    }
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+
+def again(report: Report) -> str:
+    """Return the command that runs the whole study."""
+    about = report.about
+    source = about["name"] if Path(about["source"]).parent.name == "ready" else about["source"]
+    return shlex.join(["halfstep", "study", "run", source, *about.get("words", []), "--out", str(report.folder)])
+
+
+def _subtitle(report: Report) -> str:
+    axes = "; ".join(
+        f"{axis.removesuffix('.name')}: {', '.join(labels)}" for axis, labels in report.about["axes"].items()
+    )
+    plans = [one.plan for one in report.results if one.plan]
+    what = f"{plans[0]['model']['name']}, {plans[0]['steps']:,} steps; " if plans else ""
+    return (
+        f"{what}{axes}; seeds {', '.join(map(str, report.about['seeds']))}. Reference: {report.verdict.reference.name}."
+    )
+
+
+def _machines(seen: Conditions) -> list[str]:
+    versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in seen.versions.items())
+    lines = [*seen.machines, versions]
+    return [line for line in [*lines, *(f"Halfstep's code: {one}" for one in seen.revisions if one != "None")] if line]
+
+
+def _maps(report: Report) -> dict[str, str]:
+    """Return what fp16 loses of each layer, for the first cells that have recorded it."""
+    found: dict[str, str] = {}
+    with_readings = [cell for cell in report.verdict.cells if cell.results[0].has_gradients and cell.results[0].run]
+    for cell in with_readings[:_MOST_MAPS]:
+        run = cell.results[0].run
+        assert run is not None, "chosen because it has one"
+        try:
+            read = numerics.read(run)
+        except HalfstepError:
+            continue
+        with python_warnings.catch_warnings():
+            python_warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+            found[f"Gradients that fp16 loses: {cell.name}"] = charts.svg(plots.draw(read))
+    return found
+
+
+def _caption(title: str) -> str:
+    return _CAPTIONS.get(title, "The first seed; layer by step, without and with the loss scale.")
+
+
+def _file_of(title: str) -> str:
+    return "report-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".svg"
+
+
+def _table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(one.replace("|", "\\|").replace("\n", " ") for one in cells) + " |"
+
+    return [line(columns), "|" + "---|" * len(columns), *map(line, lines)]
+
+
+def _truth(value: bool | None) -> str:
+    return "" if value is None else str(value).lower()

@@ -1,0 +1,168 @@
+"""Study files: what they may say, which cells they make, and what is said of what they may not."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from fakes import studied
+
+from launcher.errors import RequestError
+from launcher.study import file, folder, grid
+
+HEAD = '[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 4\nsequence = 32\nbatch.global = 8\n'
+GRID = '[axes]\nzero = [0, 1]\nprecision = ["fp32", "bf16"]\n[seeds]\nvalues = [0, 1]\n'
+WHOLE = HEAD + GRID + '[compare]\nreference = { zero = 1, precision = "fp32" }\n'
+
+
+@pytest.fixture
+def written(tmp_path: Path, corpus: Path):
+    def write(text: str) -> Path:
+        found = tmp_path / "mine.toml"
+        found.write_text(text.replace("{corpus}", str(corpus)))
+        return found
+
+    return write
+
+
+def test_a_grid_is_every_combination_for_every_seed(written) -> None:
+    study = file.read(str(written(WHOLE)))
+    cells = studied.cells_of(study)
+    assert [(cell.name, cell.seed) for cell in cells] == [
+        (f"zero={zero} precision={precision}", seed)
+        for seed in (0, 1)
+        for zero in (0, 1)
+        for precision in ("fp32", "bf16")
+    ]
+    assert study.reference == {"zero": "1", "precision": "fp32"}
+    assert len({cell.folder for cell in cells}) == 8
+    assert cells[0].folder.startswith("zero0-fp32-s0-")
+
+
+def test_every_pass_runs_the_other_way_round(written) -> None:
+    study = file.read(str(written(WHOLE)))
+    ran = list(grid.order(studied.cells_of(study), study.seeds))
+    assert [cell.name for cell in ran[:4]] == [cell.name for cell in reversed(ran[4:])]
+    assert [cell.seed for cell in ran] == [0] * 4 + [1] * 4
+
+
+def test_only_and_exclude_choose_cells(written) -> None:
+    only = 'only = [{ precision = "fp32" }, { zero = 1 }]\nexclude = [{ zero = [1], precision = ["bf16"] }]\n'
+    cells = studied.cells_of(file.read(str(written(only + WHOLE))))
+    assert {cell.name for cell in cells} == {"zero=0 precision=fp32", "zero=1 precision=fp32"}
+
+
+def test_overlapped_communication_is_pinned_where_there_is_any_unless_the_study_decides_it(written) -> None:
+    cells = studied.cells_of(file.read(str(written(WHOLE.replace("[0, 1]\np", "[0, 1, 3]\np")))))
+    overlap = {cell.plan.zero: cell.plan.deepspeed["zero_optimization"].get("overlap_comm") for cell in cells}
+    assert overlap == {0: None, 1: False, 3: False}
+    own = WHOLE.replace("zero = [0, 1]\n", "zero = [1]\nds.zero_optimization.overlap_comm = [true, false]\n")
+    cells = studied.cells_of(file.read(str(written(own))))
+    assert {cell.plan.deepspeed["zero_optimization"]["overlap_comm"] for cell in cells} == {True, False}
+
+
+def test_values_of_an_axis_may_set_several_keys(written) -> None:
+    axis = 'policy = [{ name = "dynamic", "fp16.initial_scale_power" = 8 }, { name = "static", "fp16.scale" = 1024 }]\n'
+    text = HEAD + 'precision = "fp16"\n[axes]\n' + axis
+    cells = studied.cells_of(file.read(str(written(text))))
+    assert [(cell.name, cell.plan.deepspeed["fp16"]["loss_scale"]) for cell in cells] == [
+        ("policy=dynamic", 0.0),
+        ("policy=static", 1024.0),
+    ]
+
+
+def test_a_command_line_overrides_the_base_and_the_axes(written) -> None:
+    words = ["steps=9", "precision=bf16,fp16", "zero=1", "seed=5"]
+    text = WHOLE.replace('[compare]\nreference = { zero = 1, precision = "fp32" }\n', "")
+    cells = studied.cells_of(file.read(str(written(text)), words))
+    assert [(cell.name, cell.seed, cell.plan.steps) for cell in cells] == [
+        ("zero=1 precision=bf16", 5, 9),
+        ("zero=1 precision=fp16", 5, 9),
+    ]
+
+
+def test_a_refused_cell_is_a_row_and_the_others_go_on(written) -> None:
+    text = HEAD + '[axes]\noffload = ["none", "cpu"]\nzero = [1, 3]\n'
+    cells = studied.cells_of(file.read(str(written(text))))
+    refused = {cell.name: cell.refused for cell in cells if cell.refused}
+    assert list(refused) == ["offload=cpu zero=1"]
+    assert refused["offload=cpu zero=1"].startswith("param-offload-needs-stage-3: weights can move off the device")
+
+
+def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
+    text = HEAD + "[axes]\nbatch.micro = [4, 3]\n"
+    cells = studied.cells_of(file.read(str(written(text))))
+    assert [cell.refused and cell.refused.split(":")[0] for cell in cells] == [None, "request"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        (HEAD + "[axes]\nzreo = [0, 1]\n", (), ["'zreo' is no run key", "did you mean zero?"]),
+        (HEAD + "[axes]\nzero = []\n", (), ["axis zero has no values"]),
+        (HEAD + "[axes]\nzero = 1\n", (), ["axis zero is no list"]),
+        (HEAD + "[axes]\nzero = [1, 1]\n", (), ["axis zero has 1 twice"]),
+        (HEAD + "[axes]\nseed = [1, 2]\n", (), ["seed is no axis", "[seeds] values"]),
+        (HEAD + '[axes]\nout = ["a"]\n', (), ["out is no axis"]),
+        (HEAD + "[axes]\nsteps = [1, 2]\n", (), ["steps is an axis and a base key"]),
+        (HEAD, (), ["a study needs an axis"]),
+        (HEAD + "[axis]\nzero = [1]\n", (), ["a study has no [axis]", "did you mean [axes]?"]),
+        (WHOLE.replace("zero = 1,", "zero = 3,"), (), ["the reference zero=3 is not in the grid", "zero has 0, 1"]),
+        (WHOLE.replace("zero = 1,", "stage = 1,"), (), ["'stage' is no axis of this study", "zero"]),
+        ("exclude = [{ zero = 1 }]\n" + WHOLE, (), ["the reference zero=1 precision=fp32 is not in the grid"]),
+        ("only = [{ zero = 7 }]\n" + WHOLE, (), ["no cell is left"]),
+        (WHOLE.replace("[0, 1]\n[compare]", "[0, 0]\n[compare]"), (), ["seeds are different whole numbers"]),
+        (WHOLE.replace("[0, 1]\n[compare]", "[]\n[compare]"), (), ["seeds are different whole numbers"]),
+        (WHOLE + 'price = "cheap"\n', (), ["'cheap' is no price"]),
+        (WHOLE + "cost = 3\n", (), ["[compare] has no 'cost'"]),
+        (WHOLE + "[limits]\nseconds = -1\n", (), ["-1 is no time"]),
+        (WHOLE + "[base\n", (), ["the study file cannot be read", "line"]),
+        (WHOLE.replace("steps = 4", "stepz = 4"), (), ["unknown run key 'stepz'", "mine.toml", "steps"]),
+        (WHOLE.replace("[0, 1]\np", "[0, 1, 7]\np"), (), ["zero=7", "mine.toml"]),
+        (WHOLE, ("zero",), ["'zero' is no key=value"]),
+        (HEAD + '[axes]\npolicy = [{ "fp16.scale" = 1 }]\n', (), ["needs a name"]),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_three_lines(
+    written, text: str, words: Sequence[str], said: list[str]
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        studied.cells_of(file.read(str(written(text)), words))
+    assert len(str(caught.value).splitlines()) == 3
+    for one in said:
+        assert one in str(caught.value)
+
+
+def test_an_unknown_study_names_the_ready_ones() -> None:
+    with pytest.raises(RequestError, match="there is no study 'precison'") as caught:
+        file.read("precison")
+    assert "precision" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", file.ready())
+def test_a_ready_study_plans_its_cells_for_a_tiny_model_and_for_a_real_one(name: str, corpus: Path) -> None:
+    for words in ([], ["model=gpt2-124m"]):
+        cells = studied.cells_of(file.read(name, [f"data={corpus}", *words]))
+        legal = [cell for cell in cells if not cell.refused]
+        assert len(legal) >= 3
+        assert len({cell.plan.batch.global_ for cell in legal}) == 1, "the global batch is constant"
+
+
+def test_a_changed_file_keeps_what_is_still_asked_for_and_says_what_is_not(written, tmp_path: Path) -> None:
+    where = tmp_path / "study"
+    _, cells = studied.started(where, written(WHOLE))
+    for cell in cells:
+        studied.finish(where, cell, 5.0)
+    wider = studied.cells_of(file.read(str(written(WHOLE.replace('"bf16"]', '"bf16", "fp16"]')))))
+    change = folder.compare(where, wider)
+    assert (change.kept, change.new, change.left) == (8, 4, ())
+    longer = studied.cells_of(file.read(str(written(WHOLE.replace("steps = 4", "steps = 5")))))
+    change = folder.compare(where, longer)
+    assert (change.kept, change.new, len(change.left)) == (0, 8, 8)
+
+
+def test_another_folder_is_not_written_into(written, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "thesis.tex").touch()
+    cells = studied.cells_of(file.read(str(written(WHOLE))))
+    with pytest.raises(RequestError, match="is not a study's folder"):
+        folder.compare(tmp_path / "study", cells)

@@ -1,0 +1,265 @@
+"""What a study's run directories come to: differences, bands, the answer, and the four files."""
+
+import csv
+import json
+import re
+import statistics
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fakes import studied
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.cli import main
+from launcher.study import judge, report
+from launcher.study.grid import Cell
+
+HEAD = '[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 4\nsequence = 32\nbatch.global = 8\n'
+GRID = '[axes]\nzero = [0, 1]\nprecision = ["fp32", "bf16"]\n[seeds]\nvalues = [0, 1, 2]\n'
+WHOLE = HEAD + GRID + '[compare]\nreference = { zero = 1, precision = "fp32" }\n'
+SEEDS = {0: 5.00, 1: 5.02, 2: 4.98}
+"""The reference's losses: two standard deviations are 0.04."""
+
+
+@pytest.fixture
+def study(tmp_path: Path, corpus: Path) -> Callable[..., tuple[Path, list[Cell]]]:
+    def start(text: str = WHOLE) -> tuple[Path, list[Cell]]:
+        file = tmp_path / "mine.toml"
+        file.write_text(text.replace("{corpus}", str(corpus)))
+        where = tmp_path / "study"
+        return where, studied.started(where, file)[1]
+
+    return start
+
+
+def finish_all(where: Path, cells: list[Cell], **special: dict[str, float]) -> None:
+    for cell in cells:
+        more = {"speed": 1000.0, "off": 0.0, **special.get(cell.folder.split("-s")[0].replace("-", "_"), {})}
+        studied.finish(where, cell, SEEDS[cell.seed] + more.pop("off"), **more)
+
+
+def verdicts(where: Path) -> dict[str, str]:
+    return {cell.name: cell.verdict for cell in report.make(where).verdict.cells}
+
+
+def test_identical_cells_are_identical_and_a_shift_beyond_the_noise_is_real(study) -> None:
+    where, cells = study()
+    finish_all(where, cells, zero0_fp32={"off": 0.0}, zero0_bf16={"off": 0.01})
+    for cell in cells:  # the last cell differs by chance: the mean of its differences is within their noise
+        if cell.name == "zero=1 precision=bf16":
+            studied.finish(where, cell, SEEDS[cell.seed] + {0: 0.004, 1: -0.005, 2: 0.002}[cell.seed])
+    assert verdicts(where) == {
+        "zero=1 precision=fp32": "reference",
+        "zero=0 precision=fp32": "identical",
+        "zero=0 precision=bf16": "real",
+        "zero=1 precision=bf16": "within noise",
+    }
+
+
+def test_the_numbers_are_those_worked_out_by_hand(study) -> None:
+    where, cells = study()
+    finish_all(where, cells, zero0_fp32={"off": 0.0}, zero1_bf16={"off": 0.0})
+    off = {0: 0.010, 1: 0.014, 2: 0.012}
+    for cell in cells:
+        if cell.name == "zero=0 precision=bf16":
+            studied.finish(where, cell, SEEDS[cell.seed] + off[cell.seed], speed=1500.0, memory=2e9)
+    found = report.make(where).verdict
+    (cell,) = [one for one in found.cells if one.name == "zero=0 precision=bf16"]
+    assert found.reference.band == pytest.approx(2 * statistics.stdev(SEEDS.values()))
+    assert cell.difference == pytest.approx(0.012)
+    assert found.freedom == 6, "three cells beside the reference, three seeds each"
+    # Pooled: variances 4e-6, 0 and 0 -> 4e-6 / 3; but the cell's own deviation, 0.002, is larger and counts.
+    assert cell.noise == pytest.approx(2.447 * 0.002 / 3**0.5)
+    assert (cell.verdict, found.best.name) == ("real", "zero=0 precision=bf16"), "worse, but within the seeds' band"
+    assert cell.tokens_per_second == 1500.0
+    assert found.frontier[0].name == "zero=0 precision=bf16"
+    assert found.smallest.peak_memory_bytes == 1e9
+
+
+def test_a_cell_that_is_worse_than_the_seeds_band_is_not_recommended(study) -> None:
+    where, cells = study()
+    finish_all(where, cells, zero0_bf16={"off": 0.05, "speed": 9000.0}, zero1_bf16={"off": 0.001, "speed": 2000.0})
+    found = report.make(where)
+    assert found.verdict.best.name == "zero=1 precision=bf16"
+    assert report.answer(found)[0].startswith(
+        "Use zero=1 precision=bf16: at 2,000 tokens/s it is the fastest, 2.00 times"
+    )
+
+
+def test_what_is_not_proved_is_flagged_and_left_out(study) -> None:
+    where, cells = study()
+    finish_all(
+        where, cells, zero0_bf16={"speed": 9000.0, "proved": False}, zero0_fp32={"speed": 5000.0, "proved": None}
+    )
+    found = report.make(where)
+    assert {cell.name for cell in found.verdict.usable} == {"zero=1 precision=fp32", "zero=1 precision=bf16"}
+    page = report.html(found, {})
+    assert "Not proved, and left out of the recommendation: " in page
+    assert "zero=0 precision=bf16" in page.split("left out of the recommendation: ")[1].split("</div>")[0]
+    assert "its repairs are off" in page
+
+
+def test_failures_are_rows_with_their_reasons(study) -> None:
+    where, cells = study('exclude = [{ zero = 1, precision = "bf16" }]\n' + WHOLE.replace("[0, 1]\n", "[0, 1, 2]\n"))
+    finish_all(where, cells)
+    causes = {
+        0: (3, "out of host memory: DefaultCPUAllocator: can't allocate memory", "out of memory"),
+        1: (76, "3 steps in a row had no finite loss", "diverged"),
+        2: (124, "it took longer than the 9 s it was given", "timed out"),
+    }
+    for cell in cells:
+        if cell.name == "zero=2 precision=fp32":
+            studied.fail(where, cell, *causes[cell.seed][:2])
+    found = report.make(where)
+    failed = {one.seed: one for one in found.results if one.status == "failed"}
+    for seed, (_, cause, kind) in causes.items():
+        assert failed[seed].reason == f"{kind}: {cause}"
+    page = report.html(found, {})
+    assert "out of host memory: DefaultCPUAllocator: can&#39;t allocate memory" in page
+    rows = list(csv.DictReader(report.as_csv(found).splitlines()))
+    assert len(rows) == len(cells)
+    assert list(rows[0])[:6] == ["zero", "precision", "seed", "status", "reason", "proved"]
+    assert {row["status"] for row in rows} == {"done", "failed"}
+
+
+def test_a_run_whose_rows_were_edited_is_a_damaged_result_and_the_others_are_reported(study) -> None:
+    where, cells = study()
+    finish_all(where, cells)
+    victim = where / "runs" / cells[0].folder / "metrics.jsonl"
+    victim.write_text(victim.read_text().replace('"step_seconds": ', '"step_seconds": "soon", "was": ', 1))
+    found = report.make(where)
+    (bad,) = [one for one in found.results if one.status == "failed"]
+    assert bad.reason.startswith("damaged: its records cannot be read (ValueError: ")
+    assert sum(one.done for one in found.results) == len(cells) - 1
+    (where / "runs" / cells[1].folder / "plan.json").write_text("{")
+    assert report.make(where).verdict.reference.done
+
+
+def test_one_seed_gives_no_noise_and_the_page_says_so(study) -> None:
+    where, cells = study(WHOLE.replace("[0, 1, 2]", "[0]"))
+    finish_all(where, cells, zero0_bf16={"off": 0.01})
+    assert verdicts(where)["zero=0 precision=bf16"] == "not judged"
+    assert "One seed: no noise is known" in report.html(report.make(where), {})
+
+
+def test_different_initial_weights_are_found(study) -> None:
+    where, cells = study()
+    finish_all(where, cells, zero0_bf16={"checksum": "bb"})
+    seen = report.make(where).conditions
+    assert set(seen.weights.values()) == {("aa", "bb")} or set(seen.weights.values()) == {("bb", "aa")}
+    assert "Initial weights differ where they should not" in report.html(report.make(where), {})
+
+
+def test_every_difference_between_configs_follows_from_an_axis(study) -> None:
+    where, cells = study(WHOLE.replace("zero = [0, 1]", "zero = [0, 1, 3]"))
+    finish_all(where, cells)
+    seen = report.make(where).conditions
+    assert seen.unexplained == ()
+    follows = {one.name: one.follows_from for one in seen.differences}
+    assert follows["zero_optimization.stage"] == "zero"
+    assert follows["bf16.enabled"] == "precision"
+    pinned = {one.name: one.pinned for one in seen.confounders}
+    for name in ("overlapped communication", "reduce bucket, elements", "gradient clipping"):
+        assert pinned[name], name
+
+
+def test_a_key_that_was_changed_by_hand_is_named(study) -> None:
+    where, cells = study()
+    finish_all(where, cells)
+    file = where / "runs" / cells[0].folder / "plan.json"
+    tree = json.loads(file.read_text())
+    tree["deepspeed"]["gradient_clipping"] = 7.0
+    file.write_text(json.dumps(tree))
+    assert [one.name for one in report.make(where).conditions.unexplained] == ["gradient_clipping"]
+
+
+def test_the_four_files_stand_by_themselves(study) -> None:
+    where, cells = study(WHOLE.replace('"bf16"]', '"bf16", "fp16"]') + "price = 2.0\n")
+    finish_all(where, cells, zero1_bf16={"speed": 2000.0})
+    report.write(report.make(where))
+    page = (where / "report.html").read_text()
+    assert not re.search(r"<(script|link|img|iframe)|(?<!xmlns)=\"https?://(?!www\.w3\.org|purl)", page), (
+        "all in one file"
+    )
+    assert page.count("<svg") == 4
+    Balanced().feed(page)
+    text = (where / "report.md").read_text()
+    for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
+        assert (where / name).read_text().startswith("<svg")
+    tree = json.loads((where / "results.json").read_text())
+    assert tree["best"] == "zero=1 precision=bf16"
+    assert len(tree["runs"]) == len(cells)
+    assert all(run["command"].startswith("halfstep run model=gpt2-nano ") for run in tree["runs"])
+    assert "USD" in tree["answer"][2]
+    assert f"halfstep study run {where.parent / 'mine.toml'}" in text
+
+
+def test_what_a_file_says_is_escaped(study) -> None:
+    text = (
+        WHOLE.replace('model = "gpt2-nano"', 'model = "gpt2-nano"')
+        .replace(
+            'precision = ["fp32", "bf16"]',
+            'policy = [{ name = "<b>bold</b>", precision = "fp32" }, { name = "b", precision = "bf16" }]',
+        )
+        .replace('precision = "fp32" }\n', 'policy = "b" }\n')
+    )
+    where, cells = study(text)
+    for cell in cells:
+        studied.finish(where, cell, SEEDS[cell.seed])
+    page = report.html(report.make(where), {})
+    assert "<b>bold</b>" not in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+
+
+def test_nothing_usable_is_said_with_its_reasons(study) -> None:
+    where, cells = study()
+    finish_all(where, cells[:2])
+    found = report.make(where)
+    assert report.answer(found) == ["No cell can be recommended: 4 not done."]
+    report.write(found)
+
+
+def test_report_and_status_are_verbs(study, capsys: pytest.CaptureFixture[str]) -> None:
+    where, cells = study()
+    finish_all(where, cells[:-1])
+    assert main(["study", "report", str(where), "--price", "3"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert main(["study", "status", str(where)]) == 0
+    shown = capsys.readouterr().out
+    assert "11 done, 1 missing" in shown
+    assert main(["study", "status", str(where), "--json"]) == 0
+    assert {one["status"] for one in json.loads(capsys.readouterr().out)} == {"done", "missing"}
+    assert main(["study", "report", str(where), "--price", "cheap"]) == 2
+    assert "'cheap' is no price" in capsys.readouterr().err
+    assert main(["study", "report", str(where.parent / "nothing")]) == 2
+    assert "is no study that was started here" in capsys.readouterr().err
+    (where / "study.json").write_text("{")
+    assert main(["study", "report", str(where)]) == 2
+    assert "study.json is damaged" in capsys.readouterr().err
+
+
+@given(st.integers(1, 200))
+def test_quantiles_of_t_fall_with_the_degrees_of_freedom(freedom: int) -> None:
+    assert judge.t95(freedom) >= judge.t95(freedom + 1) >= 1.96
+
+
+class Balanced(HTMLParser):
+    """Fails where a tag is closed that is not the last one that was opened."""
+
+    VOID = ("meta", "br", "hr", "img", "input", "link", "use", "path", "rect", "circle", "stop")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open, f"</{tag}> closes nothing"
+            assert self.open.pop() == tag
