@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from launcher.study.collect import Result
 from launcher.study.judge import Summary, Verdict
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; dashes and marks differ as well.
@@ -238,7 +239,7 @@ def _name(panel: Axes, cells: Sequence[Summary]) -> None:
         last = height
         point = ((cell.peak_memory_bytes or 0) / _GIB, cell.tokens_per_second or 0.0)
         panel.annotate(
-            cell.name,
+            f"   {cell.name}",
             point,
             xytext=(point[0], height),
             textcoords="data",
@@ -254,29 +255,35 @@ def _name(panel: Axes, cells: Sequence[Summary]) -> None:
 
 
 def _seeds(cell: Summary) -> set[int]:
-    return {one.seed for one in cell.results if one.curve.steps}
+    return {one.seed for one in _drawn(cell)}
 
 
 def _mean_curve(cell: Summary, seeds: set[int] | None = None) -> dict[int, float]:
     """Return the mean loss over the seeds, for the steps that all of them have."""
-    columns: dict[int, list[float]] = {}
-    counted = 0
-    for one in cell.results:
-        if one.curve.steps and (seeds is None or one.seed in seeds):
-            counted += 1
-            for step, loss in zip(one.curve.steps, one.curve.loss, strict=True):
-                if loss is not None:
-                    columns.setdefault(step, []).append(loss)
-    return {step: statistics.fmean(losses) for step, losses in columns.items() if len(losses) == counted}
+    chosen = [one for one in _drawn(cell) if seeds is None or one.seed in seeds]
+    columns = _columns(chosen)
+    return {step: statistics.fmean(losses) for step, losses in columns.items() if len(losses) == len(chosen)}
 
 
 def _band(cell: Summary) -> dict[int, float]:
-    columns: dict[int, list[float]] = {}
-    for one in cell.results:
+    columns = _columns(_drawn(cell))
+    return {step: 2 * statistics.stdev(losses) for step, losses in columns.items() if len(losses) > 1}
+
+
+def _drawn(cell: Summary) -> list[Result]:
+    """Return the runs whose curves stand for a cell: those that are done; where none is, what there is."""
+    done = [one for one in cell.results if one.done and one.curve.steps]
+    return done or [one for one in cell.results if one.curve.steps]
+
+
+def _columns(results: Sequence[Result]) -> dict[int, list[float]]:
+    """Return the losses of each step."""
+    found: dict[int, list[float]] = {}
+    for one in results:
         for step, loss in zip(one.curve.steps, one.curve.loss, strict=True):
             if loss is not None:
-                columns.setdefault(step, []).append(loss)
-    return {step: 2 * statistics.stdev(losses) for step, losses in columns.items() if len(losses) > 1}
+                found.setdefault(step, []).append(loss)
+    return found
 
 
 def _thinned(curve: dict[int, float]) -> tuple[list[float], list[float]]:

@@ -91,7 +91,8 @@ def html(report: Report, pictures: dict[str, str]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
     )
     return environment.get_template("report.html.j2").render(
-        columns=words.COLUMNS,
+        quality=words.QUALITY,
+        price=words.PRICE,
         notes=words.NOTES,
         recommended=report.verdict.best is not None,
         pictures=[(title, picture, _caption(title)) for title, picture in pictures.items()],
@@ -122,7 +123,8 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
     parts = _parts(report)
     lines = [f"# {parts['title']}", "", parts["subtitle"], "", *[f"**{one}**" for one in parts["answer"]], ""]
     lines += [line for one in parts["warnings"] for line in (f"> {one}", "")]
-    lines += ["## Cell by cell", "", *_table(words.COLUMNS, [row.texts for row in parts["rows"]]), ""]
+    lines += ["## Quality, cell by cell", "", *_table(words.QUALITY, [row.quality for row in parts["rows"]]), ""]
+    lines += ["## Speed, memory and cost", "", *_table(words.PRICE, [row.price for row in parts["rows"]]), ""]
     lines += [line for one in words.NOTES for line in (one, "")]
     if parts["failures"]:
         failed = [(one.name, str(one.seed), one.status, one.reason) for one in parts["failures"]]

@@ -16,7 +16,7 @@ from launcher.watch.exits import read_exit
 
 OUTCOME = "outcome.json"
 """In the run directory: how a launch ended that the study started itself."""
-_MEMORY = ("out of memory", "out of device memory", "out of host memory")
+_MEMORY = ("the host is out of memory", "out of device memory", "out of host memory")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,13 @@ from launcher.study.conditions import Condition, Conditions
 from launcher.study.judge import Summary, Verdict
 
 _GIB = 2**30
-COLUMNS = (
+QUALITY = (
     "cell", "seeds done", "final loss", "validation loss", "seeds' band", "less reference", "noise band", "verdict",
-    "tokens/s", "of reference", "MFU", "step, ms", "quartiles apart", "peak memory, GiB", "predicted, GiB", "skipped",
-    "loss scale", "wall, s", "cost", "gate",
+    "skipped", "loss scale", "gate",
+)  # fmt: skip
+PRICE = (
+    "cell", "tokens/s", "of reference", "MFU", "step, ms", "quartiles apart", "peak memory, GiB", "predicted, GiB",
+    "wall, s", "cost",
 )  # fmt: skip
 NOTES = (
     "Final loss: training loss, mean over the last tenth of the steps. Less reference: mean over the seeds that both "
@@ -27,11 +30,14 @@ NOTES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table."""
+    """One cell in the two tables."""
 
     kind: str
     """`best`, `off` for what cannot be recommended, or empty."""
-    texts: tuple[str, ...]
+    quality: tuple[str, ...]
+    """Under QUALITY."""
+    price: tuple[str, ...]
+    """Under PRICE."""
 
 
 def rows(verdict: Verdict, price: float | None, currency: str) -> list[Row]:
@@ -39,15 +45,14 @@ def rows(verdict: Verdict, price: float | None, currency: str) -> list[Row]:
     found = []
     for cell in verdict.cells:
         kind = "best" if cell is verdict.best else "" if cell in verdict.usable else "off"
-        found.append(Row(kind=kind, texts=_texts(verdict, cell, price, currency)))
+        found.append(
+            Row(kind=kind, quality=_quality_of(verdict, cell), price=_price_of(verdict, cell, price, currency))
+        )
     return found
 
 
-def _texts(verdict: Verdict, cell: Summary, price: float | None, currency: str) -> tuple[str, ...]:
+def _quality_of(verdict: Verdict, cell: Summary) -> tuple[str, ...]:
     done = [one for one in cell.results if one.done]
-    reference = verdict.reference.tokens_per_second
-    ratio = cell.tokens_per_second / reference if cell.tokens_per_second and reference else None
-    first = cell.results[0]
     return (
         cell.name,
         f"{len(done)}/{len(cell.results)}",
@@ -57,18 +62,27 @@ def _texts(verdict: Verdict, cell: Summary, price: float | None, currency: str) 
         _signed(cell.difference, "+.5f"),
         _signed(cell.noise, "±.5f"),
         verdict_text(verdict, cell),
+        ", ".join(dict.fromkeys(number(one.skipped_steps, ",d") for one in done)) or "-",
+        ", ".join(dict.fromkeys(number(one.loss_scale, ",g") for one in done)) or "-",
+        {True: "proved", False: "NOT PROVED", None: "not run"}[cell.proved],
+    )
+
+
+def _price_of(verdict: Verdict, cell: Summary, price: float | None, currency: str) -> tuple[str, ...]:
+    done = [one for one in cell.results if one.done]
+    reference, predicted = verdict.reference.tokens_per_second, cell.results[0].predicted_memory_bytes
+    ratio = cell.tokens_per_second / reference if cell.tokens_per_second and reference else None
+    return (
+        cell.name,
         number(cell.tokens_per_second, ",.0f"),
         number(ratio, ".2f", "x"),
         number(_mean([one.mfu for one in done], 100.0), ".1f", " %"),
         number(cell.step_seconds and cell.step_seconds * 1000, ",.1f"),
         number(cell.step_spread and cell.step_spread * 100, ".0f", " %"),
         number(cell.peak_memory_bytes and cell.peak_memory_bytes / _GIB, ".3f"),
-        number(first.predicted_memory_bytes and first.predicted_memory_bytes / _GIB, ".3f"),
-        ", ".join(dict.fromkeys(number(one.skipped_steps, ",d") for one in done)) or "-",
-        ", ".join(dict.fromkeys(number(one.loss_scale, ",g") for one in done)) or "-",
+        number(predicted and predicted / _GIB, ".3f"),
         number(cell.wall_seconds, ",.1f"),
         cost(cell, price, currency),
-        {True: "proved", False: "NOT PROVED", None: "not run"}[cell.proved],
     )
 
 
