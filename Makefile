@@ -1,4 +1,5 @@
 # make demo    set up, prepare data, train a GPT with DeepSpeed on what is here
+# make study   all twelve (stage, precision) cells with two seeds, and a report: studies/zero-x-precision/report.html
 # make test    set up, run the whole test suite
 # make test-all    and what takes longer than anybody waits: every combination of the parity gate, every cell's faults
 # make test-faults the fault matrix: every kill, flip, full disk, signal and stall, on real ranks (about 40 minutes)
@@ -13,7 +14,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults test-slurm cluster gpu check format setup clean
+.PHONY: demo study test test-all test-faults test-slurm cluster gpu check format setup clean
 
 setup: $(STAMP)
 
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/halfstep data prepare --source stdlib --out data/stdlib --vocab-size 4096
 	$(BIN)/halfstep run model=gpt2-nano zero=2 precision=fp16 data=data/stdlib out=runs/demo batch.global=48 steps=200
+
+study: $(STAMP)
+	$(BIN)/halfstep study run zero-x-precision $(ARGS)
 
 # What the cluster in the tests is made of, where it may be installed; without it those tests are skipped and say so.
 CLUSTER := slurmctld slurmd munged shellcheck sshd pdsh mpirun ip

@@ -1,0 +1,151 @@
+"""Studies on real ranks: what is run, what is not run again, and that every failure is a result with its cause."""
+
+import json
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from process.conftest import BIN, ROOT
+from ranks import environment
+
+pytestmark = pytest.mark.process
+HEAD = """
+[base]
+model = "gpt2-nano"
+data = "{data}"
+zero = 1
+precision = "fp32"
+sequence = 64
+steps = {steps}
+batch.global = 8
+batch.micro = 2
+eval.every = 0
+eval.sequences = 6
+checkpoint.at_end = false
+"""
+Study = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def study(tmp_path: Path, data: Path, scratch: Path) -> Study:
+    """Return a function that writes a study file and runs a verb on it; its folder is tmp_path/study."""
+
+    def run(verb: str, text: str, *words: str, steps: int = 6, **more: object) -> "subprocess.CompletedProcess[str]":
+        file = tmp_path / "mine.toml"
+        file.write_text((HEAD + text).replace("{data}", str(data)).replace("{steps}", str(steps)))
+        command = [BIN / "halfstep", "study", verb, file, "--out", tmp_path / "study", *words]
+        environ = {**environment(scratch), "XDG_CACHE_HOME": str(scratch / "cache")}
+        return subprocess.run(
+            command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1200, check=False, **more
+        )
+
+    return run
+
+
+def results(folder: Path) -> list[dict]:
+    return json.loads((folder / "results.json").read_text())["runs"]
+
+
+def attempts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("runs/*/attempts/*"))
+
+
+def test_what_has_a_result_is_not_run_again_and_a_failure_is_one(study: Study, tmp_path: Path) -> None:
+    where = tmp_path / "study"
+    axes = '[axes]\noptimizer.lr = [1e-3, 1e30]\noffload = ["none", "cpu"]\n'
+    first = study("run", axes, "--no-gate")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "study mine: 4 runs, 2 refused by a rule" in first.stdout
+    assert "2 run, 1 of them failed; 0 had a result already" in first.stdout
+    found = {(run["values"]["optimizer.lr"], run["values"]["offload"]): run for run in results(where)}
+    assert found["0.001", "none"]["status"] == "done"
+    assert found["1e+30", "none"]["status"] == "failed"
+    assert found["1e+30", "none"]["reason"].startswith("diverged: ")
+    assert found["0.001", "cpu"]["reason"].startswith("param-offload-needs-stage-3: ")
+    assert found["0.001", "none"]["checksum"] == found["1e+30", "none"]["checksum"], "the same initial weights"
+    assert (where / "report.html").read_text().count("diverged: ") >= 1
+    before = attempts(where)
+    again = study("run", axes, "--no-gate")
+    assert again.returncode == 0, again.stderr
+    assert "0 run, 0 of them failed; 2 had a result already" in again.stdout
+    assert attempts(where) == before
+    wider = study("run", axes.replace("1e30]", "1e30, 2e-3]"), "--no-gate")
+    assert "of those, 2 were part of it before and stay; 1 are new" in wider.stdout
+    assert len(attempts(where)) == len(before) + 1
+    assert sum(run["status"] == "done" for run in results(where)) == 2
+
+
+def test_ctrl_c_stops_a_study_which_goes_on_where_it_was(tmp_path: Path, data: Path, scratch: Path) -> None:
+    file, where = tmp_path / "mine.toml", tmp_path / "study"
+    text = (HEAD + '[axes]\nseed_axis_of_one = [{ name = "one", "optimizer.lr" = 1e-3 }]\n').replace("{steps}", "400")
+    file.write_text(text.replace("{data}", str(data)))
+    words = [BIN / "halfstep", "study", "run", file, "--out", where, "--no-gate"]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment(scratch), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    end = time.monotonic() + 120
+    while not any(len(one.read_text().splitlines()) > 3 for one in where.glob("runs/*/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    assert "stopped" in output
+    status = subprocess.run(
+        [BIN / "halfstep", "study", "status", where, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    [row] = json.loads(status.stdout)
+    assert (row["status"], row["steps"]) == ("stopped", 400)
+    assert 3 <= row["step"] < 400
+
+
+@pytest.mark.full
+def test_a_seeded_difference_is_real_and_two_identical_cells_are_within_noise(study: Study, tmp_path: Path) -> None:
+    policies = (
+        '{ name = "base", "optimizer.lr" = 1e-3 }, { name = "same", "optimizer.lr" = 1e-3, "log.every" = 3 }, '
+        '{ name = "lr + 3 %", "optimizer.lr" = 1.03e-3 }'
+    )
+    done = study("run", f"[axes]\npolicy = [{policies}]\n[seeds]\nvalues = [0, 1, 2]\n", steps=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = {
+        cell["values"]["policy"]: cell
+        for cell in json.loads((tmp_path / "study" / "results.json").read_text())["cells"]
+    }
+    assert {name: cell["verdict"] for name, cell in cells.items()} == {
+        "base": "reference",
+        "same": "identical",
+        "lr + 3 %": "real",
+    }
+    assert all(cell["proved"] for cell in cells.values())
+
+
+@pytest.mark.full
+def test_out_of_memory_time_out_and_missing_repairs_are_rows_with_their_reasons(study: Study, tmp_path: Path) -> None:
+    variants = (
+        '{ name = "plain", "schedule.warmup" = 2 }, { name = "huge", "model.vocabulary" = 40000000 }, '
+        '{ name = "slow", "model.layers" = 60 }, { name = "diverging", "optimizer.lr" = 1e30 }, '
+        '{ name = "unmended", "numerics.repairs" = false }, { name = "illegal", "offload" = "nvme" }'
+    )
+    text = f"[axes]\nwhat = [{variants}]\n[limits]\nseconds = 90\n"
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+
+    done = study("run", text, "zero=0", "precision=bf16", "--force", steps=100, preexec_fn=limited)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tree = json.loads((tmp_path / "study" / "results.json").read_text())
+    found = {run["values"]["what"]: run for run in tree["runs"]}
+    assert found["plain"]["status"] == "done"
+    assert found["huge"]["reason"].startswith("out of memory: out of host memory")
+    assert found["slow"]["reason"] == "timed out: it took longer than the 90 s it was given"
+    assert found["diverging"]["reason"].startswith("diverged: ")
+    assert found["illegal"]["status"] == "refused"
+    assert (found["unmended"]["status"], found["unmended"]["proved"]) == ("done", False)
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "Not proved, and left out of the recommendation: what=unmended" in page
+    assert tree["best"] == "what=plain"
