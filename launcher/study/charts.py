@@ -5,6 +5,8 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib
 import matplotlib.style
@@ -54,7 +56,7 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _our_style(salt: str):
+def _our_style(salt: str) -> AbstractContextManager[None]:
     # Several pictures stand in one page: their ids must differ, and be the same for the same data.
     ours = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.axisbelow": True,
             "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "legend.frameon": False,
@@ -62,7 +64,7 @@ def _our_style(salt: str):
     return matplotlib.style.context(["default", ours])
 
 
-def look(verdict: Verdict, cell: Summary) -> dict[str, str]:
+def look(verdict: Verdict, cell: Summary) -> dict[str, Any]:
     """Return a cell's colour, dash and mark: by its value on the first axis that varies, and on the second."""
     axes = [axis for axis in cell.values if len({one.values[axis] for one in verdict.cells}) > 1] or list(cell.values)
     places = []
@@ -202,7 +204,7 @@ def _trade(verdict: Verdict) -> Figure | None:
         usable = cell in verdict.usable
         panel.plot(
             (cell.peak_memory_bytes or 0) / _GIB,
-            cell.tokens_per_second,
+            cell.tokens_per_second or 0.0,
             style["marker"],
             color=style["color"],
             markersize=8,
@@ -212,7 +214,7 @@ def _trade(verdict: Verdict) -> Figure | None:
     if line:
         panel.plot(
             [(one.peak_memory_bytes or 0) / _GIB for one in line],
-            [one.tokens_per_second for one in line],
+            [one.tokens_per_second or 0.0 for one in line],
             color="black",
             linewidth=1,
             zorder=0,
