@@ -45,7 +45,7 @@ def compare(folder: Path, cells: Sequence[Cell]) -> Change:
         )
     before = {one["run"] for one in read(folder)["cells"]} if (folder / _FILE).is_file() else set()
     before = {one for one in before if one is not None and (folder / one).is_dir()}
-    now = {f"runs/{cell.folder}" for cell in cells if cell.plan is not None}
+    now = {f"runs/{cell.folder}" for cell in cells if cell.plan is not None and cell.refused is None}
     return Change(kept=len(now & before), new=len(now - before), left=tuple(sorted(before - now)))
 
 

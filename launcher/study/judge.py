@@ -39,6 +39,9 @@ class Summary:
     verdict: str = "not judged"
     """`reference`, `identical`, `within noise`, `real`, or `not judged`."""
     tokens_per_second: float | None = None
+    """Median over the seeds."""
+    speeds: tuple[float, ...] = ()
+    """Tokens per second with each seed."""
     step_seconds: float | None = None
     step_spread: float | None = None
     """Distance of the quartiles over the median."""
@@ -84,6 +87,14 @@ class Verdict:
     def best(self) -> Summary | None:
         """Return the cell to use."""
         return self.fastest
+
+    @property
+    def as_fast(self) -> tuple[Summary, ...]:
+        """Return the usable cells whose speeds over the seeds reach into the fastest one's."""
+        if self.fastest is None or len(self.fastest.speeds) < 2:
+            return ()
+        slowest = min(self.fastest.speeds)
+        return tuple(one for one in self.usable if one is not self.fastest and max(one.speeds, default=0) >= slowest)
 
 
 def t95(freedom: int) -> float:
@@ -160,6 +171,7 @@ def _summary(
         "quality": statistics.fmean(qualities) if qualities else None,
         "band": 2 * statistics.stdev(qualities) if len(qualities) > 1 else None,
         "tokens_per_second": speed,
+        "speeds": tuple(one.tokens_per_second for one in done if one.tokens_per_second),
         "step_seconds": middle,
         "step_spread": statistics.median(spans) / middle if spans and middle else None,
         "peak_memory_bytes": _median([one.peak_memory_bytes for one in done]),

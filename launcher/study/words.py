@@ -113,7 +113,7 @@ def answer(verdict: Verdict, price: float | None, currency: str) -> list[str]:
     return [
         f"Use {best.name}: at {speed} tokens/s it is the fastest{_times(best, reference)} of the "
         f"{len(verdict.usable)} cells that are proved and whose loss is within the noise of the reference's; "
-        f"{_quality(verdict, best)}.",
+        f"{_quality(verdict, best)}.{_as_fast(verdict)}",
         f"Smallest is {small.name} with {number((small.peak_memory_bytes or 0) / _GIB, '.3f')} GiB a rank"
         + _less(small, best, "peak_memory_bytes", "the fastest's")
         + ("." if small is best else f", at {number(small.tokens_per_second, ',.0f')} tokens/s."),
@@ -216,6 +216,14 @@ def _times(cell: Summary, reference: Summary) -> str:
     if cell is reference or not reference.tokens_per_second or not cell.tokens_per_second:
         return ""
     return f", {cell.tokens_per_second / reference.tokens_per_second:.2f} times the reference {reference.name},"
+
+
+def _as_fast(verdict: Verdict) -> str:
+    names = [one.name for one in verdict.as_fast]
+    if not names:
+        return ""
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f" Its speed cannot be told from that of {listed}: between seeds they overlap."
 
 
 def _quality(verdict: Verdict, cell: Summary) -> str:

@@ -89,6 +89,18 @@ def test_a_cell_that_is_worse_than_the_seeds_band_is_not_recommended(study) -> N
     )
 
 
+def test_speeds_that_overlap_between_seeds_are_not_told_apart(study) -> None:
+    where, cells = study()
+    finish_all(where, cells, zero0_fp32={"speed": 1500.0})
+    for cell in cells:
+        if cell.name == "zero=1 precision=bf16":
+            studied.finish(where, cell, SEEDS[cell.seed], speed={0: 1400.0, 1: 2000.0, 2: 1900.0}[cell.seed])
+    found = report.make(where)
+    assert found.verdict.best.name == "zero=1 precision=bf16"
+    assert [one.name for one in found.verdict.as_fast] == ["zero=0 precision=fp32"]
+    assert "Its speed cannot be told from that of zero=0 precision=fp32: between seeds" in report.answer(found)[0]
+
+
 def test_what_is_not_proved_is_flagged_and_left_out(study) -> None:
     where, cells = study()
     finish_all(
