@@ -92,7 +92,7 @@ def _curves(verdict: Verdict, shown: Sequence[Summary]) -> Figure | None:
         return None
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    reference = _mean_curve(verdict.reference)
+    reference, largest = _mean_curve(verdict.reference), 0.0
     for cell in shown:
         steps, losses = _thinned(_mean_curve(cell))
         style = {key: value for key, value in look(verdict, cell).items() if key != "marker"}
@@ -100,22 +100,10 @@ def _curves(verdict: Verdict, shown: Sequence[Summary]) -> Figure | None:
         if cell is not verdict.reference and reference:
             own = _mean_curve(cell, seeds=_seeds(verdict.reference))
             theirs = _mean_curve(verdict.reference, seeds=_seeds(cell))
-            bottom.plot(
-                *_thinned({step: own[step] - theirs[step] for step in own if step in theirs}), linewidth=1.2, **style
-            )
-    band = _band(verdict.reference)
-    if band:
-        steps, widths = _thinned(band)
-        bottom.fill_between(
-            steps,
-            -np.array(widths),
-            widths,
-            color="#BBBBBB",
-            alpha=0.45,
-            linewidth=0,
-            label="2 standard deviations of the reference over its seeds",
-        )
-        bottom.legend(loc="lower left", fontsize=8)
+            steps, apart = _thinned({step: own[step] - theirs[step] for step in own if step in theirs})
+            bottom.plot(steps, apart, linewidth=1.2, **style)
+            largest = max([largest, *map(abs, apart)])
+    _draw_band(bottom, _band(verdict.reference), largest)
     bottom.axhline(0, color="black", linewidth=0.8)
     top.set_ylabel("training loss, nats per token")
     bottom.set_ylabel(f"less {verdict.reference.name}")
@@ -124,6 +112,19 @@ def _curves(verdict: Verdict, shown: Sequence[Summary]) -> Figure | None:
         panel.grid(color="#E4E4E4", linewidth=0.6)
     top.legend(loc="upper right", fontsize=8, ncols=1 if len(shown) <= 6 else 2)
     return figure
+
+
+def _draw_band(panel: Axes, band: dict[int, float], largest: float) -> None:
+    """Shade how much the reference moves between seeds; where that hides the differences, these decide the height."""
+    if not band:
+        return
+    steps, widths = _thinned(band)
+    label = "2 standard deviations of the reference over its seeds"
+    if 0 < 4 * largest < max(widths):
+        panel.set_ylim(-2 * largest, 2 * largest)
+        label += f" (up to ±{max(widths):.2g})"
+    panel.fill_between(steps, -np.array(widths), widths, color="#BBBBBB", alpha=0.45, linewidth=0, label=label)
+    panel.legend(loc="lower left", fontsize=8)
 
 
 def _scales(verdict: Verdict) -> Figure | None:
