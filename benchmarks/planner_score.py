@@ -1,0 +1,260 @@
+"""Score the planner against published runs, and fit the calibration it ships with.
+
+python benchmarks/planner_score.py --rows throughput.csv vtrain.csv            error by split, stack and device
+python benchmarks/planner_score.py --rows throughput.csv vtrain.csv --fit      and write launcher/plan/calibration.toml
+
+The columns are those of `halfstep plan score --rows`. Needs numpy and nothing else; two runs give the same file.
+"""
+
+import argparse
+import dataclasses
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from launcher.plan import rows, score, time
+from launcher.plan.calibration import Calibration, factor_keys
+from launcher.plan.rows import Row
+
+TARGET = Path(__file__).resolve().parents[1] / "launcher" / "plan" / "calibration.toml"
+# How far a constant may move from where physics or a guess puts it, as the standard deviation of its logarithm.
+FREEDOM = {
+    "matmul": 0.15,
+    "attention": 0.3,
+    "low_precision": 0.2,
+    "weight_passes": 0.5,
+    "elementwise": 0.5,
+    "compiled": 0.3,
+    "scores": 0.7,
+    "loss": 0.4,
+    "host": 0.5,
+    "host_tensor": 0.3,
+    "host_compiled": 0.5,
+    "link": 0.2,
+    "network": 0.2,
+    "link_latency": 0.7,
+    "network_latency": 0.7,
+    "overlap": 0.3,
+    "optimizer": 0.3,
+    "host_adam": 0.7,
+    "straggling": 0.7,
+}
+# The same for factors, by how special they are.
+FACTOR_FREEDOM = {
+    "device": 0.1,
+    "precision": 0.1,
+    "stack": 0.3,
+    "stack device": 0.1,
+    "stack precision": 0.1,
+    "stack device precision": 0.05,
+}
+HUBER = 0.12
+"""Residuals beyond this (in logarithms) pull no harder than at it: single cluster runs are off by tens of percent."""
+
+
+@dataclasses.dataclass
+class Known:
+    """The runs that can be fitted: rows with a measured and a predictable speed."""
+
+    rows: list[Row]
+    measured: np.ndarray
+    """Logarithm of tokens/s of one device."""
+    weights: np.ndarray
+
+    def subset(self, keep: Sequence[bool]) -> "Known":
+        chosen = np.array(keep)
+        kept = [row for row, one in zip(self.rows, keep, strict=True) if one]
+        return Known(kept, self.measured[chosen], self.weights[chosen])
+
+
+def load(paths: Iterable[Path]) -> Known:
+    """Read the rows; a group of n weighs as the root of n, so that no grid of one model decides."""
+    found = []
+    for path in paths:
+        for row in rows.read(path):
+            speed = score.measured_speed(row.text)
+            if speed and row.device and predict(row, Calibration()) is not None:
+                found.append((row, math.log(speed)))
+    sizes = Counter(row.group for row, _ in found)
+    weights = np.array([sizes[row.group] ** -0.5 for row, _ in found])
+    return Known([row for row, _ in found], np.array([value for _, value in found]), weights)
+
+
+def predict(row: Row, known: Calibration) -> float | None:
+    """Return the logarithm of a row's tokens/s of one device."""
+    assert row.device is not None
+    told = time.forecast(row.setting, row.device, layout=row.layout, stack=row.stack, known=known)
+    return math.log(told.tokens_per_second_per_device) if told else None
+
+
+def fit(known: Known, start: Calibration | None = None, iterations: int = 12) -> Calibration:
+    """Return the calibration that explains the rows best: Gauss-Newton on logarithms, Huber weights, Gaussian priors."""
+    prior = Calibration()
+    now = start or prior
+    names = list(FREEDOM)
+    keys = sorted({key for row in known.rows for key in _keys(row)})
+    place = {key: index for index, key in enumerate(keys)}
+    indicator = np.zeros((len(known.rows), len(keys)))
+    for index, row in enumerate(known.rows):
+        for key in _keys(row):
+            indicator[index, place[key]] = -1.0  # a factor multiplies seconds
+    precision = np.array([FREEDOM[name] ** -2 for name in names] + [_freedom(key) ** -2 for key in keys])
+    for _ in range(iterations):
+        base = _predictions(known.rows, now)
+        slopes = np.empty((len(known.rows), len(names)))
+        for column, name in enumerate(names):
+            nudged = now.replace(**{name: getattr(now, name) * math.exp(0.01)})
+            slopes[:, column] = (_predictions(known.rows, nudged) - base) / 0.01
+        jacobian = np.hstack([slopes, indicator])
+        residual = known.measured - base
+        pull = known.weights * np.minimum(1.0, HUBER / np.maximum(np.abs(residual), 1e-9)) / HUBER**2
+        moved = [math.log(getattr(now, name) / getattr(prior, name)) for name in names]
+        moved += [now.factors.get(key, 0.0) for key in keys]
+        normal = jacobian.T @ (pull[:, None] * jacobian) + np.diag(precision)
+        step = np.linalg.solve(normal, jacobian.T @ (pull * residual) - precision * np.array(moved))
+        step = np.clip(step, -0.5, 0.5)
+        changes = {name: getattr(now, name) * math.exp(step[i]) for i, name in enumerate(names)}
+        factors = {key: now.factors.get(key, 0.0) + float(step[len(names) + i]) for i, key in enumerate(keys)}
+        now = dataclasses.replace(now, **changes, factors=factors)
+        if np.max(np.abs(step)) < 1e-4:
+            break
+    return now
+
+
+def _predictions(chosen: Sequence[Row], known: Calibration) -> np.ndarray:
+    return np.array([predict(row, known) for row in chosen], dtype=float)
+
+
+def _keys(row: Row) -> tuple[str, ...]:
+    assert row.device is not None
+    return factor_keys(row.stack, row.device.name, row.layout.arithmetic or row.setting.precision)
+
+
+def _freedom(key: str) -> float:
+    return FACTOR_FREEDOM[" ".join(part.partition(":")[0] for part in key.split(" "))]
+
+
+def left_out(known: Known, by: Callable[[Row], str], start: Calibration, iterations: int = 3) -> np.ndarray:
+    """Return every row's prediction by a calibration that has not seen what `by` says it belongs to."""
+    told = np.empty(len(known.rows))
+    names = [by(row) for row in known.rows]
+    for name in sorted(set(names)):
+        inside = [one == name for one in names]
+        seen = known.subset([not one for one in inside])
+        without = fit(seen, dataclasses.replace(start, factors=_without(start, seen)), iterations)
+        told[np.array(inside)] = _predictions(
+            [row for row, one in zip(known.rows, inside, strict=True) if one], without
+        )
+    return told
+
+
+def _without(start: Calibration, seen: Known) -> dict[str, float]:
+    keys = {key for row in seen.rows for key in _keys(row)}
+    return {key: value for key, value in start.factors.items() if key in keys}
+
+
+def data_parallel_half(row: Row) -> bool:
+    """Tell whether a row is of the kind that the goal is set for: 16 bits, nothing but data parallelism."""
+    plain = row.layout.cut == 1 and row.layout.context == 1 and row.layout.arithmetic is None
+    return plain and not row.source.startswith("VIA-Research")
+
+
+def errors(told: np.ndarray, known: Known, keep: Sequence[bool]) -> str:
+    """Return MAPE, its median and its 90th percentile over some rows, in percent."""
+    wrong = sorted(abs(math.expm1(a - b)) for a, b, one in zip(told, known.measured, keep, strict=True) if one)
+    if not wrong:
+        return "no rows"
+    p90 = wrong[min(len(wrong) - 1, math.ceil(0.9 * len(wrong)) - 1)]
+    return (
+        f"rows {len(wrong):4d}  MAPE {100 * statistics.mean(wrong):5.1f}  median {100 * statistics.median(wrong):5.1f}"
+        f"  p90 {100 * p90:5.1f}"
+    )
+
+
+def report(told: np.ndarray, known: Known, title: str) -> list[str]:
+    """Return the errors of one way of leaving out, by kind, by stack and by device."""
+    own = [data_parallel_half(row) for row in known.rows]
+    grid = [row.source.startswith("VIA-Research") for row in known.rows]
+    lines = [title]
+    kinds = {
+        "data-parallel, 16 bits": own,
+        "  without BigScience": [a and "bigscience" not in r.source for a, r in zip(own, known.rows, strict=True)],
+        "vTrain": grid,
+        "TP, PP, CP or fp8": [not (a or b) for a, b in zip(own, grid, strict=True)],
+        "all": [True] * len(own),
+    }
+    lines += [f"  {name:<34} {errors(told, known, keep)}" for name, keep in kinds.items()]
+    for kind, of in (("stack", lambda row: row.stack), ("device", lambda row: row.device.name)):
+        for name in sorted({of(row) for row in known.rows}):
+            lines.append(f"  {kind + ' ' + name:<34} {errors(told, known, [of(row) == name for row in known.rows])}")
+    return lines
+
+
+def scaling(known: Calibration) -> list[str]:
+    """Return the MFU of llm-foundry's 7B on H100 at each published size, `palm` convention, in percent."""
+    lines = ["llm-foundry 7B on H100, s=2048: devices, micro-batch, MFU (6N + 12Lhs)"]
+    text = {"row_id": "-", "source": "mosaicml/llm-foundry", "gpu": "H100-80GB", "model_params_B": "6.6589"}
+    text |= {"layers": "32", "hidden": "4096", "heads": "32", "ffn": "16384", "vocab": "50368", "seq_len": "2048"}
+    for devices, micro, shard in ((8, 6, "FULL_SHARD"), (16, 10, "FULL_SHARD"), (32, 10, "FULL_SHARD"),
+                                  (64, 10, "FULL_SHARD"), (128, 8, "FULL_SHARD"), (256, 8, "FULL_SHARD"),
+                                  (512, 8, "FULL_SHARD")):  # fmt: skip
+        more = {"n_gpus": str(devices), "micro_batch": str(micro), "global_batch": str(micro * devices)}
+        row = rows.parse({**text, **more, "precision": "amp_bf16", "sharding": f"FSDP {shard}",
+                          "activation_checkpointing": "none"})  # fmt: skip
+        speed = math.exp(predict(row, known) or 0)
+        lines.append(f"  {devices:4d} {micro:3d} {100 * speed * (6 * 6.6589e9 + 12 * 32 * 4096 * 2048) / 989e12:6.1f}")
+    return lines
+
+
+def write(known: Calibration, spread: tuple[float, float], count: int) -> str:
+    """Return calibration.toml."""
+    lines = [
+        "# Fitted by `python benchmarks/planner_score.py --rows FILE... --fit`; what each is stands in calibration.py,",
+        f"# on what it was fitted and with which error in docs/planner.md. {count} published runs.",
+        "",
+        "[constants]",
+    ]
+    lines += [f"{name} = {getattr(known, name):.4g}" for name in FREEDOM]
+    lines += [f"spread_seen = {spread[0]:.3g}", f"spread_unseen = {spread[1]:.3g}", "", "[factors]"]
+    lines += [f'"{key}" = {value:.4f}' for key, value in sorted(known.factors.items()) if abs(value) >= 5e-5]
+    return "\n".join(lines) + "\n"
+
+
+def _ninth(told: np.ndarray, known: Known) -> float:
+    wrong = sorted(abs(a - b) for a, b in zip(told, known.measured, strict=True))
+    return math.exp(wrong[math.ceil(0.9 * len(wrong)) - 1])
+
+
+def main() -> int:
+    """Score, and with --fit write the calibration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--fit", action="store_true", help="write launcher/plan/calibration.toml")
+    parser.add_argument("--quick", action="store_true", help="leave nothing out: the error on what was fitted")
+    arguments = parser.parse_args()
+    known = load(arguments.rows)
+    fitted = fit(known)
+    print(f"{len(known.rows)} rows of {len({row.group for row in known.rows})} groups")
+    print("\n".join(f"  {name:<16} {getattr(fitted, name):.4g}" for name in FREEDOM))
+    print("\n".join(report(_predictions(known.rows, fitted), known, "nothing left out")))
+    print("\n".join(scaling(fitted)))
+    if arguments.quick:
+        return 0
+    by_group = left_out(known, lambda row: row.group, fitted)
+    print("\n".join(report(by_group, known, "one group (source, model, device) left out")))
+    by_source = left_out(known, lambda row: row.source, fitted)
+    print("\n".join(report(by_source, known, "one source left out")))
+    if arguments.fit:
+        spread = (_ninth(by_group, known), _ninth(by_source, known))
+        TARGET.write_text(write(fitted, spread, len(known.rows)), encoding="utf-8")
+        print(f"written: {TARGET}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""How a trainer cuts a model besides data parallelism, and what its kernels are: what a Setting does not say."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Other kinds of parallelism, the collectives and the kernels; the defaults are Halfstep's own."""
+
+    tensor: int = 1
+    """Ranks that share each matrix."""
+    pipeline: int = 1
+    """Stages that share the layers."""
+    virtual: int = 1
+    """Pieces of a pipeline stage, interleaved."""
+    context: int = 1
+    """Ranks that share each sequence."""
+    collectives: str = "deepspeed"
+    """`deepspeed`, `fsdp` (full or gradient sharding), `ddp`, or `megatron` (its distributed optimizer)."""
+    quantized: bool = False
+    """ZeRO++: weights gathered in int8 and kept whole in a node, gradients reduced in int4."""
+    arithmetic: str | None = None
+    """`fp8` or `fp4` where the linear layers compute in less than the setting's precision."""
+    recompute: str | None = None
+    """`none`, `selective` or `full`; None: as the setting's `activation_checkpointing`."""
+    flash: bool = True
+    """Whether attention is computed without writing its scores to memory, causal half only."""
+    compiled: bool = False
+    """Whether elementwise kernels are fused: torch.compile, or written by hand."""
+    network: float | None = None
+    """Bytes/s of one device between nodes in one direction, where it is not the usual of the hardware."""
+
+    @property
+    def cut(self) -> int:
+        """Devices that hold one copy of the model between them, sharding aside."""
+        return self.tensor * self.pipeline
