@@ -25,7 +25,10 @@ TARGET = Path(__file__).resolve().parents[1] / "launcher" / "plan" / "calibratio
 # How far a constant may move from where physics or a guess puts it, as the standard deviation of its logarithm.
 FREEDOM = {
     "matmul": 0.15,
-    "attention": 0.3,
+    "attention": 0.2,
+    "attention_early": 0.2,
+    "attention_lag": 0.3,
+    "attention_small": 0.2,
     "low_precision": 0.2,
     "weight_passes": 0.5,
     "elementwise": 0.5,
@@ -39,7 +42,9 @@ FREEDOM = {
     "network": 0.2,
     "link_latency": 0.7,
     "network_latency": 0.7,
-    "overlap": 0.3,
+    "pipeline_latency": 0.7,
+    "stage3": 0.4,
+    "shown": 0.4,
     "optimizer": 0.3,
     "host_adam": 0.7,
     "straggling": 0.7,
@@ -93,7 +98,7 @@ def predict(row: Row, known: Calibration) -> float | None:
 
 
 def fit(known: Known, start: Calibration | None = None, iterations: int = 12) -> Calibration:
-    """Return the calibration that explains the rows best: Gauss-Newton on logarithms, Huber weights, Gaussian priors."""
+    """Return the calibration that explains the rows best: Gauss-Newton on logarithms, Huber, Gaussian priors."""
     prior = Calibration()
     now = start or prior
     names = list(FREEDOM)

@@ -1,4 +1,4 @@
-"""What cannot be derived: the constants of the time forecast, fitted to published runs by benchmarks/planner_score.py."""
+"""What cannot be derived: constants of the time forecast, fitted to published runs (benchmarks/planner_score.py)."""
 
 import dataclasses
 import functools
@@ -18,8 +18,14 @@ class Calibration:
 
     matmul: float = 0.85
     """Share of a device's best matrix products (`Hardware.matmul`) that the linear layers reach when they are large."""
-    attention: float = 0.55
+    attention: float = 0.65
     """The same for attention with heads of 128."""
+    attention_early: float = 0.7
+    """What is left of that with the first fused kernels (FlashAttention 1 and 2, Triton's),"""
+    attention_lag: float = 0.6
+    """and of that where these run on devices later than the A100 they were made for."""
+    attention_small: float = 0.9
+    """What is left of it with heads of 64."""
     low_precision: float = 0.75
     """Share of fp8's or fp4's own peak, relative to that of 16 bits."""
     weight_passes: float = 8.0
@@ -46,12 +52,16 @@ class Calibration:
     """Seconds of one collective in a node, times the logarithm of the ranks."""
     network_latency: float = 5.0e-6
     """Seconds for each further node that a ring passes through."""
-    overlap: float = 2.5
-    """How well communication hides behind computing: (a^p + b^p)^(1/p); 1 = one after the other, infinite = perfectly."""
+    shown: float = 0.4
+    """Share of overlapped communication that costs time all the same: it takes memory bandwidth and processors."""
     optimizer: float = 40.0
     """Bytes that the optimizer step moves for each of its parameters."""
     host_adam: float = 1.5e10
     """Bytes/s of one rank's optimizer step on the host."""
+    pipeline_latency: float = 5.0e-4
+    """Seconds that a pipeline stage loses to the other stages in a micro-step besides what it sends."""
+    stage3: float = 1.5
+    """How much longer DeepSpeed's stage 3 communicates than its bytes need: it gathers parameter by parameter."""
     straggling: float = 0.005
     """What every doubling of the nodes adds, as a share of the step."""
     spread_seen: float = 1.2
@@ -71,7 +81,7 @@ class Calibration:
 
 
 def factor_keys(stack: str, device: str, arithmetic: str) -> tuple[str, ...]:
-    """Return the names of the factors that apply, the general ones first; 16 bits in bf16 and fp16 are one precision."""
+    """Return the names of the factors that apply, the general ones first; bf16 and fp16 are one precision."""
     kind = "half" if arithmetic in ("fp16", "bf16") else arithmetic
     return (
         f"device:{device}",

@@ -1,4 +1,4 @@
-"""What the ranks send each other in one optimizer step, as DeepSpeed 0.19.8 implements the stages, and how long it takes."""
+"""What ranks send each other in one optimizer step, as DeepSpeed 0.19.8 implements the stages, and how long it takes."""
 
 import math
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ def volume(setting: Setting, layout: Layout) -> Volume:
 
     With psi parameters, g micro-steps, and w and d bytes of a weight and of a gradient on the wire: stage 0 sends
     2 psi d; stage 1 2 psi d + psi w, because `allreduce_and_scatter` (stage_1_and_2.py) ends in a real all-reduce;
-    stage 2 (2 g psi d + psi w), for it reduces at every micro-step; stage 3 g (2 psi w + psi d). FSDP gathers and reduces
-    at every micro-step as stage 3 does; with SHARD_GRAD_OP it gathers once for forward and backward.
+    stage 2 (2 g psi d + psi w), for it reduces at every micro-step; stage 3 g (2 psi w + psi d). FSDP gathers and
+    reduces at every micro-step as stage 3 does; with SHARD_GRAD_OP it gathers once for forward and backward.
     """
     if setting.ranks * layout.context == 1:
         return Volume()
@@ -73,6 +73,8 @@ def volume(setting: Setting, layout: Layout) -> Volume:
         return Volume(hidden_bytes=2 * psi * weight, calls=2 * buckets)
     if layout.collectives == "megatron":  # gradients are reduced in fp32 at the boundary, weights gathered once
         return Volume(hidden_bytes=psi * (4 + weight), calls=2 * buckets)
+    if layout.collectives == "fsdp" and layout.pipeline > 1:  # gathered once, reduced once: FSDP2 under a pipeline
+        return Volume(hidden_bytes=2 * psi * weight, calls=2 * layers)
     if layout.collectives == "fsdp":
         passes = 2 if setting.zero == 3 else 1
         return Volume(hidden_bytes=g * psi * weight * (passes + 1), calls=g * layers * (passes + 1))
@@ -119,18 +121,39 @@ def tensor_seconds(setting: Setting, layout: Layout, hardware: Hardware, known: 
     return seconds(2 * message * count, count, group, hardware, layout, known)
 
 
+def context_seconds(
+    setting: Setting, layout: Layout, hardware: Hardware, known: Calibration, recompute: float
+) -> float:
+    """Return what the ranks of a sequence take to exchange their keys and values in one layer of one micro-step."""
+    if layout.context == 1:
+        return 0.0
+    shape = setting.shape
+    assert shape is not None, "a layer's keys have a width"
+    gathered = setting.micro * setting.sequence * 2 * shape.kv_heads * shape.head_dim / layout.tensor * 2
+    node = _node(setting, hardware)
+    ranks = layout.context
+    local = ranks if ranks * layout.tensor <= node else max(1, min(ranks, node // layout.tensor))
+    count = 2 + (1 if recompute else 0)
+    return seconds(gathered * count, count, Group(ranks=ranks, local=local), hardware, layout, known)
+
+
 def pipeline_seconds(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> float:
-    """Return what a micro-step's activations and their gradients take from stage to stage."""
+    """Return what a micro-step's activations and their gradients take from stage to stage.
+
+    Every tensor-parallel rank sends its part. Interleaved schedules send while they compute (Narayanan et al. 2021).
+    """
     if layout.pipeline == 1:
         return 0.0
     assert setting.shape is not None, "a stage's messages have the model's width"
-    message = setting.micro * setting.sequence / layout.context * setting.shape.width * 2
-    node = _node(setting, hardware)
+    message = setting.micro * setting.sequence / layout.context * setting.shape.width * 2 / layout.tensor
+    hides = layout.virtual > 1
+    sent = 2 * layout.virtual * message * (min(1.0, known.shown) if hides else 1.0)
+    wait = 0.0 if hides else known.pipeline_latency
     devices = setting.ranks * layout.context * layout.cut
-    if devices <= node:
-        return 2 * layout.virtual * message / ((hardware.link or math.inf) * known.link)
-    # Every tensor-parallel rank sends its part through its own adapter, where the framework scatters it.
-    return 2 * layout.virtual * message / (_network(hardware, layout) * known.network)
+    inside = hardware.domain is not None or devices <= setting.ranks_per_node
+    if inside:
+        return wait + sent / ((hardware.link or math.inf) * known.link)
+    return wait + sent / (_network(hardware, layout) * known.network)
 
 
 def _network(hardware: Hardware, layout: Layout) -> float:

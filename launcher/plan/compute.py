@@ -1,5 +1,6 @@
 """What one device computes in one micro-step, and how long that takes: a roofline with few constants."""
 
+import math
 from dataclasses import dataclass
 
 from launcher.plan.calibration import Calibration
@@ -42,22 +43,16 @@ def recomputed(setting: Setting, layout: Layout) -> float:
     return {"none": 0.0, "selective": _SELECTIVE}.get(kind, 1.0)
 
 
-def micro_step(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
-    """Return the seconds of one micro-step on one device of one pipeline stage, the head shared out over the stages.
+def stage(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
+    """Return the seconds of one micro-step of the layers of one pipeline stage, without the head.
 
-    A forward pass multiplies 2 FLOPs for each weight and token; the backward pass twice that. Attention forward is 4 s h
+    A forward pass takes 2 FLOPs for each weight and token, the backward pass twice that. Attention forward takes 4 s h
     FLOPs a token, half of that where a fused kernel leaves the masked half out; the fused backward computes the scores
     again, 2.5 times the forward (Dao 2023). Bytes are counted in passes over tensors, and the passes are calibrated.
     """
     shape = setting.shape
-    assert shape is not None, "a family whose arithmetic is not known has no compute time"
-    precision = layout.arithmetic or setting.precision
-    low = precision not in ("fp32", "fp16", "bf16")
-    base = hardware.peak(setting.precision)
-    peak = hardware.peak(precision) or base
-    assert base and peak and hardware.bandwidth, "the caller asks `can_tell` first"
-    reach = base * (hardware.matmul or 0.8)
-    linear = peak * (hardware.matmul or 0.8) * known.matmul * (known.low_precision if low else 1.0)
+    assert shape is not None, "the caller asks `can_tell` first"
+    assert hardware.bandwidth, "the caller asks `can_tell` first"
     again = recomputed(setting, layout)
     tokens = setting.micro * setting.sequence / layout.context
     layers = shape.layers / layout.pipeline
@@ -66,29 +61,65 @@ def micro_step(setting: Setting, layout: Layout, hardware: Hardware, known: Cali
     weights = shape.width * (2 * query + 2 * kv + feed) / layout.tensor
     width, size = shape.width, setting.element_bytes
 
-    matmul = (3 + again) * 2 * tokens * weights * layers / linear
-    head = 6 * tokens * shape.vocabulary * width / layout.tensor / layout.pipeline / (reach * known.matmul)
-    causal, passes = (0.5, 3.5 + (1 if again else 0)) if layout.flash else (1.0, 3 + again)
+    matmul = (3 + again) * 2 * tokens * weights * layers / _linear(setting, layout, hardware, known)
+    unfused = layout.attention == "unfused"
+    causal, passes = (1.0, 3 + again) if unfused else (0.5, 3.5 + (1 if again else 0))
     scores = causal * passes * 4 * tokens * setting.sequence * query / layout.tensor * layers
-    attention = scores / (reach * known.attention * min(1.0, shape.head_dim / 128) ** 0.5)
+    attention = scores / (_reach(setting, hardware) * _attention_share(layout, hardware, known, shape.head_dim))
 
     fused = known.compiled if layout.compiled else 1.0
-    spread = 0.4 + 0.6 / layout.tensor  # norms and residuals stay whole on every tensor-parallel rank
+    whole = 0.0 if layout.sequence_parallel else 0.4  # norms and residuals, on every tensor-parallel rank
+    spread = whole + (1 - whole) / layout.tensor
     moved = (
         fused * known.elementwise * (1 + again / 3) * spread * tokens * (0.5 * width + 0.0625 * feed) * size * layers
     )
-    if not layout.flash:
+    if unfused:
         seen = tokens * setting.sequence * shape.heads / layout.tensor
         moved += known.scores * (1 + again / 3) * seen * size * layers
-    moved += known.loss * fused * tokens * shape.vocabulary / layout.tensor / layout.pipeline * size
     moved += known.weight_passes * (1 + again / 3) * weights * layers * size
     host = known.host * layers * (2 + again) * (known.host_tensor if layout.tensor > 1 else 1.0)
     return MicroStep(
-        matmul=matmul + head,
+        matmul=matmul,
         attention=attention,
         memory=moved / hardware.bandwidth,
         host=host * (known.host_compiled if layout.compiled else 1.0),
     )
+
+
+def head(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
+    """Return the seconds of one micro-step of the output head and the loss, in 16 bits in every precision."""
+    shape = setting.shape
+    assert shape is not None, "the caller asks `can_tell` first"
+    assert hardware.bandwidth, "the caller asks `can_tell` first"
+    tokens = setting.micro * setting.sequence / layout.context
+    logits = tokens * shape.vocabulary / layout.tensor
+    fused = known.compiled if layout.compiled else 1.0
+    return MicroStep(
+        matmul=6 * logits * shape.width / (_reach(setting, hardware) * known.matmul),
+        attention=0.0,
+        memory=known.loss * fused * logits * setting.element_bytes / hardware.bandwidth,
+        host=0.0,
+    )
+
+
+def _reach(setting: Setting, hardware: Hardware) -> float:
+    peak = hardware.peak(setting.precision)
+    assert peak, "the caller asks `can_tell` first"
+    return peak * (hardware.matmul or 0.8)
+
+
+def _linear(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> float:
+    low = hardware.peak(layout.arithmetic) if layout.arithmetic else None
+    if low is None:
+        return _reach(setting, hardware) * known.matmul
+    return low * (hardware.matmul or 0.8) * known.matmul * known.low_precision
+
+
+def _attention_share(layout: Layout, hardware: Hardware, known: Calibration, head_dim: int) -> float:
+    lag = 1.0
+    if layout.attention == "flash":
+        lag = known.attention_early * (known.attention_lag if hardware.fp8 else 1.0)
+    return known.attention * lag * known.attention_small ** max(0.0, math.log2(128 / head_dim))
 
 
 def can_tell(setting: Setting, layout: Layout, hardware: Hardware) -> bool:

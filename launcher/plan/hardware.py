@@ -1,4 +1,4 @@
-"""Know a device: its peak arithmetic, its memory and its links, from a table that users extend; unknown ones have none."""
+"""Know a device: its peak arithmetic, its memory and its links, from a table that users extend."""
 
 import functools
 import os

@@ -13,8 +13,12 @@ class Layout:
     """Stages that share the layers."""
     virtual: int = 1
     """Pieces of a pipeline stage, interleaved."""
+    tensor_overlap: bool = False
+    """Whether its messages are sent while the matrices are multiplied."""
     context: int = 1
     """Ranks that share each sequence."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks also share norms and residuals, each for a part of the sequence."""
     collectives: str = "deepspeed"
     """`deepspeed`, `fsdp` (full or gradient sharding), `ddp`, or `megatron` (its distributed optimizer)."""
     quantized: bool = False
@@ -23,8 +27,9 @@ class Layout:
     """`fp8` or `fp4` where the linear layers compute in less than the setting's precision."""
     recompute: str | None = None
     """`none`, `selective` or `full`; None: as the setting's `activation_checkpointing`."""
-    flash: bool = True
-    """Whether attention is computed without writing its scores to memory, causal half only."""
+    attention: str = "hopper"
+    """`unfused` writes its scores to memory and computes both halves; `flash` are the first fused kernels, made for
+    A100; `hopper` those that keep later devices busy too (FlashAttention-3, cuDNN's, which torch takes by itself)."""
     compiled: bool = False
     """Whether elementwise kernels are fused: torch.compile, or written by hand."""
     network: float | None = None

@@ -24,7 +24,8 @@ class Stack:
 
     name: str
     collectives: str = "ddp"
-    flash: bool = True
+    attention: str = "flash"
+    sequence_parallel: bool = False
     compiled: bool = False
     network: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Bytes/s a device, by the beginning of a device's name, where the cluster is known."""
@@ -34,29 +35,32 @@ class Stack:
 _MEGATRON_DEEPSPEED = Stack(
     name="megatron-deepspeed",
     collectives="deepspeed",
-    flash=False,
+    attention="unfused",
     network={"a100": 6.25e9},  # Jean Zay: 4 x 100 Gb/s Omni-Path for 8 A100 (BigScience chronicles)
     ranks_per_node={"v100": 4},  # Jean Zay again
 )
+_MEGATRON_CORE = Stack(
+    name="megatron-core", collectives="megatron", attention="hopper", compiled=True, sequence_parallel=True
+)
 STACKS: tuple[tuple[str, Stack], ...] = (
     ("llm-foundry", Stack(name="llm-foundry", collectives="fsdp")),
-    ("torchtitan", Stack(name="torchtitan", collectives="fsdp", compiled=True)),
+    ("torchtitan", Stack(name="torchtitan", collectives="fsdp", compiled=True, sequence_parallel=True)),
     (
         "fms-fsdp",  # 800 Gb/s a node of 8 H100, 400 of 8 A100 (its README)
         Stack(name="fms-fsdp", collectives="fsdp", compiled=True, network={"h100": 12.5e9, "a100": 6.25e9}),
     ),
     ("bigscience", _MEGATRON_DEEPSPEED),
     ("Megatron-DeepSpeed", dataclasses.replace(_MEGATRON_DEEPSPEED, network={}, ranks_per_node={})),
-    ("vTrain", Stack(name="vtrain", collectives="ddp", flash=False)),
-    ("calculon", Stack(name="megatron-2021", flash=False)),
-    ("NeMo", Stack(name="megatron-core", collectives="megatron", compiled=True)),
-    ("Megatron-Bridge", Stack(name="megatron-core", collectives="megatron", compiled=True)),
-    ("Megatron-LM", Stack(name="megatron-2021", flash=False)),
-    ("ml-engineering", Stack(name=OWN_STACK, collectives="deepspeed")),
-    ("DeepSpeed issue", Stack(name=OWN_STACK, collectives="deepspeed")),
-    ("DeepSpeed", Stack(name="deepspeed-2020", collectives="deepspeed", flash=False)),
-    ("nanotron", Stack(name="nanotron")),
-    ("llm.c", Stack(name="llm.c", collectives="megatron", compiled=True)),
+    ("vTrain", Stack(name="vtrain", collectives="ddp", attention="unfused")),
+    ("calculon", Stack(name="megatron-2021", attention="unfused")),
+    ("NeMo", _MEGATRON_CORE),
+    ("Megatron-Bridge", _MEGATRON_CORE),
+    ("Megatron-LM", Stack(name="megatron-2021", attention="unfused")),
+    ("ml-engineering", Stack(name=OWN_STACK, collectives="deepspeed", attention="hopper")),
+    ("DeepSpeed issue", Stack(name=OWN_STACK, collectives="deepspeed", attention="hopper")),
+    ("DeepSpeed", Stack(name="deepspeed-2020", collectives="deepspeed", attention="unfused")),
+    ("nanotron", Stack(name="nanotron", sequence_parallel=True)),
+    ("llm.c", Stack(name="llm.c", collectives="megatron", attention="hopper", compiled=True)),
     ("nanoGPT", Stack(name="nanogpt", compiled=True)),
     ("modded-nanogpt", Stack(name="nanogpt", compiled=True)),
     ("nanochat", Stack(name="nanogpt", compiled=True)),
@@ -131,7 +135,7 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
     asked = number(text.get("n_gpus", ""))
     n_gpus = int(asked) if asked else tensor * pipeline * context * cut.get("DP", 1)
     ranks = cut.get("DP") or max(1, n_gpus // (tensor * pipeline * context))
-    micro, accumulation = _batch(text, sequence, ranks, pipeline, stack)
+    micro, accumulation = _batch(text, sequence, ranks, tensor, pipeline, stack)
     precision, arithmetic = _precision(text, device)
     layout = _layout(text, stack, device, tensor=tensor, pipeline=pipeline, context=context, arithmetic=arithmetic)
     if layout.virtual == 1 and cut.get("VP", 1) > 1:
@@ -154,7 +158,7 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
         activation_checkpointing=text.get("activation_checkpointing", "").startswith("full"),
         accumulation_dtype=precision,
         communication_dtype=precision,
-        overlap_comm=True,
+        overlap_comm=layout.collectives != "deepspeed" or _stage(text.get("sharding", ""), stack) == 3,
         fused_loss=False,
     )
     return Row(
@@ -206,8 +210,13 @@ def _layout(
     links = re.search(r"(\d+)xIB", text.get("file_or_table", ""))
     if links:  # so many 100 Gb/s adapters for the 16 V100 of a DGX-2
         network = int(links[1]) * 12.5e9 / 16
+    attention = stack.attention
+    if "FA3" in notes or "cuDNN" in notes:
+        attention = "hopper"
     return Layout(
         tensor=tensor,
+        tensor_overlap=stack.name == "megatron-core" or "async" in notes.lower(),
+        sequence_parallel=stack.sequence_parallel or "sequence parallel" in kind or "+SP" in sharding,
         pipeline=pipeline,
         virtual=2 if "interleaved" in notes else 1,
         context=context,
@@ -215,7 +224,7 @@ def _layout(
         quantized="ZeRO++" in sharding,
         arithmetic=arithmetic,
         recompute=recompute or ("none" if stack.name != "megatron-core" else "selective"),
-        flash=stack.flash,
+        attention=attention,
         compiled=compiled,
         network=network,
     )
@@ -257,15 +266,17 @@ def _offload(text: Mapping[str, str]) -> str:
     return said if "offload" in said else text.get("offload", "").lower()
 
 
-def _batch(text: Mapping[str, str], sequence: int, ranks: int, pipeline: int, stack: Stack) -> tuple[int, int]:
+def _batch(
+    text: Mapping[str, str], sequence: int, ranks: int, tensor: int, pipeline: int, stack: Stack
+) -> tuple[int, int]:
     said, whole = text.get("micro_batch", ""), number(text.get("global_batch", ""))
     micro = number(said)
     if micro and "tok" in said:
         micro = max(1.0, micro / sequence)
     per_rank = whole / ranks if whole else None
     if micro is None:
-        big = pipeline > 1 or (per_rank or 0) < 4
-        micro = 1.0 if big else min(8.0, per_rank or 1.0)
+        # Nothing said: 8192 tokens a device where that is legal, one sequence in a pipeline.
+        micro = 1.0 if pipeline > 1 else max(1.0, min(per_rank or math.inf, 8192 * tensor / sequence))
     if stack.name == "torchtitan" and pipeline > 1:  # its local batch is cut into micro-batches of one
         return 1, max(1, round(micro))
     accumulation = max(1, round(per_rank / micro)) if per_rank else max(1, 4 * pipeline if pipeline > 1 else 1)

@@ -1,4 +1,4 @@
-"""How long an optimizer step takes: computing, communication, what of it hides, the optimizer; and what follows from it."""
+"""How long an optimizer step takes: computing, communication, what of that hides, the optimizer."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -26,6 +26,7 @@ class Terms:
     host_bound: float
     """Waiting for the host to launch kernels."""
     tensor_parallel: float
+    """Sending inside a layer, context parallelism included."""
     pipeline: float
     """Sending between stages, and the bubble."""
     communication: float
@@ -134,17 +135,25 @@ def _terms(
     sent: communication.Volume,
     factor: float,
 ) -> tuple[Terms, float]:
-    one = compute.micro_step(setting, layout, hardware, known)
+    stage = compute.stage(setting, layout, hardware, known)
+    last = compute.head(setting, layout, hardware, known)
     again = compute.recomputed(setting, layout)
-    layers = setting.shape.layers / layout.pipeline if setting.shape else 0.0
-    tensor = layers * communication.tensor_seconds(setting, layout, hardware, known, again)
+    layers = setting.shape.layers if setting.shape else 0
+    tensor = communication.tensor_seconds(setting, layout, hardware, known, again)
+    tensor *= min(1.0, known.shown) if layout.tensor_overlap else 1.0
+    tensor += communication.context_seconds(setting, layout, hardware, known, again)
+    tensor *= layers / layout.pipeline
     between = communication.pipeline_seconds(setting, layout, hardware, known)
-    busy, micro_steps = one.seconds + tensor, setting.accumulation
-    bubble = (layout.pipeline - 1) / layout.virtual * (busy + between)
+    # The head slows its stage down, and all wait for it, unless it and the embedding were given the place of layers.
+    part = 1 / layout.pipeline if (layers + 2) % layout.pipeline == 0 else 1.0
+    busy, micro_steps = stage.seconds + tensor + part * last.seconds, setting.accumulation
+    bubble = (layout.pipeline - 1) / layout.virtual * (stage.seconds + tensor + between)
 
     group = communication.data_parallel_group(setting, layout, hardware)
     apart = sent.exposed_bytes / sent.total_bytes if sent.total_bytes else 0.0
     hidden = communication.seconds(sent.hidden_bytes, sent.calls * (1 - apart), group, hardware, layout, known)
+    if setting.zero == 3 and layout.collectives == "deepspeed":
+        hidden *= known.stage3
     exposed = communication.seconds(sent.exposed_bytes, sent.calls * apart, group, hardware, layout, known)
     if sent.node_bytes:
         inside = communication.Group(ranks=group.local, local=group.local)
@@ -152,18 +161,18 @@ def _terms(
     if setting.offload_param != "none" and hardware.pcie:  # a rank fetches its shard from the host before every gather
         hidden += 2 * micro_steps * setting.parameters / setting.ranks * setting.element_bytes / hardware.pcie
     window = busy * micro_steps * (1.0 if setting.zero >= 2 or layout.collectives == "fsdp" else 2 / 3 / micro_steps)
-    shown = (window**known.overlap + hidden**known.overlap) ** (1 / known.overlap) - window
+    share = min(1.0, known.shown)
+    shown = share * hidden + max(0.0, (1 - share) * hidden - window)
 
     # Stragglers and switches: what no term explains grows with the number of nodes.
     nodes = max(1.0, setting.ranks * layout.context * layout.cut / setting.ranks_per_node)
     pace = factor * (1 + known.straggling * math.log2(nodes))
-    host_bound = one.seconds - one.device
     return (
         Terms(
-            matmul=one.matmul * micro_steps * pace,
-            attention=one.attention * micro_steps * pace,
-            memory_bound=one.memory * micro_steps * pace,
-            host_bound=host_bound * micro_steps * pace,
+            matmul=(stage.matmul + part * last.matmul) * micro_steps * pace,
+            attention=stage.attention * micro_steps * pace,
+            memory_bound=(stage.memory + part * last.memory) * micro_steps * pace,
+            host_bound=(stage.seconds - stage.device) * micro_steps * pace,
             tensor_parallel=tensor * micro_steps * pace,
             pipeline=(bubble + between * micro_steps) * pace,
             communication=(shown + exposed) * pace,
