@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from launcher import cli_checkpoint, cli_jobs, cli_run, topology
+from launcher import cli_checkpoint, cli_jobs, cli_plan, cli_run, topology
 from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError
 
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     _data_verbs(verbs.add_parser("data", help="prepare or inspect a corpus"), common)
+    cli_plan.add(verbs, common)
     cli_run.add(verbs, common)
     cli_jobs.add(verbs, common)
     verify = verbs.add_parser(

@@ -1,4 +1,4 @@
-"""The verbs that decide about runs and start them: plan, run, submit."""
+"""The verbs that start runs: run, submit."""
 
 import argparse
 import dataclasses
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher import rundir, topology
-from launcher.errors import HalfstepError, RequestError
+from launcher.errors import RequestError
 from launcher.lease import lease
-from launcher.plan import facts, present
+from launcher.plan import facts
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
@@ -28,7 +28,6 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verbs to the command."""
     keys = "\n".join(f"  {name:<28} {sentence}" for name, sentence in run_keys().items())
     for name, verb, text in (
-        ("plan", _plan, "decide everything about a run, show it, and start nothing"),
         ("run", _run, "start a run on this host, or over a hostfile"),
         ("submit", _submit, "send a run to SLURM, as a job that saves, requeues and resumes by itself"),
     ):
@@ -43,9 +42,7 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         one.add_argument("words", nargs="*", metavar="RUN.toml | key=value")
         one.add_argument("--ds-config", metavar="FILE", help="a DeepSpeed JSON used instead of the composition")
         one.set_defaults(verb=verb)
-        if name == "plan":
-            one.add_argument("--json", action="store_true", help="print the plan as JSON")
-        elif name == "run":
+        if name == "run":
             one.add_argument(
                 "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
             )
@@ -125,20 +122,6 @@ def _there(request: Request, site: Site) -> Topology:
         fused_adam=bool(gpus) and site.node.cuda_compiler,
         device_name=(request.spec.hardware or site.node.hardware or "") if gpus else "",
     )
-
-
-def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
-    request = _request(arguments, words)
-    world = _here(request)
-    if request.spec.hardware and world.accelerator == "cpu":
-        # Planned on a login node for the GPUs of another.
-        world = dataclasses.replace(world, accelerator="cuda", device_name=request.spec.hardware)
-    plan = _decide(request, world)
-    if arguments.json:
-        print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(present.lines(plan)))
-    return HalfstepError.exit_code if plan.refused_by else 0
 
 
 def _run(arguments: argparse.Namespace, words: list[str]) -> int:

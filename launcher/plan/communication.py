@@ -1,4 +1,4 @@
-"""What ranks send each other in one optimizer step, as DeepSpeed 0.19.8 implements the stages, and how long it takes."""
+"""What ranks send each other in an optimizer step, as DeepSpeed 0.19.8 implements the stages, and how long it takes."""
 
 import math
 from dataclasses import dataclass

@@ -1,11 +1,12 @@
 """Read, before planning, what a plan depends on besides the request, so that `resolve` can be pure."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError
+from launcher.plan import hardware
 from launcher.plan.corpus import DataFacts, read_data
 from launcher.plan.pretrained import CountParameters, ModelFacts, read_model
 from launcher.spec.schema import RunSpec
@@ -20,6 +21,8 @@ class Facts:
     """None for a preset."""
     ds_config: dict[str, Any] | None
     """The content of --ds-config FILE."""
+    hardware: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The user's own table of devices, this CPU among them."""
 
 
 def read(spec: RunSpec, count_parameters: CountParameters) -> Facts:
@@ -28,6 +31,7 @@ def read(spec: RunSpec, count_parameters: CountParameters) -> Facts:
         data=read_data(spec.data),
         model=read_model(spec, count_parameters) if spec.model.name.startswith("hf:") else None,
         ds_config=_read_ds_config(Path(spec.ds_config)) if spec.ds_config else None,
+        hardware=hardware.read_own(),
     )
 
 

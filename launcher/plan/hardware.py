@@ -53,6 +53,8 @@ class Hardware:
     """To the host, bytes/s in one direction."""
     network: float | None = None
     """Between nodes, bytes/s in one direction and device."""
+    storage: float | None = None
+    """What one node writes to its storage, bytes/s."""
     measured_ranks: int | None = None
     """A CPU's numbers are of one rank of so many on the machine."""
     host: str = ""

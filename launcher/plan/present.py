@@ -1,5 +1,6 @@
 """Show a Plan to a person."""
 
+from launcher.plan import present_time
 from launcher.plan.plan import Plan
 from launcher.spec.dotted import flatten
 
@@ -40,6 +41,7 @@ def lines(plan: Plan) -> list[str]:
         f"{plan.topology.device_name or plan.topology.accelerator}",
         f"memory       {plan.memory['model_states_total_bytes'] / _GIB:.3f} GiB of model states a rank "
         f"(without {plan.memory['excludes']})",
+        *present_time.lines(plan.time),
         f"checkpoints  {_checkpoints(plan)}",
         f"run id       {plan.run_id}",
         "",

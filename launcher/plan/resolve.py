@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.errors import RequestError
 from launcher.plan import batch as batch_equation
-from launcher.plan import dsconfig, hardware, memory, rules, schedule
+from launcher.plan import dsconfig, hardware, memory, outlook, rules, schedule, setting
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
 from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan
@@ -84,14 +84,15 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "watch": WatchPlan(**spec.watch.model_dump()),
         "eval_every": spec.eval.every,
         "log_every": spec.log.every,
-        "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision),
+        "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision, facts.hardware),
         "deepspeed": composed.config(),
         "origins": composed.origins,
         "memory": _memory(spec, model, topology),
         "warnings": warnings_of(spec, batch, data, curve, sequence),
         "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
     }
-    plan = Plan(run_id="", **decided)
+    plan = Plan(run_id="", time={}, **decided)
+    plan = dataclasses.replace(plan, time=time_of(plan, facts, spec.hardware))
     return dataclasses.replace(plan, run_id=_run_id(plan))
 
 
@@ -103,6 +104,7 @@ def _run_id(plan: Plan) -> str:
         "log_every",
         "origins",
         "memory",
+        "time",
         "warnings",
         "refused_by",
         "peak_flops",
@@ -224,6 +226,42 @@ def _data(spec: RunSpec, data: DataFacts, sequence: int, vocabulary: int) -> Dat
         train_windows=windows,
         validation_windows=min(validation, spec.eval.sequences),
     )
+
+
+def setting_of(plan: Plan) -> setting.Setting:
+    """Return what a plan's forecasts read."""
+    return setting.of(
+        plan.deepspeed,
+        shape=shapes.from_hf_config(plan.model.config),
+        parameters=plan.model.parameters,
+        zero=plan.zero,
+        precision=plan.precision,
+        batch=plan.batch,
+        topology=plan.topology,
+        sequence=plan.sequence,
+        activation_checkpointing=plan.activation_checkpointing,
+        compile=plan.compile,
+        repairs=plan.numerics.repairs,
+    )
+
+
+def time_of(plan: Plan, facts: Facts, named: str | None, terms: outlook.Terms | None = None) -> dict[str, Any]:
+    """Return how long a plan takes; `named` is the run key `hardware`."""
+    topology = plan.topology
+    device = hardware.of(named, topology.device_name, topology.accelerator, facts.hardware)
+    evaluations = 2 + (plan.steps - 1) // plan.eval_every if plan.eval_every else 2
+    work = outlook.Work(
+        steps=plan.steps,
+        evaluations=evaluations if plan.data.validation_windows else 0,
+        evaluation_sequences=plan.data.validation_windows,
+        checkpoints=sum(plan.checkpoint.due(step, plan.steps) for step in _saves(plan)),
+    )
+    return outlook.of(setting_of(plan), device, topology.device_name, work, terms)
+
+
+def _saves(plan: Plan) -> set[int]:
+    every = plan.checkpoint.every
+    return {*(range(every, plan.steps + 1, every) if every else ()), plan.steps}
 
 
 def _memory(spec: RunSpec, model: ModelPlan, topology: Topology) -> dict[str, Any]:

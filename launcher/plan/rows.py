@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import RequestError
 from launcher.plan import hardware as devices
@@ -339,7 +340,13 @@ def _shape(text: Mapping[str, str], sequence: int) -> tuple[Shape | None, int]:
 def _candidates(
     layers: int, width: int, heads: int, ffn: int | None, vocabulary: int, sequence: int
 ) -> Iterator[Shape]:
-    common = {"layers": layers, "width": width, "heads": heads, "head_dim": width // heads, "vocabulary": vocabulary}
+    common: dict[str, Any] = {
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "head_dim": width // heads,
+        "vocabulary": vocabulary,
+    }
     common |= {"positions": sequence}
     yield Shape(family="gpt2", kv_heads=heads, ffn=ffn or 4 * width, tied=True, **common)
     if ffn and ffn != 4 * width:
