@@ -144,7 +144,7 @@ def _freedom(key: str) -> float:
     return FACTOR_FREEDOM[" ".join(part.partition(":")[0] for part in key.split(" "))]
 
 
-def left_out(known: Known, by: Callable[[Row], str], start: Calibration, iterations: int = 3) -> np.ndarray:
+def left_out(known: Known, by: Callable[[Row], str], start: Calibration, iterations: int = 2) -> np.ndarray:
     """Return every row's prediction by a calibration that has not seen what `by` says it belongs to."""
     told = np.empty(len(known.rows))
     names = [by(row) for row in known.rows]
@@ -194,10 +194,19 @@ def report(told: np.ndarray, known: Known, title: str) -> list[str]:
         "all": [True] * len(own),
     }
     lines += [f"  {name:<34} {errors(told, known, keep)}" for name, keep in kinds.items()]
+    moved = told - _stack_medians(told, known)
+    lines.append(f"  {'data-parallel, a constant a stack':<34} {errors(moved, known, own)}")
     for kind, of in (("stack", lambda row: row.stack), ("device", lambda row: row.device.name)):
         for name in sorted({of(row) for row in known.rows}):
             lines.append(f"  {kind + ' ' + name:<34} {errors(told, known, [of(row) == name for row in known.rows])}")
     return lines
+
+
+def _stack_medians(told: np.ndarray, known: Known) -> np.ndarray:
+    """Return the median error of each row's stack: what one constant for each, fitted to all its rows, takes away."""
+    stacks = np.array([row.stack for row in known.rows])
+    off = told - known.measured
+    return np.array([np.median(off[stacks == stack]) for stack in stacks])
 
 
 def scaling(known: Calibration) -> list[str]:

@@ -5,7 +5,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import RequestError, nearest
 
 THIS_CPU = "this-cpu"
-"""The row that `halfstep doctor --measure` writes into the user's table."""
+"""The row that `halfstep doctor --measure` writes into a file of its own beside the user's table."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Devices by name, as TOML has them."""
@@ -63,10 +63,20 @@ class Hardware:
     """What else the table says."""
 
     def peak(self, precision: str) -> float | None:
-        """Return the dense peak FLOP/s of a precision: fp32, fp16, bf16, fp8 or fp4."""
+        """Return the dense peak FLOP/s of a precision: fp32, fp16, bf16, fp8 (also `fp8-mx` and the like) or fp4."""
         if precision in ("fp16", "bf16"):
             return (self.fp16 if precision == "fp16" else None) or self.half
-        return {"fp32": self.fp32, "fp8": self.fp8, "fp4": self.fp4}.get(precision)
+        return {"fp32": self.fp32, "fp8": self.fp8, "fp4": self.fp4}.get(precision.partition("-")[0])
+
+    def shared(self, ranks: int) -> "Hardware":
+        """Return what one of so many ranks of a measured CPU has; a GPU is no rank's but its own."""
+        if not self.measured_ranks or ranks == self.measured_ranks:
+            return self
+        share = self.measured_ranks / ranks
+        rates = ("half", "fp16", "fp32", "bandwidth", "link")
+        now = {name: value * share for name in rates if (value := getattr(self, name)) is not None}
+        memory = None if self.memory is None else int(self.memory * share)
+        return replace(self, **now, memory=memory, measured_ranks=ranks)
 
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -76,7 +86,10 @@ def folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 def read_own(environ: Mapping[str, str] = os.environ) -> dict[str, dict[str, Any]]:
     """Read the user's table, empty where there is none; raises RequestError where it is no table of devices."""
-    path = folder(environ) / "hardware.toml"
+    return {**_read(folder(environ) / "this-cpu.toml"), **_read(folder(environ) / "hardware.toml")}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         found = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:

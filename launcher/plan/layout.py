@@ -24,7 +24,7 @@ class Layout:
     quantized: bool = False
     """ZeRO++: weights gathered in int8 and kept whole in a node, gradients reduced in int4."""
     arithmetic: str | None = None
-    """`fp8` or `fp4` where the linear layers compute in less than the setting's precision."""
+    """`fp8`, `fp8-mx`, `fp8-rowwise` or `fp4` where the linear layers compute in less than the setting's precision."""
     recompute: str | None = None
     """`none`, `selective` or `full`; None: as the setting's `activation_checkpointing`."""
     attention: str = "hopper"

@@ -37,7 +37,9 @@ _MEGATRON_DEEPSPEED = Stack(
     name="megatron-deepspeed",
     collectives="deepspeed",
     attention="unfused",
-    network={"a100": 6.25e9},  # Jean Zay: 4 x 100 Gb/s Omni-Path for 8 A100 (BigScience chronicles)
+    # Jean Zay: 4 x 100 Gb/s Omni-Path for 8 A100 (BigScience chronicles); its ZeRO-3 runs of different micro-batches
+    # show no more than one such adapter at work for 4 V100.
+    network={"a100": 6.25e9, "v100": 3.125e9},
     ranks_per_node={"v100": 4},  # Jean Zay again
 )
 _MEGATRON_CORE = Stack(
@@ -299,6 +301,9 @@ def _sequence(text: Mapping[str, str]) -> int:
 def _precision(text: Mapping[str, str], device: Hardware | None) -> tuple[str, str | None]:
     said = text.get("precision", "").lower()
     arithmetic = "fp4" if "fp4" in said else "fp8" if "fp8" in said else None
+    if arithmetic == "fp8":  # a scale for each row, or for each 32 elements, costs passes over the tensors
+        first = said.partition("(")[0]
+        arithmetic = "fp8-rowwise" if "rowwise" in first else "fp8-mx" if "mx" in first else "fp8"
     if "fp32" in said:
         return "fp32", None
     old = device is not None and device.name.startswith("v100")

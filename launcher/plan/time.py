@@ -100,8 +100,9 @@ def forecast(
     `setting.ranks` are data-parallel; `layout` says what else there is. `stack` names whose calibrated factor applies.
     """
     layout = layout or Layout(compiled=setting.compile)
-    known = known or shipped()
+    known = known or shipped(setting.accelerator)
     stack = stack or (CPU_STACK if setting.accelerator == "cpu" else OWN_STACK)
+    hardware = hardware.shared(setting.ranks_per_node)
     if not compute.can_tell(setting, layout, hardware):
         return None
     shape, peak = setting.shape, hardware.peak(layout.arithmetic or setting.precision)
