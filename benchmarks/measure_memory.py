@@ -20,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from launcher.plan import setting  # noqa: E402
+from launcher.plan.plan import Plan  # noqa: E402
+from launcher.topology import free_port  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "memory-cpu.json"
 BIN = Path(sys.executable).parent
 
@@ -65,6 +71,9 @@ def measure(only: str | None) -> None:
             if (size, words) in done or (only and only not in f"{kind} {size} {words}"):
                 continue
             row = _run(Path(scratch) / "run", data, kind, size, words)
+            if "failed" in row:
+                print(f"FAILED {size} {words}: {row['failed']}", flush=True)
+                continue
             rows.append(row)
             _write(rows)
             print(
@@ -83,18 +92,16 @@ def _data(scratch: Path) -> Path:
 def _run(out: Path, data: Path, kind: str, size: str, words: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     every = [*SIZES[size].split(), *COMMON.split(), *words.split(), f"data={data}", f"out={out}"]
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", str(ROOT / "launcher" / "train.py")]
+    port = f"--master_port={free_port()}"
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", port, str(ROOT / "launcher" / "train.py")]
     bypassed = "precision=fp16" in words and not _has_fp16()
     if bypassed:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", __file__, "--rank"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, __file__, "--rank"]
     began = time.time()
     done = subprocess.run([*command, *every], cwd=ROOT, capture_output=True, text=True, env=_environment())
     row: dict[str, Any] = {"kind": kind, "size": size, "words": words, "seconds": round(time.time() - began, 1)}
     if done.returncode:
         return {**row, "failed": (done.stdout + done.stderr)[-300:]}
-    from launcher.plan import setting
-    from launcher.plan.plan import Plan
-
     made = setting.of_plan(Plan.from_dict(json.loads((out / "plan.json").read_text())))
     summary = json.loads((out / "summary.json").read_text())
     if bypassed:
