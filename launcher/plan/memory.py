@@ -1,29 +1,146 @@
-"""Model states per rank, in bytes: what DeepSpeed holds for weights, gradients, masters and optimizer moments.
+"""How much memory a rank will need, term by term, at which moment, and whether that is there."""
 
-Activations, logits, buckets and temporaries are not in these figures, and the plan says so.
-"""
+from dataclasses import dataclass
 
-_HALF, _FULL = 2, 4
+from launcher.plan import resident
+from launcher.plan.moments import Buffer, Moment, moments
+from launcher.plan.setting import Setting
+from launcher.plan.states import States, states
+
+FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
 
-def model_states(
-    parameters: int, *, zero: int, precision: str, optimizer: str, momentum: float, ranks: int
-) -> dict[str, int]:
-    """Return the resident bytes of each model state on one rank without offload.
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One line of a forecast."""
 
-    Sharding as DeepSpeed 0.19.8 implements it: stage 1 shards masters and moments, stage 2 also gradients, stage 3 also
-    weights. Gradients are accumulated in fp32: at stage 0 by Halfstep's doing (engine/repair.py), at stages 1-3 by
-    `grad_accum_dtype`; stages 0 and 1 keep them whole.
+    name: str
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one rank needs. On CPU ranks device and host are one memory, and everything is a device term."""
+
+    device: tuple[Term, ...]
+    """What lies on the device at the peak; the terms add up to `peak_bytes` and `outside_bytes`."""
+    host: tuple[Term, ...]
+    peak_at: str
+    """The moment of the peak."""
+    by_moment: dict[str, int]
+    """The peak of every moment, in bytes, without what lies outside."""
+    allocated_bytes: int
+    """Tensors alone."""
+    peak_bytes: int
+    """What the run will call its peak: on a GPU most reserved by torch, on a CPU the high-water resident size."""
+    low_bytes: int
+    high_bytes: int
+    outside_bytes: int
+    """On a GPU, what torch does not count: the CUDA context, NCCL."""
+    states: States
+
+    def verdict(self, capacity_bytes: int | None) -> str | None:
+        """Say whether a rank that has so much memory can do it: `fits`, `tight`, `does not fit`; None if not known."""
+        if capacity_bytes is None:
+            return None
+        if self.low_bytes + self.outside_bytes > capacity_bytes:
+            return TOO_LARGE
+        return FITS if self.high_bytes + self.outside_bytes <= capacity_bytes else TIGHT
+
+    @property
+    def host_bytes(self) -> int:
+        """All host terms."""
+        return sum(term.bytes for term in self.host)
+
+
+def forecast(setting: Setting) -> Forecast:
+    """Return the forecast of a setting; of a family that is not known, without activations and with a wider band."""
+    every, held = moments(setting), states(setting)
+    on_cpu = setting.accelerator == "cpu"
+    offloaded = _offloaded(setting, held)
+    if on_cpu:
+        every = tuple(Moment(name=one.name, buffers=(*one.buffers, *offloaded)) for one in every)
+    peaks = _cpu_peaks(setting, every) if on_cpu else _cuda_peaks(every)
+    worst = max(every, key=lambda moment: peaks[moment.name])
+    peak = peaks[worst.name]
+    terms = [Term(name=one.name, bytes=one.bytes, note=one.note) for one in worst.buffers if one.bytes]
+    outside = 0
+    if on_cpu:
+        terms += _cpu_overheads(peak - worst.bytes)
+        low, high = 1 - resident.CPU_ERROR, 1 + resident.CPU_ERROR
+    else:
+        outside = resident.CUDA_CONTEXT + (resident.NCCL if setting.ranks > 1 else 0)
+        terms.append(Term(name="allocator slack", bytes=peak - worst.bytes, note="reserved and not in use"))
+        terms += _cuda_overheads(setting)
+        low, high = 1 - resident.CUDA_ERROR[0], 1 + resident.CUDA_ERROR[1]
+    if setting.shape is None:
+        high += resident.UNKNOWN_FAMILY
+    return Forecast(
+        device=tuple(terms),
+        host=() if on_cpu else _host(setting, offloaded),
+        peak_at=worst.name,
+        by_moment=peaks,
+        allocated_bytes=worst.bytes,
+        peak_bytes=peak,
+        low_bytes=int(peak * low),
+        high_bytes=int(peak * high),
+        outside_bytes=outside,
+        states=held,
+    )
+
+
+def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
+    """Return what lies in host memory for the device's sake."""
+    found = (
+        ("offloaded masters", held.host_masters, "fp32, a shard"),
+        ("offloaded moments", held.host_moments, "fp32, a shard"),
+        ("offloaded gradients", held.host_gradients, "fp32, a shard"),
+        ("offloaded weights", held.host_weights, f"{setting.precision}, a shard"),
+    )
+    return tuple(
+        Buffer(name=name, bytes=size, note=note, small=size if size < resident.MIB * 32 else 0)
+        for name, size, note in found
+        if size
+    )
+
+
+def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
+    """Return the resident size at every moment.
+
+    Large tensors are mapped and given back; the C heap keeps the pages of the small ones, so that they count from the
+    moment with most of them on.
     """
-    compute = _FULL if precision == "fp32" else _HALF
-    moments = 2 if optimizer == "adamw" else int(momentum > 0)
-    shard = -(-parameters // ranks)
-    sharded_states = shard if zero >= 1 else parameters
-    gradients = _FULL * (parameters if zero <= 1 else shard)
-    masters = 0 if precision == "fp32" and zero == 0 else _FULL * sharded_states
-    return {
-        "weights": compute * (shard if zero == 3 else parameters),
-        "gradients": gradients,
-        "fp32_masters": masters,
-        "optimizer_moments": _FULL * moments * sharded_states,
-    }
+    share = resident.CPU_HEAP_SHARE_STAGE_3 if setting.zero == 3 else resident.CPU_HEAP_SHARE
+    heap = int(share * max(one.small for one in every))
+    fixed = resident.CPU_LIBRARIES + resident.CPU_HEAP
+    return {one.name: fixed + one.bytes - one.small + heap for one in every}
+
+
+def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
+    return {one.name: int(one.bytes * (1 + resident.CUDA_SLACK)) for one in every}
+
+
+def _cpu_overheads(rest: int) -> list[Term]:
+    fixed = resident.CPU_LIBRARIES + resident.CPU_HEAP
+    return [
+        Term(name="framework", bytes=fixed, note="Python, torch, transformers, DeepSpeed, gloo"),
+        Term(name="allocator slack", bytes=rest - fixed, note="pages of the C heap that are free"),
+    ]
+
+
+def _cuda_overheads(setting: Setting) -> list[Term]:
+    found = [Term(name="CUDA context", bytes=resident.CUDA_CONTEXT, note="outside of what torch counts")]
+    if setting.ranks > 1:
+        found.append(Term(name="NCCL", bytes=resident.NCCL, note="outside of what torch counts"))
+    return found
+
+
+def _host(setting: Setting, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
+    """Return the host memory of a rank that drives a GPU."""
+    found = [Term(name="framework", bytes=resident.CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
+    found += [Term(name=one.name, bytes=one.bytes, note=f"{one.note}, pinned") for one in offloaded]
+    if setting.zero < 3:
+        size = setting.element_bytes * setting.parameters
+        found.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))
+    return tuple(found)

@@ -119,3 +119,22 @@ def of(
 
 def _device(section: dict[str, Any], name: str) -> str:
     return str((section.get(name) or {}).get("device", "none"))
+
+
+def of_plan(plan: Any) -> Setting:
+    """Return the setting of a whole plan."""
+    from models.shapes import from_hf_config
+
+    return of(
+        plan.deepspeed,
+        shape=from_hf_config(plan.model.config),
+        parameters=plan.model.parameters,
+        zero=plan.zero,
+        precision=plan.precision,
+        batch=plan.batch,
+        topology=plan.topology,
+        sequence=plan.sequence,
+        activation_checkpointing=plan.activation_checkpointing,
+        compile=plan.compile,
+        repairs=plan.numerics.repairs,
+    )

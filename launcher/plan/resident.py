@@ -1,0 +1,31 @@
+"""What a rank's memory is beyond its tensors: libraries, allocators, CUDA and its communicators.
+
+The constants of CPU ranks are fitted by `benchmarks/measure_memory.py --fit` to runs of its own; those of GPUs are
+published ranges and have not been measured by this project (docs/planner.md, Memory).
+"""
+
+MIB = 1 << 20
+
+CPU_LIBRARIES = 270 * MIB
+"""Resident libraries of a rank with torch, transformers and DeepSpeed, without the C heap."""
+CPU_HEAP = 150 * MIB
+"""The C heap of the same rank: Python's objects, and what building the model leaves behind in pieces."""
+CPU_HEAP_SHARE = 1.1
+"""The C heap's pages for each byte of tensors in it: pieces that are free and fit nothing."""
+CPU_HEAP_SHARE_STAGE_3 = 1.6
+"""The same at stage 3, where parameters of every size come and go all the time."""
+CPU_ERROR = 0.05
+"""Half of the band around a CPU rank's peak."""
+
+CUDA_CONTEXT = 750 * MIB
+"""0.5 to 1.8 GiB by GPU and torch: Stas Bekman, Machine Learning Engineering Open Book. BigScience: 1113 MiB, V100."""
+NCCL = 1024 * MIB
+"""1 to 2 GiB more with torch.distributed: the same book."""
+CUDA_SLACK = 0.06
+"""What torch's allocator reserves beyond what is allocated: 5 to 10 % (planner facts, section 10)."""
+CUDA_ERROR = (0.07, 0.12)
+"""The band below and above a GPU's peak: published runs of this stack lie 8 % above the sum of known terms."""
+CUDA_HOST = 3072 * MIB
+"""Host memory of a rank that drives a GPU: its libraries. An assumption."""
+UNKNOWN_FAMILY = 0.5
+"""How much more a model whose activations are not known may need."""
