@@ -46,7 +46,7 @@ FREEDOM = {
     "stage3": 0.4,
     "shown": 0.4,
     "optimizer": 0.3,
-    "host_adam": 0.7,
+    "host_adam": 0.3,
     "straggling": 0.7,
 }
 # The same for factors, by how special they are.

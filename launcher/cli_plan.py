@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher import topology
 from launcher.errors import HalfstepError, RefusedError, RequestError
-from launcher.plan import facts, hardware, outlook, present, present_time, score, search
+from launcher.plan import facts, hardware, memory, outlook, present, present_time, score, search
 from launcher.plan import plan as plans
 from launcher.plan.resolve import resolve, setting_of, time_of
 from launcher.spec.load import Request, load
@@ -139,14 +139,14 @@ def _search(arguments: argparse.Namespace, words: list[str]) -> int:
         )
     if not starts:
         _refuse(refused)
-    found = search.search(starts, device, device.memory, _memory(device))
+    found = search.search(starts, device, device.memory, memory.forecast)
     if not found:
         raise RequestError(
             "no time can be told for this model or precision on this device",
             where=f"hardware {device.name}",
             fix="take a model whose configuration is complete, or another precision",
         )
-    fitting = [one for one in found if one.fits is not False]
+    fitting = [one for one in found if one.fits]
     if arguments.json:
         tree = {"hardware": device.name, "searched": len(found), "fitting": len(fitting)}
         tree |= {"candidates": [one.to_dict() for one in found]}
@@ -210,12 +210,6 @@ def _axes(words: list[str]) -> tuple[list[str], dict[str, list[str | None]]]:
                 )
         axes[name] = list(values)
     return fixed, axes
-
-
-def _memory(device: hardware.Hardware) -> Any:
-    from launcher.plan import memory
-
-    return lambda setting: memory.forecast(setting, capacity_bytes=device.memory)
 
 
 def _score(arguments: argparse.Namespace, words: list[str]) -> int:

@@ -57,7 +57,7 @@ class Calibration:
     optimizer: float = 40.0
     """Bytes that the optimizer step moves for each of its parameters."""
     host_adam: float = 1.5e10
-    """Bytes/s of one rank's optimizer step on the host."""
+    """Bytes/s of one rank's optimizer step on the host, whose memory some eight ranks share."""
     pipeline_latency: float = 5.0e-4
     """Seconds that a pipeline stage loses to the other stages in a micro-step besides what it sends."""
     stage3: float = 1.5

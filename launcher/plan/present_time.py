@@ -66,8 +66,7 @@ def _run(told: dict[str, Any]) -> str:
 def found(candidates: Sequence[Candidate], shown: int = 12) -> list[str]:
     """Return a search as a table of its fastest, those on the frontier marked, and the frontier's own rows."""
     best = frontier(candidates)
-    kept = [one for one in candidates if one.fits is not False]
-    listed = kept[:shown]
+    listed = [one for one in candidates if one.fits][:shown]
     text = ["  nodes ranks zero offload        micro x acc  checkpointing    step  tokens/s   MFU    memory"]
     text += [_candidate(one, one in best) for one in listed]
     rest = [one for one in best if one not in listed]

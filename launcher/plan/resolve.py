@@ -87,11 +87,12 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision, facts.hardware),
         "deepspeed": composed.config(),
         "origins": composed.origins,
-        "memory": _memory(spec, model, topology),
+        "memory": {},
         "warnings": warnings_of(spec, batch, data, curve, sequence),
         "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
     }
     plan = Plan(run_id="", time={}, **decided)
+    plan = dataclasses.replace(plan, memory=_memory(plan))
     plan = dataclasses.replace(plan, time=time_of(plan, facts, spec.hardware))
     return dataclasses.replace(plan, run_id=_run_id(plan))
 
@@ -264,17 +265,12 @@ def _saves(plan: Plan) -> set[int]:
     return {*(range(every, plan.steps + 1, every) if every else ()), plan.steps}
 
 
-def _memory(spec: RunSpec, model: ModelPlan, topology: Topology) -> dict[str, Any]:
-    states = memory.model_states(
-        model.parameters,
-        zero=spec.zero,
-        precision=spec.precision,
-        optimizer=spec.optimizer.kind,
-        momentum=spec.optimizer.momentum,
-        ranks=topology.world_size,
-    )
+def _memory(plan: Plan) -> dict[str, Any]:
+    told = memory.forecast(setting_of(plan))
+    states = told.states.totals()
     return {
         "model_states_bytes_per_rank": states,
         "model_states_total_bytes": sum(states.values()),
-        "excludes": "activations, logits, communication buckets, temporaries, offload",
+        "predicted_peak_bytes": told.peak_bytes,
+        "excludes": "nothing known",
     }

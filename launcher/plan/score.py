@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError
-from launcher.plan import rows, time
+from launcher.plan import memory, rows, time
 from launcher.plan.hardware import Rows
 from launcher.plan.rows import Row
 from launcher.plan.setting import Setting
@@ -117,10 +117,8 @@ def write(predictions: Sequence[Prediction], path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row_id", "tokens_per_s_per_gpu", "peak_memory_gib"])
     for one in predictions:
-        speed, memory = one.tokens_per_s_per_gpu, one.peak_memory_gib
-        writer.writerow(
-            [one.row_id, "" if speed is None else f"{speed:.6g}", "" if memory is None else f"{memory:.4g}"]
-        )
+        speed, peak = one.tokens_per_s_per_gpu, one.peak_memory_gib
+        writer.writerow([one.row_id, "" if speed is None else f"{speed:.6g}", "" if peak is None else f"{peak:.4g}"])
     try:
         path.write_text(text.getvalue(), encoding="utf-8")
     except OSError as error:
@@ -131,7 +129,7 @@ def run(path: Path) -> Comparison:
     """Compare a run directory's plan with its summary; raises RequestError where either is missing."""
     plan, summary = _read(path / "plan.json"), _read(path / "summary.json")
     told = plan.get("time") or {}
-    memory = plan.get("memory") or {}
+    needs = plan.get("memory") or {}
     device = plan["topology"]["device_name"] or plan["topology"]["accelerator"]
     return Comparison(
         run=str(path),
@@ -139,7 +137,7 @@ def run(path: Path) -> Comparison:
         device=device,
         predicted_step_seconds=told.get("step_seconds"),
         measured_step_seconds=summary.get("step_seconds"),
-        predicted_peak_bytes=memory.get("peak_bytes"),
+        predicted_peak_bytes=needs.get("predicted_peak_bytes"),
         measured_peak_bytes=summary.get("peak_memory_bytes"),
     )
 
@@ -188,17 +186,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _memory(row: Row) -> float | None:
     """Return the peak of one device in GiB, None where the shape is not known."""
-    from launcher.plan import memory
-
-    forecast = getattr(memory, "forecast", None)
-    if row.setting.shape is None or forecast is None:
+    if row.setting.shape is None:
         return None
-    try:
-        return (
-            forecast(_of_one_device(row), capacity_bytes=row.device.memory if row.device else None).peak_bytes / 2**30
-        )
-    except (ValueError, ZeroDivisionError, OverflowError):
-        return None
+    return memory.forecast(_of_one_device(row)).peak_bytes / 2**30
 
 
 def _of_one_device(row: Row) -> Setting:

@@ -20,9 +20,8 @@ class Needed(Protocol):
         """Most likely."""
         ...
 
-    @property
-    def high_bytes(self) -> int:
-        """What must fit."""
+    def verdict(self, capacity_bytes: int | None) -> str | None:
+        """Say whether it fits; None where the capacity is not known."""
         ...
 
 
@@ -51,8 +50,13 @@ class Candidate:
     mfu: float
     peak_bytes: int
     """Of one rank: on the device, for a CPU rank on the host."""
-    fits: bool | None
-    """None where the device's memory is not known."""
+    verdict: str | None
+    """`fits`, `tight` or `does not fit`; None where the device's memory is not known."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it may be tried: what is tight may run out of memory, what is not known is the user's to know."""
+        return self.verdict in (None, "fits")
 
     def words(self) -> list[str]:
         """Return the run keys that ask for it."""
@@ -82,7 +86,7 @@ class Candidate:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "peak_bytes": self.peak_bytes,
-            "fits": self.fits,
+            "verdict": self.verdict,
         }
 
 
@@ -126,10 +130,10 @@ def search(
                 tokens_per_second=told.tokens_per_second,
                 mfu=told.mfu,
                 peak_bytes=memory.peak_bytes,
-                fits=None if capacity is None else memory.high_bytes <= capacity,
+                verdict=memory.verdict(capacity),
             )
         )
-    return sorted(found, key=lambda one: (one.fits is False, one.step_seconds, one.peak_bytes))
+    return sorted(found, key=lambda one: (not one.fits, one.step_seconds, one.peak_bytes))
 
 
 def frontier(found: Sequence[Candidate]) -> list[Candidate]:
@@ -137,6 +141,6 @@ def frontier(found: Sequence[Candidate]) -> list[Candidate]:
     kept: list[Candidate] = []
     for one in sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes, one.setting.ranks)):
         beaten = any(other.peak_bytes <= one.peak_bytes and other.setting.ranks <= one.setting.ranks for other in kept)
-        if one.fits is not False and not beaten:
+        if one.fits and not beaten:
             kept.append(one)
     return kept
