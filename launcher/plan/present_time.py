@@ -71,8 +71,10 @@ def found(candidates: Sequence[Candidate], shown: int = 12) -> list[str]:
     text += [_candidate(one, one in best) for one in listed]
     rest = [one for one in best if one not in listed]
     if rest:
-        text += ["frontier further down: less memory or fewer devices for more time"]
-        text += [_candidate(one, True) for one in rest]
+        text += ["further down the frontier: less memory or fewer devices for more time"]
+        text += [_candidate(one, True) for one in rest[:shown]]
+    if rest[shown:]:
+        text += [f"  and {len(rest[shown:])} more, all in --json"]
     return text
 
 

@@ -10,6 +10,7 @@ from launcher.plan.hardware import Hardware
 from launcher.plan.setting import Setting
 
 _LARGEST_MICRO = 64
+_WORTH = 0.95
 
 
 class Needed(Protocol):
@@ -137,10 +138,15 @@ def search(
 
 
 def frontier(found: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that nothing beats in time, memory and devices at once, the fastest first."""
+    """Return those that nothing beats in time, memory and devices at once, the fastest first.
+
+    Memory counts where it is a twentieth less: what is slower for the sake of a few megabytes is no choice.
+    """
     kept: list[Candidate] = []
     for one in sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes, one.setting.ranks)):
-        beaten = any(other.peak_bytes <= one.peak_bytes and other.setting.ranks <= one.setting.ranks for other in kept)
+        beaten = any(
+            _WORTH * other.peak_bytes <= one.peak_bytes and other.setting.ranks <= one.setting.ranks for other in kept
+        )
         if one.fits and not beaten:
             kept.append(one)
     return kept
