@@ -162,7 +162,7 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
         accumulation_dtype=precision,
         communication_dtype=precision,
         overlap_comm=layout.collectives != "deepspeed" or _stage(text.get("sharding", ""), stack) == 3,
-        fused_loss=False,
+        fused_loss="Liger" in f"{text.get('sharding', '')} {text.get('notes', '')}".replace("no Liger", ""),
     )
     return Row(
         row_id=text.get("row_id", ""),

@@ -1,7 +1,6 @@
 """Predict published rows, and compare what was predicted with what was measured."""
 
 import csv
-import dataclasses
 import io
 import json
 import statistics
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError
-from launcher.plan import memory, rows, time
+from launcher.plan import rows, rows_memory, time
 from launcher.plan.hardware import Rows
 from launcher.plan.rows import Row
-from launcher.plan.setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +105,7 @@ def predict_row(row: Row) -> Prediction:
     return Prediction(
         row_id=row.row_id,
         tokens_per_s_per_gpu=told.tokens_per_second_per_device if told else None,
-        peak_memory_gib=_memory(row),
+        peak_memory_gib=rows_memory.peak_gib(row),
     )
 
 
@@ -184,27 +182,9 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _memory(row: Row) -> float | None:
-    """Return the peak of one device in GiB, None where the shape is not known."""
-    if row.setting.shape is None:
-        return None
-    return memory.forecast(_of_one_device(row)).peak_bytes / 2**30
-
-
-def _of_one_device(row: Row) -> Setting:
-    """Return the setting of one device's part: layers of its stage and what is in flight, its slice of every matrix."""
-    setting, layout, shape = row.setting, row.layout, row.setting.shape
-    assert shape is not None, "the caller looks"
-    part = dataclasses.replace(
-        shape,
-        layers=max(1, round(shape.layers / layout.pipeline)),
-        vocabulary=max(1, shape.vocabulary // layout.tensor),
-        ffn=max(1, shape.ffn // layout.tensor),
-    )
-    return dataclasses.replace(
-        setting,
-        shape=part,
-        parameters=max(1, round(setting.parameters / layout.cut)),
-        sequence=max(1, setting.sequence // layout.context),
-        ranks=setting.ranks * layout.context,
-    )
+def measured_memory(text: Mapping[str, str]) -> float | None:
+    """Return a row's measured peak in GiB, None where it says none."""
+    said, unit = rows.number(text.get("mem_GB", "")), text.get("unit", "")
+    if said is None:
+        said, unit = rows.number(text.get("peak_mem_GB", "")), "GiB" if "GiB" in text.get("notes", "") else "GB"
+    return said if said is None or unit.startswith("GiB") else said * 1e9 / 2**30
