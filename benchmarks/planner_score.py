@@ -51,10 +51,10 @@ FREEDOM = {
 }
 # The same for factors, by how special they are.
 FACTOR_FREEDOM = {
-    "device": 0.1,
+    "device": 0.05,
     "precision": 0.1,
     "stack": 0.3,
-    "stack device": 0.1,
+    "stack device": 0.08,
     "stack precision": 0.1,
     "stack device precision": 0.05,
 }

@@ -60,7 +60,7 @@ class Calibration:
     """Bytes/s of one rank's optimizer step on the host, whose memory some eight ranks share."""
     pipeline_latency: float = 5.0e-4
     """Seconds that a pipeline stage loses to the other stages in a micro-step besides what it sends."""
-    stage3: float = 1.5
+    stage3: float = 2.0
     """How much longer DeepSpeed's stage 3 communicates than its bytes need: it gathers parameter by parameter."""
     straggling: float = 0.005
     """What every doubling of the nodes adds, as a share of the step."""
