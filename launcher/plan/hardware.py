@@ -1,7 +1,9 @@
-"""Know a device's peak arithmetic, for MFU; a device that is not in the table has none."""
+"""Know a device's peak arithmetic, for MFU, and its memory; a device that is not in the table has none."""
 
+import re
 import tomllib
 from importlib import resources
+from typing import Any
 
 from launcher.errors import RequestError, nearest
 
@@ -11,6 +13,20 @@ def peak_flops(hardware: str | None, device_name: str, precision: str) -> float 
 
     `hardware` is a name in the table and wins over `device_name`, which is what the device calls itself.
     """
+    row = _row(hardware, device_name)
+    return row.get("fp32" if precision == "fp32" else "half")
+
+
+def memory_bytes(hardware: str | None, device_name: str) -> int | None:
+    """Return the memory of one device, or None where it is not known; what the device's own name says comes first."""
+    said = re.search(r"(\d+) ?GB", device_name)
+    if said is not None:
+        return int(said[1]) * 10**9
+    size = _row(hardware, device_name).get("memory")
+    return int(size) if size is not None else None
+
+
+def _row(hardware: str | None, device_name: str) -> dict[str, Any]:
     table = tomllib.loads(resources.files("launcher.plan").joinpath("hardware.toml").read_text("utf-8"))
     if hardware is not None and hardware not in table:
         close = nearest(hardware, table)
@@ -20,5 +36,4 @@ def peak_flops(hardware: str | None, device_name: str, precision: str) -> float 
             fix=f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(table)}",
         )
     name = hardware or next((key for key, row in table.items() if any(m in device_name for m in row["match"])), None)
-    row = table.get(name, {}) if name else {}
-    return row.get("fp32" if precision == "fp32" else "half")
+    return table.get(name, {}) if name else {}

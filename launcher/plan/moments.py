@@ -55,9 +55,9 @@ def each(name: str, sizes: Iterable[int], element: int, note: str) -> Buffer:
     return Buffer(name=name, bytes=sum(every), note=note, small=sum(size for size in every if size < MAPPED))
 
 
-def many(name: str, size: int, note: str) -> Buffer:
-    """Return a buffer of many allocations that the C heap serves."""
-    return Buffer(name=name, bytes=size, note=note, small=size)
+def many(name: str, size: int, note: str, small: float = 1.0) -> Buffer:
+    """Return a buffer of many allocations, of which the C heap serves a share."""
+    return Buffer(name=name, bytes=size, note=note, small=int(size * small))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,9 @@ class _Case:
             note = f"fp32, {f'1/{setting.ranks} at {stage}' if sharded else 'whole'}"
             found.append(one(name, size, note) if sharded else each(name, sizes * count, FULL, note))
         if held.resting_gradients:
-            found.append(one("gradient sums", held.resting_gradients, "fp32, allocated for good"))
+            found.append(one("gradient sums", held.resting_gradients, "fp32, kept allocated"))
         if setting.zero == 3:
-            found.append(one("reduce bucket", self._bucket(FULL), "allocated for good, in the communication dtype"))
+            found.append(one("reduce bucket", self._bucket(FULL), "kept allocated, in the communication dtype"))
         if setting.zero in (1, 2) and setting.offload_optimizer != "none":
             note = "16-bit staging of the largest parameter"
             found.append(one("offload staging", setting.element_bytes * self.every.largest, note))
@@ -102,6 +102,13 @@ class _Case:
         if self.setting.accelerator == "cpu":
             elements = min(elements, self.every.elements)
         return elements * element * (2 if self.setting.overlap_comm and self.setting.zero in (1, 2) else 1)
+
+    @property
+    def narrow(self) -> float:
+        """The share of activations that lies in tensors which the C heap serves."""
+        if self.kept.hidden_tensor >= MAPPED:
+            return 0.0
+        return 1.0 if self.kept.wide_tensor < MAPPED else 1.0 - self.kept.wide
 
     def sums(self, *, reduced: bool) -> list[Buffer]:
         """Return the gradients that are being added up, beyond what lies there for good."""
@@ -162,7 +169,7 @@ def _evaluation(case: _Case) -> tuple[Buffer, ...]:
     return (
         *_gathered(case),
         one("logits", kept.logits, "of one batch"),
-        many("activations", kept.evaluation, "one block at a time"),
+        many("activations", kept.evaluation, "one block at a time", case.narrow),
     )
 
 
@@ -183,7 +190,10 @@ def _gathered(case: _Case) -> tuple[Buffer, ...]:
 def _activations(case: _Case, share: float = 1.0) -> Buffer:
     kept, setting = case.kept, case.setting
     note = "the blocks' inputs, recomputed" if setting.activation_checkpointing else "kept by the blocks for backward"
-    return many("activations", int((kept.kept + kept.ends) * share), note)
+    narrow = case.narrow
+    if setting.activation_checkpointing:
+        narrow = float(kept.hidden_tensor < MAPPED)
+    return many("activations", int((kept.kept + kept.ends) * share), note, narrow)
 
 
 def _before(case: _Case) -> list[Buffer]:
@@ -220,10 +230,10 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
         *_before(case),
         *_gathered(case),
         _activations(case),
-        *([many("recomputed block", block, "one block's activations")] if block else []),
+        *([many("recomputed block", block, "one block's activations", case.narrow)] if block else []),
         one("logits", kept.logits, "live until the next forward pass"),
         *_head(case),
-        many("backward workspace", kept.working, "gradients inside one block"),
+        many("backward workspace", kept.working, "gradients inside one block", case.narrow),
     )
 
 

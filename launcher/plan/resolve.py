@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.errors import RequestError
 from launcher.plan import batch as batch_equation
-from launcher.plan import dsconfig, hardware, memory, rules, schedule
+from launcher.plan import dsconfig, fit, hardware, rules, schedule, setting
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
 from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan
@@ -87,12 +87,13 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision),
         "deepspeed": composed.config(),
         "origins": composed.origins,
-        "memory": _memory(spec, model, topology),
+        "memory": {},
         "warnings": warnings_of(spec, batch, data, curve, sequence),
         "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
     }
     plan = Plan(run_id="", **decided)
-    return dataclasses.replace(plan, run_id=_run_id(plan))
+    memory = fit.described(setting.of_plan(plan), _capacity(spec, topology, facts))
+    return dataclasses.replace(plan, run_id=_run_id(plan), memory=memory)
 
 
 def _run_id(plan: Plan) -> str:
@@ -226,17 +227,8 @@ def _data(spec: RunSpec, data: DataFacts, sequence: int, vocabulary: int) -> Dat
     )
 
 
-def _memory(spec: RunSpec, model: ModelPlan, topology: Topology) -> dict[str, Any]:
-    states = memory.model_states(
-        model.parameters,
-        zero=spec.zero,
-        precision=spec.precision,
-        optimizer=spec.optimizer.kind,
-        momentum=spec.optimizer.momentum,
-        ranks=topology.world_size,
-    )
-    return {
-        "model_states_bytes_per_rank": states,
-        "model_states_total_bytes": sum(states.values()),
-        "excludes": "activations, logits, communication buckets, temporaries, offload",
-    }
+def _capacity(spec: RunSpec, topology: Topology, facts: Facts) -> int | None:
+    """Return the bytes that one rank has: its GPU's, or its share of the host's."""
+    if topology.accelerator == "cuda":
+        return hardware.memory_bytes(spec.hardware, topology.device_name)
+    return facts.node_memory_bytes // topology.ranks_per_node if facts.node_memory_bytes else None
