@@ -39,7 +39,7 @@ CELLS = list(itertools.product(range(4), ("fp32", "bf16", "fp16")))
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
-    """Yield (kind, size, words) of every row: the grid of cells, then sweeps of the batch, the sequence and the rest."""
+    """Yield (kind, size, words) of every row: the grid of cells, then sweeps of batch, sequence and more."""
     for size, (zero, precision), checkpointing in itertools.product(SIZES, CELLS, ("false", "true")):
         # Without half-precision instructions fp16 is a hundred times slower: its cells are measured at one size.
         if precision == "fp16" and (size != "gpt2-14m" or checkpointing == "true"):
