@@ -90,13 +90,18 @@ class _Case:
         if held.resting_gradients:
             found.append(one("gradient sums", held.resting_gradients, "fp32, kept allocated"))
         if setting.zero == 3:
-            found.append(one("reduce bucket", self._bucket(FULL), "kept allocated, in the communication dtype"))
+            found.append(one("reduce bucket", self.bucket(self.wire), "kept allocated, in the communication dtype"))
         if setting.zero in (1, 2) and setting.offload_optimizer != "none":
             note = "16-bit staging of the largest parameter"
             found.append(one("offload staging", setting.element_bytes * self.every.largest, note))
         return tuple(buffer for buffer in found if buffer.bytes)
 
-    def _bucket(self, element: int) -> int:
+    @property
+    def wire(self) -> int:
+        """Bytes of one element of what gradients are reduced in."""
+        return FULL if self.setting.communication_dtype == "fp32" else 2
+
+    def bucket(self, element: int) -> int:
         """Return a bucket's bytes: all of it on a GPU, on a CPU only the pages that were written."""
         elements = self.setting.reduce_bucket
         if self.setting.accelerator == "cpu":
@@ -160,8 +165,10 @@ def _initialisation(case: _Case) -> tuple[Buffer, ...]:
             return (weights,)
         fp32 = each("fp32 masters, gradients and moments", case.every.sizes * 4, FULL, "a step on zero gradients")
         return (weights, each("gradients", case.every.sizes, element, "zeros"), fp32)
-    flat = one("weights copied flat", held.weights, "both copies live until the parameters point into the new one")
-    return (weights, flat, one("fp32 masters", held.masters, "a shard"))
+    masters = one("fp32 masters", held.masters, "a shard")
+    if setting.accelerator == "cuda" and not uses_bf16_optimizer(setting):
+        return (weights, masters)  # where a second copy has no room, it is made on the host (stage_1_and_2.py)
+    return (weights, one("weights copied flat", held.weights, "until the parameters point into the new copy"), masters)
 
 
 def _evaluation(case: _Case) -> tuple[Buffer, ...]:
@@ -241,13 +248,13 @@ def _reduction(case: _Case) -> tuple[Buffer, ...]:
     """A bucket is full, or the backward pass over: gradients are copied flat and reduced in the communication dtype."""
     setting, every, filled, element = case.setting, case.every, case.filled, case.setting.element_bytes
     logits = one("logits", case.kept.logits, "live until the next forward pass")
-    wire = FULL if setting.communication_dtype == "fp32" else 2
+    wire = case.wire
     if setting.zero == 0 or uses_bf16_optimizer(setting):
         size = FULL * every.elements if setting.zero else accumulator_bytes(setting) * filled
         return (*case.sums(reduced=False), one("flattened gradients", size, "one bucket, all-reduced"), logits)
     if setting.zero == 1:
         size = accumulator_bytes(setting) * filled
-        bucket = one("reduce bucket", max(0, case._bucket(accumulator_bytes(setting)) - size), "beyond what is in it")
+        bucket = one("reduce bucket", max(0, case.bucket(accumulator_bytes(setting)) - size), "beyond what is in it")
         shard = case.sums(reduced=True) if setting.precision != "fp32" else []
         return (
             *case.sums(reduced=False),
@@ -259,10 +266,10 @@ def _reduction(case: _Case) -> tuple[Buffer, ...]:
     left = 1 - filled / every.elements
     common = (*_gathered(case), *case.sums(reduced=True), _activations(case, left), logits, *_head(case))
     if setting.zero == 3:
-        flat = one("flattened gradients", FULL * filled, "interleaved for the reduce-scatter")
-        copies = (one("gloo's copy", FULL * filled, "of what is reduced"),) if setting.accelerator == "cpu" else ()
+        flat = one("flattened gradients", wire * filled, "interleaved for the reduce-scatter")
+        copies = (one("gloo's copy", wire * filled, "of what is reduced"),) if setting.accelerator == "cpu" else ()
         return (*common, flat, *copies)
-    bucket = one("reduce bucket", case._bucket(element), f"{setting.reduce_bucket:,} elements")
+    bucket = one("reduce bucket", case.bucket(element), f"{setting.reduce_bucket:,} elements")
     flat = one("flattened gradients", element * filled, "the bucket's content")
     cast = (one("gradients in fp32", wire * filled, "the communication dtype"),) if wire != element else ()
     more = case.sums(reduced=True) if setting.precision == "fp32" and setting.accumulation > 1 else ()
