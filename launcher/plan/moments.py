@@ -77,9 +77,7 @@ class _Case:
         setting, held, sharded = self.setting, self.states, self.setting.zero > 0
         sizes, stage = self.every.sizes, f"stage {self.setting.zero}"
         weights = f"{setting.precision} weights, {'a shard' if setting.zero == 3 else 'whole'}"
-        found = [
-            one("weights", held.weights, weights) if sharded else each("weights", sizes, setting.element_bytes, weights)
-        ]
+        found = [one("weights", held.weights, weights)]
         if held.persistent:
             small = f"tensors of at most {setting.persistence_threshold:,} elements stay whole"
             found.append(many("persistent parameters", held.persistent, small))
@@ -105,7 +103,7 @@ class _Case:
         """Return a bucket's bytes: all of it on a GPU, on a CPU only the pages that were written."""
         elements = self.setting.reduce_bucket
         if self.setting.accelerator == "cpu":
-            elements = min(elements, self.every.elements)
+            elements = min(elements, self.filled)
         return elements * element * (2 if self.setting.overlap_comm and self.setting.zero in (1, 2) else 1)
 
     @property
@@ -130,19 +128,19 @@ class _Case:
 def moments(setting: Setting) -> tuple[Moment, ...]:
     """Return the moments of a run in their order."""
     every = cuts.of(setting.shape, setting.parameters)
-    limit = _STAGE_0_BUCKET if setting.zero == 0 else setting.reduce_bucket
     case = _Case(
         setting=setting,
         every=every,
         states=states(setting),
         kept=activations(setting),
-        filled=min(every.elements, max(limit, every.largest)),
+        filled=cuts.fullest(every, _STAGE_0_BUCKET if setting.zero == 0 else setting.reduce_bucket),
     )
     found = [
         Moment(name="initialisation", buffers=_initialisation(case)),
         Moment(name="evaluation", buffers=(*case.resting, *_evaluation(case))),
         Moment(name="loss", buffers=(*case.resting, *_loss(case))),
         Moment(name="backward", buffers=(*case.resting, *_backward(case))),
+        Moment(name="end of backward", buffers=(*case.resting, *_end(case))),
         Moment(name="gradient reduction", buffers=(*case.resting, *_reduction(case))),
         Moment(name="optimizer step", buffers=(*case.resting, *_step(case))),
     ]
@@ -244,6 +242,13 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
     )
 
 
+def _end(case: _Case) -> tuple[Buffer, ...]:
+    """Where nothing is reduced before the backward pass is over: all gradients, and no activations any more."""
+    if case.setting.zero >= 2:
+        return ()
+    return (*case.sums(reduced=False), one("logits", case.kept.logits, "live until the next forward pass"))
+
+
 def _reduction(case: _Case) -> tuple[Buffer, ...]:
     """A bucket is full, or the backward pass over: gradients are copied flat and reduced in the communication dtype."""
     setting, every, filled, element = case.setting, case.every, case.filled, case.setting.element_bytes
@@ -252,18 +257,17 @@ def _reduction(case: _Case) -> tuple[Buffer, ...]:
     if setting.zero == 0 or uses_bf16_optimizer(setting):
         size = FULL * every.elements if setting.zero else accumulator_bytes(setting) * filled
         return (*case.sums(reduced=False), one("flattened gradients", size, "one bucket, all-reduced"), logits)
-    if setting.zero == 1:
-        size = accumulator_bytes(setting) * filled
-        bucket = one("reduce bucket", max(0, case.bucket(accumulator_bytes(setting)) - size), "beyond what is in it")
-        shard = case.sums(reduced=True) if setting.precision != "fp32" else []
-        return (
-            *case.sums(reduced=False),
-            bucket,
-            one("flattened gradients", size, "the bucket's content, all-reduced"),
-            *shard,
-            logits,
-        )
     left = 1 - filled / every.elements
+    if setting.zero == 1:
+        size, (sums,) = accumulator_bytes(setting) * filled, case.sums(reduced=False)
+        rest = Buffer(
+            name=sums.name, bytes=int(sums.bytes * left), note="not in the bucket", small=int(sums.small * left)
+        )
+        bucket = one("reduce bucket", case.bucket(accumulator_bytes(setting)), "takes the gradients over")
+        flat = one("flattened gradients", size, "the bucket's content, all-reduced")
+        # gloo's threads let go of what they reduced only when the shard has been copied from it.
+        shard = case.sums(reduced=True) if setting.precision != "fp32" or setting.accelerator == "cpu" else []
+        return (rest, bucket, flat, *shard, logits)
     common = (*_gathered(case), *case.sums(reduced=True), _activations(case, left), logits, *_head(case))
     if setting.zero == 3:
         flat = one("flattened gradients", wire * filled, "interleaved for the reduce-scatter")

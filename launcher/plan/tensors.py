@@ -116,3 +116,15 @@ def touched(tensors: Tensors, ranks: int) -> tuple[int, ...]:
                 counted[rank] += size
             start += size
     return tuple(counted)
+
+
+@lru_cache(maxsize=1024)
+def fullest(tensors: Tensors, bucket: int) -> int:
+    """Return the elements in a bucket when it is fullest: gradients come from the last parameter to the first."""
+    most = filled = 0
+    for size in reversed(tensors.sizes):
+        if filled and filled + size > bucket:
+            filled = 0
+        filled += size
+        most = max(most, filled)
+    return most
