@@ -1,7 +1,7 @@
 """A shape's parameters one by one, in the model's order, and how DeepSpeed cuts them into shards."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from models.shapes import Shape, parameters
 
@@ -10,7 +10,7 @@ _ALIGNMENT = 2
 """Flat groups are padded to a multiple of this times the ranks (stage_1_and_2.py, nccl_start_alignment_factor)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity, or every cache below would hash the lists
 class Tensors:
     """The elements of every parameter; matrices and vectors are the two groups of the optimizer (engine/build.py)."""
 
@@ -26,12 +26,12 @@ class Tensors:
         """The optimizer's parameter groups that are not empty."""
         return tuple(one for one in (self.matrices, self.vectors) if one)
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """All parameters."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """The largest parameter."""
         return max(self.sizes)
