@@ -177,13 +177,12 @@ def fit() -> None:
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
     left, right = [], []
     for row, made in zip(rows, settings(rows), strict=True):
-        every, block = memory.moments_on(made), memory.block_bytes(made)
-        tensors = max(one.small for one in every) + max(one.bytes - one.small for one in every)
-        seen = row["peak_memory_bytes"]
-        left.append([1 / seen, block * (made.zero < 3) / seen, block * (made.zero == 3) / seen])
+        every, seen = memory.moments_on(made), row["peak_memory_bytes"]
+        tensors = memory.heap_bytes(every, 0) + max(one.bytes - one.small for one in every)
+        left.append([1 / seen, memory.block_bytes(made) / seen])
         right.append((seen - tensors) / seen)
-    (rank, pieces, pieces_3), *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    print(f"{len(rows)} rows: CPU_RANK = {rank / 2**20:.0f} * MIB, CPU_LEFT = {pieces:.1f}, at stage 3 {pieces_3:.1f}")
+    (rank, pieces), *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
+    print(f"{len(rows)} rows: CPU_RANK = {rank / 2**20:.0f} * MIB, CPU_LEFT = {pieces:.1f}")
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

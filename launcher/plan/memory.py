@@ -118,9 +118,14 @@ def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
     Large tensors are mapped and given back; the C heap keeps the pages of the small ones, so that they count from the
     moment with most of them on.
     """
-    left = resident.CPU_LEFT_STAGE_3 if setting.zero == 3 else resident.CPU_LEFT
-    heap = max(one.small for one in every) + int(left * block_bytes(setting))
+    heap = heap_bytes(every, int(resident.CPU_LEFT * block_bytes(setting)))
     return {one.name: resident.CPU_RANK + one.bytes - one.small + heap for one in every}
+
+
+def heap_bytes(every: tuple[Moment, ...], left: int) -> int:
+    """Return what the C heap takes for tensors, `left` being free pieces, which come with what is trained."""
+    first, *others = every
+    return max(first.small, max(one.small for one in others) + left)
 
 
 def block_bytes(setting: Setting) -> int:

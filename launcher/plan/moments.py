@@ -1,6 +1,5 @@
 """The moments of a run that may be its peak, and what lies on a rank's device in each of them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launcher.plan import tensors as cuts
@@ -49,10 +48,10 @@ def one(name: str, size: int, note: str) -> Buffer:
     return Buffer(name=name, bytes=size, note=note, small=size if size < MAPPED else 0)
 
 
-def each(name: str, sizes: Iterable[int], element: int, note: str) -> Buffer:
-    """Return a buffer that is an allocation for each tensor."""
-    every = [size * element for size in sizes]
-    return Buffer(name=name, bytes=sum(every), note=note, small=sum(size for size in every if size < MAPPED))
+def each(name: str, every: Tensors, element: int, note: str, times: int = 1) -> Buffer:
+    """Return a buffer that is an allocation, or several, for each tensor."""
+    small = cuts.persistent(every, (MAPPED - 1) // element)
+    return Buffer(name=name, bytes=times * element * every.elements, note=note, small=times * element * small)
 
 
 def many(name: str, size: int, note: str, small: float = 1.0) -> Buffer:
@@ -75,7 +74,7 @@ class _Case:
     def resting(self) -> tuple[Buffer, ...]:
         """What lies there from the first step to the last."""
         setting, held, sharded = self.setting, self.states, self.setting.zero > 0
-        sizes, stage = self.every.sizes, f"stage {self.setting.zero}"
+        stage = f"stage {self.setting.zero}"
         weights = f"{setting.precision} weights, {'a shard' if setting.zero == 3 else 'whole'}"
         found = [one("weights", held.weights, weights)]
         if held.persistent:
@@ -84,7 +83,7 @@ class _Case:
         for name, size in (("fp32 masters", held.masters), ("optimizer moments", held.moments)):
             count = size // (FULL * self.every.elements) if not sharded else 0
             note = f"fp32, {f'1/{setting.ranks} at {stage}' if sharded else 'whole'}"
-            found.append(one(name, size, note) if sharded else each(name, sizes * count, FULL, note))
+            found.append(one(name, size, note) if sharded else each(name, self.every, FULL, note, count))
         if held.resting_gradients:
             found.append(one("gradient sums", held.resting_gradients, "fp32, kept allocated"))
         if setting.zero == 3:
@@ -119,9 +118,9 @@ class _Case:
         size = (held.reduced_gradients if reduced else held.gradients) - held.resting_gradients
         name, kind = "gradients", f"{accumulator_bytes(setting) * 8}-bit sums"
         if uses_bf16_optimizer(setting):
-            return [each("bf16 gradients", self.every.sizes, 2, "beside their fp32 sums, until the step is over")]
+            return [each("bf16 gradients", self.every, 2, "beside their fp32 sums, until the step is over")]
         if setting.zero == 0 or (setting.zero == 1 and not reduced):
-            return [each(name, self.every.sizes, accumulator_bytes(setting), f"{kind}, whole")]
+            return [each(name, self.every, accumulator_bytes(setting), f"{kind}, whole")]
         return [one(name, size, f"{kind}, 1/{setting.ranks} and what it overlaps")] if size else []
 
 
@@ -150,7 +149,7 @@ def moments(setting: Setting) -> tuple[Moment, ...]:
 def _initialisation(case: _Case) -> tuple[Buffer, ...]:
     """DeepSpeed copies the weights flat, and the half-precision wrappers of stage 0 step once on zeros."""
     setting, held, element = case.setting, case.states, case.setting.element_bytes
-    weights = each("weights", case.every.sizes, element, f"{setting.precision} weights as built")
+    weights = one("weights", element * case.every.elements, f"{setting.precision} weights as built")
     if setting.zero == 3:
         size = held.weights or held.host_weights
         return (
@@ -161,8 +160,8 @@ def _initialisation(case: _Case) -> tuple[Buffer, ...]:
     if setting.zero == 0:
         if setting.precision == "fp32":
             return (weights,)
-        fp32 = each("fp32 masters, gradients and moments", case.every.sizes * 4, FULL, "a step on zero gradients")
-        return (weights, each("gradients", case.every.sizes, element, "zeros"), fp32)
+        fp32 = each("fp32 masters, gradients and moments", case.every, FULL, "a step on zero gradients", 4)
+        return (weights, each("gradients", case.every, element, "zeros"), fp32)
     masters = one("fp32 masters", held.masters, "a shard")
     if setting.accelerator == "cuda" and not uses_bf16_optimizer(setting):
         return (weights, masters)  # where a second copy has no room, it is made on the host (stage_1_and_2.py)
@@ -186,7 +185,7 @@ def _gathered(case: _Case) -> tuple[Buffer, ...]:
     alive = min(case.every.elements, setting.max_live_parameters + case.every.largest)
     note = f"whole weights, up to {setting.max_live_parameters:,} elements"
     share = alive / case.every.elements
-    whole = each("gathered parameters", case.every.sizes, setting.element_bytes, note)
+    whole = each("gathered parameters", case.every, setting.element_bytes, note)
     gathered = Buffer(name=whole.name, bytes=int(whole.bytes * share), note=note, small=int(whole.small * share))
     prefetch = min(setting.prefetch_bucket, case.every.elements) * setting.element_bytes
     return (gathered, one("prefetched parameters", prefetch, "arrive in one piece, are then copied out"))

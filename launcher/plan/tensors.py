@@ -97,7 +97,7 @@ def split(tensors: Tensors, ranks: int) -> int:
 
 @lru_cache(maxsize=1024)
 def persistent(tensors: Tensors, threshold: int) -> int:
-    """Return the elements that stage 3 keeps whole on every rank, being in tensors of at most a threshold."""
+    """Return the elements in tensors of at most a threshold: at stage 3, those that stay whole on every rank."""
     return sum(size for size in tensors.sizes if size <= threshold)
 
 
