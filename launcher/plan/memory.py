@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from launcher.plan import resident
-from launcher.plan.moments import Buffer, Moment, moments
+from launcher.plan.buffers import Buffer, Moment, one
+from launcher.plan.moments import moments
 from launcher.plan.setting import Setting
 from launcher.plan.states import FULL, States, states
 from models.shapes import embedding_parameters
@@ -105,11 +106,7 @@ def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
         ("offloaded gradients", held.host_gradients, "fp32, a shard"),
         ("offloaded weights", held.host_weights, f"{setting.precision}, a shard"),
     )
-    return tuple(
-        Buffer(name=name, bytes=size, note=note, small=size if size < resident.MIB * 32 else 0)
-        for name, size, note in found
-        if size
-    )
+    return tuple(one(name, size, note) for name, size, note in found if size)
 
 
 def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
