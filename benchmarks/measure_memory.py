@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launcher.plan import setting  # noqa: E402
+from launcher.plan import memory, setting  # noqa: E402
 from launcher.plan.plan import Plan  # noqa: E402
 from launcher.topology import free_port  # noqa: E402
+from models.shapes import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory-cpu.json"
 BIN = Path(sys.executable).parent
@@ -39,7 +41,7 @@ CELLS = list(itertools.product(range(4), ("fp32", "bf16", "fp16")))
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
-    """Yield (kind, size, words) of every row: the grid of cells, then sweeps of the batch, the sequence and the rest."""
+    """Yield (kind, size, words) of every row: the grid of cells, then sweeps of batch, sequence and more."""
     for size, (zero, precision), checkpointing in itertools.product(SIZES, CELLS, ("false", "true")):
         # Without half-precision instructions fp16 is a hundred times slower: its cells are measured at one size.
         if precision == "fp16" and (size != "gpt2-14m" or checkpointing == "true"):
@@ -131,6 +133,58 @@ def rank_main(words: list[str]) -> int:
     return train.main(words)
 
 
+def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
+    """Return what every row was made with."""
+    found = []
+    for row in rows:
+        tree = dict(row["setting"])
+        scaling = tuple((key, value) for key, value in tree["shape"]["rope_scaling"])
+        tree["shape"] = Shape(**{**tree["shape"], "rope_scaling": scaling})
+        found.append(setting.Setting(**tree))
+    return found
+
+
+def fitted_on(row: dict[str, Any]) -> bool:
+    """Tell whether the constants are fitted to a row; all others are only compared."""
+    return row["kind"] == "grid" and "activation_checkpointing=false" in row["words"] and "bf16" in row["words"]
+
+
+def score() -> None:
+    """Print each row's error, and the largest of every kind."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    errors: dict[str, list[float]] = {}
+    for row, made in zip(rows, settings(rows), strict=True):
+        told, seen = memory.forecast(made), row["peak_memory_bytes"]
+        error = told.peak_bytes / seen - 1
+        part = "fitted on" if fitted_on(row) else f"held out, {row['kind']} of {row['size']}"
+        errors.setdefault(part, []).append(error)
+        sizes = f"{told.peak_bytes / 2**20:6.0f} foretold {seen / 2**20:6.0f} MiB seen"
+        print(f"{100 * error:+6.1f} %  {sizes}  {told.peak_at:<18}  {row['size']} {row['words']}")
+    everything = [error for part in errors.values() for error in part]
+    for part, found in [*errors.items(), ("all", everything)]:
+        within = sum(abs(error) <= 0.05 for error in found)
+        mean = statistics.fmean(map(abs, found))
+        worst = max(found, key=abs)
+        print(
+            f"{part:<34} {within:3d} of {len(found):3d} within 5 %, mean {100 * mean:.1f} %, worst {100 * worst:+.1f} %"
+        )
+
+
+def fit() -> None:
+    """Print the constants of launcher/plan/resident.py that fit the chosen rows best, in relative least squares."""
+    import numpy
+
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
+    left, right = [], []
+    for row, made in zip(rows, settings(rows), strict=True):
+        every, seen = memory.moments_on(made), row["peak_memory_bytes"]
+        tensors = memory.heap_bytes(every, 0) + max(one.bytes - one.small for one in every)
+        left.append([1 / seen, memory.block_bytes(made) / seen])
+        right.append((seen - tensors) / seen)
+    (rank, pieces), *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
+    print(f"{len(rows)} rows: CPU_RANK = {rank / 2**20:.0f} * MIB, CPU_LEFT = {pieces:.1f}")
+
+
 def _write(rows: list[dict[str, Any]]) -> None:
     about = {"machine": _cpu(), "python": platform.python_version(), "torch": _version("torch")}
     about |= {"deepspeed": _version("deepspeed"), "ranks": 2, "metric": "VmHWM of the largest rank"}
@@ -157,4 +211,12 @@ if __name__ == "__main__":
         os._exit(code)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="run the cases whose description contains it")
-    measure(parser.parse_args().only)
+    parser.add_argument("--score", action="store_true", help="compare the rows that are there with the forecast")
+    parser.add_argument("--fit", action="store_true", help="fit the constants to the rows that are there")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        fit()
+    else:
+        if not arguments.score:
+            measure(arguments.only)
+        score()

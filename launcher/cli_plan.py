@@ -11,7 +11,8 @@ from launcher import topology
 from launcher.errors import HalfstepError, RefusedError, RequestError
 from launcher.plan import facts, hardware, memory, outlook, present, present_time, score, search
 from launcher.plan import plan as plans
-from launcher.plan.resolve import resolve, setting_of, time_of
+from launcher.plan import setting as settings
+from launcher.plan.resolve import resolve, time_of
 from launcher.spec.load import Request, load
 from launcher.spec.schema import run_keys
 from launcher.topology import Topology
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
         return _search(arguments, words)
     request = _request(arguments, words)
     world = _world(request)
-    read = facts.read(request.spec, _count_parameters)
+    read = _facts(request, world)
     plan = resolve(request, world, read)
     plan = dataclasses.replace(plan, time=time_of(plan, read, request.spec.hardware, terms))
     if arguments.json:
@@ -84,6 +85,12 @@ def _world(request: Request) -> Topology:
         # Planned on a login node for the GPUs of another.
         return dataclasses.replace(world, accelerator="cuda", device_name=spec.hardware)
     return world
+
+
+def _facts(request: Request, world: Topology) -> facts.Facts:
+    """Read what a plan depends on; the memory of CPU ranks is this host's where it is the only one."""
+    here = topology.node_memory_bytes() if world.accelerator == "cpu" and world.nodes == 1 else None
+    return facts.read(request.spec, _count_parameters, here)
 
 
 def _count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
@@ -112,12 +119,13 @@ def _terms(arguments: argparse.Namespace) -> outlook.Terms:
 
 
 def _search(arguments: argparse.Namespace, words: list[str]) -> int:
-    device, starts, refused, world = None, [], [], None
+    device, capacity, starts, refused, world = None, None, [], [], None
     for request, start_world in _requests(arguments, words):
-        read = facts.read(request.spec, _count_parameters)
+        read = _facts(request, start_world)
         plan = resolve(request, start_world, read)
         world = start_world
         device = hardware.of(request.spec.hardware, start_world.device_name, start_world.accelerator, read.hardware)
+        capacity = plan.memory["capacity_bytes"]
         if plan.refused_by:
             refused.append(plan)
             continue
@@ -126,7 +134,7 @@ def _search(arguments: argparse.Namespace, words: list[str]) -> int:
             search.Start(
                 nodes=start_world.nodes,
                 offload=request.spec.offload,
-                setting=setting_of(plan),
+                setting=settings.of_plan(plan),
                 micro=request.spec.batch.micro,
                 checkpointing=plan.activation_checkpointing if "activation_checkpointing" in asked else None,
             )
@@ -139,7 +147,7 @@ def _search(arguments: argparse.Namespace, words: list[str]) -> int:
         )
     if not starts:
         _refuse(refused)
-    found = search.search(starts, device, device.memory, memory.forecast)
+    found = search.search(starts, device, capacity, memory.forecast)
     if not found:
         raise RequestError(
             "no time can be told for this model or precision on this device",

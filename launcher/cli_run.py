@@ -13,7 +13,7 @@ from typing import Any
 from launcher import rundir, topology
 from launcher.errors import RequestError
 from launcher.lease import lease
-from launcher.plan import facts
+from launcher.plan import facts, fit
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
@@ -42,6 +42,7 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         one.add_argument("words", nargs="*", metavar="RUN.toml | key=value")
         one.add_argument("--ds-config", metavar="FILE", help="a DeepSpeed JSON used instead of the composition")
         one.set_defaults(verb=verb)
+        one.add_argument("--force", action="store_true", help="go on where the plan says that it cannot fit")
         if name == "run":
             one.add_argument(
                 "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
@@ -96,13 +97,16 @@ def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
     return load([*words, *own])
 
 
-def _decide(request: Request, world: Topology) -> Plan:
+def _decide(request: Request, world: Topology, *, here: bool = False) -> Plan:
+    """Return the plan; `here`: for ranks on this host, whose memory is then what CPU ranks have to do with."""
+
     def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
         from launcher.engine.build import count_parameters
 
         return count_parameters(config, trust_remote_code)
 
-    return resolve(request, world, facts.read(request.spec, count_parameters))
+    memory = topology.node_memory_bytes() if here and world.accelerator == "cpu" else None
+    return resolve(request, world, facts.read(request.spec, count_parameters, memory))
 
 
 def _here(request: Request) -> Topology:
@@ -136,8 +140,9 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
             where=f"nodes from {request.origins['nodes']}",
             fix="name the hosts with --hostfile FILE, or send the run to a cluster with `halfstep submit`",
         )
-    plan = _decide(request, world)
+    plan = _decide(request, world, here=hosts is None)
     plan.require_allowed()
+    fit.require_fit(plan, arguments.force)
     path = rundir.location(request, plan).absolute()
     rundir.refuse_another_run(path, plan)
     if hosts is None:
@@ -165,6 +170,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         request = _request(arguments, [*words, *more])
         plan = _decide(request, _there(request, chosen))
         plan.require_allowed()
+        fit.require_fit(plan, arguments.force)
         path = rundir.location(request, plan).absolute()
         if more and request.spec.out:
             path /= ",".join(more).replace("/", "_")

@@ -116,7 +116,7 @@ class Witness:
                 "its initialisation is not what it should be"
             )
 
-    def summarise(self, status: str) -> None:
+    def summarise(self, status: str, peak_host_bytes: int) -> None:
         """Write summary.json and say how it went; `status` is `done`, `diverged` or `stopped`."""
         if not self._steps:
             return
@@ -143,7 +143,9 @@ class Witness:
             "tokens_per_second": derive.median_of_steady([one.tokens_per_second for one in self._steps]),
             "step_seconds": derive.median_of_steady([one.step_seconds for one in self._steps]),
             "mfu": derive.median_of_steady([one.mfu for one in self._steps if one.mfu is not None]),
+            "predicted_peak_bytes": plan.memory.get("predicted_peak_bytes"),
             "peak_memory_bytes": max(one.peak_memory_bytes for one in self._steps),
+            "peak_host_bytes": peak_host_bytes,
             **goodput.of(self._where.path, now=time.time()).to_dict(),
             "attempts": int(self._where.attempt.name),
             "repairs": self._repairs,

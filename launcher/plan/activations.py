@@ -35,13 +35,21 @@ class Activations:
     """What the loss holds more, at its worst."""
     evaluation: int
     """A forward pass that keeps nothing: one block's largest moment."""
+    wide: float
+    """Share of a block's bytes in tensors as wide as the feed-forward layer."""
+    wide_tensor: int
+    """One such tensor."""
+    hidden_tensor: int
+    """One as wide as the model."""
 
 
 def activations(setting: Setting) -> Activations:
     """Return the activations of a setting; of a family that is not known, GPT-2's of its width or nothing at all."""
     shape = setting.shape
     if shape is None:
-        return Activations(block=0, kept=0, ends=0, working=0, logits=0, loss=0, evaluation=0)
+        return Activations(
+            block=0, kept=0, ends=0, working=0, logits=0, loss=0, evaluation=0, wide=0.0, wide_tensor=0, hidden_tensor=0
+        )
     tokens, element = setting.micro * setting.sequence, setting.element_bytes
     block = _block(setting, shape) * tokens
     hidden = element * shape.width * tokens
@@ -58,6 +66,9 @@ def activations(setting: Setting) -> Activations:
         logits=logits,
         loss=loss,
         evaluation=element * (widest + 3 * shape.width) * tokens,
+        wide=(2 if shape.family == "gpt2" else 4) * element * shape.ffn * tokens / block,
+        wide_tensor=element * shape.ffn * tokens,
+        hidden_tensor=hidden,
     )
 
 

@@ -154,6 +154,15 @@ def peak_flops(hardware: str | None, device_name: str, precision: str, own: Rows
     return found.peak(precision) if found else None
 
 
+def memory_bytes(hardware: str | None, device_name: str, own: Rows | None = None) -> int | None:
+    """Return the memory of one device, or None where it is not known; what the device's own name says comes first."""
+    said = re.search(r"(\d+) ?GB", device_name)
+    if said is not None:
+        return int(said[1]) * 10**9
+    found = find(hardware, own) if hardware is not None else described(device_name, own)
+    return None if found is None or found.memory is None else int(found.memory)
+
+
 def _spelt(label: str, table: Mapping[str, Hardware]) -> Hardware | None:
     folded = label.casefold()
     for one in table.values():

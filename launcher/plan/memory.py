@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from launcher.plan import resident
-from launcher.plan.moments import Buffer, Moment, moments
+from launcher.plan.buffers import Buffer, Moment, one
+from launcher.plan.moments import moments
 from launcher.plan.setting import Setting
-from launcher.plan.states import States, states
+from launcher.plan.states import FULL, States, states
+from models.shapes import embedding_parameters
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
@@ -56,11 +58,9 @@ class Forecast:
 
 def forecast(setting: Setting) -> Forecast:
     """Return the forecast of a setting; of a family that is not known, without activations and with a wider band."""
-    every, held = moments(setting), states(setting)
+    every, held = moments_on(setting), states(setting)
     on_cpu = setting.accelerator == "cpu"
     offloaded = _offloaded(setting, held)
-    if on_cpu:
-        every = tuple(Moment(name=one.name, buffers=(*one.buffers, *offloaded)) for one in every)
     peaks = _cpu_peaks(setting, every) if on_cpu else _cuda_peaks(every)
     worst = max(every, key=lambda moment: peaks[moment.name])
     peak = peaks[worst.name]
@@ -90,6 +90,14 @@ def forecast(setting: Setting) -> Forecast:
     )
 
 
+def moments_on(setting: Setting) -> tuple[Moment, ...]:
+    """Return the moments of a run, and on CPU ranks, whose host is their device, with what is offloaded."""
+    if setting.accelerator != "cpu":
+        return moments(setting)
+    offloaded = _offloaded(setting, states(setting))
+    return tuple(Moment(name=one.name, buffers=(*one.buffers, *offloaded)) for one in moments(setting))
+
+
 def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
     """Return what lies in host memory for the device's sake."""
     found = (
@@ -98,11 +106,7 @@ def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
         ("offloaded gradients", held.host_gradients, "fp32, a shard"),
         ("offloaded weights", held.host_weights, f"{setting.precision}, a shard"),
     )
-    return tuple(
-        Buffer(name=name, bytes=size, note=note, small=size if size < resident.MIB * 32 else 0)
-        for name, size, note in found
-        if size
-    )
+    return tuple(one(name, size, note) for name, size, note in found if size)
 
 
 def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
@@ -111,10 +115,20 @@ def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
     Large tensors are mapped and given back; the C heap keeps the pages of the small ones, so that they count from the
     moment with most of them on.
     """
-    share = resident.CPU_HEAP_SHARE_STAGE_3 if setting.zero == 3 else resident.CPU_HEAP_SHARE
-    heap = int(share * max(one.small for one in every))
-    fixed = resident.CPU_LIBRARIES + resident.CPU_HEAP
-    return {one.name: fixed + one.bytes - one.small + heap for one in every}
+    heap = heap_bytes(every, int(resident.CPU_LEFT * block_bytes(setting)))
+    return {one.name: resident.CPU_RANK + one.bytes - one.small + heap for one in every}
+
+
+def heap_bytes(every: tuple[Moment, ...], left: int) -> int:
+    """Return what the C heap takes for tensors, `left` being free pieces, which come with what is trained."""
+    first, *others = every
+    return max(first.small, max(one.small for one in others) + left)
+
+
+def block_bytes(setting: Setting) -> int:
+    """Return the bytes of one block in fp32, which is what a model is drawn in; of an unknown family nothing."""
+    shape = setting.shape
+    return FULL * (setting.parameters - embedding_parameters(shape)) // shape.layers if shape else 0
 
 
 def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
@@ -122,10 +136,10 @@ def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
 
 
 def _cpu_overheads(rest: int) -> list[Term]:
-    fixed = resident.CPU_LIBRARIES + resident.CPU_HEAP
+    slack = "pages of the C heap that were of use at another moment, or are too small for anything"
     return [
-        Term(name="framework", bytes=fixed, note="Python, torch, transformers, DeepSpeed, gloo"),
-        Term(name="allocator slack", bytes=rest - fixed, note="pages of the C heap that are free"),
+        Term(name="framework", bytes=resident.CPU_RANK, note="Python, torch, transformers, DeepSpeed, gloo"),
+        Term(name="allocator slack", bytes=rest - resident.CPU_RANK, note=slack),
     ]
 
 

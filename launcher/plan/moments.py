@@ -1,63 +1,16 @@
 """The moments of a run that may be its peak, and what lies on a rank's device in each of them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launcher.plan import tensors as cuts
 from launcher.plan.activations import Activations, activations
+from launcher.plan.buffers import MAPPED, Buffer, Moment, each, many, one
 from launcher.plan.setting import Setting
 from launcher.plan.states import FULL, States, accumulator_bytes, states, uses_bf16_optimizer
 from launcher.plan.tensors import Tensors
 
-MAPPED = 32 << 20
-"""Bytes from which on the C library maps an allocation by itself and gives it back (mallopt(3), M_MMAP_THRESHOLD)."""
 _STAGE_0_BUCKET = 500_000_000
 """Elements that stage 0 flattens at a time (engine.py, buffered_allreduce_fallback)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Buffer:
-    """Something that lies in memory for a while."""
-
-    name: str
-    bytes: int
-    note: str
-    small: int = 0
-    """Of the bytes, those in allocations that the C heap serves."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """A moment and all that lies on the device in it."""
-
-    name: str
-    buffers: tuple[Buffer, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Everything."""
-        return sum(one.bytes for one in self.buffers)
-
-    @property
-    def small(self) -> int:
-        """What the C heap serves of it."""
-        return sum(one.small for one in self.buffers)
-
-
-def one(name: str, size: int, note: str) -> Buffer:
-    """Return a buffer that is one allocation."""
-    return Buffer(name=name, bytes=size, note=note, small=size if size < MAPPED else 0)
-
-
-def each(name: str, sizes: Iterable[int], element: int, note: str) -> Buffer:
-    """Return a buffer that is an allocation for each tensor."""
-    every = [size * element for size in sizes]
-    return Buffer(name=name, bytes=sum(every), note=note, small=sum(size for size in every if size < MAPPED))
-
-
-def many(name: str, size: int, note: str) -> Buffer:
-    """Return a buffer of many allocations that the C heap serves."""
-    return Buffer(name=name, bytes=size, note=note, small=size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,33 +28,43 @@ class _Case:
     def resting(self) -> tuple[Buffer, ...]:
         """What lies there from the first step to the last."""
         setting, held, sharded = self.setting, self.states, self.setting.zero > 0
-        sizes, stage = self.every.sizes, f"stage {self.setting.zero}"
+        stage = f"stage {self.setting.zero}"
         weights = f"{setting.precision} weights, {'a shard' if setting.zero == 3 else 'whole'}"
-        found = [
-            one("weights", held.weights, weights) if sharded else each("weights", sizes, setting.element_bytes, weights)
-        ]
+        found = [one("weights", held.weights, weights)]
         if held.persistent:
             small = f"tensors of at most {setting.persistence_threshold:,} elements stay whole"
             found.append(many("persistent parameters", held.persistent, small))
         for name, size in (("fp32 masters", held.masters), ("optimizer moments", held.moments)):
             count = size // (FULL * self.every.elements) if not sharded else 0
             note = f"fp32, {f'1/{setting.ranks} at {stage}' if sharded else 'whole'}"
-            found.append(one(name, size, note) if sharded else each(name, sizes * count, FULL, note))
+            found.append(one(name, size, note) if sharded else each(name, self.every, FULL, note, count))
         if held.resting_gradients:
-            found.append(one("gradient sums", held.resting_gradients, "fp32, allocated for good"))
+            found.append(one("gradient sums", held.resting_gradients, "fp32, kept allocated"))
         if setting.zero == 3:
-            found.append(one("reduce bucket", self._bucket(FULL), "allocated for good, in the communication dtype"))
+            found.append(one("reduce bucket", self.bucket(self.wire), "kept allocated, in the communication dtype"))
         if setting.zero in (1, 2) and setting.offload_optimizer != "none":
             note = "16-bit staging of the largest parameter"
             found.append(one("offload staging", setting.element_bytes * self.every.largest, note))
         return tuple(buffer for buffer in found if buffer.bytes)
 
-    def _bucket(self, element: int) -> int:
+    @property
+    def wire(self) -> int:
+        """Bytes of one element of what gradients are reduced in."""
+        return FULL if self.setting.communication_dtype == "fp32" else 2
+
+    def bucket(self, element: int) -> int:
         """Return a bucket's bytes: all of it on a GPU, on a CPU only the pages that were written."""
         elements = self.setting.reduce_bucket
         if self.setting.accelerator == "cpu":
-            elements = min(elements, self.every.elements)
+            elements = min(elements, self.filled)
         return elements * element * (2 if self.setting.overlap_comm and self.setting.zero in (1, 2) else 1)
+
+    @property
+    def narrow(self) -> float:
+        """The share of activations that lies in tensors which the C heap serves."""
+        if self.kept.hidden_tensor >= MAPPED:
+            return 0.0
+        return 1.0 if self.kept.wide_tensor < MAPPED else 1.0 - self.kept.wide
 
     def sums(self, *, reduced: bool) -> list[Buffer]:
         """Return the gradients that are being added up, beyond what lies there for good."""
@@ -109,28 +72,28 @@ class _Case:
         size = (held.reduced_gradients if reduced else held.gradients) - held.resting_gradients
         name, kind = "gradients", f"{accumulator_bytes(setting) * 8}-bit sums"
         if uses_bf16_optimizer(setting):
-            return [each("bf16 gradients", self.every.sizes, 2, "beside their fp32 sums, until the step is over")]
+            return [each("bf16 gradients", self.every, 2, "beside their fp32 sums, until the step is over")]
         if setting.zero == 0 or (setting.zero == 1 and not reduced):
-            return [each(name, self.every.sizes, accumulator_bytes(setting), f"{kind}, whole")]
+            return [each(name, self.every, accumulator_bytes(setting), f"{kind}, whole")]
         return [one(name, size, f"{kind}, 1/{setting.ranks} and what it overlaps")] if size else []
 
 
 def moments(setting: Setting) -> tuple[Moment, ...]:
     """Return the moments of a run in their order."""
     every = cuts.of(setting.shape, setting.parameters)
-    limit = _STAGE_0_BUCKET if setting.zero == 0 else setting.reduce_bucket
     case = _Case(
         setting=setting,
         every=every,
         states=states(setting),
         kept=activations(setting),
-        filled=min(every.elements, max(limit, every.largest)),
+        filled=cuts.fullest(every, _STAGE_0_BUCKET if setting.zero == 0 else setting.reduce_bucket),
     )
     found = [
         Moment(name="initialisation", buffers=_initialisation(case)),
         Moment(name="evaluation", buffers=(*case.resting, *_evaluation(case))),
         Moment(name="loss", buffers=(*case.resting, *_loss(case))),
         Moment(name="backward", buffers=(*case.resting, *_backward(case))),
+        Moment(name="end of backward", buffers=(*case.resting, *_end(case))),
         Moment(name="gradient reduction", buffers=(*case.resting, *_reduction(case))),
         Moment(name="optimizer step", buffers=(*case.resting, *_step(case))),
     ]
@@ -140,7 +103,7 @@ def moments(setting: Setting) -> tuple[Moment, ...]:
 def _initialisation(case: _Case) -> tuple[Buffer, ...]:
     """DeepSpeed copies the weights flat, and the half-precision wrappers of stage 0 step once on zeros."""
     setting, held, element = case.setting, case.states, case.setting.element_bytes
-    weights = each("weights", case.every.sizes, element, f"{setting.precision} weights as built")
+    weights = one("weights", element * case.every.elements, f"{setting.precision} weights as built")
     if setting.zero == 3:
         size = held.weights or held.host_weights
         return (
@@ -151,10 +114,12 @@ def _initialisation(case: _Case) -> tuple[Buffer, ...]:
     if setting.zero == 0:
         if setting.precision == "fp32":
             return (weights,)
-        fp32 = each("fp32 masters, gradients and moments", case.every.sizes * 4, FULL, "a step on zero gradients")
-        return (weights, each("gradients", case.every.sizes, element, "zeros"), fp32)
-    flat = one("weights copied flat", held.weights, "both copies live until the parameters point into the new one")
-    return (weights, flat, one("fp32 masters", held.masters, "a shard"))
+        fp32 = each("fp32 masters, gradients and moments", case.every, FULL, "a step on zero gradients", 4)
+        return (weights, each("gradients", case.every, element, "zeros"), fp32)
+    masters = one("fp32 masters", held.masters, "a shard")
+    if setting.accelerator == "cuda" and not uses_bf16_optimizer(setting):
+        return (weights, masters)  # where a second copy has no room, it is made on the host (stage_1_and_2.py)
+    return (weights, one("weights copied flat", held.weights, "until the parameters point into the new copy"), masters)
 
 
 def _evaluation(case: _Case) -> tuple[Buffer, ...]:
@@ -162,7 +127,7 @@ def _evaluation(case: _Case) -> tuple[Buffer, ...]:
     return (
         *_gathered(case),
         one("logits", kept.logits, "of one batch"),
-        many("activations", kept.evaluation, "one block at a time"),
+        many("activations", kept.evaluation, "one block at a time", case.narrow),
     )
 
 
@@ -174,7 +139,7 @@ def _gathered(case: _Case) -> tuple[Buffer, ...]:
     alive = min(case.every.elements, setting.max_live_parameters + case.every.largest)
     note = f"whole weights, up to {setting.max_live_parameters:,} elements"
     share = alive / case.every.elements
-    whole = each("gathered parameters", case.every.sizes, setting.element_bytes, note)
+    whole = each("gathered parameters", case.every, setting.element_bytes, note)
     gathered = Buffer(name=whole.name, bytes=int(whole.bytes * share), note=note, small=int(whole.small * share))
     prefetch = min(setting.prefetch_bucket, case.every.elements) * setting.element_bytes
     return (gathered, one("prefetched parameters", prefetch, "arrive in one piece, are then copied out"))
@@ -183,7 +148,10 @@ def _gathered(case: _Case) -> tuple[Buffer, ...]:
 def _activations(case: _Case, share: float = 1.0) -> Buffer:
     kept, setting = case.kept, case.setting
     note = "the blocks' inputs, recomputed" if setting.activation_checkpointing else "kept by the blocks for backward"
-    return many("activations", int((kept.kept + kept.ends) * share), note)
+    narrow = case.narrow
+    if setting.activation_checkpointing:
+        narrow = float(kept.hidden_tensor < MAPPED)
+    return many("activations", int((kept.kept + kept.ends) * share), note, narrow)
 
 
 def _before(case: _Case) -> list[Buffer]:
@@ -220,39 +188,45 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
         *_before(case),
         *_gathered(case),
         _activations(case),
-        *([many("recomputed block", block, "one block's activations")] if block else []),
+        *([many("recomputed block", block, "one block's activations", case.narrow)] if block else []),
         one("logits", kept.logits, "live until the next forward pass"),
         *_head(case),
-        many("backward workspace", kept.working, "gradients inside one block"),
+        many("backward workspace", kept.working, "gradients inside one block", case.narrow),
     )
+
+
+def _end(case: _Case) -> tuple[Buffer, ...]:
+    """Where nothing is reduced before the backward pass is over: all gradients, and no activations any more."""
+    if case.setting.zero >= 2:
+        return ()
+    return (*case.sums(reduced=False), one("logits", case.kept.logits, "live until the next forward pass"))
 
 
 def _reduction(case: _Case) -> tuple[Buffer, ...]:
     """A bucket is full, or the backward pass over: gradients are copied flat and reduced in the communication dtype."""
     setting, every, filled, element = case.setting, case.every, case.filled, case.setting.element_bytes
     logits = one("logits", case.kept.logits, "live until the next forward pass")
-    wire = FULL if setting.communication_dtype == "fp32" else 2
+    wire = case.wire
     if setting.zero == 0 or uses_bf16_optimizer(setting):
         size = FULL * every.elements if setting.zero else accumulator_bytes(setting) * filled
         return (*case.sums(reduced=False), one("flattened gradients", size, "one bucket, all-reduced"), logits)
-    if setting.zero == 1:
-        size = accumulator_bytes(setting) * filled
-        bucket = one("reduce bucket", max(0, case._bucket(accumulator_bytes(setting)) - size), "beyond what is in it")
-        shard = case.sums(reduced=True) if setting.precision != "fp32" else []
-        return (
-            *case.sums(reduced=False),
-            bucket,
-            one("flattened gradients", size, "the bucket's content, all-reduced"),
-            *shard,
-            logits,
-        )
     left = 1 - filled / every.elements
+    if setting.zero == 1:
+        size, (sums,) = accumulator_bytes(setting) * filled, case.sums(reduced=False)
+        rest = Buffer(
+            name=sums.name, bytes=int(sums.bytes * left), note="not in the bucket", small=int(sums.small * left)
+        )
+        bucket = one("reduce bucket", case.bucket(accumulator_bytes(setting)), "takes the gradients over")
+        flat = one("flattened gradients", size, "the bucket's content, all-reduced")
+        # gloo's threads let go of what they reduced only when the shard has been copied from it.
+        shard = case.sums(reduced=True) if setting.precision != "fp32" or setting.accelerator == "cpu" else []
+        return (rest, bucket, flat, *shard, logits)
     common = (*_gathered(case), *case.sums(reduced=True), _activations(case, left), logits, *_head(case))
     if setting.zero == 3:
-        flat = one("flattened gradients", FULL * filled, "interleaved for the reduce-scatter")
-        copies = (one("gloo's copy", FULL * filled, "of what is reduced"),) if setting.accelerator == "cpu" else ()
+        flat = one("flattened gradients", wire * filled, "interleaved for the reduce-scatter")
+        copies = (one("gloo's copy", wire * filled, "of what is reduced"),) if setting.accelerator == "cpu" else ()
         return (*common, flat, *copies)
-    bucket = one("reduce bucket", case._bucket(element), f"{setting.reduce_bucket:,} elements")
+    bucket = one("reduce bucket", case.bucket(element), f"{setting.reduce_bucket:,} elements")
     flat = one("flattened gradients", element * filled, "the bucket's content")
     cast = (one("gradients in fp32", wire * filled, "the communication dtype"),) if wire != element else ()
     more = case.sums(reduced=True) if setting.precision == "fp32" and setting.accumulation > 1 else ()

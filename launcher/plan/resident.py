@@ -6,14 +6,10 @@ published ranges and have not been measured by this project (docs/planner.md, Me
 
 MIB = 1 << 20
 
-CPU_LIBRARIES = 270 * MIB
-"""Resident libraries of a rank with torch, transformers and DeepSpeed, without the C heap."""
-CPU_HEAP = 150 * MIB
-"""The C heap of the same rank: Python's objects, and what building the model leaves behind in pieces."""
-CPU_HEAP_SHARE = 1.1
-"""The C heap's pages for each byte of tensors in it: pieces that are free and fit nothing."""
-CPU_HEAP_SHARE_STAGE_3 = 1.6
-"""The same at stage 3, where parameters of every size come and go all the time."""
+CPU_RANK = 393 * MIB
+"""A rank with torch, transformers, DeepSpeed and gloo."""
+CPU_LEFT = 6.0
+"""Free pieces of the C heap that fit nothing, in fp32 copies of a block: building leaves them, and every step."""
 CPU_ERROR = 0.05
 """Half of the band around a CPU rank's peak."""
 

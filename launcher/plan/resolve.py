@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.errors import RequestError
 from launcher.plan import batch as batch_equation
-from launcher.plan import dsconfig, hardware, memory, outlook, rules, schedule, setting
+from launcher.plan import dsconfig, fit, hardware, outlook, rules, schedule, setting
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
 from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan
@@ -92,8 +92,11 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
     }
     plan = Plan(run_id="", time={}, **decided)
-    plan = dataclasses.replace(plan, memory=_memory(plan))
-    plan = dataclasses.replace(plan, time=time_of(plan, facts, spec.hardware))
+    plan = dataclasses.replace(
+        plan,
+        memory=fit.described(setting.of_plan(plan), _capacity(spec, topology, facts)),
+        time=time_of(plan, facts, spec.hardware),
+    )
     return dataclasses.replace(plan, run_id=_run_id(plan))
 
 
@@ -229,23 +232,6 @@ def _data(spec: RunSpec, data: DataFacts, sequence: int, vocabulary: int) -> Dat
     )
 
 
-def setting_of(plan: Plan) -> setting.Setting:
-    """Return what a plan's forecasts read."""
-    return setting.of(
-        plan.deepspeed,
-        shape=shapes.from_hf_config(plan.model.config),
-        parameters=plan.model.parameters,
-        zero=plan.zero,
-        precision=plan.precision,
-        batch=plan.batch,
-        topology=plan.topology,
-        sequence=plan.sequence,
-        activation_checkpointing=plan.activation_checkpointing,
-        compile=plan.compile,
-        repairs=plan.numerics.repairs,
-    )
-
-
 def time_of(plan: Plan, facts: Facts, named: str | None, terms: outlook.Terms | None = None) -> dict[str, Any]:
     """Return how long a plan takes; `named` is the run key `hardware`."""
     topology = plan.topology
@@ -257,7 +243,7 @@ def time_of(plan: Plan, facts: Facts, named: str | None, terms: outlook.Terms | 
         evaluation_sequences=plan.data.validation_windows,
         checkpoints=sum(plan.checkpoint.due(step, plan.steps) for step in _saves(plan)),
     )
-    return outlook.of(setting_of(plan), device, topology.device_name, work, terms)
+    return outlook.of(setting.of_plan(plan), device, topology.device_name, work, terms)
 
 
 def _saves(plan: Plan) -> set[int]:
@@ -265,12 +251,8 @@ def _saves(plan: Plan) -> set[int]:
     return {*(range(every, plan.steps + 1, every) if every else ()), plan.steps}
 
 
-def _memory(plan: Plan) -> dict[str, Any]:
-    told = memory.forecast(setting_of(plan))
-    states = told.states.totals()
-    return {
-        "model_states_bytes_per_rank": states,
-        "model_states_total_bytes": sum(states.values()),
-        "predicted_peak_bytes": told.peak_bytes,
-        "excludes": "nothing known",
-    }
+def _capacity(spec: RunSpec, topology: Topology, facts: Facts) -> int | None:
+    """Return the bytes that one rank has: its GPU's, or its share of the host's."""
+    if topology.accelerator == "cuda":
+        return hardware.memory_bytes(spec.hardware, topology.device_name, facts.hardware)
+    return facts.node_memory_bytes // topology.ranks_per_node if facts.node_memory_bytes else None

@@ -90,6 +90,9 @@ def states(setting: Setting, rank: int | None = None) -> States:
             gradients = resting = reduced = 0
         else:
             host_weights = compute * shard
+            if accumulator_bytes(setting) == setting.element_bytes:  # each gradient goes to the host as it is reduced
+                reduced = 0
+                gradients = gradients if setting.zero == 1 else 0
     if weights_away:
         host_weights, weights = host_weights + weights, 0
     return States(

@@ -1,7 +1,7 @@
 """A shape's parameters one by one, in the model's order, and how DeepSpeed cuts them into shards."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from models.shapes import Shape, parameters
 
@@ -10,7 +10,7 @@ _ALIGNMENT = 2
 """Flat groups are padded to a multiple of this times the ranks (stage_1_and_2.py, nccl_start_alignment_factor)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity, or every cache below would hash the lists
 class Tensors:
     """The elements of every parameter; matrices and vectors are the two groups of the optimizer (engine/build.py)."""
 
@@ -26,12 +26,12 @@ class Tensors:
         """The optimizer's parameter groups that are not empty."""
         return tuple(one for one in (self.matrices, self.vectors) if one)
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """All parameters."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """The largest parameter."""
         return max(self.sizes)
@@ -97,7 +97,7 @@ def split(tensors: Tensors, ranks: int) -> int:
 
 @lru_cache(maxsize=1024)
 def persistent(tensors: Tensors, threshold: int) -> int:
-    """Return the elements that stage 3 keeps whole on every rank, being in tensors of at most a threshold."""
+    """Return the elements in tensors of at most a threshold: at stage 3, those that stay whole on every rank."""
     return sum(size for size in tensors.sizes if size <= threshold)
 
 
@@ -116,3 +116,15 @@ def touched(tensors: Tensors, ranks: int) -> tuple[int, ...]:
                 counted[rank] += size
             start += size
     return tuple(counted)
+
+
+@lru_cache(maxsize=1024)
+def fullest(tensors: Tensors, bucket: int) -> int:
+    """Return the elements in a bucket when it is fullest: gradients come from the last parameter to the first."""
+    most = filled = 0
+    for size in reversed(tensors.sizes):
+        if filled and filled + size > bucket:
+            filled = 0
+        filled += size
+        most = max(most, filled)
+    return most

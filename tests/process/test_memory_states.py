@@ -5,7 +5,6 @@ Run by torchrun, this file is the program of a rank: it writes what it held to r
 
 import gc
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import environment
 
 from launcher.plan import setting, states
 from launcher.plan.plan import Plan
@@ -104,7 +104,7 @@ def _bytes_now() -> int:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[..., Any]:
     cache: dict[str, Any] = {}
 
     def measured(plans: list[Plan]) -> list[list[dict[str, int]]]:
@@ -115,11 +115,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-            environment = {name: value for name, value in os.environ.items() if name != "LOCAL_SIZE"}
-            environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            ours = {**environment(scratch), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             done = subprocess.run(
                 [*command, __file__, str(folder)],
-                env=environment,
+                env=ours,
                 cwd=folder,
                 capture_output=True,
                 text=True,

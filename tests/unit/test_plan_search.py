@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
-from launcher.plan import hardware, present_time, search
+from launcher.plan import hardware, present_time, search, setting
 from launcher.plan.plan import Plan
-from launcher.plan.resolve import setting_of
 from launcher.plan.search import Start
 from launcher.plan.setting import Setting
 from launcher.topology import Topology
@@ -34,16 +33,16 @@ class Fake:
         return "fits" if self.peak_bytes <= capacity_bytes else "does not fit"
 
 
-def needs(setting: Setting) -> Fake:
-    activations = setting.micro * (2**30 if setting.activation_checkpointing else 8 * 2**30)
-    return Fake(setting.parameters * (16 if setting.zero < 3 else 2) + activations)
+def needs(one: Setting) -> Fake:
+    activations = one.micro * (2**30 if one.activation_checkpointing else 8 * 2**30)
+    return Fake(one.parameters * (16 if one.zero < 3 else 2) + activations)
 
 
 def starts(plan: Make) -> list[Start]:
     found = []
     for zero in (1, 2, 3):
         one = plan("model=gpt2-1.5b", "batch.global=256", f"zero={zero}", topology=TWO_NODES)
-        found.append(Start(nodes=2, offload="none", setting=setting_of(one)))
+        found.append(Start(nodes=2, offload="none", setting=setting.of_plan(one)))
     return found
 
 
