@@ -2,12 +2,14 @@
 
 python benchmarks/planner_score.py --rows throughput.csv vtrain.csv            error by split, stack and device
 python benchmarks/planner_score.py --rows throughput.csv vtrain.csv --fit      and write launcher/plan/calibration.toml
+python benchmarks/planner_score.py --runs runs/time/* --fit                    the constants of this CPU's ranks in it
 
 The columns are those of `halfstep plan score --rows`. Needs numpy and nothing else; two runs give the same file.
 """
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
 import sys
@@ -17,8 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher.plan import rows, score, time
-from launcher.plan.calibration import Calibration, factor_keys
+from launcher.plan import hardware, rows, score, time
+from launcher.plan import setting as settings
+from launcher.plan.calibration import CPU_STACK, Calibration, factor_keys, shipped
+from launcher.plan.hardware import Hardware
+from launcher.plan.layout import Layout
+from launcher.plan.plan import Plan
 from launcher.plan.rows import Row
 
 TARGET = Path(__file__).resolve().parents[1] / "launcher" / "plan" / "calibration.toml"
@@ -58,6 +64,8 @@ FACTOR_FREEDOM = {
     "stack precision": 0.1,
     "stack device precision": 0.05,
 }
+CPU_FREEDOM = {"matmul": 0.3, "elementwise": 0.7, "host": 1.0, "stage3": 1.0}
+"""The constants that CPU ranks have of their own."""
 HUBER = 0.12
 """Residuals beyond this (in logarithms) pull no harder than at it: single cluster runs are off by tens of percent."""
 
@@ -79,7 +87,7 @@ class Known:
 
 def load(paths: Iterable[Path]) -> Known:
     """Read the rows; a group of n weighs as the root of n, so that no grid of one model decides."""
-    found = []
+    found: list[tuple[Row, float]] = []
     for path in paths:
         for row in rows.read(path):
             speed = score.measured_speed(row.text)
@@ -97,18 +105,35 @@ def predict(row: Row, known: Calibration) -> float | None:
     return math.log(told.tokens_per_second_per_device) if told else None
 
 
-def fit(known: Known, start: Calibration | None = None, iterations: int = 12) -> Calibration:
+def load_runs(paths: Iterable[Path], device: Hardware) -> Known:
+    """Read run directories of CPU ranks; the second fastest of their steps is what other work disturbed least."""
+    found = []
+    for path in paths:
+        plan = Plan.from_dict(json.loads((path / "plan.json").read_text()))
+        steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        taken = sorted(one["step_seconds"] for one in steps if one.get("step_seconds") and one["step"] > 3)
+        one, tokens = settings.of_plan(plan), plan.batch.global_ * plan.sequence
+        row = Row(row_id=path.name, group=path.name, source="runs", stack=CPU_STACK, device=device, setting=one,
+                  layout=Layout(compiled=plan.compile), text={})  # fmt: skip
+        found.append((row, math.log(tokens / taken[1] / one.ranks)))
+    return Known([row for row, _ in found], np.array([value for _, value in found]), np.ones(len(found)))
+
+
+def fit(
+    known: Known, start: Calibration | None = None, iterations: int = 12, freedom: dict[str, float] | None = None
+) -> Calibration:
     """Return the calibration that explains the rows best: Gauss-Newton on logarithms, Huber, Gaussian priors."""
-    prior = Calibration()
+    prior = Calibration() if freedom is None else start or Calibration()
     now = start or prior
-    names = list(FREEDOM)
+    freedom = freedom or FREEDOM
+    names = list(freedom)
     keys = sorted({key for row in known.rows for key in _keys(row)})
     place = {key: index for index, key in enumerate(keys)}
     indicator = np.zeros((len(known.rows), len(keys)))
     for index, row in enumerate(known.rows):
         for key in _keys(row):
             indicator[index, place[key]] = -1.0  # a factor multiplies seconds
-    precision = np.array([FREEDOM[name] ** -2 for name in names] + [_freedom(key) ** -2 for key in keys])
+    precision = np.array([freedom[name] ** -2 for name in names] + [_freedom(key) ** -2 for key in keys])
     for _ in range(iterations):
         base = _predictions(known.rows, now)
         slopes = np.empty((len(known.rows), len(names)))
@@ -244,13 +269,36 @@ def _ninth(told: np.ndarray, known: Known) -> float:
     return math.exp(wrong[math.ceil(0.9 * len(wrong)) - 1])
 
 
+def _runs(paths: Sequence[Path], write_it: bool) -> int:
+    device = hardware.of(None, "", "cpu", hardware.read_own())
+    if device is None:
+        sys.exit("this CPU was not measured: halfstep doctor --measure")
+    known = load_runs(paths, device)
+    fitted = fit(known, dataclasses.replace(shipped("cpu"), factors={}), freedom=CPU_FREEDOM)
+    told = _predictions(known.rows, fitted)
+    for row, one, seen in zip(known.rows, told, known.measured, strict=True):
+        print(f"  {row.row_id:<48} {100 * math.expm1(seen - one):+6.1f} %")
+    print(f"{errors(told, known, [True] * len(known.rows))}")
+    lines = ["[cpu]", *(f"{name} = {getattr(fitted, name):.4g}" for name in CPU_FREEDOM), "link = 1.0"]
+    print("\n".join(lines))
+    if write_it:
+        shipped_text = TARGET.read_text(encoding="utf-8").partition("\n[cpu]")[0]
+        TARGET.write_text(shipped_text.rstrip() + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
 def main() -> int:
     """Score, and with --fit write the calibration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--rows", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--runs", nargs="+", type=Path, metavar="RUN", help="runs of CPU ranks: fit their own constants"
+    )
     parser.add_argument("--fit", action="store_true", help="write launcher/plan/calibration.toml")
     parser.add_argument("--quick", action="store_true", help="leave nothing out: the error on what was fitted")
     arguments = parser.parse_args()
+    if arguments.runs:
+        return _runs(arguments.runs, arguments.fit)
     known = load(arguments.rows)
     fitted = fit(known)
     print(f"{len(known.rows)} rows of {len({row.group for row in known.rows})} groups")
@@ -265,7 +313,9 @@ def main() -> int:
     print("\n".join(report(by_source, known, "one source left out")))
     if arguments.fit:
         spread = (_ninth(by_group, known), _ninth(by_source, known))
-        TARGET.write_text(write(fitted, spread, len(known.rows)), encoding="utf-8")
+        cpu = TARGET.read_text(encoding="utf-8").partition("\n[cpu]")[2]  # fitted to runs, not to rows
+        text = write(fitted, spread, len(known.rows)) + (f"\n[cpu]{cpu}" if cpu else "")
+        TARGET.write_text(text, encoding="utf-8")
         print(f"written: {TARGET}")
     return 0
 

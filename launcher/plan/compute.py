@@ -24,7 +24,9 @@ class MicroStep:
     memory: float
     """Elementwise kernels, unfused attention scores, logits, and reading weights."""
     host: float
-    """Launching kernels; the device does something else meanwhile."""
+    """Launching kernels; a GPU works meanwhile."""
+    serial: bool = False
+    """Whether host and device are one: a CPU computes before it launches the next kernel."""
 
     @property
     def device(self) -> float:
@@ -33,7 +35,9 @@ class MicroStep:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the slower of host and device, smoothly."""
+        """Seconds of the slower of host and device, smoothly; of both where they are one."""
+        if self.serial:
+            return self.device + self.host
         return (self.device**_WAIT + self.host**_WAIT) ** (1 / _WAIT)
 
 
@@ -59,7 +63,9 @@ def stage(setting: Setting, layout: Layout, hardware: Hardware, known: Calibrati
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     feed = (2 if shape.family == "gpt2" else 3) * shape.ffn
     weights = shape.width * (2 * query + 2 * kv + feed) / layout.tensor
-    width, size = shape.width, setting.element_bytes
+    # A CPU's elementwise kernels convert 16 bits to 32, compute and convert back: fewer bytes save them nothing.
+    serial = setting.accelerator == "cpu"
+    width, size = shape.width, 4 if serial else setting.element_bytes
 
     matmul = (3 + again) * 2 * tokens * weights * layers / _linear(setting, layout, hardware, known)
     unfused = layout.attention == "unfused"
@@ -83,6 +89,7 @@ def stage(setting: Setting, layout: Layout, hardware: Hardware, known: Calibrati
         attention=attention,
         memory=moved / hardware.bandwidth,
         host=host * (known.host_compiled if layout.compiled else 1.0),
+        serial=serial,
     )
 
 
