@@ -27,6 +27,8 @@ class Layout:
     """`fp8`, `fp8-mx`, `fp8-rowwise` or `fp4` where the linear layers compute in less than the setting's precision."""
     recompute: str | None = None
     """`none`, `selective` or `full`; None: as the setting's `activation_checkpointing`."""
+    reentrant: bool = False
+    """Whether checkpointed blocks are run as modules of their own, for which stage 3 gathers once more."""
     attention: str = "hopper"
     """`unfused` writes its scores to memory and computes both halves; `flash` are the first fused kernels, made for
     A100; `hopper` those that keep later devices busy too (FlashAttention-3, cuDNN's, which torch takes by itself)."""

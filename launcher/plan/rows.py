@@ -227,6 +227,7 @@ def _layout(
         quantized="ZeRO++" in sharding,
         arithmetic=arithmetic,
         recompute=recompute or ("none" if stack.name != "megatron-core" else "selective"),
+        reentrant=stack.name in ("megatron-deepspeed", "deepspeed-2020"),
         attention=attention,
         compiled=compiled,
         network=network,
