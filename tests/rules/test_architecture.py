@@ -189,6 +189,8 @@ def test_no_package_has_a_single_module_and_none_is_called_utils() -> None:
         ["--help"],
         ["plan", "--help"],
         ["plan", "model=gpt2-124m", "data=DATA"],
+        ["plan", "model=gpt3-175b", "data=DATA", "hardware=H100", "nodes=128", "gpus_per_node=8", "batch.global=1024"],
+        ["plan", "--search", "model=gpt2-124m", "data=DATA", "hardware=H100", "nodes=1,2", "gpus=8"],
         ["run", "--dry-run", "model=gpt2-nano", "data=DATA"],
     ],
     ids=lambda words: " ".join(words),
