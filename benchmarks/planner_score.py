@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher.plan import hardware, rows, score, time
+from launcher.plan import hardware, rows, rows_memory, score, time
 from launcher.plan import setting as settings
 from launcher.plan.calibration import CPU_STACK, Calibration, factor_keys, shipped
 from launcher.plan.hardware import Hardware
@@ -234,6 +234,24 @@ def _stack_medians(told: np.ndarray, known: Known) -> np.ndarray:
     return np.array([np.median(off[stacks == stack]) for stack in stacks])
 
 
+def memory_report(paths: Iterable[Path]) -> list[str]:
+    """Return the error of peak memory by trainer; nothing of it is fitted."""
+    by: dict[str, list[float]] = {}
+    for path in paths:
+        for row in rows.read(path):
+            seen, told = score.measured_memory(row.text), rows_memory.peak_gib(row)
+            if seen and told:
+                by.setdefault(row.stack, []).append(100 * (told / seen - 1))
+    lines = ["peak memory: rows, mean, mean absolute and median absolute error in percent"]
+    for name, wrong in sorted(by.items()):
+        away = [abs(one) for one in wrong]
+        lines.append(
+            f"  {name:<24} {len(wrong):4d} {statistics.mean(wrong):+7.0f} {statistics.mean(away):6.0f} "
+            f"{statistics.median(away):6.0f}"
+        )
+    return lines
+
+
 def scaling(known: Calibration) -> list[str]:
     """Return the MFU of llm-foundry's 7B on H100 at each published size, `palm` convention, in percent."""
     lines = ["llm-foundry 7B on H100, s=2048: devices, micro-batch, MFU (6N + 12Lhs)"]
@@ -299,6 +317,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.runs:
         return _runs(arguments.runs, arguments.fit)
+    if not arguments.rows:
+        parser.error("give --rows FILE... or --runs RUN...")
+    print("\n".join(memory_report(arguments.rows)))
     known = load(arguments.rows)
     fitted = fit(known)
     print(f"{len(known.rows)} rows of {len({row.group for row in known.rows})} groups")

@@ -10,8 +10,10 @@ _CONTEXT = 1.5 * 2**30
 """CUDA context and NCCL, where the metric sees them (nvidia-smi)."""
 _FITS = 0.95
 """A published run did run: nothing needs more than this of its device."""
-_SELECTIVE = 0.6
+_SELECTIVE = 0.5
 """Of what a layer keeps, with selective checkpointing of every other product."""
+_COMPILED = 0.6
+"""The same where torch.compile decides what is kept and what is computed again."""
 
 
 def peak_gib(row: Row) -> float | None:
@@ -23,6 +25,8 @@ def peak_gib(row: Row) -> float | None:
     if row.stack == OWN_STACK and plain:
         told = memory.forecast(row.setting)
         needed = float(told.allocated_bytes if "allocated" in metric else told.peak_bytes)
+        if row.setting.fused_loss:  # Liger's head and loss make no logits
+            needed -= sum(term.bytes for term in told.device if term.name in ("logits", "loss"))
         outside = float(told.outside_bytes)
     else:
         needed = _states(row) + _activations(row) + _head(row)
@@ -44,6 +48,15 @@ def _states(row: Row) -> float:
     # fp32 gradients where the trainer adds them up so: Megatron, nanotron, the bf16 optimizer of Megatron-DeepSpeed.
     wide = setting.precision == "bf16" and layout.collectives != "fsdp"
     gradient = 4 if wide or layout.collectives == "megatron" else 2
+    if row.stack == "nanotron":  # and those that the backward pass makes
+        gradient += 2
+    said = f"{row.text.get('sharding', '')} {row.text.get('precision', '')}"
+    if "LoRA" in said:  # nothing but the weights is worth counting
+        return 2 * own
+    if "bf16-true" in said:  # moments in bf16 too, and no masters
+        return 8 * own / (ranks if "FSDP" in said else 1)
+    if setting.zero == 3 and layout.pipeline > 1 and layout.collectives == "fsdp":
+        return 16 * own / ranks + 6 * own  # gathered once for all micro-batches, gradients kept in fp32
     if setting.zero == 3:
         # What is gathered: two layers at a time, in FSDP with their gradients; up to 1e9 elements in DeepSpeed.
         layer = own / max(1, shape.layers / layout.pipeline)
@@ -78,7 +91,9 @@ def _activations(row: Row) -> float:
     kind = layout.recompute
     if kind == "full":
         return edge * layers * flying + one
-    return (one if kind == "none" else _SELECTIVE * whole) * layers * flying
+    if kind == "none":
+        return one * layers * flying * (_COMPILED if layout.compiled else 1.0)
+    return _SELECTIVE * whole * layers * flying
 
 
 def _head(row: Row) -> float:
@@ -88,6 +103,4 @@ def _head(row: Row) -> float:
     if layout.pipeline > 1:
         return 0.0
     tokens = setting.micro * setting.sequence / layout.context
-    return (
-        (6 if layout.compiled or row.stack.startswith("megatron") else 10) * tokens * shape.vocabulary / layout.tensor
-    )
+    return (6 if row.stack.startswith("megatron") else 10) * tokens * shape.vocabulary / layout.tensor
