@@ -37,6 +37,10 @@ class Moment:
         """What the C heap serves of it."""
         return sum(one.small for one in self.buffers)
 
+    def small_of(self, name: str) -> int:
+        """What the C heap serves of one kind."""
+        return sum(one.small for one in self.buffers if one.name == name)
+
 
 def one(name: str, size: int, note: str) -> Buffer:
     """Return a buffer that is one allocation."""

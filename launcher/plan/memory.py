@@ -112,17 +112,22 @@ def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
 def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
     """Return the resident size at every moment.
 
-    Large tensors are mapped and given back; the C heap keeps the pages of the small ones, so that they count from the
-    moment with most of them on.
+    Large tensors are mapped and given back; the C heap keeps the pages of the small ones.
     """
     heap = heap_bytes(every, int(resident.CPU_LEFT * block_bytes(setting)))
     return {one.name: resident.CPU_RANK + one.bytes - one.small + heap for one in every}
 
 
 def heap_bytes(every: tuple[Moment, ...], left: int) -> int:
-    """Return what the C heap takes for tensors, `left` being free pieces, which come with what is trained."""
+    """Return what the C heap takes for tensors, `left` being pieces that fit nothing any more.
+
+    Initialisation's lie close together. In training a hole that one kind of tensor leaves seldom fits another, so that
+    every kind counts with its own largest moment.
+    """
     first, *others = every
-    return max(first.small, max(one.small for one in others) + left)
+    kinds = {buffer.name for moment in others for buffer in moment.buffers}
+    largest = [max(moment.small_of(kind) for moment in others) for kind in kinds]
+    return max(first.small, sum(largest) + left)
 
 
 def block_bytes(setting: Setting) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import topology
+from launcher import cli, topology
 from launcher.errors import EXIT_REFUSED, RefusedError, RequestError
 from launcher.plan import facts, fit, hardware, present, states, tensors
 from launcher.plan.memory import FITS, TIGHT, TOO_LARGE, forecast
@@ -170,6 +170,33 @@ def test_what_fits_is_started_and_what_cannot_is_refused_with_what_to_change(pla
     assert "zero=3" in caught.value.fix
     assert all(one["verdict"] in (FITS, TIGHT, TOO_LARGE) for one in large.memory["changes"])
     fit.require_fit(large, force=True)
+
+
+def test_run_and_submit_refuse_before_anything_is_written(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(topology, "node_memory_bytes", lambda: 2**29)
+    monkeypatch.setattr(topology, "gpu_count", lambda *_: 0)
+    words = [
+        "run",
+        "model=gpt2-nano",
+        "model.layers=24",
+        "model.width=512",
+        f"data={corpus}",
+        f"out={tmp_path / 'run'}",
+    ]
+    assert cli.main(words) == EXIT_REFUSED
+    told = capsys.readouterr().err
+    assert told.count("\n") == 3
+    assert "it cannot fit" in told
+    assert "framework" in told
+    assert not (tmp_path / "run").exists()
+    assert cli.main([*words, "--force", "--dry-run"]) == 0
+    gpus = ["submit", "--site", "gpu", "--dry-run", "model=gpt3-175b", "zero=0", "gpus_per_node=8", "hardware=h100"]
+    gpus += ["sequence=1024", f"data={corpus}", f"out={tmp_path / 'job'}"]
+    assert cli.main(gpus) == EXIT_REFUSED
+    assert "zero=3" in capsys.readouterr().err
+    assert cli.main([*gpus, "--force"]) == 0
 
 
 def test_nothing_is_refused_where_the_capacity_is_not_known(plan: Make) -> None:
