@@ -63,15 +63,14 @@ def cases() -> Iterator[tuple[str, str, str]]:
         yield "offload", "gpt2-69m", f"zero={zero} precision=bf16 offload={offload} sequence=128 batch.global=2"
 
 
-def measure(only: str | None) -> None:
-    """Run every case that has no row yet."""
+def measure(only: list[str]) -> None:
+    """Run every case that has no row yet, in the order of `only`."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     done = {(row["size"], row["words"]) for row in rows}
+    chosen = [case for text in only or [""] for case in cases() if text in " ".join(case)]
     with tempfile.TemporaryDirectory() as scratch:
         data = _data(Path(scratch))
-        for kind, size, words in cases():
-            if (size, words) in done or (only and only not in f"{kind} {size} {words}"):
-                continue
+        for kind, size, words in dict.fromkeys(case for case in chosen if case[1:] not in done):
             row = _run(Path(scratch) / "run", data, kind, size, words)
             if "failed" in row:
                 print(f"FAILED {size} {words}: {row['failed']}", flush=True)
@@ -210,7 +209,9 @@ if __name__ == "__main__":
         sys.stdout.flush()
         os._exit(code)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", help="run the cases whose description contains it")
+    parser.add_argument(
+        "--only", metavar="TEXT", action="append", default=[], help="run the cases whose description has it"
+    )
     parser.add_argument("--score", action="store_true", help="compare the rows that are there with the forecast")
     parser.add_argument("--fit", action="store_true", help="fit the constants to the rows that are there")
     arguments = parser.parse_args()
