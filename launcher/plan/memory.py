@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from launcher.plan import resident
+from launcher.plan import tensors as cuts
 from launcher.plan.buffers import Buffer, Moment, one
 from launcher.plan.moments import moments
 from launcher.plan.setting import Setting
@@ -159,6 +160,10 @@ def _host(setting: Setting, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
     """Return the host memory of a rank that drives a GPU."""
     found = [Term(name="framework", bytes=resident.CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
     found += [Term(name=one.name, bytes=one.bytes, note=f"{one.note}, pinned") for one in offloaded]
+    largest = cuts.of(setting.shape, setting.parameters).largest
+    found.append(
+        Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32 on its way to the disk")
+    )
     if setting.zero < 3:
         size = setting.element_bytes * setting.parameters
         found.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))

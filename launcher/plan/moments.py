@@ -96,6 +96,8 @@ def moments(setting: Setting) -> tuple[Moment, ...]:
         Moment(name="end of backward", buffers=(*case.resting, *_end(case))),
         Moment(name="gradient reduction", buffers=(*case.resting, *_reduction(case))),
         Moment(name="optimizer step", buffers=(*case.resting, *_step(case))),
+        # Shards are written from views; a forward pass over a few tokens is saved with them, which gathers at stage 3.
+        Moment(name="checkpoint", buffers=(*case.resting, *_gathered(case))),
     ]
     return tuple(found)
 
