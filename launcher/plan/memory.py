@@ -161,9 +161,7 @@ def _host(setting: Setting, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
     found = [Term(name="framework", bytes=resident.CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
     found += [Term(name=one.name, bytes=one.bytes, note=f"{one.note}, pinned") for one in offloaded]
     largest = cuts.of(setting.shape, setting.parameters).largest
-    found.append(
-        Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32 on its way to the disk")
-    )
+    found.append(Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32, to the disk"))
     if setting.zero < 3:
         size = setting.element_bytes * setting.parameters
         found.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))
