@@ -37,14 +37,15 @@ class Moment:
         """What the C heap serves of it."""
         return sum(one.small for one in self.buffers)
 
-    def small_of(self, name: str) -> int:
-        """What the C heap serves of one kind."""
-        return sum(one.small for one in self.buffers if one.name == name)
-
 
 def one(name: str, size: int, note: str) -> Buffer:
     """Return a buffer that is one allocation."""
     return Buffer(name=name, bytes=size, note=note, small=size if size < MAPPED else 0)
+
+
+def several(name: str, size: int, note: str, pieces: int) -> Buffer:
+    """Return a buffer that is some allocations of the same size."""
+    return Buffer(name=name, bytes=size, note=note, small=size if size < pieces * MAPPED else 0)
 
 
 def each(name: str, every: Tensors, element: int, note: str, times: int = 1) -> Buffer:

@@ -8,7 +8,6 @@ from launcher.plan.buffers import Buffer, Moment, one
 from launcher.plan.moments import moments
 from launcher.plan.setting import Setting
 from launcher.plan.states import FULL, States, states
-from models.shapes import embedding_parameters
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
@@ -115,26 +114,23 @@ def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
 
     Large tensors are mapped and given back; the C heap keeps the pages of the small ones.
     """
-    heap = heap_bytes(every, int(resident.CPU_LEFT * block_bytes(setting)))
+    heap = heap_bytes(every, left_share(setting) * _left(setting))
     return {one.name: resident.CPU_RANK + one.bytes - one.small + heap for one in every}
 
 
-def heap_bytes(every: tuple[Moment, ...], left: int) -> int:
-    """Return what the C heap takes for tensors, `left` being pieces that fit nothing any more.
-
-    Initialisation's lie close together. In training a hole that one kind of tensor leaves seldom fits another, so that
-    every kind counts with its own largest moment.
-    """
+def heap_bytes(every: tuple[Moment, ...], left: float) -> int:
+    """Return what the C heap takes for tensors, `left` being what it keeps beside them once training has begun."""
     first, *others = every
-    kinds = {buffer.name for moment in others for buffer in moment.buffers}
-    largest = [max(moment.small_of(kind) for moment in others) for kind in kinds]
-    return max(first.small, sum(largest) + left)
+    return max(first.small, max(one.small for one in others) + int(left))
 
 
-def block_bytes(setting: Setting) -> int:
-    """Return the bytes of one block in fp32, which is what a model is drawn in; of an unknown family nothing."""
-    shape = setting.shape
-    return FULL * (setting.parameters - embedding_parameters(shape)) // shape.layers if shape else 0
+def left_share(setting: Setting) -> float:
+    """Return how much of what the C heap keeps beside the tensors a model of this size leaves there."""
+    return min(1.0, FULL * setting.parameters / resident.CPU_LEFT_FROM)
+
+
+def _left(setting: Setting) -> int:
+    return resident.CPU_LEFT if setting.zero == 0 else resident.CPU_LEFT_SHARDED
 
 
 def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
