@@ -13,7 +13,7 @@ CPU_LEFT, CPU_LEFT_SHARDED = 60 * MIB, 160 * MIB
 CPU_LEFT_FROM = 48 * MIB
 """Bytes of a model in fp32 from which on that is so; a smaller one leaves less in proportion."""
 CPU_GATHERED_TWICE = 0.35
-"""Share of stage 3's small gathered parameters that takes heap once more: they arrive in one piece and are copied out."""
+"""Share of stage 3's small gathered parameters that takes heap twice: they arrive in one piece and are copied out."""
 CPU_ERROR = 0.05
 """Half of the band around a CPU rank's peak."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from models import shapes
 from models.presets import PRESETS
 
 Make = Callable[..., Plan]
+ROOT = Path(__file__).resolve().parents[2]
 GPUS = Topology(
     world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3"
 )
@@ -265,3 +267,17 @@ def test_the_memory_of_a_host_is_what_its_control_group_leaves(tmp_path: Path) -
     assert topology.node_memory_bytes(tmp_path) == 1_024_000
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("500000\n")
     assert topology.node_memory_bytes(tmp_path) == 500_000
+
+
+def test_the_measured_runs_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import measure_memory
+
+    rows = json.loads(measure_memory.RESULTS.read_text())["rows"]
+    errors = [
+        forecast(made).peak_bytes / row["peak_memory_bytes"] - 1
+        for row, made in zip(rows, measure_memory.settings(rows), strict=True)
+    ]
+    assert max(map(abs, errors)) < 0.10
+    assert sum(abs(error) <= 0.05 for error in errors) >= 0.8 * len(errors)
+    assert abs(sum(errors) / len(errors)) < 0.03, "neither above nor below on the whole"
