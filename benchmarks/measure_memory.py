@@ -34,15 +34,17 @@ BIN = Path(sys.executable).parent
 SIZES = {
     "gpt2-14m": "model=gpt2-nano model.layers=6 model.width=384 model.heads=6 model.vocabulary=8192",
     "gpt2-69m": "model=gpt2-nano model.layers=8 model.width=768 model.heads=12 model.vocabulary=16384",
+    "gpt2-nano": "model=gpt2-nano",
     "llama-119m": "model=llama-nano model.layers=8 model.width=1024 model.heads=16 model.vocabulary=24576",
 }
+GRID = ("gpt2-14m", "gpt2-69m", "llama-119m")
 COMMON = "steps=4 eval.every=0 eval.sequences=2 checkpoint.every=0 checkpoint.at_end=false log.every=1"
 CELLS = list(itertools.product(range(4), ("fp32", "bf16", "fp16")))
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
     """Yield (kind, size, words) of every row: the grid of cells, then sweeps of batch, sequence and more."""
-    for size, (zero, precision), checkpointing in itertools.product(SIZES, CELLS, ("false", "true")):
+    for size, (zero, precision), checkpointing in itertools.product(GRID, CELLS, ("false", "true")):
         # Without half-precision instructions fp16 is a hundred times slower: its cells are measured at one size.
         if precision == "fp16" and (size != "gpt2-14m" or checkpointing == "true"):
             continue
@@ -57,21 +59,22 @@ def cases() -> Iterator[tuple[str, str, str]]:
             yield "batch", "gpt2-14m", f"{cell} sequence=128 batch.global={2 * micro} batch.micro={micro}"
         for sequence in (512, 1024, 2048):
             yield "sequence", "gpt2-14m", f"{cell} sequence={sequence} batch.global=2"
+    for zero, precision in itertools.product(range(4), ("fp32", "bf16")):
+        yield "nano", "gpt2-nano", f"zero={zero} precision={precision} sequence=64 batch.global=8 batch.micro=2"
     for zero in range(4):
         yield "accumulation", "gpt2-69m", f"zero={zero} precision=bf16 sequence=128 batch.global=8 batch.micro=1"
     for zero, offload in ((1, "optimizer-cpu"), (2, "optimizer-cpu"), (3, "optimizer-cpu"), (3, "cpu")):
         yield "offload", "gpt2-69m", f"zero={zero} precision=bf16 offload={offload} sequence=128 batch.global=2"
 
 
-def measure(only: str | None) -> None:
-    """Run every case that has no row yet."""
+def measure(only: list[str]) -> None:
+    """Run every case that has no row yet, in the order of `only`."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     done = {(row["size"], row["words"]) for row in rows}
+    chosen = [case for text in only or [""] for case in cases() if text in " ".join(case)]
     with tempfile.TemporaryDirectory() as scratch:
         data = _data(Path(scratch))
-        for kind, size, words in cases():
-            if (size, words) in done or (only and only not in f"{kind} {size} {words}"):
-                continue
+        for kind, size, words in dict.fromkeys(case for case in chosen if case[1:] not in done):
             row = _run(Path(scratch) / "run", data, kind, size, words)
             if "failed" in row:
                 print(f"FAILED {size} {words}: {row['failed']}", flush=True)
@@ -146,7 +149,7 @@ def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
 
 def fitted_on(row: dict[str, Any]) -> bool:
     """Tell whether the constants are fitted to a row; all others are only compared."""
-    return row["kind"] == "grid" and "activation_checkpointing=false" in row["words"] and "bf16" in row["words"]
+    return row["kind"] == "nano" or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
 
 
 def score() -> None:
@@ -177,12 +180,13 @@ def fit() -> None:
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
     left, right = [], []
     for row, made in zip(rows, settings(rows), strict=True):
-        every, seen = memory.moments_on(made), row["peak_memory_bytes"]
+        every, seen, share = memory.moments_on(made), row["peak_memory_bytes"], memory.left_share(made)
         tensors = memory.heap_bytes(every, 0) + max(one.bytes - one.small for one in every)
-        left.append([1 / seen, memory.block_bytes(made) / seen])
+        left.append([1 / seen, share * (made.zero == 0) / seen, share * (made.zero > 0) / seen])
         right.append((seen - tensors) / seen)
-    (rank, pieces), *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    print(f"{len(rows)} rows: CPU_RANK = {rank / 2**20:.0f} * MIB, CPU_LEFT = {pieces:.1f}")
+    found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
+    rank, whole, sharded = (value / 2**20 for value in found)
+    print(f"{len(rows)} rows, MiB: CPU_RANK {rank:.0f}, CPU_LEFT {whole:.0f}, CPU_LEFT_SHARDED {sharded:.0f}")
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
@@ -210,7 +214,9 @@ if __name__ == "__main__":
         sys.stdout.flush()
         os._exit(code)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", help="run the cases whose description contains it")
+    parser.add_argument(
+        "--only", metavar="TEXT", action="append", default=[], help="run the cases whose description has it"
+    )
     parser.add_argument("--score", action="store_true", help="compare the rows that are there with the forecast")
     parser.add_argument("--fit", action="store_true", help="fit the constants to the rows that are there")
     arguments = parser.parse_args()

@@ -43,6 +43,11 @@ def one(name: str, size: int, note: str) -> Buffer:
     return Buffer(name=name, bytes=size, note=note, small=size if size < MAPPED else 0)
 
 
+def several(name: str, size: int, note: str, pieces: int) -> Buffer:
+    """Return a buffer that is some allocations of the same size."""
+    return Buffer(name=name, bytes=size, note=note, small=size if size < pieces * MAPPED else 0)
+
+
 def each(name: str, every: Tensors, element: int, note: str, times: int = 1) -> Buffer:
     """Return a buffer that is an allocation, or several, for each tensor."""
     small = cuts.persistent(every, (MAPPED - 1) // element)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from launcher.plan import resident
+from launcher.plan import tensors as cuts
 from launcher.plan.buffers import Buffer, Moment, one
 from launcher.plan.moments import moments
 from launcher.plan.setting import Setting
 from launcher.plan.states import FULL, States, states
-from models.shapes import embedding_parameters
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
@@ -112,23 +112,25 @@ def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
 def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
     """Return the resident size at every moment.
 
-    Large tensors are mapped and given back; the C heap keeps the pages of the small ones, so that they count from the
-    moment with most of them on.
+    Large tensors are mapped and given back; the C heap keeps the pages of the small ones.
     """
-    heap = heap_bytes(every, int(resident.CPU_LEFT * block_bytes(setting)))
+    heap = heap_bytes(every, left_share(setting) * _left(setting))
     return {one.name: resident.CPU_RANK + one.bytes - one.small + heap for one in every}
 
 
-def heap_bytes(every: tuple[Moment, ...], left: int) -> int:
-    """Return what the C heap takes for tensors, `left` being free pieces, which come with what is trained."""
+def heap_bytes(every: tuple[Moment, ...], left: float) -> int:
+    """Return what the C heap takes for tensors, `left` being what it keeps beside them once training has begun."""
     first, *others = every
-    return max(first.small, max(one.small for one in others) + left)
+    return max(first.small, max(one.small for one in others) + int(left))
 
 
-def block_bytes(setting: Setting) -> int:
-    """Return the bytes of one block in fp32, which is what a model is drawn in; of an unknown family nothing."""
-    shape = setting.shape
-    return FULL * (setting.parameters - embedding_parameters(shape)) // shape.layers if shape else 0
+def left_share(setting: Setting) -> float:
+    """Return how much of what the C heap keeps beside the tensors a model of this size leaves there."""
+    return min(1.0, FULL * setting.parameters / resident.CPU_LEFT_FROM)
+
+
+def _left(setting: Setting) -> int:
+    return resident.CPU_LEFT if setting.zero == 0 else resident.CPU_LEFT_SHARDED
 
 
 def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
@@ -154,6 +156,8 @@ def _host(setting: Setting, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
     """Return the host memory of a rank that drives a GPU."""
     found = [Term(name="framework", bytes=resident.CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
     found += [Term(name=one.name, bytes=one.bytes, note=f"{one.note}, pinned") for one in offloaded]
+    largest = cuts.of(setting.shape, setting.parameters).largest
+    found.append(Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32, to the disk"))
     if setting.zero < 3:
         size = setting.element_bytes * setting.parameters
         found.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))

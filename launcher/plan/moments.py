@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from launcher.plan import tensors as cuts
 from launcher.plan.activations import Activations, activations
-from launcher.plan.buffers import MAPPED, Buffer, Moment, each, many, one
+from launcher.plan.buffers import MAPPED, Buffer, Moment, each, many, one, several
+from launcher.plan.resident import CPU_GATHERED_TWICE
 from launcher.plan.setting import Setting
 from launcher.plan.states import FULL, States, accumulator_bytes, states, uses_bf16_optimizer
 from launcher.plan.tensors import Tensors
@@ -37,7 +38,11 @@ class _Case:
         for name, size in (("fp32 masters", held.masters), ("optimizer moments", held.moments)):
             count = size // (FULL * self.every.elements) if not sharded else 0
             note = f"fp32, {f'1/{setting.ranks} at {stage}' if sharded else 'whole'}"
-            found.append(one(name, size, note) if sharded else each(name, self.every, FULL, note, count))
+            if sharded:
+                pieces = size // held.masters if held.masters else 1
+                found.append(several(name, size, note, pieces))
+            else:
+                found.append(each(name, self.every, FULL, note, count))
         if held.resting_gradients:
             found.append(one("gradient sums", held.resting_gradients, "fp32, kept allocated"))
         if setting.zero == 3:
@@ -96,6 +101,8 @@ def moments(setting: Setting) -> tuple[Moment, ...]:
         Moment(name="end of backward", buffers=(*case.resting, *_end(case))),
         Moment(name="gradient reduction", buffers=(*case.resting, *_reduction(case))),
         Moment(name="optimizer step", buffers=(*case.resting, *_step(case))),
+        # Shards are written from views; a forward pass over a few tokens is saved with them, which gathers at stage 3.
+        Moment(name="checkpoint", buffers=(*case.resting, *_gathered(case))),
     ]
     return tuple(found)
 
@@ -141,6 +148,9 @@ def _gathered(case: _Case) -> tuple[Buffer, ...]:
     share = alive / case.every.elements
     whole = each("gathered parameters", case.every, setting.element_bytes, note)
     gathered = Buffer(name=whole.name, bytes=int(whole.bytes * share), note=note, small=int(whole.small * share))
+    if setting.accelerator == "cpu":
+        more = int(CPU_GATHERED_TWICE * gathered.small)
+        gathered = Buffer(name=whole.name, bytes=gathered.bytes + more, note=note, small=gathered.small + more)
     prefetch = min(setting.prefetch_bucket, case.every.elements) * setting.element_bytes
     return (gathered, one("prefetched parameters", prefetch, "arrive in one piece, are then copied out"))
 
@@ -188,11 +198,21 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
         *_before(case),
         *_gathered(case),
         _activations(case),
+        *_waiting_bucket(case),
         *([many("recomputed block", block, "one block's activations", case.narrow)] if block else []),
         one("logits", kept.logits, "live until the next forward pass"),
         *_head(case),
         many("backward workspace", kept.working, "gradients inside one block", case.narrow),
     )
+
+
+def _waiting_bucket(case: _Case) -> tuple[Buffer, ...]:
+    """Return the bucket of stages 1 and 2, made with the first gradient; on a CPU its pages come as it fills."""
+    setting = case.setting
+    if setting.zero not in (1, 2) or uses_bf16_optimizer(setting) or setting.accelerator == "cpu":
+        return ()
+    element = accumulator_bytes(setting) if setting.zero == 1 else setting.element_bytes
+    return (one("reduce bucket", case.bucket(element), f"{setting.reduce_bucket:,} elements"),)
 
 
 def _end(case: _Case) -> tuple[Buffer, ...]:

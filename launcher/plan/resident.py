@@ -8,8 +8,12 @@ MIB = 1 << 20
 
 CPU_RANK = 393 * MIB
 """A rank with torch, transformers, DeepSpeed and gloo."""
-CPU_LEFT = 6.0
-"""Free pieces of the C heap that fit nothing, in fp32 copies of a block: building leaves them, and every step."""
+CPU_LEFT, CPU_LEFT_SHARDED = 60 * MIB, 160 * MIB
+"""What the C heap keeps at stage 0, and at stages 1 to 3: free pieces that fit nothing, and a top it does not trim."""
+CPU_LEFT_FROM = 48 * MIB
+"""Bytes of a model in fp32 from which on that is so; a smaller one leaves less in proportion."""
+CPU_GATHERED_TWICE = 0.35
+"""Share of stage 3's small gathered parameters that takes heap twice: they arrive in one piece and are copied out."""
 CPU_ERROR = 0.05
 """Half of the band around a CPU rank's peak."""
 

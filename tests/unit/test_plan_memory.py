@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import topology
+from launcher import cli, topology
 from launcher.errors import EXIT_REFUSED, RefusedError, RequestError
 from launcher.plan import facts, fit, hardware, present, states, tensors
 from launcher.plan.memory import FITS, TIGHT, TOO_LARGE, forecast
@@ -22,6 +23,7 @@ from models import shapes
 from models.presets import PRESETS
 
 Make = Callable[..., Plan]
+ROOT = Path(__file__).resolve().parents[2]
 GPUS = Topology(
     world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3"
 )
@@ -172,6 +174,33 @@ def test_what_fits_is_started_and_what_cannot_is_refused_with_what_to_change(pla
     fit.require_fit(large, force=True)
 
 
+def test_run_and_submit_refuse_before_anything_is_written(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(topology, "node_memory_bytes", lambda: 2**29)
+    monkeypatch.setattr(topology, "gpu_count", lambda *_: 0)
+    words = [
+        "run",
+        "model=gpt2-nano",
+        "model.layers=24",
+        "model.width=512",
+        f"data={corpus}",
+        f"out={tmp_path / 'run'}",
+    ]
+    assert cli.main(words) == EXIT_REFUSED
+    told = capsys.readouterr().err
+    assert told.count("\n") == 3
+    assert "it cannot fit" in told
+    assert "framework" in told
+    assert not (tmp_path / "run").exists()
+    assert cli.main([*words, "--force", "--dry-run"]) == 0
+    gpus = ["submit", "--site", "gpu", "--dry-run", "model=gpt3-175b", "zero=0", "gpus_per_node=8", "hardware=h100"]
+    gpus += ["sequence=1024", f"data={corpus}", f"out={tmp_path / 'job'}"]
+    assert cli.main(gpus) == EXIT_REFUSED
+    assert "zero=3" in capsys.readouterr().err
+    assert cli.main([*gpus, "--force"]) == 0
+
+
 def test_nothing_is_refused_where_the_capacity_is_not_known(plan: Make) -> None:
     made = plan("model=gpt3-175b", "sequence=1024")
     assert (made.memory["capacity_bytes"], made.memory["verdict"]) == (None, None)
@@ -238,3 +267,17 @@ def test_the_memory_of_a_host_is_what_its_control_group_leaves(tmp_path: Path) -
     assert topology.node_memory_bytes(tmp_path) == 1_024_000
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("500000\n")
     assert topology.node_memory_bytes(tmp_path) == 500_000
+
+
+def test_the_measured_runs_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import measure_memory
+
+    rows = json.loads(measure_memory.RESULTS.read_text())["rows"]
+    errors = [
+        forecast(made).peak_bytes / row["peak_memory_bytes"] - 1
+        for row, made in zip(rows, measure_memory.settings(rows), strict=True)
+    ]
+    assert max(map(abs, errors)) < 0.10
+    assert sum(abs(error) <= 0.05 for error in errors) >= 0.8 * len(errors)
+    assert abs(sum(errors) / len(errors)) < 0.03, "neither above nor below on the whole"
