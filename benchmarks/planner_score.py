@@ -31,6 +31,7 @@ TARGET = Path(__file__).resolve().parents[1] / "launcher" / "plan" / "calibratio
 # How far a constant may move from where physics or a guess puts it, as the standard deviation of its logarithm.
 FREEDOM = {
     "matmul": 0.15,
+    "narrow": 0.7,
     "attention": 0.2,
     "attention_early": 0.2,
     "attention_lag": 0.3,
@@ -53,7 +54,7 @@ FREEDOM = {
     "shown": 0.4,
     "optimizer": 0.3,
     "host_adam": 0.3,
-    "straggling": 0.7,
+    "straggling": 0.4,
 }
 # The same for factors, by how special they are.
 FACTOR_FREEDOM = {

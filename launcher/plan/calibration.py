@@ -18,6 +18,8 @@ class Calibration:
 
     matmul: float = 0.85
     """Share of a device's best matrix products (`Hardware.matmul`) that the linear layers reach when they are large."""
+    narrow: float = 0.15
+    """How much longer a product takes for each FLOP where matrices are 1024 wide; half of that where they are 4096."""
     attention: float = 0.65
     """The same for attention with heads of 128."""
     attention_early: float = 0.7
@@ -62,7 +64,7 @@ class Calibration:
     """Seconds that a pipeline stage loses to the other stages in a micro-step besides what it sends."""
     stage3: float = 2.0
     """How much longer DeepSpeed's stage 3 communicates than its bytes need: it gathers parameter by parameter."""
-    straggling: float = 0.005
+    straggling: float = 0.01
     """What every doubling of the nodes adds, as a share of the step."""
     spread_seen: float = 1.2
     """Nine forecasts of ten are within this factor, for a stack that the calibration has seen,"""

@@ -67,7 +67,8 @@ def stage(setting: Setting, layout: Layout, hardware: Hardware, known: Calibrati
     serial = setting.accelerator == "cpu"
     width, size = shape.width, 4 if serial else setting.element_bytes
 
-    matmul = (3 + again) * 2 * tokens * weights * layers / _linear(setting, layout, hardware, known)
+    narrow = 1 + known.narrow * math.sqrt(1024 * layout.tensor / shape.width)
+    matmul = narrow * (3 + again) * 2 * tokens * weights * layers / _linear(setting, layout, hardware, known)
     unfused = layout.attention == "unfused"
     causal, passes = (1.0, 3 + again) if unfused else (0.5, 3.5 + (1 if again else 0))
     scores = causal * passes * 4 * tokens * setting.sequence * query / layout.tensor * layers
