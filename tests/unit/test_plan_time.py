@@ -24,7 +24,15 @@ from models.shapes import parameters, shape_of
 Make = Callable[..., Plan]
 H100 = hardware.find("H100")
 IDEAL = Calibration(
-    link=1.0, network=1.0, link_latency=0.0, network_latency=0.0, shown=0.5, straggling=0.0, stage3=1.0, factors={}
+    narrow=0.0,
+    link=1.0,
+    network=1.0,
+    link_latency=0.0,
+    network_latency=0.0,
+    shown=0.5,
+    straggling=0.0,
+    stage3=1.0,
+    factors={},
 )
 
 
