@@ -20,14 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher.plan import memory, setting
+from launcher.plan.plan import Plan
+from launcher.topology import free_port
+from models.shapes import Shape
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from launcher.plan import memory, setting  # noqa: E402
-from launcher.plan.plan import Plan  # noqa: E402
-from launcher.topology import free_port  # noqa: E402
-from models.shapes import Shape  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results" / "memory-cpu.json"
 BIN = Path(sys.executable).parent
 
