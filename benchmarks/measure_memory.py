@@ -20,14 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher.plan import memory, setting
+from launcher.plan.plan import Plan
+from launcher.topology import free_port
+from models.shapes import Shape
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from launcher.plan import memory, setting  # noqa: E402
-from launcher.plan.plan import Plan  # noqa: E402
-from launcher.topology import free_port  # noqa: E402
-from models.shapes import Shape  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results" / "memory-cpu.json"
 BIN = Path(sys.executable).parent
 
@@ -182,11 +180,13 @@ def fit() -> None:
     for row, made in zip(rows, settings(rows), strict=True):
         every, seen, share = memory.moments_on(made), row["peak_memory_bytes"], memory.left_share(made)
         tensors = memory.heap_bytes(every, 0) + max(one.bytes - one.small for one in every)
-        left.append([1 / seen, share * (made.zero == 0) / seen, share * (made.zero > 0) / seen])
+        sharded = made.zero > 0
+        left.append([1 / seen, sharded / seen, share * (not sharded) / seen, share * sharded / seen])
         right.append((seen - tensors) / seen)
     found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    rank, whole, sharded = (value / 2**20 for value in found)
-    print(f"{len(rows)} rows, MiB: CPU_RANK {rank:.0f}, CPU_LEFT {whole:.0f}, CPU_LEFT_SHARDED {sharded:.0f}")
+    names = ("CPU_RANK", "CPU_RANK_SHARDED", "CPU_LEFT", "CPU_LEFT_SHARDED")
+    told = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in zip(names, found, strict=True))
+    print(f"{len(rows)} rows, MiB: {told}")
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

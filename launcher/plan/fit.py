@@ -72,15 +72,28 @@ def largest_micro(setting: Setting, capacity_bytes: int | None) -> int | None:
 
 
 def better(setting: Setting, told: Forecast, capacity_bytes: int | None) -> list[Change]:
-    """Return what to change first: single changes, those that make it fit first and of these the gentlest."""
-    found = []
-    for words, changed in _changes(setting):
-        one = forecast(changed)
-        if one.peak_bytes < told.peak_bytes * _WORTH_NAMING:
-            found.append(Change(words=words, peak_bytes=one.peak_bytes, verdict=one.verdict(capacity_bytes)))
+    """Return what to change first: what makes it fit, the gentlest first, then what helps; pairs if need be."""
+
+    def tried(changes: list[tuple[str, Setting]]) -> list[Change]:
+        outcomes = [(words, forecast(changed)) for words, changed in changes]
+        return [
+            Change(words=words, peak_bytes=one.peak_bytes, verdict=one.verdict(capacity_bytes))
+            for words, one in outcomes
+            if one.peak_bytes < told.peak_bytes * _WORTH_NAMING
+        ]
+
+    singles = _changes(setting)
+    found = tried(singles)
+    if not any(one.verdict == FITS for one in found) and not setting.activation_checkpointing:
+        both = "activation_checkpointing=true"
+        found += tried([(f"{words} {both}", _recomputing(changed)) for words, changed in singles if both not in words])
     return sorted(
         found, key=lambda change: (change.verdict != FITS, 0 if change.verdict == FITS else change.peak_bytes)
     )
+
+
+def _recomputing(setting: Setting) -> Setting:
+    return dataclasses.replace(setting, activation_checkpointing=True)
 
 
 def _changes(setting: Setting) -> list[tuple[str, Setting]]:
@@ -96,7 +109,7 @@ def _changes(setting: Setting) -> list[tuple[str, Setting]]:
         more = setting.accumulation * setting.micro // micro
         found.append((f"batch.micro={micro}", dataclasses.replace(setting, micro=micro, accumulation=more)))
     if not setting.activation_checkpointing:
-        found.append(("activation_checkpointing=true", dataclasses.replace(setting, activation_checkpointing=True)))
+        found.append(("activation_checkpointing=true", _recomputing(setting)))
     if setting.accelerator == "cuda" and setting.offload_optimizer == "none":
         stage = _at_stage(setting, max(1, setting.zero))
         words = "offload=optimizer-cpu" if setting.zero else "zero=1 offload=optimizer-cpu"

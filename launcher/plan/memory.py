@@ -67,7 +67,7 @@ def forecast(setting: Setting) -> Forecast:
     terms = [Term(name=one.name, bytes=one.bytes, note=one.note) for one in worst.buffers if one.bytes]
     outside = 0
     if on_cpu:
-        terms += _cpu_overheads(peak - worst.bytes)
+        terms += _cpu_overheads(_rank_bytes(setting), peak - worst.bytes)
         low, high = 1 - resident.CPU_ERROR, 1 + resident.CPU_ERROR
     else:
         outside = resident.CUDA_CONTEXT + (resident.NCCL if setting.ranks > 1 else 0)
@@ -115,7 +115,7 @@ def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
     Large tensors are mapped and given back; the C heap keeps the pages of the small ones.
     """
     heap = heap_bytes(every, left_share(setting) * _left(setting))
-    return {one.name: resident.CPU_RANK + one.bytes - one.small + heap for one in every}
+    return {one.name: _rank_bytes(setting) + one.bytes - one.small + heap for one in every}
 
 
 def heap_bytes(every: tuple[Moment, ...], left: float) -> int:
@@ -129,6 +129,11 @@ def left_share(setting: Setting) -> float:
     return min(1.0, FULL * setting.parameters / resident.CPU_LEFT_FROM)
 
 
+def _rank_bytes(setting: Setting) -> int:
+    """Return what a CPU rank takes without a model."""
+    return resident.CPU_RANK + (resident.CPU_RANK_SHARDED if setting.zero else 0)
+
+
 def _left(setting: Setting) -> int:
     return resident.CPU_LEFT if setting.zero == 0 else resident.CPU_LEFT_SHARDED
 
@@ -137,11 +142,11 @@ def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
     return {one.name: int(one.bytes * (1 + resident.CUDA_SLACK)) for one in every}
 
 
-def _cpu_overheads(rest: int) -> list[Term]:
+def _cpu_overheads(rank: int, rest: int) -> list[Term]:
     slack = "pages of the C heap that were of use at another moment, or are too small for anything"
     return [
-        Term(name="framework", bytes=resident.CPU_RANK, note="Python, torch, transformers, DeepSpeed, gloo"),
-        Term(name="allocator slack", bytes=rest - resident.CPU_RANK, note=slack),
+        Term(name="framework", bytes=rank, note="Python, torch, transformers, DeepSpeed, gloo"),
+        Term(name="allocator slack", bytes=rest - rank, note=slack),
     ]
 
 

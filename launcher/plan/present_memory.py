@@ -5,6 +5,8 @@ from typing import Any
 _GIB = 2**30
 _BAR = 24
 """Characters of the longest bar."""
+_CHANGES = 6
+"""Changes shown at most; `--json` has all."""
 
 
 def lines(memory: dict[str, Any], activation_checkpointing: bool) -> list[str]:
@@ -23,7 +25,7 @@ def lines(memory: dict[str, Any], activation_checkpointing: bool) -> list[str]:
         micro = memory["largest_micro"]
         which = f"batch.micro={micro}" if micro else "none"
         told.append(f"             largest micro-batch that fits, {way} activation checkpointing: {which}")
-    for one in memory["changes"]:
+    for one in memory["changes"][:_CHANGES]:
         told.append(f"             change: {one['words']} -> {one['peak_bytes'] / _GIB:.2f} GiB, {one['verdict']}")
     return told
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.plan.batch import Batch
+from launcher.plan.plan import Plan
 from launcher.topology import Topology
-from models.shapes import Shape
+from models.shapes import Shape, from_hf_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +122,8 @@ def _device(section: dict[str, Any], name: str) -> str:
     return str((section.get(name) or {}).get("device", "none"))
 
 
-def of_plan(plan: Any) -> Setting:
+def of_plan(plan: Plan) -> Setting:
     """Return the setting of a whole plan."""
-    from models.shapes import from_hf_config
-
     return of(
         plan.deepspeed,
         shape=from_hf_config(plan.model.config),
