@@ -48,7 +48,7 @@ FREEDOM = {
     "link": 0.2,
     "network": 0.2,
     "link_latency": 0.7,
-    "network_latency": 0.7,
+    "network_latency": 0.3,
     "pipeline_latency": 0.7,
     "stage3": 0.4,
     "shown": 0.4,

@@ -52,7 +52,7 @@ class Calibration:
     """Share of the network's."""
     link_latency: float = 1.0e-5
     """Seconds of one collective in a node, times the logarithm of the ranks."""
-    network_latency: float = 5.0e-6
+    network_latency: float = 1.0e-5
     """Seconds for each further node that a ring passes through."""
     shown: float = 0.4
     """Share of overlapped communication that costs time all the same: it takes memory bandwidth and processors."""
