@@ -4,74 +4,17 @@ import csv
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import RequestError
 from launcher.plan import hardware as devices
-from launcher.plan.calibration import OWN_STACK
 from launcher.plan.hardware import Hardware, Rows
 from launcher.plan.layout import Layout
+from launcher.plan.rows_shape import number, shape_of
 from launcher.plan.setting import Setting
-from models import shapes
-from models.shapes import Shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stack:
-    """What is known of a trainer besides what its rows say."""
-
-    name: str
-    collectives: str = "ddp"
-    attention: str = "flash"
-    sequence_parallel: bool = False
-    compiled: bool = False
-    network: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Bytes/s a device, by the beginning of a device's name, where the cluster is known."""
-    ranks_per_node: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-
-_MEGATRON_DEEPSPEED = Stack(
-    name="megatron-deepspeed",
-    collectives="deepspeed",
-    attention="unfused",
-    # Jean Zay: 4 x 100 Gb/s Omni-Path for 8 A100 (BigScience chronicles); its ZeRO-3 runs of different micro-batches
-    # show no more than one such adapter at work for 4 V100.
-    network={"a100": 6.25e9, "v100": 3.125e9},
-    ranks_per_node={"v100": 4},  # Jean Zay again
-)
-_MEGATRON_CORE = Stack(
-    name="megatron-core", collectives="megatron", attention="hopper", compiled=True, sequence_parallel=True
-)
-STACKS: tuple[tuple[str, Stack], ...] = (
-    ("llm-foundry", Stack(name="llm-foundry", collectives="fsdp")),
-    ("torchtitan", Stack(name="torchtitan", collectives="fsdp", compiled=True, sequence_parallel=True)),
-    (
-        "fms-fsdp",  # 800 Gb/s a node of 8 H100, 400 of 8 A100 (its README)
-        Stack(name="fms-fsdp", collectives="fsdp", compiled=True, network={"h100": 12.5e9, "a100": 6.25e9}),
-    ),
-    ("bigscience", _MEGATRON_DEEPSPEED),
-    ("Megatron-DeepSpeed", dataclasses.replace(_MEGATRON_DEEPSPEED, network={}, ranks_per_node={})),
-    ("vTrain", Stack(name="vtrain", collectives="ddp", attention="unfused")),
-    ("calculon", Stack(name="megatron-2021", attention="unfused")),
-    ("NeMo", _MEGATRON_CORE),
-    ("Megatron-Bridge", _MEGATRON_CORE),
-    ("Megatron-LM", Stack(name="megatron-2021", attention="unfused")),
-    ("ml-engineering", Stack(name=OWN_STACK, collectives="deepspeed", attention="hopper")),
-    ("DeepSpeed issue", Stack(name=OWN_STACK, collectives="deepspeed", attention="hopper")),
-    ("DeepSpeed", Stack(name="deepspeed-2020", collectives="deepspeed", attention="unfused")),
-    ("nanotron", Stack(name="nanotron", sequence_parallel=True)),
-    ("llm.c", Stack(name="llm.c", collectives="megatron", attention="hopper", compiled=True)),
-    ("nanoGPT", Stack(name="nanogpt", compiled=True)),
-    ("modded-nanogpt", Stack(name="nanogpt", compiled=True)),
-    ("nanochat", Stack(name="nanogpt", compiled=True)),
-    ("flash-attention", Stack(name="flash-attention", compiled=True)),
-    ("litgpt", Stack(name="litgpt", collectives="fsdp")),
-    ("picotron", Stack(name="picotron")),
-)
-UNKNOWN = Stack(name="unknown")
+from launcher.plan.trainers import Stack, stack_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +68,13 @@ def read_text(path: Path) -> list[dict[str, str]]:
 def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
     """Return a row as a setting and a layout; what it does not say is guessed as the trainer's habits have it."""
     source = text.get("source", "")
-    stack = _stack(text)
+    stack = stack_of(text)
     try:
         device: Hardware | None = devices.find(text.get("gpu", ""), own)
     except RequestError:
         device = None
     sequence = _sequence(text)
-    shape, parameters = _shape(text, sequence)
+    shape, parameters = shape_of(text, sequence)
     cut = _cut(text.get("sharding", ""))
     tensor, pipeline = _tensor_and_pipeline(text.get("sharding", ""), cut, stack)
     context = cut.get("CP", cut.get("SP", 1))
@@ -174,21 +117,6 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
         layout=layout,
         text=text,
     )
-
-
-def _stack(text: Mapping[str, str]) -> Stack:
-    source, notes, place = (text.get(name, "") for name in ("source", "notes", "file_or_table"))
-    found = next((stack for word, stack in STACKS if word in source), UNKNOWN)
-    if "deepcompile" in place:
-        own = dict(STACKS)["ml-engineering"]
-        return dataclasses.replace(own, name="deepcompile", compiled=True) if "DeepCompile" in notes else own
-    if "azure" in place:
-        return dict(STACKS)["Megatron-DeepSpeed"]
-    if found.name == "megatron-2021" and text.get("gpu", "").startswith(("H", "B", "GB")):
-        return dict(STACKS)["NeMo"]
-    if "llm.c" in notes:
-        return dict(STACKS)["llm.c"]
-    return found
 
 
 def _layout(
@@ -318,62 +246,3 @@ def _ranks_per_node(text: Mapping[str, str], stack: Stack, name: str, device: Ha
         return int(said[2])
     known = next((number for start, number in stack.ranks_per_node.items() if name.startswith(start)), None)
     return known or (device.node if device else 8)
-
-
-def _shape(text: Mapping[str, str], sequence: int) -> tuple[Shape | None, int]:
-    """Return the shape and the parameters; where the row gives only these, a shape as wide as such models are."""
-    billions = number(text.get("model_params_B", ""))
-    layers, width, heads, ffn = (_whole(text.get(name, "")) for name in ("layers", "hidden", "heads", "ffn"))
-    vocabulary = _whole(text.get("vocab", "")) or 50257
-    if width is None:
-        if billions is None:
-            return None, 0
-        # The published families keep about 128 of width a layer: N = 12 L h^2 = 12 h^3 / 128.
-        width = max(128, round((billions * 1e9 * 128 / 12) ** (1 / 3) / 128) * 128)
-        layers = layers or max(1, round(billions * 1e9 / (12 * width**2)))
-    if layers is None:
-        layers = max(1, round((billions or 0) * 1e9 / (12 * width**2))) if billions else max(1, width // 128)
-    if heads is None or width % heads:
-        heads = max(1, width // 128)
-    best: Shape | None = None
-    for one in _candidates(layers, width, heads, ffn, vocabulary, sequence):
-        if best is None or (billions and _off(one, billions) < _off(best, billions)):
-            best = one
-    assert best is not None, "there is always a GPT-2 shape"
-    return best, round(billions * 1e9) if billions else shapes.parameters(best)
-
-
-def _candidates(
-    layers: int, width: int, heads: int, ffn: int | None, vocabulary: int, sequence: int
-) -> Iterator[Shape]:
-    common: dict[str, Any] = {
-        "layers": layers,
-        "width": width,
-        "heads": heads,
-        "head_dim": width // heads,
-        "vocabulary": vocabulary,
-    }
-    common |= {"positions": sequence}
-    yield Shape(family="gpt2", kv_heads=heads, ffn=ffn or 4 * width, tied=True, **common)
-    if ffn and ffn != 4 * width:
-        for share in (1, 2, 4, 8, 16):
-            if heads % share == 0:
-                yield Shape(family="llama", kv_heads=heads // share, ffn=ffn, tied=False, **common)
-
-
-def _off(shape: Shape, billions: float) -> float:
-    return abs(math.log(shapes.parameters(shape) / (billions * 1e9)))
-
-
-def number(text: str) -> float | None:
-    """Return the first number of a text, with its k, M or B; None where there is none that makes sense."""
-    found = re.match(r"\s*~?(\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kKMB]?)(?![A-Za-z])", text)
-    if not found:
-        return None
-    number = float(found[1].replace(",", "")) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[found[2]]
-    return number if 0 < number < 1e18 else None
-
-
-def _whole(text: str) -> int | None:
-    found = number(text)
-    return max(1, round(found)) if found else None

@@ -13,6 +13,7 @@ from launcher.errors import RequestError
 from launcher.plan import rows, rows_memory, time
 from launcher.plan.hardware import Rows
 from launcher.plan.rows import Row
+from launcher.plan.rows_shape import number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +59,15 @@ def measured_speed(text: Mapping[str, str]) -> float | None:
 
     None where it says neither, or FLOPs by a convention that is not known.
     """
-    told = rows.number(text.get("tokens_per_s_per_gpu", ""))
+    told = number(text.get("tokens_per_s_per_gpu", ""))
     if told:
         return told
     batch, seconds, devices, sequence = (
-        rows.number(text.get(name, "")) for name in ("global_batch", "iter_time_s", "n_gpus", "seq_len")
+        number(text.get(name, "")) for name in ("global_batch", "iter_time_s", "n_gpus", "seq_len")
     )
     if batch and seconds and devices and sequence:
         return batch * sequence / seconds / devices
-    work, flops = _flops_per_token(text), rows.number(text.get("tflops_per_gpu", ""))
+    work, flops = _flops_per_token(text), number(text.get("tflops_per_gpu", ""))
     return flops * 1e12 / work if work and flops else None
 
 
@@ -184,7 +185,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def measured_memory(text: Mapping[str, str]) -> float | None:
     """Return a row's measured peak in GiB, None where it says none."""
-    said, unit = rows.number(text.get("mem_GB", "")), text.get("unit", "")
+    said, unit = number(text.get("mem_GB", "")), text.get("unit", "")
     if said is None:
-        said, unit = rows.number(text.get("peak_mem_GB", "")), "GiB" if "GiB" in text.get("notes", "") else "GB"
+        said, unit = number(text.get("peak_mem_GB", "")), "GiB" if "GiB" in text.get("notes", "") else "GB"
     return said if said is None or unit.startswith("GiB") else said * 1e9 / 2**30
