@@ -147,7 +147,7 @@ def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
 
 def fitted_on(row: dict[str, Any]) -> bool:
     """Tell whether the constants are fitted to a row; all others are only compared."""
-    return row["kind"] == "nano" or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
+    return row["kind"] in ("nano", "accumulation") or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
 
 
 def score() -> None:
@@ -178,13 +178,15 @@ def fit() -> None:
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
     left, right = [], []
     for row, made in zip(rows, settings(rows), strict=True):
-        every, seen, share = memory.moments_on(made), row["peak_memory_bytes"], memory.left_share(made)
-        tensors = memory.heap_bytes(every, 0) + max(one.bytes - one.small for one in every)
+        moments, seen, share = memory.moments_on(made), row["peak_memory_bytes"], memory.left_share(made)
+        tensors = memory.heap_bytes(moments, 0) + max(one.bytes - one.small for one in moments)
         sharded = made.zero > 0
-        left.append([1 / seen, sharded / seen, share * (not sharded) / seen, share * sharded / seen])
+        added = sharded and made.accumulation > 1
+        every = (1, sharded, share * (not sharded), share * sharded, share * added)
+        left.append([value / seen for value in every])
         right.append((seen - tensors) / seen)
     found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    names = ("CPU_RANK", "CPU_RANK_SHARDED", "CPU_LEFT", "CPU_LEFT_SHARDED")
+    names = ("CPU_RANK", "CPU_RANK_SHARDED", "CPU_LEFT", "CPU_LEFT_SHARDED", "CPU_LEFT_ACCUMULATED")
     told = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in zip(names, found, strict=True))
     print(f"{len(rows)} rows, MiB: {told}")
 

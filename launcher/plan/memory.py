@@ -135,7 +135,9 @@ def _rank_bytes(setting: Setting) -> int:
 
 
 def _left(setting: Setting) -> int:
-    return resident.CPU_LEFT if setting.zero == 0 else resident.CPU_LEFT_SHARDED
+    if setting.zero == 0:
+        return resident.CPU_LEFT
+    return resident.CPU_LEFT_SHARDED + (resident.CPU_LEFT_ACCUMULATED if setting.accumulation > 1 else 0)
 
 
 def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:

@@ -8,10 +8,12 @@ MIB = 1 << 20
 
 CPU_RANK = 398 * MIB
 """A rank with torch, transformers, DeepSpeed and gloo."""
-CPU_RANK_SHARDED = 58 * MIB
+CPU_RANK_SHARDED = 52 * MIB
 """More at stages 1 to 3: DeepSpeed imports its Muon there to ask for its type, which compiles (zero/utils.py)."""
-CPU_LEFT, CPU_LEFT_SHARDED = 64 * MIB, 96 * MIB
+CPU_LEFT, CPU_LEFT_SHARDED = 66 * MIB, 101 * MIB
 """What the C heap keeps at stage 0, and at stages 1 to 3: free pieces that fit nothing, and a top it does not trim."""
+CPU_LEFT_ACCUMULATED = 148 * MIB
+"""More at stages 1 to 3 where micro-batches are added up: backward passes follow each other without a trim."""
 CPU_LEFT_FROM = 48 * MIB
 """Bytes of a model in fp32 from which on that is so; a smaller one leaves less in proportion."""
 CPU_GATHERED_TWICE = 0.35
