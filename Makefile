@@ -4,6 +4,7 @@
 # make test-all    and what takes longer than anybody waits: every combination of the parity gate, every cell's faults
 # make test-faults the fault matrix: every kill, flip, full disk, signal and stall, on real ranks (about 40 minutes)
 # make test-slurm  jobs on a real SLURM cluster of two nodes on this machine: limits, preemption, lost nodes (about 25 minutes)
+# make measure the memory of real CPU runs against the plan's forecast, into benchmarks/results/memory-cpu.json (half an hour)
 # make gpu     what only a GPU can show, into benchmarks/results/<device>.json
 # make check   formatting, lint, types, generated files
 
@@ -14,7 +15,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo study test test-all test-faults test-slurm cluster gpu check format setup clean
+.PHONY: demo study test test-all test-faults test-slurm cluster gpu measure check format setup clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,9 @@ test-faults: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+measure: $(STAMP)
+	$(BIN)/python benchmarks/measure_memory.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

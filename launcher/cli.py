@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from launcher import cli_checkpoint, cli_jobs, cli_run, cli_study, topology
+from launcher import cli_checkpoint, cli_jobs, cli_plan, cli_run, cli_study, topology
 from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError
 
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     _data_verbs(verbs.add_parser("data", help="prepare or inspect a corpus"), common)
+    cli_plan.add(verbs, common)
     cli_run.add(verbs, common)
     cli_jobs.add(verbs, common)
     cli_study.add(verbs, common)
@@ -88,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     cli_checkpoint.add(verbs, common)
     doctor = verbs.add_parser("doctor", help="check what a run needs", parents=[common])
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure this machine's CPU for the planner, once: some seconds, best with nothing else running",
+    )
     doctor.set_defaults(verb=_doctor)
     return parser
 
@@ -179,10 +185,29 @@ def _numerics(arguments: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
+def _measure(arguments: argparse.Namespace) -> int:
+    from launcher.engine.measure import measure
+    from launcher.plan.hardware import folder
+
+    file = folder() / "this-cpu.toml"
+    row = measure(file)
+    if arguments.json:
+        print(json.dumps(row, indent=2))
+        return 0
+    print(f"this CPU, one of {row['measured_ranks']} rank(s), into {file}")
+    for name, unit in (("fp32", "FLOP/s"), ("half", "FLOP/s in bf16"), ("fp16", "FLOP/s"), ("bandwidth", "bytes/s"),
+                       ("link", "bytes/s"), ("link_latency", "s"), ("storage", "bytes/s")):  # fmt: skip
+        if name in row:
+            print(f"  {name:<14} {row[name]:.3g} {unit}")
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace, words: list[str]) -> int:
     topology.prefer_cpu()
     from launcher.engine import doctor
 
+    if arguments.measure:
+        return _measure(arguments)
     findings = doctor.examine(Path.cwd())
     if arguments.json:
         print(json.dumps([dataclasses.asdict(one) for one in findings], indent=2))

@@ -1,4 +1,4 @@
-"""The verbs that decide about runs and start them: plan, run, submit."""
+"""The verbs that start runs: run, submit."""
 
 import argparse
 import dataclasses
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher import rundir, topology
-from launcher.errors import HalfstepError, RequestError
+from launcher.errors import RequestError
 from launcher.lease import lease
-from launcher.plan import facts, present
+from launcher.plan import facts, fit
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
@@ -28,7 +28,6 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verbs to the command."""
     keys = "\n".join(f"  {name:<28} {sentence}" for name, sentence in run_keys().items())
     for name, verb, text in (
-        ("plan", _plan, "decide everything about a run, show it, and start nothing"),
         ("run", _run, "start a run on this host, or over a hostfile"),
         ("submit", _submit, "send a run to SLURM, as a job that saves, requeues and resumes by itself"),
     ):
@@ -43,9 +42,8 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         one.add_argument("words", nargs="*", metavar="RUN.toml | key=value")
         one.add_argument("--ds-config", metavar="FILE", help="a DeepSpeed JSON used instead of the composition")
         one.set_defaults(verb=verb)
-        if name == "plan":
-            one.add_argument("--json", action="store_true", help="print the plan as JSON")
-        elif name == "run":
+        one.add_argument("--force", action="store_true", help="go on where the plan says that it cannot fit")
+        if name == "run":
             one.add_argument(
                 "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
             )
@@ -99,13 +97,16 @@ def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
     return load([*words, *own])
 
 
-def decide(request: Request, world: Topology) -> Plan:
+def decide(request: Request, world: Topology, *, on_this_host: bool = False) -> Plan:
+    """Return the plan; `on_this_host`: for ranks on this host, whose memory is then what CPU ranks have to do with."""
+
     def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
         from launcher.engine.build import count_parameters
 
         return count_parameters(config, trust_remote_code)
 
-    return resolve(request, world, facts.read(request.spec, count_parameters))
+    memory = topology.node_memory_bytes() if on_this_host and world.accelerator == "cpu" else None
+    return resolve(request, world, facts.read(request.spec, count_parameters, memory))
 
 
 def here(request: Request) -> Topology:
@@ -127,20 +128,6 @@ def there(request: Request, site: Site) -> Topology:
     )
 
 
-def _plan(arguments: argparse.Namespace, words: list[str]) -> int:
-    request = _request(arguments, words)
-    world = here(request)
-    if request.spec.hardware and world.accelerator == "cpu":
-        # Planned on a login node for the GPUs of another.
-        world = dataclasses.replace(world, accelerator="cuda", device_name=request.spec.hardware)
-    plan = decide(request, world)
-    if arguments.json:
-        print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(present.lines(plan)))
-    return HalfstepError.exit_code if plan.refused_by else 0
-
-
 def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     request = _request(arguments, words)
     spec, hosts, world = request.spec, None, here(request)
@@ -153,8 +140,9 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
             where=f"nodes from {request.origins['nodes']}",
             fix="name the hosts with --hostfile FILE, or send the run to a cluster with `halfstep submit`",
         )
-    plan = decide(request, world)
+    plan = decide(request, world, on_this_host=hosts is None)
     plan.require_allowed()
+    fit.require_fit(plan, arguments.force)
     path = rundir.location(request, plan).absolute()
     rundir.refuse_another_run(path, plan)
     if hosts is None:
@@ -182,6 +170,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         request = _request(arguments, [*words, *more])
         plan = decide(request, there(request, chosen))
         plan.require_allowed()
+        fit.require_fit(plan, arguments.force)
         path = rundir.location(request, plan).absolute()
         if more and request.spec.out:
             path /= ",".join(more).replace("/", "_")

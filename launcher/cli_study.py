@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError
+from launcher.plan import fit
+from launcher.plan.plan import Plan
 from launcher.spec.load import Request
 from launcher.submit import argv
 from launcher.submit.job import STARTERS
@@ -16,8 +18,6 @@ from launcher.topology import Topology
 _DATA = Path("data") / "stdlib"
 """Where a study without data prepares the standard library's sources, once for all studies of this folder."""
 _VOCABULARY = 4096
-
-Decide = Callable[[Request, Topology], Any]
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -76,7 +76,13 @@ def _read(
     study = file.read(arguments.study, words)
     if "data" not in study.base and not any(axis.name == "data" for axis in study.axes):
         study.base["data"] = str(_prepared(arguments.dry_run))
-    cells = grid.cells(study, lambda request: decide(request, world(request)))
+
+    def decided(request: Request) -> Plan:
+        plan = decide(request, world(request), on_this_host=arguments.verb is _run)
+        fit.require_fit(plan, arguments.force)
+        return plan
+
+    cells = grid.cells(study, decided)
     where = folder.location(study, arguments.out)
     change = folder.compare(where, cells)
     if not arguments.json:

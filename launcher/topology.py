@@ -158,6 +158,24 @@ def cpu_model() -> str:
     return platform.machine()
 
 
+def node_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Return the memory of this host, or of the control group that holds this process if that has less; else None."""
+    found = []
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemTotal:"):
+            found.append(int(line.split()[1]) * 1024)
+    for limit in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        found += [int(line) for line in _lines(root / limit) if line.strip().isdigit()]  # `max`: no limit
+    return min(found) if found else None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
+
+
 def usable_cores() -> int:
     """Count the cores this process may run on (an affinity mask or a cgroup may leave fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

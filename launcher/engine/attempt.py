@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launcher import faults
-from launcher.engine import distributed, loop, randomness, restoring, states
+from launcher.engine import distributed, loop, randomness, readings, restoring, states
 from launcher.engine.build import build
 from launcher.engine.feed import Feed
 from launcher.engine.guard import Guard
@@ -17,7 +17,7 @@ from launcher.engine.restoring import Choice
 from launcher.engine.saving import Saver
 from launcher.engine.witness import Witness
 from launcher.errors import NumericsError, Stopped
-from launcher.plan import present
+from launcher.plan import fit, present
 from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
 from launcher.topology import Rank
@@ -58,14 +58,16 @@ def make(attempt: Attempt) -> None:
         except (NumericsError, Stopped) as error:  # every rank raises it after the same step
             finite = None if engine is None else all(distributed.gather_objects(_weights_are_finite(engine)))
             witness.event("stopped", reason=error.what, where=error.where, weights_finite=finite)
+            peak = max(distributed.gather_objects(readings.host_peak_bytes()))
             if rank == 0:
-                witness.summarise("diverged" if isinstance(error, NumericsError) else "stopped")
+                witness.summarise("diverged" if isinstance(error, NumericsError) else "stopped", peak)
                 with contextlib.suppress(OSError):
                     where.stop_file.unlink(missing_ok=True)  # it has been done; the next start is meant to go on
             distributed.gather_objects(None)  # a launcher ends everybody when one rank fails: let rank 0 write first
             raise
+        peak = max(distributed.gather_objects(readings.host_peak_bytes()))
         if rank == 0:
-            witness.summarise("done")
+            witness.summarise("done", peak)
             with contextlib.suppress(OSError):
                 where.stop_file.unlink(missing_ok=True)  # it came too late to stop anything
 
@@ -146,6 +148,8 @@ def _say_what_is_coming(witness: Witness, attempt: Attempt) -> None:
     plan, choice = attempt.plan, attempt.choice
     for line in [*present.headline(plan), f"run directory {attempt.where.path}", *present.warnings(plan)]:
         witness.screen.say(line)
+    if risk := fit.warning(plan, readings.capacity_bytes(plan)):
+        witness.screen.say(f"WARNING: {risk}")
     if choice.step:
         witness.take_over()
     for one in choice.damaged:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from launcher import topology
 from launcher.plan.plan import Plan
 
 
@@ -81,6 +82,19 @@ def peak_memory_bytes(accelerator: str) -> int:
     """Return this process's peak: most reserved by torch on a GPU, else the high-water mark of its resident size."""
     if accelerator == "cuda":
         return torch.cuda.max_memory_reserved()
+    return host_peak_bytes()
+
+
+def capacity_bytes(plan: Plan) -> int | None:
+    """Return the memory that a rank has here: its GPU's, or its share of the host's."""
+    if plan.topology.accelerator == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    memory = topology.node_memory_bytes()
+    return memory // plan.topology.ranks_per_node if memory else None
+
+
+def host_peak_bytes() -> int:
+    """Return the high-water mark of this process's resident size."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -67,7 +67,8 @@ def report(rank: Rank, plan: Plan, master: tuple[str, int], listens: int | None)
         device=torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu",
         versions={**rundir.versions(), "python": platform.python_version()},
         halfstep=_code_hash(),
-        plan=digest(plan.to_dict()),
+        # What a host forecasts depends on the devices that its user measured, not on the question.
+        plan=digest({**plan.to_dict(), "time": None}),
         data=data or plan.data.digest,
         problem=problem,
         listens=listens,

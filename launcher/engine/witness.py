@@ -117,7 +117,14 @@ class Witness:
                 "its initialisation is not what it should be"
             )
 
-    def summarise(self, status: str) -> None:
+    def _all_reduce(self) -> dict[str, float]:
+        """Return what the ranks' messages took when this attempt began; empty for one rank alone."""
+        try:
+            return json.loads((self._where.attempt / "preflight.json").read_text("utf-8")).get("all_reduce", {})
+        except (OSError, ValueError):
+            return {}
+
+    def summarise(self, status: str, peak_host_bytes: int) -> None:
         """Write summary.json and say how it went; `status` is `done`, `diverged` or `stopped`."""
         if not self._steps:
             return
@@ -142,9 +149,14 @@ class Witness:
             "skipped_steps": last.skipped_steps,
             "loss_scale": last.loss_scale,
             "tokens_per_second": derive.median_of_steady([one.tokens_per_second for one in self._steps]),
+            "predicted_step_seconds": plan.time.get("step_seconds"),
             "step_seconds": derive.median_of_steady([one.step_seconds for one in self._steps]),
             "mfu": derive.median_of_steady([one.mfu for one in self._steps if one.mfu is not None]),
+            "predicted_peak_bytes": plan.memory.get("predicted_peak_bytes"),
             "peak_memory_bytes": max(one.peak_memory_bytes for one in self._steps),
+            "peak_host_bytes": peak_host_bytes,
+            "predicted_communication_bytes": plan.time.get("communication_bytes_per_rank"),
+            "all_reduce": self._all_reduce(),
             **goodput.of(self._where.path, now=time.time()).to_dict(),
             "attempts": int(self._where.attempt.name),
             "load_average": os.getloadavg(),

@@ -196,20 +196,25 @@ def tuned(spec: RunSpec, sizes: Sizes) -> dict[str, tuple[Any, str]]:
     A bucket smaller than the largest tensor is bypassed by it; one larger than the model is memory for nothing.
     """
     origin = "scaled to the model"
-    bucket = min(_LARGEST_BUCKET, sizes.parameters, max(sizes.largest_tensor, _SMALLEST_USEFUL_BUCKET))
     if spec.zero == 0:
         return {}
+    elements = bucket(sizes)
     keys: dict[str, tuple[Any, str]] = {
-        "zero_optimization.reduce_bucket_size": (bucket, origin),
-        "zero_optimization.allgather_bucket_size": (bucket, origin),
+        "zero_optimization.reduce_bucket_size": (elements, origin),
+        "zero_optimization.allgather_bucket_size": (elements, origin),
     }
     if spec.zero == 3:
         keys |= {
-            "zero_optimization.stage3_prefetch_bucket_size": (min(50_000_000, bucket), origin),
+            "zero_optimization.stage3_prefetch_bucket_size": (min(50_000_000, elements), origin),
             # Biases and norms stay whole on every rank: gathering such small pieces costs more than they weigh.
             "zero_optimization.stage3_param_persistence_threshold": (10 * sizes.width, origin),
         }
     return keys
+
+
+def bucket(sizes: Sizes) -> int:
+    """Return the elements of a reduce bucket: of use, no larger than the model, and no smaller than any tensor."""
+    return min(_LARGEST_BUCKET, sizes.parameters, max(sizes.largest_tensor, _SMALLEST_USEFUL_BUCKET))
 
 
 def _refuse_unknown(config: dict[str, Any], origins: dict[str, str]) -> None:

@@ -1,11 +1,12 @@
 """Read, before planning, what a plan depends on besides the request, so that `resolve` can be pure."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError
+from launcher.plan import hardware
 from launcher.plan.corpus import DataFacts, read_data
 from launcher.plan.pretrained import CountParameters, ModelFacts, read_model
 from launcher.spec.schema import RunSpec
@@ -20,14 +21,24 @@ class Facts:
     """None for a preset."""
     ds_config: dict[str, Any] | None
     """The content of --ds-config FILE."""
+    node_memory_bytes: int | None = None
+    """Memory of a host of CPU ranks; None where it is another host than this one, or any of several."""
+    hardware: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The user's own table of devices, this CPU among them."""
 
 
-def read(spec: RunSpec, count_parameters: CountParameters) -> Facts:
-    """Read the facts for a request; `count_parameters` (which may load torch) is called for unknown families only."""
+def read(spec: RunSpec, count_parameters: CountParameters, node_memory_bytes: int | None = None) -> Facts:
+    """Read the facts for a request; `count_parameters` (which may load torch) is called for unknown families only.
+
+    `node_memory_bytes` is asked for by who plans for one host: ranks that plan by themselves have to plan alike, and
+    two hosts seldom have the same memory to the byte.
+    """
     return Facts(
         data=read_data(spec.data),
         model=read_model(spec, count_parameters) if spec.model.name.startswith("hf:") else None,
         ds_config=_read_ds_config(Path(spec.ds_config)) if spec.ds_config else None,
+        hardware=hardware.read_own(),
+        node_memory_bytes=node_memory_bytes,
     )
 
 

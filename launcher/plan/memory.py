@@ -1,29 +1,171 @@
-"""Model states per rank, in bytes: what DeepSpeed holds for weights, gradients, masters and optimizer moments.
+"""How much memory a rank will need, term by term, at which moment, and whether that is there."""
 
-Activations, logits, buckets and temporaries are not in these figures, and the plan says so.
-"""
+from dataclasses import dataclass
 
-_HALF, _FULL = 2, 4
+from launcher.plan import resident
+from launcher.plan import tensors as cuts
+from launcher.plan.buffers import Buffer, Moment, one
+from launcher.plan.moments import moments
+from launcher.plan.setting import Setting
+from launcher.plan.states import FULL, States, states
+
+FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
 
-def model_states(
-    parameters: int, *, zero: int, precision: str, optimizer: str, momentum: float, ranks: int
-) -> dict[str, int]:
-    """Return the resident bytes of each model state on one rank without offload.
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One line of a forecast."""
 
-    Sharding as DeepSpeed 0.19.8 implements it: stage 1 shards masters and moments, stage 2 also gradients, stage 3 also
-    weights. Gradients are accumulated in fp32: at stage 0 by Halfstep's doing (engine/repair.py), at stages 1-3 by
-    `grad_accum_dtype`; stages 0 and 1 keep them whole.
+    name: str
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one rank needs. On CPU ranks device and host are one memory, and everything is a device term."""
+
+    device: tuple[Term, ...]
+    """What lies on the device at the peak; the terms add up to `peak_bytes` and `outside_bytes`."""
+    host: tuple[Term, ...]
+    peak_at: str
+    """The moment of the peak."""
+    by_moment: dict[str, int]
+    """The peak of every moment, in bytes, without what lies outside."""
+    allocated_bytes: int
+    """Tensors alone."""
+    peak_bytes: int
+    """What the run will call its peak: on a GPU most reserved by torch, on a CPU the high-water resident size."""
+    low_bytes: int
+    high_bytes: int
+    outside_bytes: int
+    """On a GPU, what torch does not count: the CUDA context, NCCL."""
+    states: States
+
+    def verdict(self, capacity_bytes: int | None) -> str | None:
+        """Say whether a rank that has so much memory can do it: `fits`, `tight`, `does not fit`; None if not known."""
+        if capacity_bytes is None:
+            return None
+        if self.low_bytes + self.outside_bytes > capacity_bytes:
+            return TOO_LARGE
+        return FITS if self.high_bytes + self.outside_bytes <= capacity_bytes else TIGHT
+
+    @property
+    def host_bytes(self) -> int:
+        """All host terms."""
+        return sum(term.bytes for term in self.host)
+
+
+def forecast(setting: Setting) -> Forecast:
+    """Return the forecast of a setting; of a family that is not known, without activations and with a wider band."""
+    every, held = moments_on(setting), states(setting)
+    on_cpu = setting.accelerator == "cpu"
+    offloaded = _offloaded(setting, held)
+    peaks = _cpu_peaks(setting, every) if on_cpu else _cuda_peaks(every)
+    worst = max(every, key=lambda moment: peaks[moment.name])
+    peak = peaks[worst.name]
+    terms = [Term(name=one.name, bytes=one.bytes, note=one.note) for one in worst.buffers if one.bytes]
+    outside = 0
+    if on_cpu:
+        terms += _cpu_overheads(_rank_bytes(setting), peak - worst.bytes)
+        low, high = 1 - resident.CPU_ERROR, 1 + resident.CPU_ERROR
+    else:
+        outside = resident.CUDA_CONTEXT + (resident.NCCL if setting.ranks > 1 else 0)
+        terms.append(Term(name="allocator slack", bytes=peak - worst.bytes, note="reserved and not in use"))
+        terms += _cuda_overheads(setting)
+        low, high = 1 - resident.CUDA_ERROR[0], 1 + resident.CUDA_ERROR[1]
+    if setting.shape is None:
+        high += resident.UNKNOWN_FAMILY
+    return Forecast(
+        device=tuple(terms),
+        host=() if on_cpu else _host(setting, offloaded),
+        peak_at=worst.name,
+        by_moment=peaks,
+        allocated_bytes=worst.bytes,
+        peak_bytes=peak,
+        low_bytes=int(peak * low),
+        high_bytes=int(peak * high),
+        outside_bytes=outside,
+        states=held,
+    )
+
+
+def moments_on(setting: Setting) -> tuple[Moment, ...]:
+    """Return the moments of a run, and on CPU ranks, whose host is their device, with what is offloaded."""
+    if setting.accelerator != "cpu":
+        return moments(setting)
+    offloaded = _offloaded(setting, states(setting))
+    return tuple(Moment(name=one.name, buffers=(*one.buffers, *offloaded)) for one in moments(setting))
+
+
+def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
+    """Return what lies in host memory for the device's sake."""
+    found = (
+        ("offloaded masters", held.host_masters, "fp32, a shard"),
+        ("offloaded moments", held.host_moments, "fp32, a shard"),
+        ("offloaded gradients", held.host_gradients, "fp32, a shard"),
+        ("offloaded weights", held.host_weights, f"{setting.precision}, a shard"),
+    )
+    return tuple(one(name, size, note) for name, size, note in found if size)
+
+
+def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
+    """Return the resident size at every moment.
+
+    Large tensors are mapped and given back; the C heap keeps the pages of the small ones.
     """
-    compute = _FULL if precision == "fp32" else _HALF
-    moments = 2 if optimizer == "adamw" else int(momentum > 0)
-    shard = -(-parameters // ranks)
-    sharded_states = shard if zero >= 1 else parameters
-    gradients = _FULL * (parameters if zero <= 1 else shard)
-    masters = 0 if precision == "fp32" and zero == 0 else _FULL * sharded_states
-    return {
-        "weights": compute * (shard if zero == 3 else parameters),
-        "gradients": gradients,
-        "fp32_masters": masters,
-        "optimizer_moments": _FULL * moments * sharded_states,
-    }
+    heap = heap_bytes(every, left_share(setting) * _left(setting))
+    return {one.name: _rank_bytes(setting) + one.bytes - one.small + heap for one in every}
+
+
+def heap_bytes(every: tuple[Moment, ...], left: float) -> int:
+    """Return what the C heap takes for tensors, `left` being what it keeps beside them once training has begun."""
+    first, *others = every
+    return max(first.small, max(one.small for one in others) + int(left))
+
+
+def left_share(setting: Setting) -> float:
+    """Return how much of what the C heap keeps beside the tensors a model of this size leaves there."""
+    return min(1.0, FULL * setting.parameters / resident.CPU_LEFT_FROM)
+
+
+def _rank_bytes(setting: Setting) -> int:
+    """Return what a CPU rank takes without a model."""
+    return resident.CPU_RANK + (resident.CPU_RANK_SHARDED if setting.zero else 0)
+
+
+def _left(setting: Setting) -> int:
+    if setting.zero == 0:
+        return resident.CPU_LEFT
+    return resident.CPU_LEFT_SHARDED + (resident.CPU_LEFT_ACCUMULATED if setting.accumulation > 1 else 0)
+
+
+def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
+    return {one.name: int(one.bytes * (1 + resident.CUDA_SLACK)) for one in every}
+
+
+def _cpu_overheads(rank: int, rest: int) -> list[Term]:
+    slack = "pages of the C heap that were of use at another moment, or are too small for anything"
+    return [
+        Term(name="framework", bytes=rank, note="Python, torch, transformers, DeepSpeed, gloo"),
+        Term(name="allocator slack", bytes=rest - rank, note=slack),
+    ]
+
+
+def _cuda_overheads(setting: Setting) -> list[Term]:
+    found = [Term(name="CUDA context", bytes=resident.CUDA_CONTEXT, note="outside of what torch counts")]
+    if setting.ranks > 1:
+        found.append(Term(name="NCCL", bytes=resident.NCCL, note="outside of what torch counts"))
+    return found
+
+
+def _host(setting: Setting, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
+    """Return the host memory of a rank that drives a GPU."""
+    found = [Term(name="framework", bytes=resident.CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
+    found += [Term(name=one.name, bytes=one.bytes, note=f"{one.note}, pinned") for one in offloaded]
+    largest = cuts.of(setting.shape, setting.parameters).largest
+    found.append(Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32, to the disk"))
+    if setting.zero < 3:
+        size = setting.element_bytes * setting.parameters
+        found.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))
+    return tuple(found)

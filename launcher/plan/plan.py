@@ -121,6 +121,8 @@ class Plan:
     deepspeed: dict[str, Any]
     origins: dict[str, str]
     memory: dict[str, Any]
+    time: dict[str, Any]
+    """A step's seconds and what follows from them (`plan/outlook.py`); null where the device is not known."""
     warnings: list[str]
     refused_by: list[dict[str, str]]
 
@@ -145,7 +147,7 @@ class Plan:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Plan":
         """Rebuild a plan that `to_dict` wrote."""
-        tree = dict(tree)
+        tree = {"time": {}, **tree}
         batch = dict(tree["batch"])
         batch["global_"] = batch.pop("global")
         topology = {key: value for key, value in tree["topology"].items() if key != "nodes"}

@@ -1,9 +1,8 @@
 """Show a Plan to a person."""
 
+from launcher.plan import present_memory, present_time
 from launcher.plan.plan import Plan
 from launcher.spec.dotted import flatten
-
-_GIB = 2**30
 
 
 def headline(plan: Plan) -> list[str]:
@@ -38,8 +37,8 @@ def lines(plan: Plan) -> list[str]:
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}",
         f"ranks        {plan.topology.world_size} on {plan.topology.nodes} node(s), "
         f"{plan.topology.device_name or plan.topology.accelerator}",
-        f"memory       {plan.memory['model_states_total_bytes'] / _GIB:.3f} GiB of model states a rank "
-        f"(without {plan.memory['excludes']})",
+        *present_memory.lines(plan.memory, plan.activation_checkpointing),
+        *present_time.lines(plan.time),
         f"checkpoints  {_checkpoints(plan)}",
         f"run id       {plan.run_id}",
         "",

@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.errors import RequestError
 from launcher.plan import batch as batch_equation
-from launcher.plan import dsconfig, hardware, memory, rules, schedule
+from launcher.plan import dsconfig, fit, hardware, outlook, rules, schedule, setting
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
 from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan
@@ -84,14 +84,19 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "watch": WatchPlan(**spec.watch.model_dump()),
         "eval_every": spec.eval.every,
         "log_every": spec.log.every,
-        "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision),
+        "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision, facts.hardware),
         "deepspeed": composed.config(),
         "origins": composed.origins,
-        "memory": _memory(spec, model, topology),
+        "memory": {},
         "warnings": warnings_of(spec, batch, data, curve, sequence),
         "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
     }
-    plan = Plan(run_id="", **decided)
+    plan = Plan(run_id="", time={}, **decided)
+    plan = dataclasses.replace(
+        plan,
+        memory=fit.described(setting.of_plan(plan), _capacity(spec, topology, facts)),
+        time=time_of(plan, facts, spec.hardware),
+    )
     return dataclasses.replace(plan, run_id=_run_id(plan))
 
 
@@ -103,6 +108,7 @@ def _run_id(plan: Plan) -> str:
         "log_every",
         "origins",
         "memory",
+        "time",
         "warnings",
         "refused_by",
         "peak_flops",
@@ -226,17 +232,27 @@ def _data(spec: RunSpec, data: DataFacts, sequence: int, vocabulary: int) -> Dat
     )
 
 
-def _memory(spec: RunSpec, model: ModelPlan, topology: Topology) -> dict[str, Any]:
-    states = memory.model_states(
-        model.parameters,
-        zero=spec.zero,
-        precision=spec.precision,
-        optimizer=spec.optimizer.kind,
-        momentum=spec.optimizer.momentum,
-        ranks=topology.world_size,
+def time_of(plan: Plan, facts: Facts, named: str | None, terms: outlook.Terms | None = None) -> dict[str, Any]:
+    """Return how long a plan takes; `named` is the run key `hardware`."""
+    topology = plan.topology
+    device = hardware.of(named, topology.device_name, topology.accelerator, facts.hardware)
+    evaluations = 2 + (plan.steps - 1) // plan.eval_every if plan.eval_every else 2
+    work = outlook.Work(
+        steps=plan.steps,
+        evaluations=evaluations if plan.data.validation_windows else 0,
+        evaluation_sequences=plan.data.validation_windows,
+        checkpoints=sum(plan.checkpoint.due(step, plan.steps) for step in _saves(plan)),
     )
-    return {
-        "model_states_bytes_per_rank": states,
-        "model_states_total_bytes": sum(states.values()),
-        "excludes": "activations, logits, communication buckets, temporaries, offload",
-    }
+    return outlook.of(setting.of_plan(plan), device, topology.device_name, work, terms)
+
+
+def _saves(plan: Plan) -> set[int]:
+    every = plan.checkpoint.every
+    return {*(range(every, plan.steps + 1, every) if every else ()), plan.steps}
+
+
+def _capacity(spec: RunSpec, topology: Topology, facts: Facts) -> int | None:
+    """Return the bytes that one rank has: its GPU's, or its share of the host's."""
+    if topology.accelerator == "cuda":
+        return hardware.memory_bytes(spec.hardware, topology.device_name, facts.hardware)
+    return facts.node_memory_bytes // topology.ranks_per_node if facts.node_memory_bytes else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import HalfstepError, RequestError
+from launcher.errors import HalfstepError, RefusedError, RequestError
 from launcher.plan.plan import Plan
 from launcher.spec.load import Request, load
 from launcher.study.axes import Pattern, Value, word_of
@@ -111,7 +111,7 @@ def _cell(study: Study, chosen: Sequence[Value], seed: int, decide: Decide, erro
         refused = "; ".join(f"{one['rule']}: {one['sentence']}" for one in plan.refused_by) or None
     except HalfstepError as error:
         errors.append(error)
-        refused = f"request: {error.what}"
+        refused = f"{'does-not-fit' if isinstance(error, RefusedError) else 'request'}: {error.what}"
     return Cell(values=labels, seed=seed, words=words, request=request, plan=plan, refused=refused)
 
 

@@ -43,6 +43,14 @@ def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: 
     assert json.loads((outcome.out / "attempts/0001/env.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.parametrize(("zero", "precision"), CELLS)
+def test_a_cells_memory_was_foretold(cell: Cell, zero: int, precision: str) -> None:
+    summary = cell(zero, precision).json("summary.json")
+    assert summary["predicted_peak_bytes"] == cell(zero, precision).json("plan.json")["memory"]["predicted_peak_bytes"]
+    assert summary["peak_memory_bytes"] == pytest.approx(summary["predicted_peak_bytes"], rel=0.06)
+    assert summary["peak_host_bytes"] >= summary["peak_memory_bytes"], "on a CPU both are the resident size"
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-6), ("bf16", 1e-6)])
 def test_the_first_step_is_the_same_at_every_stage(cell: Cell, precision: str, tolerance: float) -> None:
     first = [cell(zero, precision).losses[0] for zero in range(4)]

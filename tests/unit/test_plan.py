@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher import assets
 from launcher.errors import RequestError
-from launcher.plan import batch, catalogue, dsconfig, memory, rules, schedule
+from launcher.plan import batch, catalogue, dsconfig, rules, schedule
 from launcher.plan.plan import Plan
 from launcher.spec.dotted import flatten
 from launcher.topology import Topology
@@ -305,32 +304,6 @@ def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, words: list
     with pytest.raises(RequestError) as caught:
         plan(*words)
     assert caught.value.what == what
-
-
-@given(
-    st.integers(1, 10**9), st.integers(1, 64), st.sampled_from([0, 1, 2, 3]), st.sampled_from(["fp32", "fp16", "bf16"])
-)
-def test_a_higher_stage_never_needs_more_model_state(parameters: int, ranks: int, zero: int, precision: str) -> None:
-    def total(stage: int) -> int:
-        return sum(
-            memory.model_states(
-                parameters, zero=stage, precision=precision, optimizer="adamw", momentum=0, ranks=ranks
-            ).values()
-        )
-
-    if 1 <= zero < 3:
-        assert total(zero + 1) <= total(zero)
-
-
-def test_model_states_of_sixteen_bytes_a_parameter() -> None:
-    parameters = Fraction(1_000_000)
-    states = memory.model_states(int(parameters), zero=3, precision="bf16", optimizer="adamw", momentum=0, ranks=4)
-    assert states == {
-        "weights": 500_000,
-        "gradients": 1_000_000,
-        "fp32_masters": 1_000_000,
-        "optimizer_moments": 2_000_000,
-    }
 
 
 def test_the_fragments_page_is_up_to_date() -> None:

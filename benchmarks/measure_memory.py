@@ -1,0 +1,230 @@
+"""Measure the resident memory of real CPU runs against what the planner foretold: `make measure`.
+
+Every row is a run of two DeepSpeed ranks, started as a user starts it. It keeps the setting it was made with, so that
+`--score` works the predictions out anew, and `--fit` the constants of launcher/plan/resident.py, without running again.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.plan import memory, setting
+from launcher.plan.plan import Plan
+from launcher.topology import free_port
+from models.shapes import Shape
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "memory-cpu.json"
+BIN = Path(sys.executable).parent
+
+SIZES = {
+    "gpt2-14m": "model=gpt2-nano model.layers=6 model.width=384 model.heads=6 model.vocabulary=8192",
+    "gpt2-69m": "model=gpt2-nano model.layers=8 model.width=768 model.heads=12 model.vocabulary=16384",
+    "gpt2-nano": "model=gpt2-nano",
+    "llama-119m": "model=llama-nano model.layers=8 model.width=1024 model.heads=16 model.vocabulary=24576",
+}
+GRID = ("gpt2-14m", "gpt2-69m", "llama-119m")
+COMMON = "steps=4 eval.every=0 eval.sequences=2 checkpoint.every=0 checkpoint.at_end=false log.every=1"
+CELLS = list(itertools.product(range(4), ("fp32", "bf16", "fp16")))
+
+
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Yield (kind, size, words) of every row: the grid of cells, then sweeps of batch, sequence and more."""
+    for size, (zero, precision), checkpointing in itertools.product(GRID, CELLS, ("false", "true")):
+        # Without half-precision instructions fp16 is a hundred times slower: its cells are measured at one size.
+        if precision == "fp16" and (size != "gpt2-14m" or checkpointing == "true"):
+            continue
+        yield (
+            "grid",
+            size,
+            f"zero={zero} precision={precision} activation_checkpointing={checkpointing} sequence=128 batch.global=2",
+        )
+    for precision, checkpointing in itertools.product(("fp32", "bf16"), ("false", "true")):
+        cell = f"zero=2 precision={precision} activation_checkpointing={checkpointing}"
+        for micro in (4, 8, 16):
+            yield "batch", "gpt2-14m", f"{cell} sequence=128 batch.global={2 * micro} batch.micro={micro}"
+        for sequence in (512, 1024, 2048):
+            yield "sequence", "gpt2-14m", f"{cell} sequence={sequence} batch.global=2"
+    for zero, precision in itertools.product(range(4), ("fp32", "bf16")):
+        yield "nano", "gpt2-nano", f"zero={zero} precision={precision} sequence=64 batch.global=8 batch.micro=2"
+    for zero in range(4):
+        yield "accumulation", "gpt2-69m", f"zero={zero} precision=bf16 sequence=128 batch.global=8 batch.micro=1"
+    for zero, offload in ((1, "optimizer-cpu"), (2, "optimizer-cpu"), (3, "optimizer-cpu"), (3, "cpu")):
+        yield "offload", "gpt2-69m", f"zero={zero} precision=bf16 offload={offload} sequence=128 batch.global=2"
+
+
+def measure(only: list[str]) -> None:
+    """Run every case that has no row yet, in the order of `only`."""
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    done = {(row["size"], row["words"]) for row in rows}
+    chosen = [case for text in only or [""] for case in cases() if text in " ".join(case)]
+    with tempfile.TemporaryDirectory() as scratch:
+        data = _data(Path(scratch))
+        for kind, size, words in dict.fromkeys(case for case in chosen if case[1:] not in done):
+            row = _run(Path(scratch) / "run", data, kind, size, words)
+            if "failed" in row:
+                print(f"FAILED {size} {words}: {row['failed']}", flush=True)
+                continue
+            rows.append(row)
+            _write(rows)
+            print(
+                f"{row['seconds']:5.0f} s  {row.get('peak_memory_bytes', 0) / 2**20:7.0f} MiB  {size} {words}",
+                flush=True,
+            )
+
+
+def _data(scratch: Path) -> Path:
+    out = scratch / "data"
+    words = ["data", "prepare", "--source", "stdlib", "--out", str(out), "--vocab-size", "512"]
+    subprocess.run([BIN / "halfstep", *words], check=True, capture_output=True)
+    return out
+
+
+def _run(out: Path, data: Path, kind: str, size: str, words: str) -> dict[str, Any]:
+    shutil.rmtree(out, ignore_errors=True)
+    every = [*SIZES[size].split(), *COMMON.split(), *words.split(), f"data={data}", f"out={out}"]
+    port = f"--master_port={free_port()}"
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", port, str(ROOT / "launcher" / "train.py")]
+    bypassed = "precision=fp16" in words and not _has_fp16()
+    if bypassed:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, __file__, "--rank"]
+    began = time.time()
+    done = subprocess.run([*command, *every], cwd=ROOT, capture_output=True, text=True, env=_environment())
+    row: dict[str, Any] = {"kind": kind, "size": size, "words": words, "seconds": round(time.time() - began, 1)}
+    if done.returncode:
+        return {**row, "failed": (done.stdout + done.stderr)[-300:]}
+    made = setting.of_plan(Plan.from_dict(json.loads((out / "plan.json").read_text())))
+    summary = json.loads((out / "summary.json").read_text())
+    if bypassed:
+        row["fp16_check_bypassed"] = True
+    return {**row, "setting": dataclasses.asdict(made), "peak_memory_bytes": summary["peak_memory_bytes"]}
+
+
+def _environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LOCAL_SIZE", "RANK", "WORLD_SIZE")}
+    return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def _has_fp16() -> bool:
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def rank_main(words: list[str]) -> int:
+    """Be a rank on a CPU that DeepSpeed refuses fp16 on: it trains all the same, only slowly."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    from launcher import train
+
+    return train.main(words)
+
+
+def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
+    """Return what every row was made with."""
+    found = []
+    for row in rows:
+        tree = dict(row["setting"])
+        scaling = tuple((key, value) for key, value in tree["shape"]["rope_scaling"])
+        tree["shape"] = Shape(**{**tree["shape"], "rope_scaling": scaling})
+        found.append(setting.Setting(**tree))
+    return found
+
+
+def fitted_on(row: dict[str, Any]) -> bool:
+    """Tell whether the constants are fitted to a row; all others are only compared."""
+    return row["kind"] in ("nano", "accumulation") or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
+
+
+def score() -> None:
+    """Print each row's error, and the largest of every kind."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    errors: dict[str, list[float]] = {}
+    for row, made in zip(rows, settings(rows), strict=True):
+        told, seen = memory.forecast(made), row["peak_memory_bytes"]
+        error = told.peak_bytes / seen - 1
+        part = "fitted on" if fitted_on(row) else f"held out, {row['kind']} of {row['size']}"
+        errors.setdefault(part, []).append(error)
+        sizes = f"{told.peak_bytes / 2**20:6.0f} foretold {seen / 2**20:6.0f} MiB seen"
+        print(f"{100 * error:+6.1f} %  {sizes}  {told.peak_at:<18}  {row['size']} {row['words']}")
+    everything = [error for part in errors.values() for error in part]
+    for part, found in [*errors.items(), ("all", everything)]:
+        within = sum(abs(error) <= 0.05 for error in found)
+        mean = statistics.fmean(map(abs, found))
+        worst = max(found, key=abs)
+        print(
+            f"{part:<34} {within:3d} of {len(found):3d} within 5 %, mean {100 * mean:.1f} %, worst {100 * worst:+.1f} %"
+        )
+
+
+def fit() -> None:
+    """Print the constants of launcher/plan/resident.py that fit the chosen rows best, in relative least squares."""
+    import numpy
+
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
+    left, right = [], []
+    for row, made in zip(rows, settings(rows), strict=True):
+        moments, seen, share = memory.moments_on(made), row["peak_memory_bytes"], memory.left_share(made)
+        tensors = memory.heap_bytes(moments, 0) + max(one.bytes - one.small for one in moments)
+        sharded = made.zero > 0
+        added = sharded and made.accumulation > 1
+        every = (1, sharded, share * (not sharded), share * sharded, share * added)
+        left.append([value / seen for value in every])
+        right.append((seen - tensors) / seen)
+    found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
+    names = ("CPU_RANK", "CPU_RANK_SHARDED", "CPU_LEFT", "CPU_LEFT_SHARDED", "CPU_LEFT_ACCUMULATED")
+    told = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in zip(names, found, strict=True))
+    print(f"{len(rows)} rows, MiB: {told}")
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    about = {"machine": _cpu(), "python": platform.python_version(), "torch": _version("torch")}
+    about |= {"deepspeed": _version("deepspeed"), "ranks": 2, "metric": "VmHWM of the largest rank"}
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(f'{{\n "about": {json.dumps(about)},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def _cpu() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        code = rank_main(sys.argv[2:])
+        sys.stdout.flush()
+        os._exit(code)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", metavar="TEXT", action="append", default=[], help="run the cases whose description has it"
+    )
+    parser.add_argument("--score", action="store_true", help="compare the rows that are there with the forecast")
+    parser.add_argument("--fit", action="store_true", help="fit the constants to the rows that are there")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        fit()
+    else:
+        if not arguments.score:
+            measure(arguments.only)
+        score()

@@ -1,0 +1,167 @@
+"""Model states byte for byte: what two real DeepSpeed ranks hold in every cell is what the planner says.
+
+Run by torchrun, this file is the program of a rank: it writes what it held to rank-N.json in the folder it is given.
+"""
+
+import gc
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import environment
+
+from launcher.plan import setting, states
+from launcher.plan.plan import Plan
+
+pytestmark = pytest.mark.process
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("gpt2-nano", "llama-nano")
+CELLS = [(zero, precision) for precision in ("fp32", "fp16", "bf16") for zero in range(4)]
+CASES = [
+    (family, zero, precision, accumulation)
+    for family in FAMILIES
+    for zero, precision in CELLS
+    for accumulation in (1, 2)
+]
+SMALL = 64 * 1024
+"""Bytes of what is no model state: step counters, rotary frequencies, scalars."""
+
+
+def rank_main(folder: Path) -> None:
+    """Hold every case's engine once, in one start of the ranks."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from launcher.engine import distributed
+    from launcher.topology import from_environment
+
+    # Memory does not depend on whether the CPU has half-precision instructions, which DeepSpeed asks for.
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    rank = from_environment()
+    plans = [Plan.from_dict(tree) for tree in json.loads((folder / "plans.json").read_text())]
+    distributed.join(rank, plans[0])
+    distributed.quiet_deepspeed(folder / f"log-{rank.rank}")
+    found = [held(plan) for plan in plans]
+    (folder / f"rank-{rank.rank}.json").write_text(json.dumps(found))
+    distributed.leave()
+
+
+def held(plan: Plan) -> dict[str, int]:
+    """Return the bytes of tensors that live between micro-steps, before the step and after it."""
+    import torch
+
+    from launcher.engine.build import build
+    from models.loss import next_token_loss
+
+    gc.collect()
+    gc.freeze()  # what is there already is not looked at again: walking over all that was imported takes long
+    before = _bytes()
+    engine, repairs = build(plan)
+    seen = {"built": _bytes() - before}
+    tokens = torch.arange(plan.sequence + 1)[None] % plan.model.vocabulary
+    for micro_step in range(1, plan.batch.accumulation + 1):
+        loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+        engine.backward(loss)
+        del loss
+        last = micro_step == plan.batch.accumulation
+        seen["before the step" if last else "between micro-steps"] = _bytes() - before
+        if last and repairs.fp32_gradients:
+            engine.optimizer.loss_scale_config.cur_scale = 1.0
+        engine.step()
+    seen["at rest"] = _bytes() - before
+    engine.destroy()
+    del engine
+    gc.collect()
+    return seen
+
+
+def _bytes() -> int:
+    """Return the bytes of all tensors; gloo's threads let go of what they have reduced a moment later."""
+    seen = []
+    for _ in range(3):
+        seen.append(_bytes_now())
+        time.sleep(0.03)
+    return min(seen)
+
+
+def _bytes_now() -> int:
+    import torch
+
+    gc.collect()
+    storages = {}
+    for one in gc.get_objects():
+        if isinstance(one, torch.Tensor):
+            for tensor in (one, one.grad if one.is_leaf else None):  # a gradient nobody looked at is no Python object
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[..., Any]:
+    cache: dict[str, Any] = {}
+
+    def measured(plans: list[Plan]) -> list[list[dict[str, int]]]:
+        if "found" not in cache:
+            folder = tmp_path_factory.mktemp("states")
+            (folder / "plans.json").write_text(json.dumps([one.to_dict() for one in plans]))
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+            ours = {**environment(scratch), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(
+                [*command, __file__, str(folder)],
+                env=ours,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+            cache["found"] = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+        return cache["found"]
+
+    return measured
+
+
+def test_every_byte_of_model_state_is_foretold(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
+    plans = []
+    for family, zero, precision, accumulation in CASES:
+        words = [f"model={family}", "batch.micro=1", f"batch.global={2 * accumulation}", "sequence=8"]
+        plans.append(plan(*words, f"zero={zero}", f"precision={precision}"))
+    wrong = []
+    for rank, found in enumerate(ranks(plans)):
+        for case, made, seen in zip(CASES, plans, found, strict=True):
+            expected = _expected(made, rank)
+            for moment, size in seen.items():
+                if not 0 <= size - expected[moment] < SMALL:
+                    wrong.append((rank, case, moment, size, expected[moment], size - expected[moment]))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def _expected(plan: Plan, rank: int) -> dict[str, int]:
+    made = setting.of_plan(plan)
+    one = states.states(made, rank)
+    bucket = 4 * made.reduce_bucket
+    built = one.weights + one.masters + one.resting_gradients + (bucket if made.zero == 3 else 0)
+    # Stage 1's bucket is made with the first gradient of a step, and in fp16 the gradients that other ranks step with
+    # stay views of it until the step is over.
+    ready = bucket if made.zero == 1 and made.precision != "bf16" else 0
+    views = bucket if made.zero == 1 and made.precision == "fp16" else 0
+    return {
+        "built": built,
+        "between micro-steps": built + ready + one.gradients - one.resting_gradients,
+        "before the step": built + views + one.reduced_gradients - one.resting_gradients,
+        "at rest": built + one.moments + one.persistent,
+    }
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))
