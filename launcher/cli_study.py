@@ -169,8 +169,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
     )
     if arguments.json:
         told = [
-            {"job": one.number, "script": str(one.job.script), "runs": [str(run) for run in one.job.array.runs]}
-            for one in sent
+            {"job": one.number, "script": str(one.job.script), "runs": [str(run) for run in one.runs]} for one in sent
         ]
         print(json.dumps({"folder": str(where), "arrays": told}, indent=2))
         return 0

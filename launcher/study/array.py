@@ -18,6 +18,7 @@ class Sent:
     """One array as it went, or would go."""
 
     job: Job
+    runs: tuple[Path, ...]
     cells: tuple[Cell, ...]
     number: str | None
     """SLURM's; None where nothing was submitted."""
@@ -56,7 +57,7 @@ def submit(
             number = send.send(job, decided)
         else:
             job.check()
-        sent.append(Sent(job=job, cells=tuple(group), number=number))
+        sent.append(Sent(job=job, runs=runs, cells=tuple(group), number=number))
     return sent
 
 
