@@ -41,9 +41,12 @@ class Forecast:
     outside_bytes: int
     """On a GPU, what torch does not count: the CUDA context, NCCL."""
     states: States
+    capacity_bytes: int | None = None
+    """What a rank has, if that was said."""
 
-    def verdict(self, capacity_bytes: int | None) -> str | None:
+    def verdict(self, capacity_bytes: int | None = None) -> str | None:
         """Say whether a rank that has so much memory can do it: `fits`, `tight`, `does not fit`; None if not known."""
+        capacity_bytes = self.capacity_bytes if capacity_bytes is None else capacity_bytes
         if capacity_bytes is None:
             return None
         if self.low_bytes + self.outside_bytes > capacity_bytes:
@@ -56,7 +59,7 @@ class Forecast:
         return sum(term.bytes for term in self.host)
 
 
-def forecast(setting: Setting) -> Forecast:
+def forecast(setting: Setting, *, capacity_bytes: int | None = None) -> Forecast:
     """Return the forecast of a setting; of a family that is not known, without activations and with a wider band."""
     every, held = moments_on(setting), states(setting)
     on_cpu = setting.accelerator == "cpu"
@@ -87,6 +90,7 @@ def forecast(setting: Setting) -> Forecast:
         high_bytes=int(peak * high),
         outside_bytes=outside,
         states=held,
+        capacity_bytes=capacity_bytes,
     )
 
 

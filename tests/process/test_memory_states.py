@@ -5,6 +5,7 @@ Run by torchrun, this file is the program of a rank: it writes what it held to r
 
 import gc
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -115,7 +116,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[.
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-            ours = {**environment(scratch), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+            ours = {**environment(scratch), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
             done = subprocess.run(
                 [*command, __file__, str(folder)],
                 env=ours,

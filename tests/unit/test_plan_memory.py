@@ -144,7 +144,8 @@ def test_the_verdict_is_about_the_whole_band() -> None:
     assert told.verdict(told.high_bytes + told.outside_bytes) == FITS
     assert told.verdict(told.high_bytes + told.outside_bytes - 1) == TIGHT
     assert told.verdict(told.low_bytes + told.outside_bytes - 1) == TOO_LARGE
-    assert told.verdict(None) is None
+    assert told.verdict() is None
+    assert forecast(setting(), capacity_bytes=told.high_bytes + told.outside_bytes).verdict() == FITS
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
