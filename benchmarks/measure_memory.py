@@ -43,9 +43,6 @@ CELLS = list(itertools.product(range(4), ("fp32", "bf16", "fp16")))
 def cases() -> Iterator[tuple[str, str, str]]:
     """Yield (kind, size, words) of every row: the grid of cells, then sweeps of batch, sequence and more."""
     for size, (zero, precision), checkpointing in itertools.product(GRID, CELLS, ("false", "true")):
-        # Without half-precision instructions fp16 is a hundred times slower: its cells are measured at one size.
-        if precision == "fp16" and (size != "gpt2-14m" or checkpointing == "true"):
-            continue
         yield (
             "grid",
             size,
@@ -97,9 +94,6 @@ def _run(out: Path, data: Path, kind: str, size: str, words: str) -> dict[str, A
     every = [*SIZES[size].split(), *COMMON.split(), *words.split(), f"data={data}", f"out={out}"]
     port = f"--master_port={free_port()}"
     command = [str(BIN / "deepspeed"), "--num_gpus", "2", port, str(ROOT / "launcher" / "train.py")]
-    bypassed = "precision=fp16" in words and not _has_fp16()
-    if bypassed:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, __file__, "--rank"]
     began = time.time()
     done = subprocess.run([*command, *every], cwd=ROOT, capture_output=True, text=True, env=_environment())
     row: dict[str, Any] = {"kind": kind, "size": size, "words": words, "seconds": round(time.time() - began, 1)}
@@ -107,31 +101,12 @@ def _run(out: Path, data: Path, kind: str, size: str, words: str) -> dict[str, A
         return {**row, "failed": (done.stdout + done.stderr)[-300:]}
     made = setting.of_plan(Plan.from_dict(json.loads((out / "plan.json").read_text())))
     summary = json.loads((out / "summary.json").read_text())
-    if bypassed:
-        row["fp16_check_bypassed"] = True
     return {**row, "setting": dataclasses.asdict(made), "peak_memory_bytes": summary["peak_memory_bytes"]}
 
 
 def _environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LOCAL_SIZE", "RANK", "WORLD_SIZE")}
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-
-def _has_fp16() -> bool:
-    import torch
-
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
-def rank_main(words: list[str]) -> int:
-    """Be a rank on a CPU that DeepSpeed refuses fp16 on: it trains all the same, only slowly."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    CPU_Accelerator.is_fp16_supported = lambda self: True
-    from launcher import train
-
-    return train.main(words)
 
 
 def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
@@ -211,10 +186,6 @@ def _version(name: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:
-        code = rank_main(sys.argv[2:])
-        sys.stdout.flush()
-        os._exit(code)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", metavar="TEXT", action="append", default=[], help="run the cases whose description has it"
