@@ -1,13 +1,15 @@
 """The verbs on studies: halfstep study run, submit, status, report."""
 
 import argparse
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RequestError
+from launcher.errors import EXIT_REFUSED, RequestError
 from launcher.plan import fit
 from launcher.plan.plan import Plan
 from launcher.spec.load import Request
@@ -113,9 +115,10 @@ def _prepared(dry: bool) -> Path:
         from launcher.cli import main
 
         words = ["data", "prepare", "--source", "stdlib", "--out", str(folder), "--vocab-size", str(_VOCABULARY)]
-        print(f"the study names no data: preparing {_DATA}, once", flush=True)
-        if code := main(words):
-            raise SystemExit(code)
+        print(f"the study names no data: preparing {_DATA}, once", file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # what is asked for as JSON comes alone
+            if code := main(words):
+                raise SystemExit(code)
     return folder
 
 
@@ -134,7 +137,8 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     done = drive.run(
         study, cells, where, starter=arguments.starter, retry=arguments.retry, gate=not arguments.no_gate, say=say
     )
-    if done.code == 0 and done.ran + done.kept:
+    refused = all(cell.refused is not None for cell in cells)
+    if done.code == 0:
         from launcher.study import report
 
         made = report.make(where)
@@ -144,7 +148,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     say(f"{done.ran} run, {done.failed} of them failed; {done.kept} had a result already")
     if arguments.json:
         print(drive.as_json(done, where))
-    return done.code
+    return EXIT_REFUSED if refused else done.code
 
 
 def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
@@ -217,6 +221,8 @@ def _status(arguments: argparse.Namespace, words: list[str]) -> int:
             for _, one in now:
                 counts[one.status] = counts.get(one.status, 0) + 1
             print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        if arguments.watch is not None and arguments.watch <= 0:
+            raise RequestError(f"--watch {arguments.watch:g} is no time", where="the command line", fix="--watch 5")
         if not arguments.watch or all(one.status in ("done", "failed", "refused") for _, one in now):
             return 0
         time.sleep(arguments.watch)

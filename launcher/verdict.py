@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,20 @@ def store(here: topology.Topology, cells: list[dict[str, Any]]) -> Path:
 def read(here: topology.Topology) -> list[dict[str, Any]]:
     """Return the stored results for this machine, these versions and this code; none where there are none."""
     try:
-        return json.loads(file(here).read_text("utf-8"))["cells"]
-    except (OSError, ValueError, KeyError):
+        cells = json.loads(file(here).read_text("utf-8"))["cells"]
+        return [one for one in cells if isinstance(one["ok"], bool) and _key(one)]
+    except (OSError, ValueError, LookupError, TypeError):
         return []
 
 
-def proved(here: topology.Topology, cases: Sequence[Mapping[str, Any]]) -> bool | None:
-    """Tell whether these cases were found to train the same model: True, False, or None where one was not run."""
-    known = {_key(one): one["ok"] for one in read(here)}
+def proved(
+    here: topology.Topology, cases: Sequence[Mapping[str, Any]], found: Iterable[Mapping[str, Any]] = ()
+) -> bool | None:
+    """Tell whether these cases were found to train the same model: True, False, or None where one was not run.
+
+    `found` are results that count beside the stored ones.
+    """
+    known = {_key(one): one["ok"] for one in [*read(here), *found]}
     results = [known.get(_key(case)) for case in cases]
     if False in results:
         return False

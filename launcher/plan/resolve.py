@@ -97,10 +97,10 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         memory=fit.described(setting.of_plan(plan), _capacity(spec, topology, facts)),
         time=time_of(plan, facts, spec.hardware),
     )
-    return dataclasses.replace(plan, run_id=_run_id(plan))
+    return dataclasses.replace(plan, run_id=run_id_of(plan))
 
 
-def _run_id(plan: Plan) -> str:
+def run_id_of(plan: Plan) -> str:
     """Hash the plan without paths, logging and what is only said about it."""
     tree = plan.to_dict()
     for key in (

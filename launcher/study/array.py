@@ -73,7 +73,7 @@ def _open(study: Study, cells: Sequence[Cell], folder: Path, *, retry: bool, dry
         listed = {"run": f"runs/{cell.folder}", "refused": cell.refused}
         return state.of(listed, folder, queued)
 
-    return [cell for cell in allowed if now(cell).open or (retry and now(cell).status == "failed")]
+    return [cell for cell in allowed if now(cell).to_do(retry=retry, gate=True)]
 
 
 def script(sent: Sent) -> str:

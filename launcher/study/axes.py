@@ -1,12 +1,15 @@
 """The axes of a study: what changes from cell to cell, and patterns that name cells by it."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError, nearest
 from launcher.spec.dotted import flatten
+from launcher.spec.load import PATH_KEYS
 from launcher.spec.schema import run_keys
 
 Pattern = dict[str, tuple[str, ...]]
@@ -38,7 +41,9 @@ def label(value: Any) -> str:
     """Return a value as it is called in tables and folder names."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(value)
 
 
 def word_of(key: str, value: Any) -> str:
@@ -48,7 +53,7 @@ def word_of(key: str, value: Any) -> str:
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def axis(name: str, values: Any, where: object) -> Axis:
+def axis(name: str, values: Any, where: object, base: Path | None = None) -> Axis:
     """Return the axis that a file gives a list of values; raises RequestError where it is none."""
     if not isinstance(values, list):
         raise RequestError(f"axis {name} is no list", where=f"[axes] in {where}", fix=f"{name} = [{values!r}, ...]")
@@ -56,7 +61,7 @@ def axis(name: str, values: Any, where: object) -> Axis:
         raise RequestError(
             f"axis {name} has no values", where=f"[axes] in {where}", fix="name at least one, or drop the axis"
         )
-    found = [one if isinstance(one, Value) else _value(name, one, where) for one in values]
+    found = [one if isinstance(one, Value) else _value(name, one, where, base or Path.cwd()) for one in values]
     labels = [one.label for one in found]
     twice = next((one for one in labels if labels.count(one) > 1), None)
     if twice is not None:
@@ -64,15 +69,25 @@ def axis(name: str, values: Any, where: object) -> Axis:
     return Axis(name=long_name(name), values=tuple(found))
 
 
-def _value(name: str, value: Any, where: object) -> Value:
+def _value(name: str, value: Any, where: object, base: Path) -> Value:
     if not isinstance(value, dict):
-        return Value(label=label(value), keys={long_name(name): value})
-    keys = {long_name(key): one for key, one in flatten(value).items() if key != "name"}
+        if not isinstance(value, str | int | float):
+            raise RequestError(
+                f"{value!r} is no value of axis {name}",
+                where=f"[axes] in {where}",
+                fix="a text, a number, true or false",
+            )
+        return Value(label=label(value), keys={long_name(name): absolute(long_name(name), value, base)})
+    keys = {long_name(key): absolute(long_name(key), one, base) for key, one in flatten(value).items() if key != "name"}
     if not isinstance(value.get("name"), str) or not keys:
         raise RequestError(
             f"a value of axis {name} that sets several keys needs a name, and keys",
             where=f"[axes] in {where}",
             fix=f'{name} = [{{ name = "static", "fp16.scale" = 1024 }}, ...]',
+        )
+    if not value["name"].isprintable():
+        raise RequestError(
+            f"{value['name']!r} is no name", where=f"[axes] in {where}", fix="letters that can be printed"
         )
     return Value(label=value["name"], keys=keys)
 
@@ -117,6 +132,12 @@ def check_keys(base: Mapping[str, Any], axes: Mapping[str, Axis], file: object) 
             elif key in base:
                 fix = f"drop one of the two; on the command line {key}=A,B names an axis's values anew"
                 problems.append(RequestError(f"{key} is an axis and a base key", where=str(file), fix=fix))
+    owners: dict[str, str] = {}
+    for name, one in axes.items():
+        for key in {key for value in one.values for key in value.keys}:
+            if owners.setdefault(key, name) != name:
+                fix = "let one axis decide it"
+                problems.append(RequestError(f"axes {owners[key]} and {name} both set {key}", where=str(file), fix=fix))
     if not axes:
         problems.append(
             RequestError("a study needs an axis", where=str(file), fix='[axes] precision = ["fp32", "bf16"]')
@@ -137,6 +158,13 @@ def patterns(given: list[dict[str, Any]], axes: Mapping[str, Axis], where: str) 
                 raise RequestError(
                     f"{key!r} is no axis of this study", where=where, fix=f"its axes: {', '.join(close)}"
                 )
+        for key, value in pattern.items():
+            has = [one.label for one in axes[key].values]
+            for wanted in value if isinstance(value, list) else [value]:
+                if label(wanted) not in has:
+                    raise RequestError(
+                        f"{key} has no value {label(wanted)}", where=where, fix=f"{key} has {', '.join(has)}"
+                    )
         found.append(
             {
                 key: tuple(label(one) for one in (value if isinstance(value, list) else [value]))
@@ -149,3 +177,13 @@ def patterns(given: list[dict[str, Any]], axes: Mapping[str, Axis], where: str) 
 def long_name(key: str) -> str:
     """Return a run key without the short form that `model` has."""
     return "model.name" if key == "model" else key
+
+
+def absolute(key: str, value: Any, folder: Path) -> Any:
+    """Take a relative path from the folder of whoever wrote it."""
+    if isinstance(value, str) and value and key in PATH_KEYS:
+        return os.path.abspath(folder / Path(value).expanduser())
+    if key == "model.name" and isinstance(value, str) and value.startswith("hf:"):
+        local = folder / Path(value[3:]).expanduser()
+        return f"hf:{os.path.abspath(local)}" if local.exists() else value
+    return value

@@ -26,6 +26,7 @@ _POINTS = 240
 """Of a curve; what lies between two is averaged."""
 MOST_CURVES = 12
 _MOST_BARS = 40
+_LONGEST_NAME = 60
 _GIB = 2**30
 
 
@@ -60,7 +61,7 @@ def _our_style(salt: str) -> AbstractContextManager[None]:
     # Several pictures stand in one page: their ids must differ, and be the same for the same data.
     ours = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.axisbelow": True,
             "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "legend.frameon": False,
-            "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+            "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
     return matplotlib.style.context(["default", ours])
 
 
@@ -96,7 +97,7 @@ def _curves(verdict: Verdict, shown: Sequence[Summary]) -> Figure | None:
     for cell in shown:
         steps, losses = _thinned(_mean_curve(cell))
         style = {key: value for key, value in look(verdict, cell).items() if key != "marker"}
-        top.plot(steps, losses, label=cell.name, linewidth=1.6, **style)
+        top.plot(steps, losses, label=_short(cell.name), linewidth=1.6, **style)
         if cell is not verdict.reference and reference:
             own = _mean_curve(cell, seeds=_seeds(verdict.reference))
             theirs = _mean_curve(verdict.reference, seeds=_seeds(cell))
@@ -106,7 +107,7 @@ def _curves(verdict: Verdict, shown: Sequence[Summary]) -> Figure | None:
     _draw_band(bottom, _band(verdict.reference), largest)
     bottom.axhline(0, color="black", linewidth=0.8)
     top.set_ylabel("training loss, nats per token")
-    bottom.set_ylabel(f"less {verdict.reference.name}")
+    bottom.set_ylabel(f"less {_short(verdict.reference.name)}")
     bottom.set_xlabel("optimizer step")
     for panel in (top, bottom):
         panel.grid(color="#E4E4E4", linewidth=0.6)
@@ -144,7 +145,7 @@ def _scales(verdict: Verdict) -> Figure | None:
             [scale * shift for scale in known.values()],
             drawstyle="steps-post",
             linewidth=1.5,
-            label=f"{cell.name}, {len(curve.skipped)} skipped",
+            label=f"{_short(cell.name)}, {len(curve.skipped)} skipped",
             **style,
         )
         marks = [step for step in curve.skipped if step in known]
@@ -183,7 +184,9 @@ def _bars(verdict: Verdict) -> Figure | None:
         )
         right.legend(fontsize=8, loc="lower right")
     left.set_yticks(
-        places, [cell.name + (" (reference)" if cell is verdict.reference else "") for cell in cells], parse_math=False
+        places,
+        [_short(cell.name) + (" (reference)" if cell is verdict.reference else "") for cell in cells],
+        parse_math=False,
     )
     left.invert_yaxis()
     left.set_xlabel("tokens per second (median)")
@@ -242,7 +245,7 @@ def _name(panel: Axes, cells: Sequence[Summary]) -> None:
         last = height
         point = ((cell.peak_memory_bytes or 0) / _GIB, cell.tokens_per_second or 0.0)
         panel.annotate(
-            f"   {cell.name}",
+            f"   {_short(cell.name)}",
             point,
             xytext=(point[0], height),
             textcoords="data",
@@ -255,6 +258,10 @@ def _name(panel: Axes, cells: Sequence[Summary]) -> None:
             rotation=0,
             alpha=0.9,
         )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "\u2026"
 
 
 def _seeds(cell: Summary) -> set[int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.plan.plan import Plan
+from launcher.plan.resolve import run_id_of
 from launcher.study import state
 from launcher.submit.slurm import Queued
 
@@ -115,28 +117,57 @@ def _result(cell: dict[str, Any], folder: Path, queued: Sequence[Queued]) -> Res
     }
     if run is None:
         return Result(**about)
-    proof, plan = state.read_json(run / "proof.json"), state.read_json(run / "plan.json")
-    if proof:
-        about |= {"proved": proof.get("proved"), "unproved_because": proof.get("reason", "")}
-    about |= {"plan": plan, "environment": _environment(run)}
-    if plan:
-        memory, time = plan.get("memory") or {}, plan.get("time") or {}
-        about |= {
-            "zero": plan.get("zero"),
-            "precision": plan.get("precision"),
-            "devices": (plan.get("topology") or {}).get("world_size"),
-            "predicted_memory_bytes": memory.get("predicted_peak_bytes"),
-            "predicted_step_seconds": time.get("step_seconds"),
-        }
     try:
-        about |= _measured(run)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # Somebody has edited a row by hand: what cannot be read is no result, and is said.
+        about |= _read(run, done=told.status == "done")
+    except _Damaged as error:
+        about |= {"status": "failed", "reason": f"damaged: {error}"}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        # Somebody has edited a file by hand: what cannot be read is no result, and is said.
         about |= {
             "status": "failed",
             "reason": f"damaged: its records cannot be read ({type(error).__name__}: {error})",
         }
     return Result(**about)
+
+
+class _Damaged(Exception):
+    """A run directory contradicts itself."""
+
+
+def _read(run: Path, *, done: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    proof, plan = state.read_json(run / "proof.json"), state.read_json(run / "plan.json")
+    if proof:
+        proved = proof.get("proved")
+        found |= {
+            "proved": proved if isinstance(proved, bool) else None,
+            "unproved_because": str(proof.get("reason", "")),
+        }
+    environment = _environment(run)
+    if plan:
+        found |= _planned(plan)
+    measured = _measured(run, environment, done=done)
+    if done and plan and len(measured["curve"].steps) != plan["steps"]:
+        raise _Damaged(f"metrics.jsonl has {len(measured['curve'].steps)} of its {plan['steps']} steps")
+    if done and plan and plan["data"]["validation_prefix"] and measured.get("eval_loss") is None:
+        raise _Damaged("metrics.jsonl has no loss of an evaluation at its end")
+    return {**found, "environment": environment, **measured}
+
+
+def _planned(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return what a plan says, if it is the one that the run was started with."""
+    plan = Plan.from_dict(tree)
+    if run_id_of(plan) != plan.run_id:
+        raise _Damaged("plan.json was changed: it is not the plan of this run")
+    memory, time = tree["memory"], tree.get("time") or {}
+    return {
+        "plan": tree,
+        "zero": plan.zero,
+        "precision": plan.precision,
+        "devices": plan.topology.world_size,
+        "predicted_memory_bytes": state.whole(memory.get("predicted_peak_bytes")),
+        "predicted_step_seconds": state.number(time.get("step_seconds")),
+    }
 
 
 def _cell_of(words: Sequence[str]) -> dict[str, Any]:
@@ -147,10 +178,11 @@ def _cell_of(words: Sequence[str]) -> dict[str, Any]:
 
 def _environment(run: Path) -> dict[str, Any]:
     attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
-    return state.read_json(attempts[-1] / "env.json") if attempts else {}
+    found = state.read_json(attempts[-1] / "env.json") if attempts else {}
+    return {**found, "versions": found["versions"] if isinstance(found.get("versions"), dict) else {}} if found else {}
 
 
-def _measured(run: Path) -> dict[str, Any]:
+def _measured(run: Path, environment: dict[str, Any], *, done: bool) -> dict[str, Any]:
     """Return what metrics.jsonl, events.jsonl and summary.json have of a run."""
     summary, seconds, evaluation = state.read_json(run / "summary.json"), [], None
     curve = Curve()
@@ -159,8 +191,8 @@ def _measured(run: Path) -> dict[str, Any]:
             evaluation = row
             continue
         curve.steps.append(int(row["step"]))
-        curve.loss.append(row["loss"] if row["loss"] is None else float(row["loss"]))
-        curve.loss_scale.append(row["loss_scale"])
+        curve.loss.append(state.number(row["loss"]))
+        curve.loss_scale.append(state.number(row["loss_scale"]))
         seconds.append(float(row["step_seconds"]))
         if row["overflow"]:
             curve.skipped.append(int(row["step"]))
@@ -168,20 +200,14 @@ def _measured(run: Path) -> dict[str, Any]:
     last = [one for one in curve.loss[-max(1, round(_LAST * len(curve.loss))) :] if one is not None]
     found["loss"] = statistics.fmean(last) if last else None
     found |= _spread(seconds[WARM_UP:] or seconds)
-    for key in (
-        "tokens_per_second",
-        "mfu",
-        "peak_memory_bytes",
-        "skipped_steps",
-        "loss_scale",
-        "wall_seconds",
-        "tokens",
-    ):
-        found[key] = summary.get(key)
-    if evaluation is not None and summary:
-        found |= {"eval_loss": evaluation["eval_loss"], "perplexity": evaluation["perplexity"]}
-    loads = [one["load_average"][0] for one in (_environment(run), summary) if one.get("load_average")]
-    found["load"] = statistics.fmean(loads) if loads else None
+    for key in ("tokens_per_second", "mfu", "loss_scale", "wall_seconds"):
+        found[key] = state.number(summary.get(key))
+    for key in ("peak_memory_bytes", "skipped_steps", "tokens"):
+        found[key] = state.whole(summary.get(key))
+    if done and evaluation is not None and evaluation["step"] == (curve.steps or [0])[-1]:
+        found |= {key: state.number(evaluation[key]) for key in ("eval_loss", "perplexity")}
+    loads = [one["load_average"][0] for one in (environment, summary) if one.get("load_average")]
+    found["load"] = state.number(statistics.fmean(loads)) if loads else None
     return found
 
 
@@ -196,7 +222,8 @@ def _events(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"checksum": None, "has_gradients": False}
     for row in _rows(file):
         if row.get("event") == "initialised":
-            found["checksum"] = row.get("checksum")
+            checksum = row.get("checksum")
+            found["checksum"] = checksum if isinstance(checksum, str) else None
         found["has_gradients"] |= row.get("event") == "numerics"
     return found
 

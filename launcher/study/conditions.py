@@ -8,6 +8,8 @@ from launcher.spec.dotted import flatten
 from launcher.study.collect import Result
 
 ABSENT = "not used"
+WHOLE = "the cell as a whole"
+"""What a difference follows from that no axis explains by itself."""
 # What is known to change numerics or speed beside the stage and the precision (docs/deepspeed.md).
 _CONFOUNDERS = {
     "reduce bucket, elements": "zero_optimization.reduce_bucket_size",
@@ -55,7 +57,7 @@ class Condition:
     values: dict[str, tuple[str, ...]]
     """Its values, and the cells that have each."""
     follows_from: str | None
-    """The axis that decides it; None where it is the same everywhere, or differs for no reason that is known."""
+    """The axis that decides it, or WHOLE; None where it is the same everywhere, or differs within a cell."""
 
     @property
     def pinned(self) -> bool:
@@ -72,6 +74,10 @@ class Conditions:
     """Every DeepSpeed key that is not the same in all cells."""
     weights: dict[str, tuple[str, ...]]
     """Seeds and precisions in which cells did not begin with the same weights, and the checksums; empty is good."""
+    other_data: str
+    """What makes cells of one seed read other batches; empty where they read the same."""
+    mixed: dict[str, tuple[str, ...]]
+    """Devices, versions and revisions of which there is more than one."""
     machines: tuple[str, ...]
     versions: dict[str, tuple[str, ...]]
     """Of each package, all versions that were met."""
@@ -79,7 +85,7 @@ class Conditions:
 
     @property
     def unexplained(self) -> tuple[Condition, ...]:
-        """Return what differs and follows from no axis."""
+        """Return what differs between the seeds of one cell."""
         return tuple(one for one in self.differences if one.follows_from is None and not one.pinned)
 
 
@@ -94,13 +100,23 @@ def conditions(results: Sequence[Result], axes: dict[str, Any]) -> Conditions:
         for key, title in _PLANNED.items()
     ]
     named = [_renamed(found[key], title) for title, key in _CONFOUNDERS.items() if key in found]
+    started = [one for one in planned if one.environment]
+    versions, revisions = _versions(started), _seen(str(one.environment.get("code_revision")) for one in started)
+    several = {name: seen for name, seen in versions.items() if len(seen) > 1}
+    several |= {
+        name: seen for name, seen in (("device", _seen(map(_device, started))), ("code", revisions)) if len(seen) > 1
+    }
+    moved = [one.name for one in others if one.name in ("sequence, tokens", "corpus") and not one.pinned]
+    moved += [one.name for one in named if one.name.startswith("global batch") and not one.pinned]
     return Conditions(
         confounders=(*named, *others),
         differences=tuple(one for one in [*found.values(), *others] if len(one.values) > 1),
         weights=_weights(planned),
-        machines=_seen(f"{one.environment.get('host')}: {_device(one)}" for one in planned if one.environment),
-        versions=_versions(planned),
-        revisions=_seen(str(one.environment.get("code_revision")) for one in planned if one.environment),
+        other_data=", ".join(moved),
+        mixed=several,
+        machines=_seen(f"{one.environment.get('host')}: {_device(one)}" for one in started),
+        versions=versions,
+        revisions=revisions,
     )
 
 
@@ -114,7 +130,7 @@ def _condition(name: str, results: Sequence[Result], value: Any, axes: dict[str,
 
 
 def _follows(results: Sequence[Result], value: Any, axes: dict[str, Any]) -> str | None:
-    """Return the axis, or the axes together, whose value decides a key's: equal there, equal here."""
+    """Return the axis whose value decides a key's: equal there, equal here; or WHOLE; or None."""
     several = [axis for axis, labels in axes.items() if len(labels) > 1]
     for chosen in [*([axis] for axis in several), several]:
         decided: dict[tuple[str, ...], str] = {}
@@ -122,7 +138,7 @@ def _follows(results: Sequence[Result], value: Any, axes: dict[str, Any]) -> str
             decided.setdefault(tuple(one.values[axis] for axis in chosen), _text(value(one))) == _text(value(one))
             for one in results
         ):
-            return " and ".join(axis.removesuffix(".name") for axis in chosen)
+            return chosen[0].removesuffix(".name") if len(chosen) == 1 else WHOLE
     return None
 
 

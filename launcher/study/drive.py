@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher import rundir
 from launcher.errors import EXIT_STOPPED, HalfstepError, Interrupted
-from launcher.files import write_json
+from launcher.files import cannot_write, write_json
 from launcher.lease import lease
 from launcher.study import folder as folders
 from launcher.study import proof, state
@@ -48,50 +48,83 @@ def run(
 
     Raises RequestError where another process runs this study.
     """
-    folders.write(folder, study, cells)
     with lease(folder):
+        folders.write(folder, study, cells)
         listed = {cell["run"]: cell for cell in folders.read(folder)["cells"]}
         queued = state.queue(folder, list(listed.values()))
 
         def now(cell: Cell) -> state.State:
             return state.of(listed[f"runs/{cell.folder}"], folder, queued)
 
-        todo = [cell for cell in order(cells, study.seeds) if cell.plan is not None and cell.refused is None]
-        waiting = [cell for cell in todo if now(cell).open or (retry and now(cell).status == "failed")]
-        if gate and waiting:
-            proof.run([cell.plan for cell in waiting if cell.plan], say)
-        failed = 0
+        allowed = [cell for cell in order(cells, study.seeds) if cell.plan is not None and cell.refused is None]
+        before = {cell.folder: now(cell) for cell in allowed}
+        waiting = [cell for cell in allowed if before[cell.folder].to_do(retry=retry, gate=gate)]
+        found = _prove(allowed, waiting, folder, say) if gate else []
+        counts = {"done": 0, "failed": 0, "refused": 0}
         for number, cell in enumerate(waiting, 1):
-            code, words = _one(cell, folders.run_of(folder, cell), starter, study.limit)
+            code, words = _one(cell, folders.run_of(folder, cell), starter, study.limit, found)
             told = now(cell)
             say(f"[{number}/{len(waiting)}] {cell.name} seed={cell.seed}: {told.status}, {words or told.reason}")
             if code in (EXIT_STOPPED, Interrupted.exit_code):
-                return Done(ran=number - 1, failed=failed, kept=len(todo) - len(waiting), code=code)
-            failed += told.status == "failed"
-    return Done(ran=len(waiting), failed=failed, kept=len(todo) - len(waiting), code=0)
+                break
+            counts[told.status] = counts.get(told.status, 0) + 1
+        else:
+            code = 0
+        kept = sum(one.status in ("done", "failed") for one in before.values()) - sum(
+            before[cell.folder].status == "failed" for cell in waiting
+        )
+    return Done(ran=counts["done"] + counts["failed"], failed=counts["failed"], kept=kept, code=code)
 
 
-def _one(cell: Cell, path: Path, starter: str, limit: float) -> tuple[int, str]:
+def _prove(
+    allowed: Sequence[Cell], waiting: Sequence[Cell], folder: Path, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Run the gate for what waits, and for what ran without it on this hardware and is told now."""
+    late = [
+        cell
+        for cell in allowed
+        if cell not in waiting and cell.plan and proof.can_be_told_again(folders.run_of(folder, cell), cell.plan)
+    ]
+    found = proof.run([cell.plan for cell in (*waiting, *late) if cell.plan], say)
+    for cell in late:
+        if cell.plan is not None:
+            proof.tell(folders.run_of(folder, cell), cell.plan, found)
+    return found
+
+
+def _one(cell: Cell, path: Path, starter: str, limit: float, found: Sequence[dict[str, Any]]) -> tuple[int, str]:
     """Run one cell and return its exit code and, where it is done, what is said of it."""
     plan = cell.plan
     assert plan is not None, "what could not be planned is not run"
-    rundir.write_plan(path, cell.request, plan)
-    if proof.tell(path, plan)["refused"]:
-        return 0, ""
     started, load = time.time(), os.getloadavg()
-    command = argv.STARTERS[starter](plan, path)
     try:
+        rundir.write_plan(path, cell.request, plan)
+        if proof.tell(path, plan, found)["refused"]:
+            return 0, ""
+        with cannot_write(path):
+            (path / state.OUTCOME).unlink(missing_ok=True)
+            (path / LOG).touch()
+        command = argv.STARTERS[starter](plan, path)
         code = local.start(command, path, plan.topology.ranks_per_node, log=path / LOG, limit=limit)
         cause = "" if code == 0 else _last_words(path / LOG)
-    except HalfstepError as error:
+    except HalfstepError as error:  # of this run; the others are none the worse for it
         code, cause = error.exit_code, error.what
-    seconds = time.time() - started
-    about: dict[str, Any] = {"code": code, "cause": cause, "seconds": seconds, "started": started}
-    write_json(path / state.OUTCOME, {**about, "load_before": load, "load_after": os.getloadavg(), "starter": starter})
+    ended = time.time()
+    about: dict[str, Any] = {"code": code, "cause": cause, "seconds": ended - started, "started": started}
+    about |= {"load_before": load, "load_after": os.getloadavg(), "starter": starter}
+    # Whoever was there wrote the cause before this, and knows it better.
+    about["time"] = started if _has_ended(path, since=started) else ended
+    with cannot_write(path):
+        write_json(path / state.OUTCOME, about)
     if code:
-        return code, ""
-    summary = state.read_json(path / "summary.json")
-    return 0, ", ".join(_figures(summary)) + f" ({seconds:.0f} s)"
+        return code, cause
+    return 0, ", ".join(_figures(state.read_json(path / "summary.json"))) + f" ({ended - started:.0f} s)"
+
+
+def _has_ended(path: Path, since: float) -> bool:
+    """Tell whether an attempt wrote how it ended."""
+    found = [state.number(state.read_json(one).get("time")) for one in (path / "attempts").glob("*/exit.json")]
+    return any(one is not None and one >= since for one in found)
 
 
 def _figures(summary: dict[str, Any]) -> list[str]:

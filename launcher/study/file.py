@@ -1,6 +1,5 @@
 """The study file: which runs are compared, over which axes and seeds, and with what."""
 
-import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +8,7 @@ from typing import Any
 
 from launcher.errors import RequestError, nearest
 from launcher.spec.dotted import flatten
-from launcher.spec.load import PATH_KEYS
-from launcher.study.axes import Axis, Pattern, axis, check_keys, chosen, literal, long_name, patterns
+from launcher.study.axes import Axis, Pattern, absolute, axis, check_keys, chosen, literal, long_name, patterns
 
 READY = Path(__file__).parent / "ready"
 """The studies that ship with Halfstep."""
@@ -67,26 +65,29 @@ def read(name: str, words: Sequence[str] = ()) -> Study:
         if not isinstance(tree.get(key, []), list) or not all(isinstance(one, dict) for one in tree.get(key, [])):
             raise RequestError(f"{key} is no list of tables", where=str(file), fix=f"{key} = [{{ zero = 0 }}, ...]")
     base = {long_name(key): value for key, value in flatten(_table(tree, "base", file)).items()}
-    _check_base(base, file)
-    base = {key: _absolute(key, value, file.absolute().parent) for key, value in base.items()}
+    base = {key: absolute(key, value, file.absolute().parent) for key, value in base.items()}
     given = flatten(_table(tree, "axes", file))
-    axes = {long_name(name): axis(name, values, file) for name, values in given.items()}
-    seeds = _table(tree, "seeds", file).get("values", [0])
+    axes = {long_name(name): axis(name, values, file, file.absolute().parent) for name, values in given.items()}
+    seeds_table = _table(tree, "seeds", file)
+    _only_these(seeds_table, ("values",), "seeds", file)
+    seeds = seeds_table.get("values", [0])
     for word in words:
         key, value = _word(word)
         if key == "seed":
             seeds = [_number(one) for one in str(value).split(",")]
         elif key in axes:
-            axes[key] = chosen(axes[key], str(value).split(","))
+            labels = [one.label for one in axes[key].values]
+            axes[key] = chosen(axes[key], [value] if value in labels else str(value).split(","))
         else:
-            base[key] = _absolute(key, value, Path.cwd())
+            base[key] = absolute(key, value, Path.cwd())
+    _check_base(base, file)
     check_keys(base, axes, file)
     compare, limits = _table(tree, "compare", file), _table(tree, "limits", file)
     _only_these(compare, _COMPARE, "compare", file)
     _only_these(limits, _LIMITS, "limits", file)
     return Study(
         name=file.stem,
-        source=str(file),
+        source=str(file.absolute()),
         base=base,
         axes=tuple(axes.values()),
         seeds=_seeds(seeds, file),
@@ -157,8 +158,12 @@ def _word(word: str) -> tuple[str, Any]:
 
 
 def _check_base(base: dict[str, Any], file: Path) -> None:
-    if "seed" in base:
-        raise RequestError("a study's seeds are no base key", where=f"[base] in {file}", fix="[seeds] values = [0, 1]")
+    for key, fix in (
+        ("seed", "[seeds] values = [0, 1]"),
+        ("out", "leave it out: every run has a directory of its own"),
+    ):
+        if key in base:
+            raise RequestError(f"{key} is no base key of a study", where=f"[base] in {file}, or a word", fix=fix)
 
 
 def _seeds(given: Any, file: Path) -> tuple[int, ...]:
@@ -171,7 +176,7 @@ def _seeds(given: Any, file: Path) -> tuple[int, ...]:
 
 
 def _number(text: str) -> Any:
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() and text.isascii() else text
 
 
 def _reference(compare: dict[str, Any], axes: dict[str, Axis], file: Path) -> dict[str, str]:
@@ -186,7 +191,14 @@ def _reference(compare: dict[str, Any], axes: dict[str, Axis], file: Path) -> di
     (pattern,) = patterns([given], axes, f"compare.reference in {file}")
     found = {}
     for name, there in axes.items():
-        value = pattern.get(name, (there.values[0].label,))[0]
+        one = pattern.get(name, (there.values[0].label,))
+        if len(one) != 1:
+            raise RequestError(
+                f"the reference has {len(one)} values of {name}",
+                where=f"compare.reference in {file}",
+                fix=f"reference = {{ {name} = {there.values[0].label} }}",
+            )
+        value = one[0]
         if value not in [one.label for one in there.values]:
             has = ", ".join(one.label for one in there.values)
             raise RequestError(
@@ -202,13 +214,3 @@ def _limit(given: Any, file: Path) -> float:
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < float("inf"):
         raise RequestError(f"{given!r} is no time", where=f"limits.seconds in {file}", fix="seconds; 0 = no limit")
     return float(given)
-
-
-def _absolute(key: str, value: Any, folder: Path) -> Any:
-    """Take a relative path from the folder of whoever wrote it."""
-    if isinstance(value, str) and value and key in PATH_KEYS:
-        return os.path.abspath(folder / Path(value).expanduser())
-    if key == "model.name" and isinstance(value, str) and value.startswith("hf:"):
-        local = folder / Path(value[3:]).expanduser()
-        return f"hf:{os.path.abspath(local)}" if local.exists() else value
-    return value

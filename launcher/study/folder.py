@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher.errors import RequestError
 from launcher.files import cannot_write, write_json
+from launcher.lease import LEASE_FILES
 from launcher.study.file import Study
 from launcher.study.grid import Cell
 
@@ -39,12 +40,16 @@ def run_of(folder: Path, cell: Cell) -> Path:
 
 def compare(folder: Path, cells: Sequence[Cell]) -> Change:
     """Return what a folder keeps for these cells; raises RequestError where it is something else's."""
-    if folder.exists() and not (folder / _FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    ours = not folder.exists() or (folder / _FILE).is_file()
+    if not ours and (not folder.is_dir() or any(one.name not in LEASE_FILES for one in folder.iterdir())):
         raise RequestError(
             f"{folder} exists and is not a study's folder", where="--out", fix="choose one that does not exist yet"
         )
-    before = {one["run"] for one in read(folder)["cells"]} if (folder / _FILE).is_file() else set()
-    before = {one for one in before if one is not None and (folder / one).is_dir()}
+    try:
+        before = {one["run"] for one in read(folder)["cells"] if one["run"] is not None}
+    except RequestError:  # there is none yet, or it is damaged: the directories are what there is
+        before = {f"runs/{one.name}" for one in (folder / "runs").glob("*")}
+    before = {one for one in before if (folder / one).is_dir()}
     now = {f"runs/{cell.folder}" for cell in cells if cell.plan is not None and cell.refused is None}
     return Change(kept=len(now & before), new=len(now - before), left=tuple(sorted(before - now)))
 
@@ -72,7 +77,7 @@ def read(folder: Path) -> dict[str, Any]:
     file = folder / _FILE
     try:
         found = json.loads(file.read_text("utf-8"))
-        if found["format"] != _FORMAT or not isinstance(found["study"], dict) or not isinstance(found["cells"], list):
+        if found["format"] != _FORMAT or not _is_whole(found):
             raise ValueError("not ours")
     except FileNotFoundError:
         raise RequestError(
@@ -83,6 +88,21 @@ def read(folder: Path) -> dict[str, Any]:
             "study.json is damaged", where=str(file), fix="start `halfstep study run` again: it writes it anew"
         ) from None
     return found
+
+
+def _is_whole(found: dict[str, Any]) -> bool:
+    """Tell whether everything is there that the other pages read."""
+    about, cells = found["study"], found["cells"]
+    texts = all(
+        isinstance(one["values"], dict)
+        and all(isinstance(label, str) for label in one["values"].values())
+        and isinstance(one["seed"], int)
+        and isinstance(one["words"], list)
+        and all(isinstance(one[key], str | None) for key in ("run", "refused"))
+        for one in cells
+    )
+    named = all(isinstance(about[key], dict) for key in ("axes", "reference")) and isinstance(about["seeds"], list)
+    return texts and named and any(one["values"] == about["reference"] for one in cells)
 
 
 def find(word: str) -> Path:

@@ -5,9 +5,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import HalfstepError, RefusedError, RequestError
 from launcher.plan.plan import Plan
+from launcher.spec.digest import digest
 from launcher.spec.load import Request, load
 from launcher.study.axes import Pattern, Value, word_of
 from launcher.study.file import Study
@@ -15,6 +17,8 @@ from launcher.study.file import Study
 Decide = Callable[[Request], Plan]
 """How a request is planned, for the world that the study will run in."""
 
+_LONGEST = 120
+"""Letters of a folder's name, less seed and run id."""
 PINNED = {"ds.zero_optimization.overlap_comm": False}
 """DeepSpeed keys that would differ between stages by themselves; a study that names one of them decides it."""
 
@@ -43,7 +47,14 @@ class Cell:
     def folder(self) -> str:
         """Return the name of its run directory: another plan gets another one."""
         assert self.plan is not None, "a cell that could not be planned has no run"
-        return f"{'-'.join(map(_short, self.values.items()))}-s{self.seed}-{self.plan.run_id[:8]}"
+        words = [_short(*pair) for pair in self.values.items()]
+        name = "-".join(words)
+        # Where letters had to be replaced, or cut off, two cells could come by one name.
+        lossy = len(name) > _LONGEST or any(
+            _told(*pair) != word for pair, word in zip(self.values.items(), words, strict=True)
+        )
+        name = f"{name[:_LONGEST]}-{digest(self.values)[:6]}" if lossy else name
+        return f"{name}-s{self.seed}-{self.plan.run_id[:8]}"
 
 
 def cells(study: Study, decide: Decide) -> list[Cell]:
@@ -99,12 +110,12 @@ def _cell(study: Study, chosen: Sequence[Value], seed: int, decide: Decide, erro
     keys = dict(study.base)
     for value in chosen:
         keys |= value.keys
-    if int(keys.get("zero", 1)) > 0 and "ds_config" not in keys:
-        keys |= {key: value for key, value in PINNED.items() if key not in keys}
-    words = tuple(word_of("model" if key == "model.name" else key, value) for key, value in keys.items())
-    words = (*words, f"seed={seed}")
+    where = f"{Path(study.source).name} or the command line"
+    words = _words(keys, seed)
+    if load(words, origin=where).spec.zero > 0 and "ds_config" not in keys:
+        words = _words({**keys, **{key: value for key, value in PINNED.items() if key not in keys}}, seed)
     labels = _labels(study, chosen)
-    request = load(words, origin=f"{Path(study.source).name} or the command line")
+    request = load(words, origin=where)
     plan = refused = None
     try:
         plan = decide(request)
@@ -115,8 +126,16 @@ def _cell(study: Study, chosen: Sequence[Value], seed: int, decide: Decide, erro
     return Cell(values=labels, seed=seed, words=words, request=request, plan=plan, refused=refused)
 
 
-def _short(pair: tuple[str, str]) -> str:
-    axis, value = pair
+def _words(keys: dict[str, Any], seed: int) -> tuple[str, ...]:
+    words = [word_of("model" if key == "model.name" else key, value) for key, value in keys.items()]
+    return (*words, f"seed={seed}")
+
+
+def _told(axis: str, value: str) -> str:
+    """Return a value as part of a folder's name: with its key where it does not speak for itself."""
     key = axis.removesuffix(".name").rpartition(".")[2]
-    text = value if re.match(r"[A-Za-z]", value) and value not in ("true", "false") else f"{key}{value}"
-    return re.sub(r"[^A-Za-z0-9.+_]+", "_", text)[:40]
+    return value if re.match(r"[A-Za-z]", value) and value not in ("true", "false") else f"{key}{value}"
+
+
+def _short(axis: str, value: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+_]+", "_", _told(axis, value))

@@ -1,9 +1,9 @@
 """What may be concluded from a study: differences with their noise, and which cell to use.
 
 Cells share seeds, and with them initial weights and data, so a cell is compared with the reference seed by seed. Two
-bands matter. The noise band is the 95 % confidence interval of that paired difference: a difference beyond it is real.
-The seeds' band says how much the reference itself moves when only the seed changes: a loss within it costs no quality
-that another seed would not cost as well.
+bands matter. The noise band is the 95 % confidence interval of that paired difference: a difference beyond it is called
+real (of equal cells, one in twenty). The seeds' band says how much the reference itself moves when only the seed
+changes: a loss within it costs no quality that another seed would not cost as well.
 """
 
 import math
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.study.collect import Result, name_of
+from launcher.study.noise import Noise, between_seeds
 
 # Rounding alone moves a loss by this share, relative; what the parity gate tolerates between equal algorithms
 # (parity/judge.py): below it no difference is called real, however regular it is.
 _ROUNDING = {"fp32": 1e-5, "fp16": 3e-4, "bf16": 3e-4}
-# Two-sided 95 % quantiles of Student's t by degrees of freedom (Abramowitz and Stegun, table 26.10).
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T_LARGE = ((20, 2.086), (30, 2.042), (60, 2.000), (math.inf, 1.960))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,8 @@ class Summary:
     """Mean over the seeds that both have, this cell less the reference."""
     noise: float | None = None
     """What the difference has to exceed; None where it cannot be said."""
+    noisy: bool = False
+    """Whether its own scatter is far beyond the others'."""
     verdict: str = "not judged"
     """`reference`, `identical`, `within noise`, `real`, or `not judged`."""
     tokens_per_second: float | None = None
@@ -74,7 +74,11 @@ class Verdict:
     reference: Summary
     seeds: int
     freedom: int
-    """Degrees of freedom that the noise bands rest on."""
+    """The fewest degrees of freedom that a noise band rests on; 0 where there is none."""
+    compared: int
+    """How many cells have a noise band."""
+    speed_noise: dict[str, Noise]
+    """By cell, of the logarithm of its speed; empty with one seed."""
     usable: tuple[Summary, ...]
     """Done, proved, and of a quality that the reference's own seeds would also give."""
     fastest: Summary | None
@@ -88,25 +92,30 @@ class Verdict:
         """Return the cell to use."""
         return self.fastest
 
+    def ratio(self, cell: Summary, other: Summary) -> tuple[float, float, float] | None:
+        """Return how many times as fast a cell is as another, and the 95 % confidence interval of that.
+
+        None where a speed is missing; with one seed, whose noise nobody knows, the interval is the ratio itself.
+        """
+        if not cell.speeds or not other.speeds:
+            return None
+        apart = statistics.fmean(map(math.log, cell.speeds)) - statistics.fmean(map(math.log, other.speeds))
+        known = [self.speed_noise[one.name] for one in (cell, other) if one.name in self.speed_noise]
+        widest = max((one.interval(1) for one in known), default=0.0)
+        half = widest * math.sqrt(1 / len(cell.speeds) + 1 / len(other.speeds))
+        return math.exp(apart), math.exp(apart - half), math.exp(apart + half)
+
     @property
     def as_fast(self) -> tuple[Summary, ...]:
-        """Return the usable cells whose speeds over the seeds reach into the fastest one's."""
-        if self.fastest is None or len(self.fastest.speeds) < 2:
+        """Return the usable cells whose speed cannot be told from the fastest one's."""
+        if self.fastest is None or not self.speed_noise:
             return ()
-        slowest = min(self.fastest.speeds)
-        return tuple(one for one in self.usable if one is not self.fastest and max(one.speeds, default=0) >= slowest)
-
-
-def t95(freedom: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t; between two rows of the table the more cautious one."""
-    if freedom <= len(_T):
-        return _T[max(freedom, 1) - 1]
-    before = _T[-1]
-    for degrees, value in _T_LARGE:
-        if freedom < degrees:
-            return before
-        before = value
-    return before
+        found = []
+        for one in self.usable:
+            ratio = self.ratio(one, self.fastest)
+            if one is not self.fastest and ratio is not None and ratio[2] >= 1:
+                found.append(one)
+        return tuple(found)
 
 
 def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
@@ -116,15 +125,18 @@ def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
         groups.setdefault(one.name, []).append(one)
     theirs = groups[name_of(reference)]
     paired = {name: _paired(own, theirs) for name, own in groups.items()}
-    pooled, freedom = _pooled([pairs for name, pairs in paired.items() if name != name_of(reference)])
-    cells = tuple(_summary(own, theirs, paired[name], pooled, freedom) for name, own in groups.items())
+    noise = _by_precision(groups, {name: one for name, one in paired.items() if name != name_of(reference)})
+    cells = tuple(_summary(own, theirs, paired[name], noise.get(name)) for name, own in groups.items())
     (chosen,) = [cell for cell in cells if cell.values == reference]
     usable = tuple(cell for cell in cells if _usable(cell, chosen))
+    compared = [noise[cell.name] for cell in cells if cell.noise and cell.name in noise]
     return Verdict(
         cells=cells,
         reference=chosen,
         seeds=len({one.seed for one in results}),
-        freedom=freedom,
+        freedom=min((one.freedom for one in compared), default=0),
+        compared=len(compared),
+        speed_noise=between_seeds({cell.name: [math.log(one) for one in cell.speeds] for cell in cells}),
         usable=usable,
         fastest=_least(usable, lambda cell: -cell.tokens_per_second),
         smallest=_least(usable, lambda cell: cell.peak_memory_bytes),
@@ -143,20 +155,19 @@ def _paired(own: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
     ]
 
 
-def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Return the standard deviation of paired differences between seeds, of all cells together, and its freedom.
+def _by_precision(groups: dict[str, list[Result]], paired: dict[str, list[float]]) -> dict[str, Noise]:
+    """Return the noise of every cell's difference; cells of one precision round alike and are pooled.
 
-    With two seeds a cell's own deviation rests on one degree of freedom, which says next to nothing.
+    A cell that does the same arithmetic as the reference differs by nothing, and tells nothing of noise.
     """
-    several = [one for one in groups if len(one) > 1]
-    freedom = sum(len(one) - 1 for one in several)
-    squares = sum(statistics.variance(one) * (len(one) - 1) for one in several)
-    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
+    found: dict[str, Noise] = {}
+    for precision in {own[0].precision for own in groups.values()}:
+        alike = {name: one for name, one in paired.items() if any(one) and groups[name][0].precision == precision}
+        found |= between_seeds(alike)
+    return found
 
 
-def _summary(
-    own: Sequence[Result], theirs: Sequence[Result], paired: Sequence[float], pooled: float, freedom: int
-) -> Summary:
+def _summary(own: Sequence[Result], theirs: Sequence[Result], paired: Sequence[float], noise: Noise | None) -> Summary:
     done = [one for one in own if one.done]
     qualities = [one.quality for one in done if one.quality is not None]
     middle = _median([one.step_seconds for one in done])
@@ -186,24 +197,25 @@ def _summary(
     if not any(paired):
         return Summary(**about, difference=0.0, noise=0.0, verdict="identical")
     about["difference"] = difference
-    if len(paired) < 2:
+    if noise is None:
         return Summary(**about)  # one seed has no noise that could be known
-    rounding = _rounding([*own, *theirs]) * abs(about["quality"])
-    deviation = max(pooled, statistics.stdev(paired))  # a cell that is noisier than the others is not helped by them
-    noise = max(t95(freedom) * deviation / math.sqrt(len(paired)), rounding)
-    return Summary(**about, noise=noise, verdict="real" if abs(difference) > noise else "within noise")
+    band = max(noise.interval(len(paired)), _rounding([*own, *theirs]) * abs(about["quality"]))
+    verdict = "real" if abs(difference) > band else "within noise"
+    return Summary(**about, noise=band, noisy=noise.own, verdict=verdict)
 
 
 def _usable(cell: Summary, reference: Summary) -> bool:
     """Tell whether a cell may be recommended: it is done, proved, and no worse than the reference's own noise."""
-    if not cell.done or cell.proved is not True or cell.tokens_per_second is None:
+    if not cell.done or cell.proved is not True or cell.tokens_per_second is None or cell.quality is None:
         return False
     if cell.verdict in ("reference", "identical"):
         return True
     if cell.difference is None:
         return False
-    least = _rounding([*cell.results, *reference.results]) * abs(cell.quality or 0.0)
-    return cell.difference <= max(cell.noise or 0.0, reference.band or 0.0, least)
+    least = _rounding([*cell.results, *reference.results]) * abs(cell.quality)
+    # A cell's own scatter is no licence to be worse.
+    margin = 0.0 if cell.noisy else cell.noise or 0.0
+    return cell.difference <= max(margin, reference.band or 0.0, least)
 
 
 def _rounding(results: Sequence[Result]) -> float:

@@ -3,6 +3,7 @@
 python proof.py RUN     (by an array's task, on the node where that run will train)
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ if __name__ == "__main__":
 
 from launcher import rundir, topology, verdict
 from launcher.errors import EXIT_REFUSED, Fault, HalfstepError
-from launcher.files import write_json
+from launcher.files import cannot_write, write_json
 from launcher.parity import drive
 from launcher.parity.cases import Case, cases_of
 from launcher.plan.plan import Plan
@@ -30,58 +31,72 @@ def needed(plans: Iterable[Plan]) -> list[Case]:
     return [case for case in wanted if _known(here, [case]) is None]
 
 
-def run(plans: Iterable[Plan], say: Callable[[str], None]) -> None:
-    """Run what `needed` names and keep the verdict; what cannot be run stays unproved, and is said.
+def run(plans: Iterable[Plan], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run what `needed` names, keep the verdict and return it; what cannot be run stays unproved, and is said.
 
     A cell with offload is tried by itself: where the device cannot do it, DeepSpeed raises.
     """
-    missing = needed(plans)
+    missing, found = needed(plans), []
     plain = [case for case in missing if case.offload == "none"]
     groups = [plain] if plain else []
-    groups += [
-        [c for c in missing if _cell(c) == cell] for cell in dict.fromkeys(map(_cell, missing)) if cell[2] != "none"
-    ]
+    offloaded = dict.fromkeys(_cell(case) for case in missing if case.offload != "none")
+    groups += [[case for case in missing if _cell(case) == cell] for cell in offloaded]
     for cases in groups:
-        what = (
-            f"{len(cases)} cases"
-            if cases is plain
-            else f"zero={cases[0].zero} {cases[0].precision} offload={cases[0].offload}"
-        )
+        one = cases[0]
+        what = f"zero={one.zero} {one.precision} offload={one.offload}" if cases is not plain else f"{len(cases)} cases"
         say(f"the parity gate has to run first: {what} on this hardware and these versions")
         try:
             outcome = drive.verify(cases, repairs=True, quiet=False)
         except HalfstepError as error:
             say(f"not proved: {error.what}")
-            if cases is not plain and isinstance(error, Fault):
-                verdict.store(topology.describe(1, 1), [_failed(case, error.what) for case in cases])
-            continue
-        verdict.store(topology.describe(1, 1), outcome.cells)
-        failed = [cell for cell in outcome.cells if not cell["ok"]]
-        say(f"{len(outcome.cells) - len(failed)} of {len(outcome.cells)} train the same model, {outcome.seconds:.0f} s")
+            if cases is plain or not isinstance(error, Fault):
+                continue
+            cells = [_failed(case, error.what) for case in cases]
+        else:
+            cells = outcome.cells
+            good = sum(bool(cell["ok"]) for cell in cells)
+            say(f"{good} of {len(cells)} train the same model, {outcome.seconds:.0f} s")
+        found += cells
+        try:
+            verdict.store(topology.describe(1, 1), cells)
+        except OSError as error:  # a home that cannot be written, as on some nodes: what was found counts all the same
+            say(f"the verdict cannot be kept for next time: {error}")
+    return found
 
 
-def tell(path: Path, plan: Plan) -> dict[str, Any]:
+def tell(path: Path, plan: Plan, found: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
     """Write into a run directory whether its cell is proved here, and return it.
 
-    `proved` is True, False, or None where the gate was not run; `refused` names the rule that forbids the run.
+    `found` is what `run` has just returned. `proved` is True, False, or None where the gate was not run; `refused`
+    names the rule that forbids the run.
     """
-    here = topology.describe(1, 1)
-    cases = _cases(plan)
-    found: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(cases)}
+    here, cases = topology.describe(1, 1), _cases(plan)
+    told: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(cases)}
     if not plan.repairs_on:
-        found |= {"proved": False, "reason": "stage 0 in half precision without its repairs (numerics.repairs=false)"}
+        told |= {"proved": False, "reason": "stage 0 in half precision without its repairs (numerics.repairs=false)"}
     else:
-        found["proved"] = _known(here, cases)
-        if found["proved"] is None:
-            found["reason"] = "the parity gate was not run for it here"
-        elif not found["proved"]:
-            found["reason"] = "the parity gate found that it trains another model"
+        told["proved"] = verdict.proved(here, [vars(case) for case in cases], found)
+        if told["proved"] is None:
+            told["reason"] = "the parity gate was not run for it here"
+        elif not told["proved"]:
+            told["reason"] = "the parity gate found that it trains another model"
     offload = _offload(plan)
-    if offload != "none" and not found["proved"]:
-        found["refused"] = f"{RULE}: offload={offload} is not proved to train the same model on this device"
-    found["conditions"] = verdict.conditions(here)
-    write_json(path / FILE, found)
-    return found
+    if offload != "none" and not told["proved"]:
+        told["refused"] = f"{RULE}: offload={offload} is not proved to train the same model on this device"
+    told["conditions"] = verdict.conditions(here)
+    with cannot_write(path):
+        write_json(path / FILE, told)
+    return told
+
+
+def can_be_told_again(path: Path, plan: Plan) -> bool:
+    """Tell whether a run was told nothing, on this hardware and with these versions: the gate may have run since."""
+    try:
+        told = json.loads((path / FILE).read_text("utf-8"))
+        same = told["conditions"] == verdict.conditions(topology.describe(1, 1))
+        return told["proved"] is None and plan.repairs_on and same
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _known(here: topology.Topology, cases: list[Case]) -> bool | None:
@@ -115,11 +130,11 @@ def _failed(case: Case, why: str) -> dict[str, Any]:
 def main(path: Path) -> int:
     """Prove one run's cell on this host and return the exit code; 3 where the run may not start."""
     _, plan = rundir.read_plan(path)
-    run([plan], lambda line: print(f"--- {line}", flush=True))
-    found = tell(path, plan)
-    if found["refused"]:
-        print(f"--- {found['refused']}", flush=True)
-    return EXIT_REFUSED if found["refused"] else 0
+    found = run([plan], lambda line: print(f"--- {line}", flush=True))
+    told = tell(path, plan, found)
+    if told["refused"]:
+        print(f"--- {told['refused']}", flush=True)
+    return EXIT_REFUSED if told["refused"] else 0
 
 
 if __name__ == "__main__":

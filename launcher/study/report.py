@@ -18,6 +18,7 @@ from launcher.metrics import numerics, plots
 from launcher.study import charts, folder, state, words
 from launcher.study.collect import Result, results
 from launcher.study.conditions import Conditions, conditions
+from launcher.study.file import READY
 from launcher.study.judge import Summary, Verdict, judge
 
 _LEADING = ("zero", "precision", "seed", "status", "reason", "proved")
@@ -135,7 +136,7 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
             "",
         ]
     for title in pictures:
-        lines += [f"## {title}", "", f"![{title}]({_file_of(title)})", "", _caption(title), ""]
+        lines += [f"## {_plain(title)}", "", f"![{_plain(title)}]({_file_of(title)})", "", _caption(title), ""]
     lines += ["## Were the conditions equal?", "", *[line for one in parts["equality"] for line in (one, "")]]
     for title, key in (("confounder", "confounders"), ("key in which cells differ", "differences")):
         listed = [(one["name"], one["text"], one["why"]) for one in parts[key]]
@@ -194,13 +195,13 @@ def as_json(report: Report) -> str:
         "runs": runs,
         "unexplained": [one.name for one in report.conditions.unexplained],
     }
-    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def again(report: Report) -> str:
     """Return the command that runs the whole study."""
     about = report.about
-    source = about["name"] if Path(about["source"]).parent.name == "ready" else about["source"]
+    source = about["name"] if Path(about["source"]).parent == READY else about["source"]
     return shlex.join(["halfstep", "study", "run", source, *about.get("words", []), "--out", str(report.folder)])
 
 
@@ -248,9 +249,14 @@ def _file_of(title: str) -> str:
 
 def _table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
     def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(one.replace("|", "\\|").replace("\n", " ") for one in cells) + " |"
+        return "| " + " | ".join(map(_plain, cells)) + " |"
 
     return [line(columns), "|" + "---|" * len(columns), *map(line, lines)]
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _truth(value: bool | None) -> str:

@@ -1,6 +1,7 @@
 """How far one run of a study is: queued, running, done, or failed and why."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from launcher import lease
-from launcher.errors import EXIT_NUMERICS, EXIT_STALLED, EXIT_STOPPED
+from launcher.errors import (
+    EXIT_NUMERICS,
+    EXIT_REFUSED,
+    EXIT_REQUEST,
+    EXIT_STALLED,
+    EXIT_STOPPED,
+    Interrupted,
+    RefusedError,
+)
 from launcher.submit import jobs, slurm
 from launcher.submit.local import TIMED_OUT
 from launcher.submit.slurm import Queued
@@ -29,11 +38,13 @@ class State:
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
+    by_proof: bool = False
+    """Whether the parity gate is what refused it: asked again, it may say something else."""
 
-    @property
-    def open(self) -> bool:
-        """Whether there is still something to run."""
-        return self.status in ("missing", "stopped")
+    def to_do(self, *, retry: bool, gate: bool) -> bool:
+        """Tell whether there is something to run: also what failed, for `retry`, and what only the gate refused."""
+        again = (retry and self.status == "failed") or (gate and self.by_proof)
+        return again or self.status in ("missing", "stopped")
 
 
 def of(cell: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) -> State:
@@ -42,10 +53,13 @@ def of(cell: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) -> Sta
     if cell["refused"] is not None or run is None:
         return State(status="refused", reason=cell["refused"] or "it could not be planned")
     if (proof := read_json(run / "proof.json")).get("refused"):
-        return State(status="refused", reason=proof["refused"])
-    steps = read_json(run / "plan.json").get("steps")
+        return State(status="refused", reason=str(proof["refused"]), by_proof=True)
     last = jobs.last_step(run / "metrics.jsonl")
-    seen: dict[str, Any] = {"step": last.get("step"), "steps": steps, "loss": last.get("loss")}
+    seen: dict[str, Any] = {
+        "step": whole(last.get("step")),
+        "steps": whole(read_json(run / "plan.json").get("steps")),
+        "loss": number(last.get("loss")),
+    }
     if read_json(run / "summary.json").get("status") == "done":
         return State(status="done", **seen)
     living = jobs.alive(run, queued) if queued else []
@@ -57,15 +71,17 @@ def of(cell: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) -> Sta
 
 
 def _ended(run: Path, seen: dict[str, Any]) -> State:
+    """Return how a run ended by what was written last: by a rank, by a start that was refused, or by the study."""
     attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
-    outcome = read_json(run / OUTCOME)
-    found = (read_exit(attempts[-1]) if attempts else None) or (outcome if outcome.get("code") else None)
-    if found is None:
-        return State(
-            status="stopped" if attempts else "missing", reason="nobody wrote how it ended" if attempts else ""
-        )
-    code, cause = int(found["code"]), " ".join(str(found.get("cause", "")).split())
-    if code in (EXIT_STOPPED, 130) or (code >= 128 and outcome.get("interrupted")):
+    told = [read_exit(attempts[-1]) or {}] if attempts else []
+    told += [read_json(run / "refused.json"), read_json(run / OUTCOME)]
+    found = [one for one in told if whole(one.get("code")) and number(one.get("time")) is not None]
+    if not found:
+        why = "nobody wrote how it ended" if attempts else ""
+        return State(status="stopped" if attempts else "missing", reason=why, **seen)
+    last = max(found, key=lambda one: one["time"])
+    code, cause = last["code"], " ".join(str(last.get("cause") or "").split())
+    if code in (EXIT_STOPPED, Interrupted.exit_code):
         return State(status="stopped", reason=cause, **seen)
     return State(status="failed", reason=f"{kind(code, cause)}: {cause}" if cause else kind(code, cause), **seen)
 
@@ -74,8 +90,21 @@ def kind(code: int, cause: str) -> str:
     """Return in a word or three why a run failed."""
     if any(word in cause for word in _MEMORY):
         return "out of memory"
-    known = {EXIT_NUMERICS: "diverged", EXIT_STALLED: "stalled", TIMED_OUT: "timed out"}
+    known = {EXIT_NUMERICS: "diverged", EXIT_STALLED: "stalled", TIMED_OUT: "timed out", EXIT_REFUSED: "refused"}
+    known[EXIT_REQUEST] = "request"
     return known.get(code, f"crashed ({code})")
+
+
+def number(value: Any) -> float | None:
+    """Return a finite number, or None for whatever else stands in its place."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number, or None for whatever else stands in its place."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -90,4 +119,9 @@ def read_json(file: Path) -> dict[str, Any]:
 def queue(folder: Path, cells: Sequence[dict[str, Any]]) -> Sequence[Queued]:
     """Return this user's SLURM jobs, if any of these cells was ever sent to SLURM from here."""
     sent = any(cell["run"] is not None and (folder / cell["run"] / "jobs.jsonl").exists() for cell in cells)
-    return slurm.queue() if sent and shutil.which("squeue") else ()
+    if not sent or shutil.which("squeue") is None:
+        return ()
+    try:
+        return slurm.queue()
+    except RefusedError:  # no controller answers: what the run directories say is still true
+        return ()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.study.collect import Result
-from launcher.study.conditions import Condition, Conditions
+from launcher.study.conditions import WHOLE, Condition, Conditions
 from launcher.study.judge import Summary, Verdict
 
 _GIB = 2**30
@@ -16,14 +16,15 @@ QUALITY = (
 )  # fmt: skip
 PRICE = (
     "cell", "tokens/s", "of reference", "MFU", "step, ms", "quartiles apart", "peak memory, GiB", "predicted, GiB",
-    "wall, s", "cost",
+    "wall, s", "load", "cost",
 )  # fmt: skip
 NOTES = (
     "Final loss: training loss, mean over the last tenth of the steps. Less reference: mean over the seeds that both "
     "have, which share initial weights and data. Noise band: 95 % confidence interval of that difference, its variance "
-    "pooled over all cells, and never below what rounding alone does. A difference beyond it is real. Seeds' band: two "
-    "standard deviations over the seeds.",
+    "pooled over the cells of one precision, and never below what rounding alone does. A difference beyond it is "
+    "called real: of equal cells, one in twenty exceeds its band by chance. Seeds' band: two standard deviations.",
     "Times are medians over the steps after the first five; quartiles apart: their distance as a share of the median. "
+    "Load: processes that wanted a core, mean of start and end. "
     "Gate: whether the parity gate found here that the cell trains the same model as a plain trainer.",
 )
 
@@ -82,6 +83,7 @@ def _price_of(verdict: Verdict, cell: Summary, price: float | None, currency: st
         number(cell.peak_memory_bytes and cell.peak_memory_bytes / _GIB, ".3f"),
         number(predicted and predicted / _GIB, ".3f"),
         number(cell.wall_seconds, ",.1f"),
+        number(_mean([one.load for one in done]), ".1f"),
         cost(cell, price, currency),
     )
 
@@ -111,13 +113,14 @@ def answer(verdict: Verdict, price: float | None, currency: str) -> list[str]:
         return [f"No cell can be recommended: {_why_none(verdict)}."]
     speed = number(best.tokens_per_second, ",.0f")
     return [
-        f"Use {best.name}: at {speed} tokens/s it is the fastest{_times(best, reference)} of the "
-        f"{len(verdict.usable)} cells that are proved and whose loss is within the noise of the reference's; "
+        f"Use {best.name}: at {speed} tokens/s it is the fastest{_times(verdict, best)} of the "
+        f"{len(verdict.usable)} cells that are proved and whose loss is not above the reference's by more than "
+        f"{_bands(verdict)}; "
         f"{_quality(verdict, best)}.{_as_fast(verdict)}",
-        f"Smallest is {small.name} with {number((small.peak_memory_bytes or 0) / _GIB, '.3f')} GiB a rank"
+        f"Smallest of these is {small.name} with {number((small.peak_memory_bytes or 0) / _GIB, '.3f')} GiB a rank"
         + _less(small, best, "peak_memory_bytes", "the fastest's")
         + ("." if small is best else f", at {number(small.tokens_per_second, ',.0f')} tokens/s."),
-        f"Cheapest per token is {cheap.name}: {_per_token(cheap, price, currency)}"
+        f"Cheapest of these per token is {cheap.name}: {_per_token(cheap, price, currency)}"
         + _less(cheap, reference, "device_seconds_per_token", "the reference's")
         + ".",
     ]
@@ -145,10 +148,17 @@ def warnings(verdict: Verdict, conditions: Conditions) -> list[str]:
         found.append(
             "One seed: no noise is known, so that no difference can be called real. Give [seeds] two values or more."
         )
-    elif 0 < verdict.freedom < 3:
+    noisy = [cell.name for cell in verdict.cells if cell.noisy]
+    if noisy:
+        found.append(
+            f"Scatters between seeds far more than the other cells, and is judged by itself: {', '.join(noisy)}."
+        )
+    if 0 < verdict.freedom < 3:
         found.append(
             f"The noise band rests on {verdict.freedom} degree(s) of freedom and is wide: more seeds narrow it."
         )
+    for what, seen in conditions.mixed.items():
+        found.append(f"The cells did not all run on the same {what}: {', '.join(seen)}.")
     if conditions.weights:
         found.append("Initial weights differ where they should not: " + "; ".join(conditions.weights) + ".")
     loads = [one.load for cell in verdict.cells for one in cell.results if one.load is not None]
@@ -160,21 +170,27 @@ def warnings(verdict: Verdict, conditions: Conditions) -> list[str]:
 def equality(verdict: Verdict, conditions: Conditions) -> list[str]:
     """Return in sentences how equal the conditions were."""
     found = []
-    seen = {one.checksum for cell in verdict.cells for one in cell.results if one.checksum}
-    if seen and not conditions.weights:
+    runs = [one for cell in verdict.cells for one in cell.results if one.plan]
+    summed = [one for one in runs if one.checksum]
+    if summed and not conditions.weights:
+        whose = "all runs" if len(summed) == len(runs) else f"the {len(summed)} of {len(runs)} runs that began"
         found.append(
-            "Initial weights: for each seed the same in every cell, by a checksum of all fp32 masters that does not "
-            f"depend on stage or ranks ({len(seen)} checksums: one for each seed and precision, because half precision "
-            "begins with the same draw rounded to its type)."
+            f"Initial weights: the same in {whose} of one seed, precision and number of parameters, by a checksum "
+            "of all fp32 masters that does not depend on stage or ranks (half precision begins with the same draw, "
+            "rounded to its type)."
         )
-    found.append(
-        "Data: which sequences make up a batch is a function of seed and step alone, the same in every cell of a seed."
-    )
-    odd = conditions.unexplained
-    if odd:
-        found.append("Differs and follows from no axis: " + ", ".join(one.name for one in odd) + ".")
+    if not conditions.other_data:
+        found.append("Data: which sequences make up a batch depends on seed and step alone, in all cells alike.")
     else:
-        found.append("Every key of the DeepSpeed configs that differs between two cells follows from an axis.")
+        found.append(f"Data: the cells do not read the same batches, because they differ in {conditions.other_data}.")
+    odd = [one.name for one in conditions.unexplained]
+    whole = [one.name for one in conditions.differences if one.follows_from == WHOLE]
+    if odd:
+        found.append("Differs between runs of one cell: " + ", ".join(odd) + ".")
+    if whole:
+        found.append("Differs from cell to cell, and follows from no axis alone: " + ", ".join(whole) + ".")
+    if not odd and not whole:
+        found.append("Every key of the DeepSpeed configs that differs between two cells follows from one axis.")
     return found
 
 
@@ -212,10 +228,16 @@ def _mean(values: Sequence[float | None], factor: float = 1.0) -> float | None:
     return factor * sum(known) / len(known) if known else None
 
 
-def _times(cell: Summary, reference: Summary) -> str:
-    if cell is reference or not reference.tokens_per_second or not cell.tokens_per_second:
+def _times(verdict: Verdict, cell: Summary) -> str:
+    ratio = verdict.ratio(cell, verdict.reference)
+    if cell is verdict.reference or ratio is None:
         return ""
-    return f", {cell.tokens_per_second / reference.tokens_per_second:.2f} times the reference {reference.name},"
+    interval = "" if not verdict.speed_noise else f" ({ratio[1]:.2f} to {ratio[2]:.2f})"
+    return f", {ratio[0]:.2f} times{interval} the reference {verdict.reference.name},"
+
+
+def _bands(verdict: Verdict) -> str:
+    return "rounding (with one seed no noise is known)" if verdict.seeds == 1 else "the noise and the seeds' band"
 
 
 def _as_fast(verdict: Verdict) -> str:
@@ -223,7 +245,7 @@ def _as_fast(verdict: Verdict) -> str:
     if not names:
         return ""
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f" Its speed cannot be told from that of {listed}: between seeds they overlap."
+    return f" Its speed cannot be told from that of {listed}."
 
 
 def _quality(verdict: Verdict, cell: Summary) -> str:
@@ -236,7 +258,7 @@ def _quality(verdict: Verdict, cell: Summary) -> str:
 
 def _less(cell: Summary, other: Summary, what: str, whose: str) -> str:
     own, theirs = getattr(cell, what), getattr(other, what)
-    if cell is other or not own or not theirs:
+    if cell is other or not own or not theirs or round(abs(1 - own / theirs) * 100) == 0:
         return ""
     return f", {abs(1 - own / theirs) * 100:.0f} % {'less' if own < theirs else 'more'} than {whose}"
 

@@ -173,7 +173,7 @@ def last_step(metrics: Path) -> dict[str, Any]:
             row = json.loads(line)
         except ValueError:
             continue
-        if "loss" in row:
+        if isinstance(row, dict) and "loss" in row:
             return row
     return {}
 

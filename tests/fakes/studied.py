@@ -35,13 +35,14 @@ def finish(
     speed: float = 1000.0,
     memory: float = 1e9,
     proved: bool | None = True,
-    steps: int = 20,
+    steps: int | None = None,
     checksum: str = "aa",
     curve: Callable[[int], float] = lambda step: 2.0 * math.exp(-step / 8),
 ) -> Path:
     """Write what a finished run leaves: losses fall to `loss`, which is the validation loss as well."""
     run = folder.run_of(where, cell)
     assert cell.plan is not None
+    steps = cell.plan.steps if steps is None else steps
     rundir.write_plan(run, cell.request, cell.plan)
     scale = 65536.0 if cell.plan.precision == "fp16" else None
     rows = [

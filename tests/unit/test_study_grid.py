@@ -106,10 +106,10 @@ def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
         (HEAD + "[axes]\nsteps = [1, 2]\n", (), ["steps is an axis and a base key"]),
         (HEAD, (), ["a study needs an axis"]),
         (HEAD + "[axis]\nzero = [1]\n", (), ["a study has no [axis]", "did you mean [axes]?"]),
-        (WHOLE.replace("zero = 1,", "zero = 3,"), (), ["the reference zero=3 is not in the grid", "zero has 0, 1"]),
+        (WHOLE.replace("zero = 1,", "zero = 3,"), (), ["zero has no value 3", "zero has 0, 1"]),
         (WHOLE.replace("zero = 1,", "stage = 1,"), (), ["'stage' is no axis of this study", "zero"]),
         ("exclude = [{ zero = 1 }]\n" + WHOLE, (), ["the reference zero=1 precision=fp32 is not in the grid"]),
-        ("only = [{ zero = 7 }]\n" + WHOLE, (), ["no cell is left"]),
+        ("only = [{ zero = 7 }]\n" + WHOLE, (), ["zero has no value 7"]),
         (WHOLE.replace("[0, 1]\n[compare]", "[0, 0]\n[compare]"), (), ["seeds are different whole numbers"]),
         (WHOLE.replace("[0, 1]\n[compare]", "[]\n[compare]"), (), ["seeds are different whole numbers"]),
         (WHOLE + 'price = "cheap"\n', (), ["'cheap' is no price"]),
@@ -120,6 +120,15 @@ def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
         (WHOLE.replace("[0, 1]\np", "[0, 1, 7]\np"), (), ["zero=7", "mine.toml"]),
         (WHOLE, ("zero",), ["'zero' is no key=value"]),
         (HEAD + '[axes]\npolicy = [{ "fp16.scale" = 1 }]\n', (), ["needs a name"]),
+        (HEAD + '[axes]\nzero = [0, 1]\np = [{ name = "a", zero = 3 }]\n', (), ["axes zero and p both set zero"]),
+        (HEAD + "[axes]\nzero = [[1, 2]]\n", (), ["[1, 2] is no value of axis zero"]),
+        (HEAD + '[axes]\nzero = ["x"]\n', (), ["zero=x", "mine.toml"]),
+        (HEAD + GRID.replace("values", "value"), (), ["[seeds] has no 'value'"]),
+        ("exclude = [{ zero = 7 }]\n" + WHOLE, (), ["zero has no value 7"]),
+        (WHOLE.replace("zero = 1,", "zero = [],"), (), ["the reference has 0 values of zero"]),
+        (WHOLE, ("seed=\u00b2",), ["seeds are different whole numbers"]),
+        (WHOLE, ("out=/tmp/here",), ["out is no base key"]),
+        (HEAD + '[axes]\npolicy = [{ name = "a\\nb", zero = 3 }]\n', (), ["is no name"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_three_lines(
@@ -130,6 +139,19 @@ def test_what_is_wrong_with_a_file_is_said_in_three_lines(
     assert len(str(caught.value).splitlines()) == 3
     for one in said:
         assert one in str(caught.value)
+
+
+def test_names_that_come_to_one_folder_are_told_apart(written) -> None:
+    names = ("\u03b1", "\u03b2", "no clip/1", "no clip 1", "x" * 200, "x" * 199)
+    axis = "policy = [" + ", ".join(f'{{ name = "{name}", steps = 4 }}' for name in names) + "]\n"
+    cells = studied.cells_of(file.read(str(written(HEAD.replace("steps = 4\n", "") + "[axes]\n" + axis))))
+    assert len({cell.folder for cell in cells}) == 6
+    assert max(len(cell.folder) for cell in cells) < 200
+
+
+def test_values_that_differ_in_the_last_digit_are_two(written) -> None:
+    cells = studied.cells_of(file.read(str(written(HEAD + "[axes]\noptimizer.lr = [0.001, 0.0010000001]\n"))))
+    assert len({cell.plan.run_id for cell in cells}) == 2
 
 
 def test_an_unknown_study_names_the_ready_ones() -> None:
