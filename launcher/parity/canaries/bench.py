@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher.engine import half
+
 # DeepSpeed is imported inside functions everywhere here: it prints while it is imported, and takes seconds.
 Engine = Any
 Seen = tuple[bool, str]
@@ -58,8 +60,11 @@ def engine(
     it is in a process that had engines before: torch_autocast leaves a mark on the process (see `process_wide`).
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime import torch_autocast
 
+    # Whether this CPU has fp16 instructions is no behaviour of DeepSpeed; what it computes is left as it is.
+    half.prepare(precision, get_accelerator().device_name(), compiled=True)
     if first:
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     whole: dict[str, Any] = {
