@@ -121,8 +121,14 @@ def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
 
 
 def fitted_on(row: dict[str, Any]) -> bool:
-    """Tell whether the constants are fitted to a row; all others are only compared."""
-    return row["kind"] in ("nano", "accumulation") or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
+    """Tell whether the constants are fitted to a row; all others are only compared.
+
+    fp16 is not: on a CPU without fp16 instructions, as the committed runs', its matrices are multiplied as fp32 copies
+    (launcher/engine/half.py), which the forecast has no part for.
+    """
+    return "precision=fp16" not in row["words"] and (
+        row["kind"] in ("nano", "accumulation") or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
+    )
 
 
 def score() -> None:
@@ -132,7 +138,8 @@ def score() -> None:
     for row, made in zip(rows, settings(rows), strict=True):
         told, seen = memory.forecast(made), row["peak_memory_bytes"]
         error = told.peak_bytes / seen - 1
-        part = "fitted on" if fitted_on(row) else f"held out, {row['kind']} of {row['size']}"
+        half = " in fp16, as fp32 copies" if "precision=fp16" in row["words"] else ""
+        part = "fitted on" if fitted_on(row) else f"held out, {row['kind']} of {row['size']}{half}"
         errors.setdefault(part, []).append(error)
         sizes = f"{told.peak_bytes / 2**20:6.0f} foretold {seen / 2**20:6.0f} MiB seen"
         print(f"{100 * error:+6.1f} %  {sizes}  {told.peak_at:<18}  {row['size']} {row['words']}")
@@ -142,7 +149,7 @@ def score() -> None:
         mean = statistics.fmean(map(abs, found))
         worst = max(found, key=abs)
         print(
-            f"{part:<34} {within:3d} of {len(found):3d} within 5 %, mean {100 * mean:.1f} %, worst {100 * worst:+.1f} %"
+            f"{part:<56} {within:3d} of {len(found):3d} within 5 %, mean {100 * mean:.1f} %, worst {100 * worst:+.1f} %"
         )
 
 

@@ -71,7 +71,8 @@ def forecast(setting: Setting, *, capacity_bytes: int | None = None) -> Forecast
     outside = 0
     if on_cpu:
         terms += _cpu_overheads(_rank_bytes(setting), peak - worst.bytes)
-        low, high = 1 - resident.CPU_ERROR, 1 + resident.CPU_ERROR
+        above = resident.CPU_WIDENED if setting.precision == "fp16" else resident.CPU_ERROR[1]
+        low, high = 1 - resident.CPU_ERROR[0], 1 + above
     else:
         outside = resident.CUDA_CONTEXT + (resident.NCCL if setting.ranks > 1 else 0)
         terms.append(Term(name="allocator slack", bytes=peak - worst.bytes, note="reserved and not in use"))

@@ -18,15 +18,17 @@ CPU_LEFT_FROM = 48 * MIB
 """Bytes of a model in fp32 from which on that is so; a smaller one leaves less in proportion."""
 CPU_GATHERED_TWICE = 0.35
 """Share of stage 3's small gathered parameters that takes heap twice: they arrive in one piece and are copied out."""
-CPU_ERROR = 0.08
-"""Half of the band around a CPU rank's peak: the farthest of the measured rows."""
+CPU_ERROR = (0.11, 0.10)
+"""The band below and above a CPU rank's peak: the farthest of the measured rows in fp32 and bf16."""
+CPU_WIDENED = 0.17
+"""The band above it in fp16: a CPU without fp16 instructions multiplies fp32 copies (launcher/engine/half.py)."""
 
 CUDA_CONTEXT = 750 * MIB
 """0.5 to 1.8 GiB by GPU and torch: Stas Bekman, Machine Learning Engineering Open Book. BigScience: 1113 MiB, V100."""
 NCCL = 1024 * MIB
 """1 to 2 GiB more with torch.distributed: the same book."""
 CUDA_SLACK = 0.06
-"""What torch's allocator reserves beyond what is allocated: 5 to 10 % (planner facts, section 10)."""
+"""What torch's allocator reserves beyond what is allocated; an assumption."""
 CUDA_ERROR = (0.07, 0.12)
 """The band below and above a GPU's peak: published runs of this stack lie 8 % above the sum of known terms."""
 CUDA_HOST = 3072 * MIB

@@ -273,10 +273,11 @@ def test_the_measured_runs_are_foretold() -> None:
     rows = json.loads(measure_memory.RESULTS.read_text())["rows"]
     for row, made in zip(rows, measure_memory.settings(rows), strict=True):
         told = forecast(made)
-        assert told.low_bytes * 0.98 < row["peak_memory_bytes"] < told.high_bytes * 1.02, (row["size"], row["words"])
+        assert told.low_bytes < row["peak_memory_bytes"] < told.high_bytes, (row["size"], row["words"])
     errors = [
         forecast(made).peak_bytes / row["peak_memory_bytes"] - 1
         for row, made in zip(rows, measure_memory.settings(rows), strict=True)
+        if made.precision != "fp16"  # multiplied as fp32 copies on the CPU of these rows
     ]
     assert sum(abs(error) <= 0.05 for error in errors) >= 0.8 * len(errors)
     assert abs(sum(errors) / len(errors)) < 0.03, "neither above nor below on the whole"
