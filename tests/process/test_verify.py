@@ -58,7 +58,7 @@ def test_repairs_are_active_exactly_where_they_are_needed(default: tuple[int, di
 
 
 def test_the_verdict_is_stored_with_versions_and_hardware(default: tuple[int, dict[str, Any]], scratch: Path) -> None:
-    (file,) = (scratch / "cache" / "halfstep" / "verdicts").iterdir()
+    (file,) = (scratch / "cache" / "halfstep" / "verdicts").glob("*.json")
     stored = json.loads(file.read_text())
     assert stored["conditions"] == default[1]["conditions"]
     assert {"torch", "deepspeed", "transformers", "halfstep"} <= set(stored["conditions"]["versions"])
