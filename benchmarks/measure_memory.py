@@ -33,6 +33,7 @@ SIZES = {
     "gpt2-14m": "model=gpt2-nano model.layers=6 model.width=384 model.heads=6 model.vocabulary=8192",
     "gpt2-69m": "model=gpt2-nano model.layers=8 model.width=768 model.heads=12 model.vocabulary=16384",
     "gpt2-nano": "model=gpt2-nano",
+    "gpt2-nano-4096": "model=gpt2-nano model.vocabulary=4096",
     "llama-119m": "model=llama-nano model.layers=8 model.width=1024 model.heads=16 model.vocabulary=24576",
 }
 GRID = ("gpt2-14m", "gpt2-69m", "llama-119m")
@@ -56,6 +57,12 @@ def cases() -> Iterator[tuple[str, str, str]]:
             yield "sequence", "gpt2-14m", f"{cell} sequence={sequence} batch.global=2"
     for zero, precision in itertools.product(range(4), ("fp32", "bf16")):
         yield "nano", "gpt2-nano", f"zero={zero} precision={precision} sequence=64 batch.global=8 batch.micro=2"
+    for zero, precision in CELLS:
+        yield (
+            "vocabulary",
+            "gpt2-nano-4096",
+            f"zero={zero} precision={precision} sequence=128 batch.global=32 batch.micro=8",
+        )
     for zero in range(4):
         yield "accumulation", "gpt2-69m", f"zero={zero} precision=bf16 sequence=128 batch.global=8 batch.micro=1"
     for zero, offload in ((1, "optimizer-cpu"), (2, "optimizer-cpu"), (3, "optimizer-cpu"), (3, "cpu")):

@@ -1,6 +1,6 @@
 """Which processes take part, and on what: ranks from whoever set them, devices from what is there."""
 
-import contextlib
+import functools
 import itertools
 import os
 import platform
@@ -151,11 +151,26 @@ def device_name() -> str:
 
 def cpu_model() -> str:
     """Return what the processor calls itself."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    return _cpu_info("model name").strip() or platform.machine()
+
+
+def cpu_flags() -> str:
+    """Return the line that lists what the processor can do, or what it calls itself."""
+    return _cpu_info("flags") or _cpu_info("Features") or platform.processor()
+
+
+@functools.cache
+def multiplies_fp16() -> bool:
+    """Tell whether this host's processor has the matrix instructions for fp16 that oneDNN wants.
+
+    AVX512-FP16 on x86 and FPHP with ASIMDHP on Arm; a CPU without them trains fp16 all the same (engine/half.py).
+    """
+    flags = set(cpu_flags().split())
+    return "avx512_fp16" in flags or {"fphp", "asimdhp"} <= flags
+
+
+def _cpu_info(field: str) -> str:
+    return next((line.partition(":")[2] for line in _lines(Path("/proc/cpuinfo")) if line.startswith(field)), "")
 
 
 def node_memory_bytes(root: Path = Path("/")) -> int | None:

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     # Started as a script, Python puts launcher/ itself on the path, where our names would shadow others' modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launcher import faults, rundir, topology
+from launcher import faults, heap, rundir, topology
 from launcher.errors import Fault, HalfstepError
 from launcher.plan import facts
 from launcher.plan.plan import Plan
@@ -55,6 +55,8 @@ def main(words: list[str]) -> int:
         path, request, plan = decide(words, rank)
         stop, heart = begin(rank.rank, plan.watch.startup)
         faults.hit("import", rank=rank.rank)
+        if plan.topology.accelerator == "cpu":
+            heap.settle()
         from launcher.engine import session  # torch and DeepSpeed from here on
 
         code = session.run(path, request, plan, rank, stop, heart)

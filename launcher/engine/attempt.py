@@ -123,7 +123,7 @@ def _train(attempt: Attempt, witness: Witness, engine: DeepSpeedEngine, guard: G
     evaluated = all(distributed.gather_objects(witness.evaluated(done)))
     witness.event("training", first_step=done + 1)
     outside = Outside(mark=_mark_of(attempt), asked=attempt.asked, saver=saver, pace=Pace(engine, plan))
-    tell = Listeners(step=witness.step, evaluation=witness.evaluation, event=witness.event)
+    tell = Listeners(step=witness.step, evaluation=witness.evaluation, event=witness.event, traffic=witness.traffic)
     feed = Feed(plan, rank, distributed.device(rank, plan))
     loop.train(engine, plan, feed, tell, guard, outside, done=done, evaluated=evaluated)
 

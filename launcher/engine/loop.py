@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from launcher.engine.guard import Guard
 from launcher.engine.pace import Pace, Stragglers
 from launcher.engine.readings import Readings, StepReading, sum_over_ranks
 from launcher.engine.saving import Saver
+from launcher.engine.traffic import Traffic
 from launcher.errors import Stopped
 from launcher.metrics import derive
 from launcher.metrics.record import EvaluationRecord, StepRecord
@@ -30,6 +31,8 @@ class Listeners:
     step: Callable[[StepRecord], None]
     evaluation: Callable[[EvaluationRecord], None]
     event: Callable[..., None]
+    traffic: Callable[[int, int], None] = lambda sent, collectives: None
+    """Bytes and collectives of one optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,8 @@ def train(
         readings.set_learning_rate(rate)
         guard.start_step(step)
         scale = guard.loss_scale
-        own_loss, waited = _forward_and_backward(engine, plan, feed, guard, readings, outside, step)
+        with _counting(plan, tell, step == min(done + 2, plan.steps)):
+            own_loss, waited = _forward_and_backward(engine, plan, feed, guard, readings, outside, step)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
         skipped = guard.after_step()
         computed = outside.pace.seconds() if outside.pace else 0.0
@@ -99,6 +103,17 @@ def train(
                 saver.finish()
         if stopping and not (finished and step == plan.steps):
             raise _stopped(outside, step)
+
+
+@contextlib.contextmanager
+def _counting(plan: Plan, tell: Listeners, due: bool) -> Iterator[None]:
+    """Tell what one step sends: an early one, whose time nobody averages, after the first, which sets things up."""
+    if not due or plan.compile:  # a compiler does not see through what counts
+        yield
+        return
+    with Traffic() as sent:
+        yield
+    tell.traffic(sent.bytes, sent.collectives)
 
 
 def _forward_and_backward(

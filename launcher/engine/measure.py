@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launcher import topology
+from launcher.engine import half
 from launcher.errors import RequestError
 from launcher.files import write_atomic
 from launcher.plan import hardware
@@ -57,6 +58,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     found: dict[str, float] = {}
     for name, dtype in (("fp32", torch.float32), ("half", torch.bfloat16), ("fp16", torch.float16)):
         inputs, weights = torch.randn(2, _MATRIX, _MATRIX).to(dtype)
+        half.prepare(name, "cpu", compiled=False)
         dist.barrier()
         # As layers do it: half-precision products the other way round have no fast kernel on some CPUs.
         taken = _repeat(lambda inputs=inputs, weights=weights: torch.nn.functional.linear(inputs, weights))

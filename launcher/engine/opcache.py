@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from launcher import faults
+from launcher import faults, topology
 from launcher.errors import RefusedError
 
 
@@ -26,18 +26,10 @@ def folder() -> Path:
         return Path(chosen)
     from importlib.metadata import version
 
-    kind = hashlib.sha256(_cpu_flags().encode()).hexdigest()[:8]
+    kind = hashlib.sha256(topology.cpu_flags().encode()).hexdigest()[:8]
     versions = f"py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
     name = f"{platform.machine()}-{kind}-{versions}"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "halfstep" / "ops" / name.replace("+", "-")
-
-
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def stale_locks(cache: Path) -> list[Path]:

@@ -24,6 +24,7 @@ class Witness:
         self._steps: list[StepRecord] = []
         self._evaluations: list[EvaluationRecord] = []
         self._repairs: list[str] = []
+        self._sent: int | None = None
 
     def __enter__(self) -> Self:
         self.screen.__enter__()
@@ -64,6 +65,11 @@ class Witness:
         """Write an event."""
         if self._writes:
             self._events.event(kind, **details)
+
+    def traffic(self, sent: int, collectives: int) -> None:
+        """Take down what one optimizer step sent."""
+        self._sent = sent
+        self.event("sent", bytes=sent, collectives=collectives)
 
     def repaired(self, names: tuple[str, ...]) -> None:
         """Take down what was mended in DeepSpeed."""
@@ -156,6 +162,7 @@ class Witness:
             "peak_memory_bytes": max(one.peak_memory_bytes for one in self._steps),
             "peak_host_bytes": peak_host_bytes,
             "predicted_communication_bytes": plan.time.get("communication_bytes_per_rank"),
+            "communication_bytes": self._sent,
             "all_reduce": self._all_reduce(),
             **goodput.of(self._where.path, now=time.time()).to_dict(),
             "attempts": int(self._where.attempt.name),

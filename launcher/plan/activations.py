@@ -33,6 +33,10 @@ class Activations:
     """The logits, which live until the next forward pass has made new ones."""
     loss: int
     """What the loss holds more, at its worst."""
+    head_copies: int
+    """Where products are made of fp32 copies: those of the head's weights, input and output."""
+    block_copies: int
+    """The same of a block's widest layer."""
     evaluation: int
     """A forward pass that keeps nothing: one block's largest moment."""
     wide: float
@@ -48,7 +52,18 @@ def activations(setting: Setting) -> Activations:
     shape = setting.shape
     if shape is None:
         return Activations(
-            block=0, kept=0, ends=0, working=0, logits=0, loss=0, evaluation=0, wide=0.0, wide_tensor=0, hidden_tensor=0
+            block=0,
+            kept=0,
+            ends=0,
+            working=0,
+            logits=0,
+            loss=0,
+            head_copies=0,
+            block_copies=0,
+            evaluation=0,
+            wide=0.0,
+            wide_tensor=0,
+            hidden_tensor=0,
         )
     tokens, element = setting.micro * setting.sequence, setting.element_bytes
     block = _block(setting, shape) * tokens
@@ -65,11 +80,17 @@ def activations(setting: Setting) -> Activations:
         working=element * (widest + 2 * shape.width) * tokens,
         logits=logits,
         loss=loss,
+        head_copies=_copies(setting, tokens, shape.width, shape.vocabulary),
+        block_copies=_copies(setting, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
         evaluation=element * (widest + 3 * shape.width) * tokens,
         wide=(2 if shape.family == "gpt2" else 4) * element * shape.ffn * tokens / block,
         wide_tensor=element * shape.ffn * tokens,
         hidden_tensor=hidden,
     )
+
+
+def _copies(setting: Setting, tokens: int, width: int, out: int) -> int:
+    return 4 * (tokens * (width + out) + width * out) if setting.widened else 0
 
 
 def _block(setting: Setting, shape: Shape) -> int:

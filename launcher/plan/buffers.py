@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
+from launcher.heap import MAPPED
 from launcher.plan import tensors as cuts
 from launcher.plan.tensors import Tensors
-
-MAPPED = 32 << 20
-"""Bytes from which on the C library maps an allocation by itself and gives it back (mallopt(3), M_MMAP_THRESHOLD)."""
 
 
 @dataclass(frozen=True, kw_only=True)

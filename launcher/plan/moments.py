@@ -135,16 +135,17 @@ def _evaluation(case: _Case) -> tuple[Buffer, ...]:
         *_gathered(case),
         one("logits", kept.logits, "of one batch"),
         many("activations", kept.evaluation, "one block at a time", case.narrow),
+        *_copies(kept.head_copies, 2),
     )
 
 
 def _gathered(case: _Case) -> tuple[Buffer, ...]:
-    """Return the weights that stage 3 has gathered: all of a model that is smaller than what may live."""
+    """Return the weights that stage 3 has gathered: what it keeps for the backward pass, and what it works with."""
     setting = case.setting
     if setting.zero != 3:
         return ()
-    alive = min(case.every.elements, setting.max_live_parameters + case.every.largest)
-    note = f"whole weights, up to {setting.max_live_parameters:,} elements"
+    alive = min(case.every.elements, setting.kept_for_backward + case.every.largest)
+    note = f"whole weights, {alive:,} elements"
     share = alive / case.every.elements
     whole = each("gathered parameters", case.every, setting.element_bytes, note)
     gathered = Buffer(name=whole.name, bytes=int(whole.bytes * share), note=note, small=int(whole.small * share))
@@ -178,7 +179,13 @@ def _loss(case: _Case) -> tuple[Buffer, ...]:
         _activations(case),
         one("logits", kept.logits, f"{case.setting.precision}"),
         one("loss", kept.loss, note),
+        *_copies(kept.head_copies, 2),
     )
+
+
+def _copies(size: int, pieces: int) -> tuple[Buffer, ...]:
+    """Return the copies of one product, `pieces` of them alike large; they are let go with it."""
+    return (several("fp32 copies", size, "of one product: this CPU does not multiply fp16", pieces),) if size else ()
 
 
 def _head(case: _Case) -> list[Buffer]:
@@ -203,6 +210,7 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
         one("logits", kept.logits, "live until the next forward pass"),
         *_head(case),
         many("backward workspace", kept.working, "gradients inside one block", case.narrow),
+        *_copies(kept.block_copies, 3),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.plan.batch import Batch
 from launcher.plan.plan import Plan
-from launcher.topology import Topology
+from launcher.topology import Topology, multiplies_fp16
 from models.shapes import Shape, from_hf_config
 
 
@@ -61,11 +61,32 @@ class Setting:
     fused_loss: bool = True
     """Our own loss; False: transformers'."""
     compile: bool = False
+    widened: bool = False
+    """Whether matrices are multiplied as fp32 copies: fp16 on a CPU without instructions for it (engine/half.py)."""
 
     @property
     def element_bytes(self) -> int:
         """Bytes of one element of what forward and backward compute in."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def kept_for_backward(self) -> int:
+        """Elements that stage 3 gathers once for both passes: those at the end of the model.
+
+        What is fetched ahead runs on into the backward pass, where it finds what is still there and keeps it, until
+        `max_live_parameters` are; and a module's weights stay when its backward pass comes within `max_reuse_distance`
+        elements, counted over the modules in between (partitioned_param_coordinator.py).
+        """
+        ahead = self.max_live_parameters if self.prefetch_bucket else 0
+        return min(self.parameters, max(ahead, self.max_reuse_distance // 2))
+
+    @property
+    def gathered(self) -> int:
+        """Elements that stage 3 gathers in a micro-step; a tied head's once more in each pass if it is far away."""
+        kept = self.kept_for_backward
+        table = self.shape.vocabulary * self.shape.width if self.shape and self.shape.tied else 0
+        far = kept < self.parameters and self.parameters - table > self.max_reuse_distance
+        return 2 * self.parameters - kept + (2 * table if far else 0)
 
 
 def of(
@@ -115,6 +136,7 @@ def of(
         persistence_threshold=int(section.get("stage3_param_persistence_threshold", 100_000)),
         overlap_comm=bool(section.get("overlap_comm", zero == 3)),
         compile=compile,
+        widened=precision == "fp16" and topology.accelerator == "cpu" and not compile and not multiplies_fp16(),
     )
 
 
