@@ -128,11 +128,7 @@ def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
 
 
 def fitted_on(row: dict[str, Any]) -> bool:
-    """Tell whether the constants are fitted to a row; all others are only compared.
-
-    fp16 is not: on a CPU without fp16 instructions, as the committed runs', its matrices are multiplied as fp32 copies
-    (launcher/engine/half.py), which the forecast has no part for.
-    """
+    """Tell whether the constants are fitted to a row; all others are only compared."""
     return "precision=fp16" not in row["words"] and (
         row["kind"] in ("nano", "accumulation") or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
     )
@@ -167,15 +163,11 @@ def fit() -> None:
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
     left, right = [], []
     for row, made in zip(rows, settings(rows), strict=True):
-        moments, seen, share = memory.moments_on(made), row["peak_memory_bytes"], memory.left_share(made)
-        tensors = memory.heap_bytes(moments, 0) + max(one.bytes - one.small for one in moments)
-        sharded = made.zero > 0
-        added = sharded and made.accumulation > 1
-        every = (1, sharded, share * (not sharded), share * sharded, share * added)
-        left.append([value / seen for value in every])
+        seen, tensors = row["peak_memory_bytes"], max(one.bytes for one in memory.moments_on(made))
+        left.append([value / seen for value in (1, made.zero > 0, memory.heap_share(made))])
         right.append((seen - tensors) / seen)
     found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    names = ("CPU_RANK", "CPU_RANK_SHARDED", "CPU_LEFT", "CPU_LEFT_SHARDED", "CPU_LEFT_ACCUMULATED")
+    names = ("CPU_RANK", "CPU_RANK_SHARDED", "CPU_HEAP")
     told = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in zip(names, found, strict=True))
     print(f"{len(rows)} rows, MiB: {told}")
 

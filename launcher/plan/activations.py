@@ -39,12 +39,6 @@ class Activations:
     """The same of a block's widest layer."""
     evaluation: int
     """A forward pass that keeps nothing: one block's largest moment."""
-    wide: float
-    """Share of a block's bytes in tensors as wide as the feed-forward layer."""
-    wide_tensor: int
-    """One such tensor."""
-    hidden_tensor: int
-    """One as wide as the model."""
 
 
 def activations(setting: Setting) -> Activations:
@@ -61,9 +55,6 @@ def activations(setting: Setting) -> Activations:
             head_copies=0,
             block_copies=0,
             evaluation=0,
-            wide=0.0,
-            wide_tensor=0,
-            hidden_tensor=0,
         )
     tokens, element = setting.micro * setting.sequence, setting.element_bytes
     block = _block(setting, shape) * tokens
@@ -83,9 +74,6 @@ def activations(setting: Setting) -> Activations:
         head_copies=_copies(setting, tokens, shape.width, shape.vocabulary),
         block_copies=_copies(setting, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
         evaluation=element * (widest + 3 * shape.width) * tokens,
-        wide=(2 if shape.family == "gpt2" else 4) * element * shape.ffn * tokens / block,
-        wide_tensor=element * shape.ffn * tokens,
-        hidden_tensor=hidden,
     )
 
 

@@ -70,9 +70,8 @@ def forecast(setting: Setting, *, capacity_bytes: int | None = None) -> Forecast
     terms = [Term(name=one.name, bytes=one.bytes, note=one.note) for one in worst.buffers if one.bytes]
     outside = 0
     if on_cpu:
-        terms += _cpu_overheads(_rank_bytes(setting), peak - worst.bytes)
-        above = resident.CPU_WIDENED if setting.precision == "fp16" else resident.CPU_ERROR[1]
-        low, high = 1 - resident.CPU_ERROR[0], 1 + above
+        terms.append(Term(name="framework", bytes=peak - worst.bytes, note="Python, torch, DeepSpeed, gloo, C heap"))
+        low, high = 1 - resident.CPU_ERROR[0], 1 + resident.CPU_ERROR[1]
     else:
         outside = resident.CUDA_CONTEXT + (resident.NCCL if setting.ranks > 1 else 0)
         terms.append(Term(name="allocator slack", bytes=peak - worst.bytes, note="reserved and not in use"))
@@ -115,46 +114,24 @@ def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
 
 
 def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
-    """Return the resident size at every moment.
-
-    Large tensors are mapped and given back; the C heap keeps the pages of the small ones.
-    """
-    heap = heap_bytes(every, left_share(setting) * _left(setting))
-    return {one.name: _rank_bytes(setting) + one.bytes - one.small + heap for one in every}
+    """Return the resident size at every moment: what is large goes back to the system when it is freed (heap.py)."""
+    beside = rank_bytes(setting)
+    return {one.name: beside + one.bytes for one in every}
 
 
-def heap_bytes(every: tuple[Moment, ...], left: float) -> int:
-    """Return what the C heap takes for tensors, `left` being what it keeps beside them once training has begun."""
-    first, *others = every
-    return max(first.small, max(one.small for one in others) + int(left))
+def rank_bytes(setting: Setting) -> int:
+    """Return what a CPU rank takes beside its tensors."""
+    kept = resident.CPU_HEAP * heap_share(setting)
+    return resident.CPU_RANK + (resident.CPU_RANK_SHARDED if setting.zero else 0) + int(kept)
 
 
-def left_share(setting: Setting) -> float:
-    """Return how much of what the C heap keeps beside the tensors a model of this size leaves there."""
-    return min(1.0, FULL * setting.parameters / resident.CPU_LEFT_FROM)
-
-
-def _rank_bytes(setting: Setting) -> int:
-    """Return what a CPU rank takes without a model."""
-    return resident.CPU_RANK + (resident.CPU_RANK_SHARDED if setting.zero else 0)
-
-
-def _left(setting: Setting) -> int:
-    if setting.zero == 0:
-        return resident.CPU_LEFT
-    return resident.CPU_LEFT_SHARDED + (resident.CPU_LEFT_ACCUMULATED if setting.accumulation > 1 else 0)
+def heap_share(setting: Setting) -> float:
+    """Return how much of what the C heap keeps at most a model of this size leaves there."""
+    return min(1.0, FULL * setting.parameters / resident.CPU_HEAP_FROM)
 
 
 def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
     return {one.name: int(one.bytes * (1 + resident.CUDA_SLACK)) for one in every}
-
-
-def _cpu_overheads(rank: int, rest: int) -> list[Term]:
-    slack = "pages of the C heap that were of use at another moment, or are too small for anything"
-    return [
-        Term(name="framework", bytes=rank, note="Python, torch, transformers, DeepSpeed, gloo"),
-        Term(name="allocator slack", bytes=rest - rank, note=slack),
-    ]
 
 
 def _cuda_overheads(setting: Setting) -> list[Term]:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from launcher.plan import tensors as cuts
 from launcher.plan.activations import Activations, activations
-from launcher.plan.buffers import MAPPED, Buffer, Moment, each, many, one, several
-from launcher.plan.resident import CPU_GATHERED_TWICE
+from launcher.plan.buffers import Buffer, Moment, one
 from launcher.plan.setting import Setting
 from launcher.plan.states import FULL, States, accumulator_bytes, states, uses_bf16_optimizer
 from launcher.plan.tensors import Tensors
@@ -34,15 +33,9 @@ class _Case:
         found = [one("weights", held.weights, weights)]
         if held.persistent:
             small = f"tensors of at most {setting.persistence_threshold:,} elements stay whole"
-            found.append(many("persistent parameters", held.persistent, small))
+            found.append(one("persistent parameters", held.persistent, small))
         for name, size in (("fp32 masters", held.masters), ("optimizer moments", held.moments)):
-            count = size // (FULL * self.every.elements) if not sharded else 0
-            note = f"fp32, {f'1/{setting.ranks} at {stage}' if sharded else 'whole'}"
-            if sharded:
-                pieces = size // held.masters if held.masters else 1
-                found.append(several(name, size, note, pieces))
-            else:
-                found.append(each(name, self.every, FULL, note, count))
+            found.append(one(name, size, f"fp32, {f'1/{setting.ranks} at {stage}' if sharded else 'whole'}"))
         if held.resting_gradients:
             found.append(one("gradient sums", held.resting_gradients, "fp32, kept allocated"))
         if setting.zero == 3:
@@ -64,22 +57,15 @@ class _Case:
             elements = min(elements, self.filled)
         return elements * element * (2 if self.setting.overlap_comm and self.setting.zero in (1, 2) else 1)
 
-    @property
-    def narrow(self) -> float:
-        """The share of activations that lies in tensors which the C heap serves."""
-        if self.kept.hidden_tensor >= MAPPED:
-            return 0.0
-        return 1.0 if self.kept.wide_tensor < MAPPED else 1.0 - self.kept.wide
-
     def sums(self, *, reduced: bool) -> list[Buffer]:
         """Return the gradients that are being added up, beyond what lies there for good."""
         held, setting = self.states, self.setting
         size = (held.reduced_gradients if reduced else held.gradients) - held.resting_gradients
         name, kind = "gradients", f"{accumulator_bytes(setting) * 8}-bit sums"
         if uses_bf16_optimizer(setting):
-            return [each("bf16 gradients", self.every, 2, "beside their fp32 sums, until the step is over")]
+            return [one("bf16 gradients", 2 * self.every.elements, "beside their fp32 sums, until the step is over")]
         if setting.zero == 0 or (setting.zero == 1 and not reduced):
-            return [each(name, self.every, accumulator_bytes(setting), f"{kind}, whole")]
+            return [one(name, accumulator_bytes(setting) * self.every.elements, f"{kind}, whole")]
         return [one(name, size, f"{kind}, 1/{setting.ranks} and what it overlaps")] if size else []
 
 
@@ -102,7 +88,7 @@ def moments(setting: Setting) -> tuple[Moment, ...]:
         Moment(name="gradient reduction", buffers=(*case.resting, *_reduction(case))),
         Moment(name="optimizer step", buffers=(*case.resting, *_step(case))),
         # Shards are written from views; a forward pass over a few tokens is saved with them, which gathers at stage 3.
-        Moment(name="checkpoint", buffers=(*case.resting, *_gathered(case))),
+        Moment(name="checkpoint", buffers=(*case.resting, *_gathered(case, kept=False))),
     ]
     return tuple(found)
 
@@ -121,8 +107,12 @@ def _initialisation(case: _Case) -> tuple[Buffer, ...]:
     if setting.zero == 0:
         if setting.precision == "fp32":
             return (weights,)
-        fp32 = each("fp32 masters, gradients and moments", case.every, FULL, "a step on zero gradients", 4)
-        return (weights, each("gradients", case.every, element, "zeros"), fp32)
+        fp32 = 4 * FULL * case.every.elements
+        return (
+            weights,
+            one("gradients", element * case.every.elements, "zeros"),
+            one("fp32 masters, gradients and moments", fp32, "a step on zero gradients"),
+        )
     masters = one("fp32 masters", held.masters, "a shard")
     if setting.accelerator == "cuda" and not uses_bf16_optimizer(setting):
         return (weights, masters)  # where a second copy has no room, it is made on the host (stage_1_and_2.py)
@@ -132,37 +122,34 @@ def _initialisation(case: _Case) -> tuple[Buffer, ...]:
 def _evaluation(case: _Case) -> tuple[Buffer, ...]:
     kept = case.kept
     return (
-        *_gathered(case),
+        *_gathered(case, kept=False),
         one("logits", kept.logits, "of one batch"),
-        many("activations", kept.evaluation, "one block at a time", case.narrow),
-        *_copies(kept.head_copies, 2),
+        one("activations", kept.evaluation, "one block at a time"),
+        *_copies(kept.head_copies),
     )
 
 
-def _gathered(case: _Case) -> tuple[Buffer, ...]:
-    """Return the weights that stage 3 has gathered: what it keeps for the backward pass, and what it works with."""
+def _gathered(case: _Case, left: float = 1.0, *, kept: bool = True) -> tuple[Buffer, ...]:
+    """Return the weights that stage 3 has gathered: what it keeps for the backward pass, and what it works with.
+
+    `left`: the share of the model that the backward pass has not come to; `kept`: whether all that is to stay from the
+    forward pass is there, so that a model that stays whole has nothing more to fetch.
+    """
     setting = case.setting
     if setting.zero != 3:
         return ()
-    alive = min(case.every.elements, setting.kept_for_backward + case.every.largest)
+    alive = min(int(left * case.every.elements), setting.kept_for_backward + case.every.largest)
     note = f"whole weights, {alive:,} elements"
-    share = alive / case.every.elements
-    whole = each("gathered parameters", case.every, setting.element_bytes, note)
-    gathered = Buffer(name=whole.name, bytes=int(whole.bytes * share), note=note, small=int(whole.small * share))
-    if setting.accelerator == "cpu":
-        more = int(CPU_GATHERED_TWICE * gathered.small)
-        gathered = Buffer(name=whole.name, bytes=gathered.bytes + more, note=note, small=gathered.small + more)
-    prefetch = min(setting.prefetch_bucket, case.every.elements) * setting.element_bytes
+    gathered = one("gathered parameters", setting.element_bytes * alive, note)
+    ahead = 0 if kept and setting.kept_for_backward == setting.parameters else setting.prefetch_bucket
+    prefetch = min(ahead, case.every.elements) * setting.element_bytes
     return (gathered, one("prefetched parameters", prefetch, "arrive in one piece, are then copied out"))
 
 
 def _activations(case: _Case, share: float = 1.0) -> Buffer:
     kept, setting = case.kept, case.setting
     note = "the blocks' inputs, recomputed" if setting.activation_checkpointing else "kept by the blocks for backward"
-    narrow = case.narrow
-    if setting.activation_checkpointing:
-        narrow = float(kept.hidden_tensor < MAPPED)
-    return many("activations", int((kept.kept + kept.ends) * share), note, narrow)
+    return one("activations", int((kept.kept + kept.ends) * share), note)
 
 
 def _before(case: _Case) -> list[Buffer]:
@@ -179,13 +166,13 @@ def _loss(case: _Case) -> tuple[Buffer, ...]:
         _activations(case),
         one("logits", kept.logits, f"{case.setting.precision}"),
         one("loss", kept.loss, note),
-        *_copies(kept.head_copies, 2),
+        *_copies(kept.head_copies),
     )
 
 
-def _copies(size: int, pieces: int) -> tuple[Buffer, ...]:
-    """Return the copies of one product, `pieces` of them alike large; they are let go with it."""
-    return (several("fp32 copies", size, "of one product: this CPU does not multiply fp16", pieces),) if size else ()
+def _copies(size: int) -> tuple[Buffer, ...]:
+    """Return the copies of one product, which are let go with it."""
+    return (one("fp32 copies", size, "of one product: this CPU does not multiply fp16"),) if size else ()
 
 
 def _head(case: _Case) -> list[Buffer]:
@@ -206,11 +193,11 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
         *_gathered(case),
         _activations(case),
         *_waiting_bucket(case),
-        *([many("recomputed block", block, "one block's activations", case.narrow)] if block else []),
+        *([one("recomputed block", block, "one block's activations")] if block else []),
         one("logits", kept.logits, "live until the next forward pass"),
         *_head(case),
-        many("backward workspace", kept.working, "gradients inside one block", case.narrow),
-        *_copies(kept.block_copies, 3),
+        one("backward workspace", kept.working, "gradients inside one block"),
+        *_copies(kept.block_copies),
     )
 
 
@@ -241,19 +228,25 @@ def _reduction(case: _Case) -> tuple[Buffer, ...]:
     left = 1 - filled / every.elements
     if setting.zero == 1:
         size, (sums,) = accumulator_bytes(setting) * filled, case.sums(reduced=False)
-        rest = Buffer(
-            name=sums.name, bytes=int(sums.bytes * left), note="not in the bucket", small=int(sums.small * left)
-        )
+        rest = one(sums.name, int(sums.bytes * left), "not in the bucket")
         bucket = one("reduce bucket", case.bucket(accumulator_bytes(setting)), "takes the gradients over")
         flat = one("flattened gradients", size, "the bucket's content, all-reduced")
         # gloo's threads let go of what they reduced only when the shard has been copied from it.
         shard = case.sums(reduced=True) if setting.precision != "fp32" or setting.accelerator == "cpu" else []
         return (rest, bucket, flat, *shard, logits)
-    common = (*_gathered(case), *case.sums(reduced=True), _activations(case, left), logits, *_head(case))
+    # The backward pass has come down to where the bucket was full: what it has passed is gone.
+    behind = (*_gathered(case, left), *_head(case)) if left else ()
+    sums = case.sums(reduced=True)
+    if setting.zero == 2 and setting.precision == "fp32" and setting.accumulation == 1:
+        # Copied out of the buckets one by one; 16-bit gradients go into a shard that is made at once.
+        sums = [one(sum.name, int(sum.bytes * (1 - left)), sum.note) for sum in sums]
+    common = (*behind, *sums, _activations(case, left), logits)
     if setting.zero == 3:
         flat = one("flattened gradients", wire * filled, "interleaved for the reduce-scatter")
-        copies = (one("gloo's copy", wire * filled, "of what is reduced"),) if setting.accelerator == "cpu" else ()
-        return (*common, flat, *copies)
+        if setting.accelerator != "cpu":
+            return (*common, flat)
+        copy = one("gloo's copy", wire * filled, "of what is reduced")
+        return (*common, flat, copy, one("reduced gradients", wire * filled // setting.ranks, "a shard of the bucket"))
     bucket = one("reduce bucket", case.bucket(element), f"{setting.reduce_bucket:,} elements")
     flat = one("flattened gradients", element * filled, "the bucket's content")
     cast = (one("gradients in fp32", wire * filled, "the communication dtype"),) if wire != element else ()
@@ -268,8 +261,11 @@ def _step(case: _Case) -> tuple[Buffer, ...]:
         return tuple(case.sums(reduced=True))
     shard = held.masters or FULL * case.every.elements
     found = list(case.sums(reduced=True))
-    if setting.zero == 3 or (setting.zero in (1, 2) and setting.precision == "fp32"):
+    if setting.zero and not uses_bf16_optimizer(setting):
         found.append(one("gradients copied flat", shard, "of the shard"))
+    if setting.zero == 1 and setting.precision == "fp16":
+        bucket = case.bucket(accumulator_bytes(setting))
+        found.append(one("reduce bucket", bucket, "the gradients that other ranks step with are views of it"))
     if setting.accelerator == "cuda":
         if setting.zero == 0 and setting.precision != "fp32":
             found.append(one("gradients copied flat", shard, "fp16/fused_optimizer.py, step"))
