@@ -104,13 +104,14 @@ def fit(
     """Return the calibration that explains the rows best: Gauss-Newton on logarithms, Huber, Gaussian priors."""
     prior = Calibration() if freedom is None else start or Calibration()
     now = start or prior
+    names, keys = list(freedom or FREEDOM), sorted({key for row in known.rows for key in _keys(row)})
+    if freedom:
+        keys = []  # one machine and one trainer
     freedom = freedom or FREEDOM
-    names = list(freedom)
-    keys = sorted({key for row in known.rows for key in _keys(row)})
     place = {key: index for index, key in enumerate(keys)}
     indicator = np.zeros((len(known.rows), len(keys)))
     for index, row in enumerate(known.rows):
-        for key in _keys(row):
+        for key in _keys(row) if keys else ():
             indicator[index, place[key]] = -1.0  # a factor multiplies seconds
     precision = np.array([freedom[name] ** -2 for name in names] + [_freedom(key) ** -2 for key in keys])
     for _ in range(iterations):

@@ -99,5 +99,6 @@ def factor_keys(stack: str, device: str, arithmetic: str) -> tuple[str, ...]:
 def shipped(accelerator: str = "cuda") -> Calibration:
     """Return the calibration that comes with Halfstep; that of CPU ranks has constants of its own."""
     tree = tomllib.loads(resources.files("launcher.plan").joinpath("calibration.toml").read_text("utf-8"))
-    own = tree.get("cpu", {}) if accelerator == "cpu" else {}
-    return Calibration(**{**tree["constants"], **own, "factors": tree["factors"]})
+    if accelerator == "cpu":
+        return Calibration(**{**tree["constants"], **tree.get("cpu", {})})
+    return Calibration(**tree["constants"], factors=tree["factors"])

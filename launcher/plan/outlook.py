@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import RequestError
-from launcher.plan import time
+from launcher.plan import communication, time
 from launcher.plan.hardware import Hardware
+from launcher.plan.layout import Layout
 from launcher.plan.setting import Setting
 from launcher.plan.time import TimeForecast
 
@@ -39,18 +40,18 @@ class Terms:
 def of(
     setting: Setting, hardware: Hardware | None, device: str, work: Work, terms: Terms | None = None
 ) -> dict[str, Any]:
-    """Return the plan's `time`: a step and the run; all null, with why, where device or shape is not known."""
+    """Return the plan's `time`: a step and the run; where that is not known only what a step sends, and why."""
     if hardware is None:
         if setting.accelerator == "cpu":
-            return _unknown("this machine was not measured; `halfstep doctor --measure` does that once")
+            return _unknown(setting, "this machine was not measured; `halfstep doctor --measure` does that once")
         named = f"the device {device!r} is not in the table" if device else "the device is not known"
-        return _unknown(f"{named}; name it with hardware=NAME")
+        return _unknown(setting, f"{named}; name it with hardware=NAME")
     told = time.forecast(setting, hardware)
     if told is None:
         why = (
             "arithmetic of the model's family" if setting.shape is None else f"{setting.precision} speed of the device"
         )
-        return _unknown(f"the {why} is not known")
+        return _unknown(setting, f"the {why} is not known")
     return {
         "unknown": None,
         "hardware": hardware.name,
@@ -146,5 +147,6 @@ _FIELDS = (
 )
 
 
-def _unknown(why: str) -> dict[str, Any]:
-    return {"unknown": why, **dict.fromkeys(_FIELDS)}
+def _unknown(setting: Setting, why: str) -> dict[str, Any]:
+    sent = communication.volume(setting, Layout()).total_bytes
+    return {"unknown": why, **dict.fromkeys(_FIELDS), "communication_bytes_per_rank": sent}

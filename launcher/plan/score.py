@@ -38,6 +38,9 @@ class Comparison:
     predicted_peak_bytes: int | None
     measured_peak_bytes: int | None
     """Of the rank that needed most."""
+    predicted_sent_bytes: float | None
+    measured_sent_bytes: int | None
+    """By one rank in an optimizer step."""
 
     @property
     def step_error(self) -> float | None:
@@ -48,6 +51,11 @@ class Comparison:
     def peak_error(self) -> float | None:
         """Prediction over measurement, less one."""
         return _error(self.predicted_peak_bytes, self.measured_peak_bytes)
+
+    @property
+    def sent_error(self) -> float | None:
+        """Prediction over measurement, less one."""
+        return _error(self.predicted_sent_bytes, self.measured_sent_bytes)
 
 
 def _error(told: float | None, measured: float | None) -> float | None:
@@ -138,22 +146,27 @@ def run(path: Path) -> Comparison:
         measured_step_seconds=summary.get("step_seconds"),
         predicted_peak_bytes=needs.get("predicted_peak_bytes"),
         measured_peak_bytes=summary.get("peak_memory_bytes"),
+        predicted_sent_bytes=told.get("communication_bytes_per_rank"),
+        measured_sent_bytes=summary.get("communication_bytes"),
     )
 
 
 def table(compared: Sequence[Comparison]) -> list[str]:
     """Return comparisons as text, with the mean of their errors."""
-    text = [f"{'run':<32} {'cell':<24} {'step s':>8} {'told':>8} {'off':>7}   {'GiB':>7} {'told':>7} {'off':>7}"]
+    each = " ".join(f"{name:>8} {'told':>8} {'off':>7}  " for name in ("step s", "GiB", "MiB sent"))
+    text = [f"{'run':<32} {'cell':<24} {each}".rstrip()]
     for one in compared:
-        text.append(
-            f"{one.run[-32:]:<32} {one.cell:<24} {_cell(one.measured_step_seconds, 8)} "
-            f"{_cell(one.predicted_step_seconds, 8)} {_percent(one.step_error)}   "
-            f"{_cell(one.measured_peak_bytes, 7, 2**30)} {_cell(one.predicted_peak_bytes, 7, 2**30)} "
-            f"{_percent(one.peak_error)}"
+        values = (
+            (one.measured_step_seconds, one.predicted_step_seconds, 1.0, one.step_error),
+            (one.measured_peak_bytes, one.predicted_peak_bytes, 2**30, one.peak_error),
+            (one.measured_sent_bytes, one.predicted_sent_bytes, 2**20, one.sent_error),
         )
+        each = " ".join(f"{_cell(a, unit)} {_cell(b, unit)} {_percent(error)}  " for a, b, unit, error in values)
+        text.append(f"{one.run[-32:]:<32} {one.cell:<24} {each}".rstrip())
     for name, errors in (
         ("step time", [one.step_error for one in compared if one.step_error is not None]),
         ("peak memory", [one.peak_error for one in compared if one.peak_error is not None]),
+        ("bytes sent", [one.sent_error for one in compared if one.sent_error is not None]),
     ):
         if errors:
             mean = statistics.mean(abs(one) for one in errors)
@@ -161,8 +174,8 @@ def table(compared: Sequence[Comparison]) -> list[str]:
     return text
 
 
-def _cell(value: float | None, width: int, unit: float = 1.0) -> str:
-    return f"{'-' if value is None else f'{value / unit:.4g}':>{width}}"
+def _cell(value: float | None, unit: float) -> str:
+    return f"{'-' if value is None else f'{value / unit:.4g}':>8}"
 
 
 def _percent(error: float | None) -> str:

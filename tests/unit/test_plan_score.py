@@ -167,12 +167,15 @@ def test_runs_are_compared_with_their_plans(plan: Make, tmp_path: Path, capsys: 
     (tmp_path / "plan.json").write_text(json.dumps(tree))
     with pytest.raises(RequestError, match="cannot be read"):
         score.run(tmp_path)
-    (tmp_path / "summary.json").write_text(json.dumps({"step_seconds": 0.4, "peak_memory_bytes": 2**30}))
+    sent = tree["time"]["communication_bytes_per_rank"] * 2
+    measured = {"step_seconds": 0.4, "peak_memory_bytes": 2**30, "communication_bytes": sent}
+    (tmp_path / "summary.json").write_text(json.dumps(measured))
     assert score.run(tmp_path).step_error == pytest.approx(0.25)
     assert main(["plan", "score", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "+25.0 %" in out
     assert "step time: mean error 25.0 % over 1 run(s)" in out
+    assert "bytes sent: mean error 50.0 % over 1 run(s)" in out
 
 
 @pytest.mark.parametrize("words", [["score"], ["score", "--predict", "out.csv"], ["score", "run", "--rows", "in.csv"]])
