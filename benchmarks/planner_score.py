@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from planner_report import Known, errors, memory_report, predict, report, scalin
 
 from launcher.plan import hardware, rows, score
 from launcher.plan import setting as settings
-from launcher.plan.calibration import CPU_STACK, Calibration, factor_keys, shipped
+from launcher.plan.calibration import CPU_STACK, Calibration, factor_keys
 from launcher.plan.hardware import Hardware
 from launcher.plan.layout import Layout
 from launcher.plan.plan import Plan
@@ -85,16 +86,16 @@ def load(paths: Iterable[Path]) -> Known:
 
 
 def load_runs(paths: Iterable[Path], device: Hardware) -> Known:
-    """Read run directories of CPU ranks; the second fastest of their steps is what other work disturbed least."""
+    """Read run directories of CPU ranks; runs of the same model and batch, in all cells, are a group."""
     found = []
     for path in paths:
         plan = Plan.from_dict(json.loads((path / "plan.json").read_text()))
-        steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        taken = sorted(one["step_seconds"] for one in steps if one.get("step_seconds") and one["step"] > 3)
         one, tokens = settings.of_plan(plan), plan.batch.global_ * plan.sequence
-        row = Row(row_id=path.name, group=path.name, source="runs", stack=CPU_STACK, device=device, setting=one,
+        seconds = json.loads((path / "summary.json").read_text())["step_seconds"]
+        group = f"{plan.model.name} {one.micro} x {one.sequence}"
+        row = Row(row_id=path.name, group=group, source="runs", stack=CPU_STACK, device=device, setting=one,
                   layout=Layout(compiled=plan.compile), text={})  # fmt: skip
-        found.append((row, math.log(tokens / taken[1] / one.ranks)))
+        found.append((row, math.log(tokens / seconds / one.ranks)))
     return Known([row for row, _ in found], np.array([value for _, value in found]), np.ones(len(found)))
 
 
@@ -149,14 +150,20 @@ def _freedom(key: str) -> float:
     return FACTOR_FREEDOM[" ".join(part.partition(":")[0] for part in key.split(" "))]
 
 
-def left_out(known: Known, by: Callable[[Row], str], start: Calibration, iterations: int = 2) -> np.ndarray:
+def left_out(
+    known: Known,
+    by: Callable[[Row], str],
+    start: Calibration,
+    iterations: int = 2,
+    freedom: dict[str, float] | None = None,
+) -> np.ndarray:
     """Return every row's prediction by a calibration that has not seen what `by` says it belongs to."""
     told = np.empty(len(known.rows))
     names = [by(row) for row in known.rows]
     for name in sorted(set(names)):
         inside = [one == name for one in names]
         seen = known.subset([not one for one in inside])
-        without = fit(seen, dataclasses.replace(start, factors=_without(start, seen)), iterations)
+        without = fit(seen, dataclasses.replace(start, factors=_without(start, seen)), iterations, freedom)
         told[np.array(inside)] = _predictions(
             [row for row, one in zip(known.rows, inside, strict=True) if one], without
         )
@@ -192,12 +199,18 @@ def _runs(paths: Sequence[Path], write_it: bool) -> int:
     if device is None:
         sys.exit("this CPU was not measured: halfstep doctor --measure")
     known = load_runs(paths, device)
-    fitted = fit(known, dataclasses.replace(shipped("cpu"), factors={}), freedom=CPU_FREEDOM)
+    start = Calibration(**tomllib.loads(TARGET.read_text(encoding="utf-8"))["constants"], link=1.0)
+    fitted = fit(known, start, freedom=CPU_FREEDOM)
     told = _predictions(known.rows, fitted)
-    for row, one, seen in zip(known.rows, told, known.measured, strict=True):
-        print(f"  {row.row_id:<48} {100 * math.expm1(seen - one):+6.1f} %")
-    print(f"{errors(told, known, [True] * len(known.rows))}")
+    apart = left_out(known, lambda row: row.group, start, 12, CPU_FREEDOM)
+    for row, one, other, seen in zip(known.rows, told, apart, known.measured, strict=True):
+        both = (f"{100 * math.expm1(seen - value):+6.1f} %" for value in (one, other))
+        print(f"  {row.row_id:<48} {' '.join(both)}")
+    print("seconds foretold against measured; second column: model and batch left out")
+    print(f"  nothing left out {errors(told, known, [True] * len(known.rows))}")
+    print(f"  one left out     {errors(apart, known, [True] * len(known.rows))}")
     lines = ["[cpu]", *(f"{name} = {getattr(fitted, name):.4g}" for name in CPU_FREEDOM), "link = 1.0"]
+    lines.append(f"spread_unseen = {_ninth(apart, known):.3g}")
     print("\n".join(lines))
     if write_it:
         shipped_text = TARGET.read_text(encoding="utf-8").partition("\n[cpu]")[0]

@@ -24,6 +24,11 @@ from launcher.plan.plan import Plan
 from models.loss import next_token_loss
 
 
+_COUNTED = 5
+"""The step whose traffic is counted: its time is not averaged yet (metrics/derive.py), and by then stage 3 has learnt
+the order of modules again that the evaluation before the first step had made it forget."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Listeners:
     """Who hears of each record; every rank calls them, rank 0's write."""
@@ -75,7 +80,7 @@ def train(
         readings.set_learning_rate(rate)
         guard.start_step(step)
         scale = guard.loss_scale
-        with _counting(plan, tell, step == min(done + 2, plan.steps)):
+        with _counting(plan, tell, step == min(done + _COUNTED, plan.steps)):
             own_loss, waited = _forward_and_backward(engine, plan, feed, guard, readings, outside, step)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
         skipped = guard.after_step()
@@ -107,7 +112,7 @@ def train(
 
 @contextlib.contextmanager
 def _counting(plan: Plan, tell: Listeners, due: bool) -> Iterator[None]:
-    """Tell what one step sends: an early one, whose time nobody averages, after the first, which sets things up."""
+    """Tell what one step sends."""
     if not due or plan.compile:  # a compiler does not see through what counts
         yield
         return
