@@ -130,7 +130,7 @@ def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
 def fitted_on(row: dict[str, Any]) -> bool:
     """Tell whether the constants are fitted to a row; all others are only compared."""
     return "precision=fp16" not in row["words"] and (
-        row["kind"] in ("nano", "accumulation") or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
+        row["kind"] in ("nano", "accumulation", "batch") or (row["kind"] == "grid" and row["size"] == "gpt2-69m")
     )
 
 
@@ -164,12 +164,13 @@ def fit() -> None:
     left, right = [], []
     for row, made in zip(rows, settings(rows), strict=True):
         seen, tensors = row["peak_memory_bytes"], max(one.bytes for one in memory.moments_on(made))
-        left.append([value / seen for value in (1, made.zero > 0, memory.heap_share(made))])
+        left.append([value / seen for value in (1, made.zero > 0, memory.heap_bytes(made))])
         right.append((seen - tensors) / seen)
     found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    names = ("CPU_RANK", "CPU_RANK_SHARDED", "CPU_HEAP")
-    told = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in zip(names, found, strict=True))
-    print(f"{len(rows)} rows, MiB: {told}")
+    rank, sharded, heap = found
+    print(
+        f"{len(rows)} rows: CPU_RANK {rank / 2**20:.0f} MiB, CPU_RANK_SHARDED {sharded / 2**20:.0f} MiB, CPU_HEAP {heap:.2f}"
+    )
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

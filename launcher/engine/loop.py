@@ -23,7 +23,6 @@ from launcher.metrics.record import EvaluationRecord, StepRecord
 from launcher.plan.plan import Plan
 from models.loss import next_token_loss
 
-
 _COUNTED = 5
 """The step whose traffic is counted: its time is not averaged yet (metrics/derive.py), and by then stage 3 has learnt
 the order of modules again that the evaluation before the first step had made it forget."""

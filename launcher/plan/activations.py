@@ -6,6 +6,7 @@ a test holds them against the tensors that autograd really saves.
 
 from dataclasses import dataclass
 
+from launcher.heap import MAPPED
 from launcher.plan.setting import Setting
 from models.shapes import Shape
 
@@ -37,6 +38,8 @@ class Activations:
     """Where products are made of fp32 copies: those of the head's weights, input and output."""
     block_copies: int
     """The same of a block's widest layer."""
+    heap: int
+    """Of what a block's two passes hold at most, what lies in tensors that a CPU's C library does not map."""
     evaluation: int
     """A forward pass that keeps nothing: one block's largest moment."""
 
@@ -54,6 +57,7 @@ def activations(setting: Setting) -> Activations:
             loss=0,
             head_copies=0,
             block_copies=0,
+            heap=0,
             evaluation=0,
         )
     tokens, element = setting.micro * setting.sequence, setting.element_bytes
@@ -73,8 +77,23 @@ def activations(setting: Setting) -> Activations:
         loss=loss,
         head_copies=_copies(setting, tokens, shape.width, shape.vocabulary),
         block_copies=_copies(setting, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
+        heap=_heap(setting, shape, block),
         evaluation=element * (widest + 3 * shape.width) * tokens,
     )
+
+
+def _heap(setting: Setting, shape: Shape, block: int) -> int:
+    tokens, element = setting.micro * setting.sequence, setting.element_bytes
+    hidden, wide = element * shape.width * tokens, element * shape.ffn * tokens
+    if hidden >= MAPPED:
+        return 0
+    if wide >= MAPPED:  # what is as wide as the feed-forward layer is mapped
+        block -= (2 if shape.family == "gpt2" else 4) * wide
+        working = 4 * hidden
+    else:
+        working = max(2 * wide, 4 * hidden) + 2 * hidden
+    kept = hidden * shape.layers + block if setting.activation_checkpointing else block * shape.layers
+    return kept + working
 
 
 def _copies(setting: Setting, tokens: int, width: int, out: int) -> int:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from launcher.heap import MAPPED
 from launcher.plan import resident
 from launcher.plan import tensors as cuts
+from launcher.plan.activations import activations
 from launcher.plan.buffers import Buffer, Moment, one
 from launcher.plan.moments import moments
 from launcher.plan.setting import Setting
@@ -115,19 +117,21 @@ def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
 
 def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
     """Return the resident size at every moment: what is large goes back to the system when it is freed (heap.py)."""
-    beside = rank_bytes(setting)
+    beside = _rank_bytes(setting)
     return {one.name: beside + one.bytes for one in every}
 
 
-def rank_bytes(setting: Setting) -> int:
+def _rank_bytes(setting: Setting) -> int:
     """Return what a CPU rank takes beside its tensors."""
-    kept = resident.CPU_HEAP * heap_share(setting)
-    return resident.CPU_RANK + (resident.CPU_RANK_SHARDED if setting.zero else 0) + int(kept)
+    sharded = resident.CPU_RANK_SHARDED if setting.zero else 0
+    return resident.CPU_RANK + sharded + int(resident.CPU_HEAP * heap_bytes(setting))
 
 
-def heap_share(setting: Setting) -> float:
-    """Return how much of what the C heap keeps at most a model of this size leaves there."""
-    return min(1.0, FULL * setting.parameters / resident.CPU_HEAP_FROM)
+def heap_bytes(setting: Setting) -> int:
+    """Return the bytes of activations whose pages the C heap keeps: it does where gradients lie there among them."""
+    if setting.shape is None or setting.element_bytes * 3 * setting.shape.width**2 >= MAPPED:
+        return 0
+    return activations(setting).heap
 
 
 def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
