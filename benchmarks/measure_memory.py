@@ -167,10 +167,8 @@ def fit() -> None:
         left.append([value / seen for value in (1, made.zero > 0, memory.heap_bytes(made))])
         right.append((seen - tensors) / seen)
     found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    rank, sharded, heap = found
-    print(
-        f"{len(rows)} rows: CPU_RANK {rank / 2**20:.0f} MiB, CPU_RANK_SHARDED {sharded / 2**20:.0f} MiB, CPU_HEAP {heap:.2f}"
-    )
+    rank, sharded = (f"{value / 2**20:.0f} MiB" for value in found[:2])
+    print(f"{len(rows)} rows: CPU_RANK {rank}, CPU_RANK_SHARDED {sharded}, CPU_HEAP {found[2]:.2f}")
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

@@ -34,6 +34,10 @@ class Calibration:
     """Times that a layer's weights or gradients are read or written in a micro-step: the price of a small batch."""
     elementwise: float = 20.0
     """Times that an activation as wide as the model is read or written in a layer's forward and backward."""
+    converted: float = 1.0
+    """What 16 bits make of that on a CPU, which converts to fp32 and back,"""
+    copied: float = 1.0
+    """and fp32 copies of whatever is multiplied (launcher/engine/half.py)."""
     compiled: float = 0.6
     """What fusing leaves of that."""
     scores: float = 8.0

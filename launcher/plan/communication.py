@@ -59,10 +59,9 @@ def volume(setting: Setting, layout: Layout) -> Volume:
 
     With psi parameters, g micro-steps, and w and d bytes of a weight and of a gradient on the wire: stage 0 sends
     2 psi d; stage 1 2 psi d + psi w, because `allreduce_and_scatter` (stage_1_and_2.py) ends in a real all-reduce;
-    stage 2 (2 g psi d + psi w), for it reduces at every micro-step; stage 3 g (2 psi w + psi d), less the weights that
-    it keeps from the forward pass for the backward pass (`Setting.gathered`), and a third gathering where
-    blocks are recomputed by reentrant checkpointing. FSDP gathers and reduces at every micro-step as stage 3 does; with
-    SHARD_GRAD_OP it gathers once for forward and backward.
+    stage 2 (2 g psi d + psi w), for it reduces at every micro-step; stage 3 g (2 psi w + psi d), once it has evaluated
+    (docs/deepspeed.md, 9), and a third gathering where blocks are recomputed by reentrant checkpointing. FSDP gathers
+    and reduces at every micro-step as stage 3 does; with SHARD_GRAD_OP it gathers once for forward and backward.
     """
     if setting.ranks * layout.context == 1:
         return Volume()
@@ -84,8 +83,7 @@ def volume(setting: Setting, layout: Layout) -> Volume:
         if layout.quantized:
             hidden = g * psi * (weight * _QUANTIZED_GATHER + gradient * _QUANTIZED_REDUCE)
             return Volume(hidden_bytes=hidden, node_bytes=g * psi * weight, calls=3 * g * layers)
-        gathers = setting.gathered / setting.parameters
-        gathers += 1 if layout.reentrant and setting.activation_checkpointing else 0
+        gathers = 3 if layout.reentrant and setting.activation_checkpointing else 2
         return Volume(hidden_bytes=g * psi * (gathers * weight + gradient), calls=(gathers + 1) * g * layers)
     reduced = 2 * psi * gradient * (g if setting.zero == 2 else 1)
     calls = buckets * (g if setting.zero == 2 else 1)

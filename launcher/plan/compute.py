@@ -77,6 +77,8 @@ def stage(setting: Setting, layout: Layout, hardware: Hardware, known: Calibrati
     fused = known.compiled if layout.compiled else 1.0
     whole = 0.0 if layout.sequence_parallel else 0.4  # norms and residuals, on every tensor-parallel rank
     spread = whole + (1 - whole) / layout.tensor
+    if serial and setting.element_bytes == 2:
+        fused *= known.converted * (known.copied if setting.widened else 1.0)
     moved = (
         fused * known.elementwise * (1 + again / 3) * spread * tokens * (0.5 * width + 0.0625 * feed) * size * layers
     )

@@ -130,18 +130,18 @@ def _evaluation(case: _Case) -> tuple[Buffer, ...]:
 
 
 def _gathered(case: _Case, left: float = 1.0, *, kept: bool = True) -> tuple[Buffer, ...]:
-    """Return the weights that stage 3 has gathered: what it keeps for the backward pass, and what it works with.
+    """Return the weights that stage 3 has gathered: all of a model that is smaller than what may live.
 
-    `left`: the share of the model that the backward pass has not come to; `kept`: whether all that is to stay from the
-    forward pass is there, so that a model that stays whole has nothing more to fetch.
+    `left`: the share of the model that the backward pass has not come to; `kept`: whether the forward pass is over, and
+    nothing more is fetched ahead where all may live.
     """
     setting = case.setting
     if setting.zero != 3:
         return ()
-    alive = min(int(left * case.every.elements), setting.kept_for_backward + case.every.largest)
+    alive = min(int(left * case.every.elements), setting.max_live_parameters + case.every.largest)
     note = f"whole weights, {alive:,} elements"
     gathered = one("gathered parameters", setting.element_bytes * alive, note)
-    ahead = 0 if kept and setting.kept_for_backward == setting.parameters else setting.prefetch_bucket
+    ahead = 0 if kept and setting.max_live_parameters >= case.every.elements else setting.prefetch_bucket
     prefetch = min(ahead, case.every.elements) * setting.element_bytes
     return (gathered, one("prefetched parameters", prefetch, "arrive in one piece, are then copied out"))
 

@@ -69,25 +69,6 @@ class Setting:
         """Bytes of one element of what forward and backward compute in."""
         return 4 if self.precision == "fp32" else 2
 
-    @property
-    def kept_for_backward(self) -> int:
-        """Elements that stage 3 gathers once for both passes: those at the end of the model.
-
-        What is fetched ahead runs on into the backward pass, where it finds what is still there and keeps it, until
-        `max_live_parameters` are; and a module's weights stay when its backward pass comes within `max_reuse_distance`
-        elements, counted over the modules in between (partitioned_param_coordinator.py).
-        """
-        ahead = self.max_live_parameters if self.prefetch_bucket else 0
-        return min(self.parameters, max(ahead, self.max_reuse_distance // 2))
-
-    @property
-    def gathered(self) -> int:
-        """Elements that stage 3 gathers in a micro-step; a tied head's once more in each pass if it is far away."""
-        kept = self.kept_for_backward
-        table = self.shape.vocabulary * self.shape.width if self.shape and self.shape.tied else 0
-        far = kept < self.parameters and self.parameters - table > self.max_reuse_distance
-        return 2 * self.parameters - kept + (2 * table if far else 0)
-
 
 def of(
     deepspeed: dict[str, Any],

@@ -56,7 +56,7 @@ def test_what_a_cells_step_sends_was_foretold(cell: Cell, zero: int, precision: 
     summary = cell(zero, precision).json("summary.json")
     told, sent = summary["predicted_communication_bytes"], summary["communication_bytes"]
     # Beside gradients and weights: the readings of a step, and the norms; small tensors stay at stage 3.
-    assert told - (0.005 * told if zero == 3 else 0) <= sent < told + 0.005 * told
+    assert told - (0.01 * told if zero == 3 else 0) <= sent < told + 0.01 * told
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-6), ("bf16", 1e-6)])
