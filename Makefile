@@ -3,6 +3,8 @@
 # make test    set up, run the whole test suite
 # make test-all    and what takes longer than anybody waits: every combination of the parity gate, every cell's faults
 # make test-faults the fault matrix: every kill, flip, full disk, signal and stall, on real ranks (about 40 minutes)
+# make test-mutations  more than 10,000 damaged files, words and events for every reader (under ten minutes)
+# make test-models every family of models that transformers has, tiny, on real ranks (about 25 minutes)
 # make test-slurm  jobs on a real SLURM cluster of two nodes on this machine: limits, preemption, lost nodes (about 25 minutes)
 # make measure the memory of real CPU runs against the plan's forecast, into benchmarks/results/memory-cpu.json (half an hour)
 # make gpu     what only a GPU can show, into benchmarks/results/<device>.json
@@ -15,7 +17,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo study test test-all test-faults test-slurm cluster gpu measure check format setup clean
+.PHONY: demo study test test-all test-faults test-mutations test-models test-slurm cluster gpu measure check format setup clean
 
 setup: $(STAMP)
 
@@ -38,12 +40,13 @@ study: $(STAMP)
 	$(BIN)/halfstep study run zero-x-precision $(ARGS)
 
 # What the cluster in the tests is made of, where it may be installed; without it those tests are skipped and say so.
-CLUSTER := slurmctld slurmd munged shellcheck sshd pdsh mpirun ip
+CLUSTER := slurmctld slurmd sbatch munged shellcheck sshd ssh ssh-keygen pdsh mpirun ip iptables mount hostname
 cluster:
 	@(for one in $(CLUSTER); do command -v $$one > /dev/null || exit 1; done) || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
-	      slurm-wlm munge shellcheck openssh-server pdsh openmpi-bin iproute2; } || \
+	      slurm-wlm munge shellcheck openssh-server openssh-client pdsh openmpi-bin iproute2 iptables mount \
+	      hostname; } || \
 	  echo "SLURM is not installed and cannot be here: its tests are skipped" >&2
 
 test: $(STAMP) cluster
@@ -57,6 +60,12 @@ test-all: $(STAMP) cluster
 
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m 'faults or process' tests/faults $(ARGS)
+
+test-mutations: $(STAMP)
+	$(BIN)/python -m pytest -m 'faults or not faults' tests/mutations $(ARGS)
+
+test-models: $(STAMP)
+	$(BIN)/python -m pytest -m 'models or process' tests/models $(ARGS)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

@@ -66,6 +66,7 @@ def worker(job: dict) -> None:
     rank = topology.from_environment()
     topology.prepare_environment(rank)
     from launcher.engine import distributed
+    from launcher.engine.places import file_store
     from launcher.plan import facts
     from launcher.plan.resolve import resolve
     from launcher.spec.load import load
@@ -75,7 +76,7 @@ def worker(job: dict) -> None:
     request = load([*words, f"steps={steps}", "schedule.kind=constant", "eval.every=0"])
     world = topology.describe(rank.world_size, rank.local_world_size)
     plan = resolve(request, world, facts.read(request.spec, lambda config, trust: 0))
-    distributed.join(rank, plan)
+    distributed.join(rank, plan, file_store(Path(f"{job['result']}.store"), rank))
     rounds = []
     for number in range(job["rounds"]):
         pair = {"ours": _ours, "plain": _plain}

@@ -67,6 +67,7 @@ def _worker(job: dict) -> None:
     from launcher.engine import distributed, guard, loop, saving
     from launcher.engine.build import build
     from launcher.engine.feed import Feed
+    from launcher.engine.places import file_store
     from launcher.plan import facts
     from launcher.plan.resolve import resolve
     from launcher.spec.load import load
@@ -79,14 +80,14 @@ def _worker(job: dict) -> None:
     steps = (2 * job["rounds"] + 1) * job["steps"]
     request = load([*words, f"steps={steps}", f"out={job['scratch']}/run"])
     plan = resolve(request, topology.describe(2, 2), facts.read(request.spec, lambda config, trust: 0))
-    distributed.join(rank, plan)
+    distributed.join(rank, plan, file_store(Path(job["scratch"]) / "store", rank))
     where = Path(job["scratch"]) / "run"
 
-    def directory() -> rundir.RunDir:
+    def directory() -> str:
         rundir.write_plan(where, request, plan)
-        return rundir.start_attempt(where, {})
+        return rundir.start_attempt(where, {}).attempt.name
 
-    run = distributed.on_rank_zero(directory)
+    run = rundir.RunDir(path=where, attempt=where / "attempts" / distributed.on_rank_zero(directory))
     engine, repairs = build(plan)
     own_guard = guard.Guard(engine, plan, repairs, lambda *_, **__: None, rank.rank)
     events: list[dict] = []

@@ -1,5 +1,5 @@
 """Let `python -m launcher` stand for `halfstep`."""
 
-from launcher.cli import console
+from launcher.console import main
 
-console()
+main()

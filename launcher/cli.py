@@ -8,13 +8,14 @@ halfstep submit --site gpu nodes=2 model=gpt2-1.5b data=/shared/data zero=2 prec
 """
 
 import argparse
+import contextlib
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 from launcher import cli_checkpoint, cli_jobs, cli_plan, cli_run, cli_study, topology
-from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, Fault, HalfstepError
+from launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, HalfstepError, Interrupted
+from launcher.files import explained, reason
+from launcher.terminal import say, say_json, say_text
 
 
 def main(words: list[str]) -> int:
@@ -27,24 +28,22 @@ def main(words: list[str]) -> int:
     except HalfstepError as error:
         if arguments.debug:
             raise
-        print(error, file=sys.stderr)
-        return error.exit_code
+        return _end(error)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone (`| head`): nothing is wrong, and nobody to tell
-        return 0
+        return 0  # the reader of our output has gone (`| head`): nothing is wrong, and nobody to tell
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        say("interrupted", error=True)
+        return Interrupted.exit_code
     except Exception as error:
         if arguments.debug:
             raise
-        print(Fault.of(error, where=f"halfstep {' '.join(words)}"), file=sys.stderr)
-        return Fault.exit_code
+        return _end(explained(error, f"halfstep {' '.join(words)}"))
 
 
-def console() -> None:
-    """Enter from the console script."""
-    sys.exit(main(sys.argv[1:]))
+def _end(error: HalfstepError) -> int:
+    with contextlib.suppress(OSError):  # stderr may be what cannot be written
+        say(*str(error).splitlines(), error=True)
+    return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,19 +99,43 @@ def _parser() -> argparse.ArgumentParser:
 
 def _data_verbs(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    prepare = verbs.add_parser("prepare", help="tokenise text to disk", parents=[common])
+    prepare = verbs.add_parser(
+        "prepare",
+        help="tokenise text to disk",
+        description="Read text, make tokens of it, and write them as a folder that runs read. A file's kind follows "
+        "from its name, whatever the case: .jsonl .ndjson .jsonlines .json (one object a line), .csv, .tsv and "
+        ".parquet are tables of documents, everything else is one document of UTF-8 text; .gz .zst .xz .bz2 may stand "
+        "behind all but parquet. Links are followed, every file is read once, and what is left out is said.",
+        parents=[common],
+    )
     prepare.add_argument(
-        "--source", required=True, help="stdlib, text/JSONL/parquet files, a folder or glob, or a hub id"
+        "--source", required=True, help="stdlib, a file, a folder, a quoted glob, or a hub id (hub:OWNER/NAME)"
     )
     prepare.add_argument("--out", required=True, type=Path, help="the folder to make")
     prepare.add_argument("--vocab-size", type=int, help="train SentencePiece with this many tokens")
-    prepare.add_argument("--tokenizer", metavar="PATH_OR_ID", help="use this Hugging Face tokenizer instead")
-    prepare.add_argument("--field", default="text", help="the JSON or parquet field that holds the text")
+    prepare.add_argument(
+        "--tokenizer",
+        metavar="PATH_OR_ID",
+        help="use this one instead: a Hugging Face tokenizer, a SentencePiece model or its folder, a prepared corpus",
+    )
+    prepare.add_argument(
+        "--field", default="text", help="the field or column that holds the text; meta.text: a field inside another"
+    )
+    prepare.add_argument(
+        "--format",
+        choices=("auto", "text", "jsonl", "csv", "tsv", "parquet"),
+        default="auto",
+        help="what the files hold, where their names do not say it",
+    )
+    prepare.add_argument("--skip-bad", action="store_true", help="leave out and count rows that hold no text")
+    prepare.add_argument(
+        "--allow-lossy", action="store_true", help="take a tokenizer that loses more than 1 %% of the text"
+    )
     prepare.add_argument("--validation-fraction", type=float, default=0.01, help="share of the tokens held back")
     prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
     prepare.add_argument("--json", action="store_true", help="print the manifest as JSON")
     prepare.set_defaults(verb=_data_prepare)
-    inspect = verbs.add_parser("inspect", help="show counts and a decoded sample", parents=[common])
+    inspect = verbs.add_parser("inspect", help="verify every byte, show counts and a sample", parents=[common])
     inspect.add_argument("directory", type=Path)
     inspect.add_argument("--json", action="store_true", help="print the counts as JSON")
     inspect.set_defaults(verb=_data_inspect)
@@ -129,11 +152,14 @@ def _data_prepare(arguments: argparse.Namespace, words: list[str]) -> int:
         vocab_size=arguments.vocab_size,
         tokenizer=arguments.tokenizer,
         field=arguments.field,
+        format=arguments.format,
+        skip_bad=arguments.skip_bad,
+        allow_lossy=arguments.allow_lossy,
         validation=arguments.validation_fraction,
         workers=arguments.workers,
         progress=True,
     )
-    print(json.dumps(manifest, indent=2, ensure_ascii=False) if arguments.json else "\n".join(render(manifest)))
+    say_json(manifest) if arguments.json else say(*render(manifest))
     return 0
 
 
@@ -142,7 +168,7 @@ def _data_inspect(arguments: argparse.Namespace, words: list[str]) -> int:
     from launcher.data.inspect import inspect, render
 
     found = inspect(arguments.directory)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else "\n".join(render(found)))
+    say_json(found) if arguments.json else say_text("\n".join([*render(found), ""]))
     return 0
 
 
@@ -152,16 +178,19 @@ def _verify(arguments: argparse.Namespace, words: list[str]) -> int:
 
     chosen = cases.select(cases.every_case() if arguments.all else cases.default_cases(), arguments.only)
     outcome = drive.verify(chosen, repairs=not arguments.without_repairs, quiet=arguments.json)
-    here = topology.describe(1, 1)
-    kept = verdict.store(here, outcome.cells) if outcome.repairs else None
+    here, kept = topology.describe(1, 1), None
+    try:
+        kept = verdict.store(here, outcome.cells) if outcome.repairs else None
+    except OSError as error:  # what was found counts all the same
+        say(f"the verdict cannot be kept for a study to ask: {reason(error)}", error=True)
     if arguments.json:
         tree = {"ok": outcome.ok, "conditions": verdict.conditions(here), "seconds": outcome.seconds}
         tree |= {"repairs": outcome.repairs, "not_run": [dataclasses.asdict(case) for case in outcome.not_run]}
-        print(json.dumps({**tree, "cells": outcome.cells}, indent=2, allow_nan=False))
+        say_json({**tree, "cells": outcome.cells})
     else:
-        print("\n".join(drive.table(outcome)))
+        say(*drive.table(outcome))
         if kept:
-            print(f"verdict for these versions and this hardware: {kept}")
+            say(f"verdict for these versions and this hardware: {kept}")
     return 0 if outcome.ok else EXIT_NUMERICS
 
 
@@ -177,9 +206,9 @@ def _numerics(arguments: argparse.Namespace, words: list[str]) -> int:
         failure = error  # what the run tells is printed all the same
     if arguments.json:
         found = {**numerics.to_dict(run), "picture": None if failure else str(picture)}
-        print(json.dumps(found, ensure_ascii=False))
+        say_json(found, indent=None)
     else:
-        print("\n".join([*numerics_report.lines(run), *([] if failure else ["", f"picture {picture}"])]))
+        say(*numerics_report.lines(run), *([] if failure else ["", f"picture {picture}"]))
     if failure:
         raise failure
     return 0
@@ -192,13 +221,13 @@ def _measure(arguments: argparse.Namespace) -> int:
     file = folder() / "this-cpu.toml"
     row = measure(file)
     if arguments.json:
-        print(json.dumps(row, indent=2))
+        say_json(row)
         return 0
-    print(f"this CPU, one of {row['measured_ranks']} rank(s), into {file}")
+    say(f"this CPU, one of {row['measured_ranks']} rank(s), into {file}")
     for name, unit in (("fp32", "FLOP/s"), ("half", "FLOP/s in bf16"), ("fp16", "FLOP/s"), ("bandwidth", "bytes/s"),
                        ("link", "bytes/s"), ("link_latency", "s"), ("storage", "bytes/s")):  # fmt: skip
         if name in row:
-            print(f"  {name:<14} {row[name]:.3g} {unit}")
+            say(f"  {name:<14} {row[name]:.3g} {unit}")
     return 0
 
 
@@ -210,11 +239,9 @@ def _doctor(arguments: argparse.Namespace, words: list[str]) -> int:
         return _measure(arguments)
     findings = doctor.examine(Path.cwd())
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(one) for one in findings], indent=2))
+        say_json([dataclasses.asdict(one) for one in findings])
     else:
         for one in findings:
-            print(
-                f"{one.status:>4}  {one.name:<14} {one.found}"
-                + (f"\n      {'':<14} try: {one.mend}" if one.mend else "")
-            )
+            remedy = [f"      {'':<14} try: {one.mend}"] if one.mend else []
+            say(f"{one.status:>4}  {one.name:<14} {one.found}", *remedy)
     return EXIT_REFUSED if any(one.status == doctor.FAIL for one in findings) else 0

@@ -7,15 +7,14 @@ halfstep eval models/mine --data data/stdlib
 
 import argparse
 import dataclasses
-import json
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from launcher import topology
 from launcher.errors import EXIT_REQUEST, RequestError
+from launcher.terminal import say, say_json, say_text, table
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SHARD_SIZE = "5GB"
@@ -92,23 +91,22 @@ def _list(arguments: argparse.Namespace, words: list[str]) -> int:
 
     rows = survey.survey(arguments.run)
     if arguments.json:
-        print(json.dumps([row.to_dict() for row in rows], indent=2, ensure_ascii=False))
+        say_json([row.to_dict() for row in rows])
         return 0
     if not rows:
-        print(f"{arguments.run} has no checkpoints")
+        say(f"{arguments.run} has no checkpoints")
         return 0
-    table = [["step", "written", "size", "ranks", "zero", "precision", "loss", "state"]]
+    lines = [["step", "written", "size", "ranks", "zero", "precision", "loss", "state"]]
     for row in rows:
         one = row.manifest
         about = ["-"] * 6
         if one is not None:
-            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.time))
-            about = [written, survey.size(one.bytes), str(one.world_size), str(one.zero), one.precision]
+            about = [_moment(one.time), survey.size(one.bytes), str(one.world_size), str(one.zero), one.precision]
             about.append("-" if row.loss is None else f"{row.loss:.4f}")
         state = row.state + (f": {row.reason}" if row.reason else "")
-        table.append([str(row.step), *about, state])
-    print("\n".join(_aligned(table)))
-    print("manifests and sizes were looked at, contents were not: `halfstep checkpoint verify` reads them")
+        lines.append([str(row.step), *about, state])
+    say(*table(lines, right=True))
+    say("manifests and sizes were looked at, contents were not: `halfstep checkpoint verify` reads them")
     return 0
 
 
@@ -126,18 +124,22 @@ def _verify(arguments: argparse.Namespace, words: list[str]) -> int:
         if step not in (None, row.step):
             continue
         done.append(survey.verified(row))
+        if step is not None and done[-1].state == survey.GONE:
+            left = [one.step for one in rows if one.step != step]
+            raise source.no_such_step(arguments.run, step, left)
         if not arguments.json:
-            print(_verdict(done[-1]), flush=True)
-    good = all(row.state == survey.GOOD for row in done)
+            say(_verdict(done[-1]))
+    good = all(row.state in (survey.GOOD, survey.GONE) for row in done)
     if arguments.json:
-        print(json.dumps({"ok": good, "checkpoints": [row.to_dict() for row in done]}, indent=2, ensure_ascii=False))
+        say_json({"ok": good, "checkpoints": [row.to_dict() for row in done]})
     return 0 if good else EXIT_REQUEST
 
 
 def _verdict(row: Any) -> str:
+    from launcher.export.survey import GONE, size
+
     if row.reason:
-        return f"step {row.step:>8}  DAMAGED  {row.reason}"
-    from launcher.export.survey import size
+        return f"step {row.step:>8}  {'gone' if row.state == GONE else 'DAMAGED'}  {row.reason}"
 
     rate = row.manifest.bytes / max(row.seconds, 1e-9) / 1e9
     return f"step {row.step:>8}  OK  {size(row.manifest.bytes)} in {row.seconds:.2f} s ({rate:.2f} GB/s)"
@@ -151,13 +153,13 @@ def _convert(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.json:
         tree = {"folder": str(done.folder), "step": done.manifest.step, "bytes": done.manifest.bytes}
         tree |= {"from_ranks": done.from_ranks, "ranks": done.manifest.world_size, "random_states": done.random_states}
-        print(json.dumps(tree, indent=2, ensure_ascii=False))
+        say_json(tree)
         return 0
-    print(f"{done.folder}: step {done.manifest.step}, {size(done.manifest.bytes)}, verified")
-    print(f"ranks {done.from_ranks} -> {done.manifest.world_size}")
+    say(f"{done.folder}: step {done.manifest.step}, {size(done.manifest.bytes)}, verified")
+    say(f"ranks {done.from_ranks} -> {done.manifest.world_size}")
     if not done.random_states:
-        print("the random states of the ranks fit their number alone and were left out; only dropout draws from them")
-    print(f"it goes on with the same words and out={done.run}")
+        say("the random states of the ranks fit their number alone and were left out; only dropout draws from them")
+    say(f"it goes on with the same words and out={done.run}")
     return 0
 
 
@@ -177,9 +179,9 @@ def _export(arguments: argparse.Namespace, words: list[str]) -> int:
         comparing=not arguments.no_compare,
     )
     for warning in done.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", error=True)
     if arguments.json:
-        print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False))
+        say_json(done.to_dict())
         return 0
     weights = [name for name in done.files if name.endswith(".safetensors")]
     told = "not compared with the training engine" if arguments.no_compare else "nothing to compare with"
@@ -194,7 +196,7 @@ def _export(arguments: argparse.Namespace, words: list[str]) -> int:
         "tokenizer": tokenizer,
         "compared": done.sentence or told,
     }
-    print("\n".join(f"{name:<10} {text}" for name, text in lines.items()))
+    say(*(f"{name:<10} {text}" for name, text in lines.items()))
     return 0
 
 
@@ -209,7 +211,7 @@ def _generate(arguments: argparse.Namespace, words: list[str]) -> int:
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
-    print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if arguments.json else done.prompt + done.text)
+    say_json(done.to_dict()) if arguments.json else say_text(f"{done.prompt}{done.text}\n")
     return 0
 
 
@@ -226,14 +228,14 @@ def _eval(arguments: argparse.Namespace, words: list[str]) -> int:
         dtype=arguments.dtype,
     )
     if done.tokenizer != "same":
-        print("warning: whether the corpus was made with the model's tokenizer is not known", file=sys.stderr)
+        say("warning: whether the corpus was made with the model's tokenizer is not known", error=True)
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(done), indent=2, ensure_ascii=False))
+        say_json(dataclasses.asdict(done))
         return 0
     loss = "not finite" if done.loss is None else f"{done.loss:.6f}"
     perplexity = "-" if done.perplexity is None else f"{done.perplexity:,.2f}"
-    print(f"loss {loss}  perplexity {perplexity}")
-    print(f"{done.tokens:,} tokens: {done.sequences} sequences of {done.sequence}, {done.dtype} on {done.device}")
+    say(f"loss {loss}  perplexity {perplexity}")
+    say(f"{done.tokens:,} tokens: {done.sequences} sequences of {done.sequence}, {done.dtype} on {done.device}")
     return 0
 
 
@@ -247,10 +249,9 @@ def _bytes(text: str) -> int:
     return count
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
-    """Return rows whose columns stand under each other; the last one is free text."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]) - 1)]
-    return [
-        "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
-        for row in table
-    ]
+def _moment(at: float) -> str:
+    """Return when something was written, as people read it; a dash for a time that no calendar has."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    except (OverflowError, ValueError, OSError):
+        return "-"

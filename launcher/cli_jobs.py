@@ -1,12 +1,11 @@
 """The verbs on jobs: halfstep jobs, jobs logs, jobs cancel."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError
+from launcher.terminal import of_log, say, say_json, say_text, table
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -39,22 +38,21 @@ def _jobs(arguments: argparse.Namespace, words: list[str]) -> int:
 
     rows = jobs.survey(Path(one) for one in words)
     if arguments.json:
-        print(json.dumps([row.to_dict() for row in rows], indent=2, ensure_ascii=False))
+        say_json([row.to_dict() for row in rows])
         return 0
     if not rows:
-        print("no jobs, and no submitted runs under runs/")
+        say("no jobs, and no submitted runs under runs/")
         return 0
-    table = [["job", "state", "step", "loss", "tok/s", "saved", "starts", "left", "run"]]
+    rows_shown = [["job", "state", "step", "loss", "tok/s", "saved", "starts", "left", "run"]]
     for row in rows:
-        step = "-" if row.step is None else f"{row.step}/{row.steps}"
+        step = "-" if row.step is None else f"{row.step}/{row.steps or '?'}"
         loss = "-" if row.loss is None else f"{row.loss:.4f}"
         speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
         saved = "-" if row.checkpoint is None else str(row.checkpoint)
         about = row.run + (f"  ({row.reason})" if row.reason else "")
-        table.append([row.job or "-", row.state, step, loss, speed, saved, str(row.attempts), row.left or "-", about])
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]) - 1)]
-    for line in table:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(line[:-1], widths, strict=True)), line[-1]]))
+        shown = [row.job or "-", row.state, step, loss, speed, saved, str(row.attempts), row.left or "-", about]
+        rows_shown.append(shown)
+    say(*table(rows_shown))
     return 0
 
 
@@ -64,7 +62,7 @@ def _logs(arguments: argparse.Namespace, words: list[str]) -> int:
     if len(words) != 1:
         raise RequestError("whose log?", where="halfstep jobs logs", fix="halfstep jobs logs RUN, or a job's number")
     run, _ = jobs.find(words[0])
-    jobs.follow(jobs.log_of(run), sys.stdout, lines=arguments.lines, follow=arguments.follow)
+    jobs.follow(jobs.log_of(run), lambda text: say_text(of_log(text)), lines=arguments.lines, follow=arguments.follow)
     return 0
 
 
@@ -79,5 +77,5 @@ def _cancel(words: list[str]) -> int:
             raise RequestError(f"{word} has no job", where=str(run), fix="`halfstep jobs` lists them")
     for _, run, numbers in found:
         slurm.cancel(numbers)
-        print(f"job {', '.join(numbers)} cancelled; {run} goes on from its newest checkpoint when submitted again")
+        say(f"job {', '.join(numbers)} cancelled; {run} goes on from its newest checkpoint when submitted again")
     return 0

@@ -2,22 +2,26 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launcher import topology
 from launcher.errors import HalfstepError, RefusedError, RequestError
-from launcher.plan import facts, hardware, memory, outlook, present, present_time, score, search
+from launcher.plan import adopt, facts, hardware, memory, outlook, packages, present, present_time, score, search
 from launcher.plan import plan as plans
 from launcher.plan import setting as settings
+from launcher.plan.pretrained import Network, Source
 from launcher.plan.resolve import resolve, time_of
+from launcher.spec import legal
 from launcher.spec.load import Request, load
 from launcher.spec.schema import run_keys
+from launcher.terminal import say, say_json
 from launcher.topology import Topology
 
 _OFFLOADS = ("none", "optimizer-cpu", "cpu")
+_MOST_TRIED = 64
+"""Node counts, or GPU counts, of one search."""
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -64,16 +68,22 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     world = _world(request)
     read = _facts(request, world)
     plan = resolve(request, world, read)
-    plan = dataclasses.replace(plan, time=time_of(plan, read, request.spec.hardware, terms))
+    missing = [dataclasses.asdict(rule) for rule in packages.missing(plan.deepspeed, plan.origins)]
+    plan = dataclasses.replace(
+        plan,
+        time=time_of(plan, read, request.spec.hardware, terms),
+        refused_by=[*plan.refused_by, *missing],
+    )
     if arguments.json:
-        print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
+        say_json(plan.to_dict())
     else:
-        print("\n".join(present.lines(plan)))
+        say(*present.lines(plan))
     return HalfstepError.exit_code if plan.refused_by else 0
 
 
 def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
-    return load([*words, *(["--ds-config", arguments.ds_config] if arguments.ds_config else [])])
+    own = [] if arguments.ds_config is None else [f"--ds-config={arguments.ds_config}"]
+    return load([*words, *own], data=False)
 
 
 def _world(request: Request) -> Topology:
@@ -90,13 +100,13 @@ def _world(request: Request) -> Topology:
 def _facts(request: Request, world: Topology) -> facts.Facts:
     """Read what a plan depends on; the memory of CPU ranks is this host's where it is the only one."""
     here = topology.node_memory_bytes() if world.accelerator == "cpu" and world.nodes == 1 else None
-    return facts.read(request.spec, _count_parameters, here)
+    return facts.read(request.spec, _construct, here)
 
 
-def _count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
-    from launcher.engine.build import count_parameters
+def _construct(source: Source, config: dict[str, Any], trust_remote_code: bool) -> Network:
+    from launcher.engine.construct import construct
 
-    return count_parameters(config, trust_remote_code)
+    return construct(source, config, trust_remote_code)
 
 
 def _terms(arguments: argparse.Namespace) -> outlook.Terms:
@@ -108,7 +118,7 @@ def _terms(arguments: argparse.Namespace) -> outlook.Terms:
             limit = seconds(arguments.time_limit)
         except ValueError as error:
             raise RequestError(
-                f"--time-limit: {error}", where="the command line", fix="--time-limit 12:00:00"
+                f"--time-limit: {legal.shown(error)}", where="the command line", fix="--time-limit 12:00:00"
             ) from None
         if limit == 0:
             raise RequestError("--time-limit is zero", where="the command line", fix="--time-limit 12:00:00")
@@ -129,13 +139,13 @@ def _search(arguments: argparse.Namespace, words: list[str]) -> int:
         if plan.refused_by:
             refused.append(plan)
             continue
-        asked = request.origins
+        asked = adopt.adopt(request, read.ds_config, start_world.world_size)[0].origins
         starts.append(
             search.Start(
                 nodes=start_world.nodes,
                 offload=request.spec.offload,
                 setting=settings.of_plan(plan),
-                micro=request.spec.batch.micro,
+                micro=plan.batch.micro if "batch.micro" in asked else None,
                 checkpointing=plan.activation_checkpointing if "activation_checkpointing" in asked else None,
             )
         )
@@ -159,7 +169,7 @@ def _search(arguments: argparse.Namespace, words: list[str]) -> int:
         tree = {"hardware": device.name, "searched": len(found), "fitting": len(fitting)}
         tree |= {"candidates": [one.to_dict() for one in found]}
         tree |= {"frontier": [one.to_dict() for one in search.frontier(found)]}
-        print(json.dumps(tree, indent=2))
+        say_json(tree)
         return 0 if fitting else RefusedError.exit_code
     if not fitting:
         least = min(found, key=lambda one: one.peak_bytes)
@@ -168,9 +178,9 @@ def _search(arguments: argparse.Namespace, words: list[str]) -> int:
             where=" ".join(least.words()),
             fix="take more nodes, a shorter sequence, or a device with more memory",
         )
-    print(f"{len(found)} candidates on {device.name}, {len(fitting)} fit; * nothing is faster with less memory")
-    print("\n".join(present_time.found(found)))
-    print(f"the fastest: {' '.join(fitting[0].words())}")
+    say(f"{len(found)} candidates on {device.name}, {len(fitting)} fit; * nothing is faster with less memory")
+    say(*present_time.found(found))
+    say(f"the fastest: {' '.join(fitting[0].words())}")
     return 0
 
 
@@ -188,11 +198,12 @@ def _requests(arguments: argparse.Namespace, words: list[str]) -> Iterator[tuple
             sized = [*fixed, *([f"nodes={nodes}"] if nodes else []), *([f"gpus_per_node={gpus}"] if gpus else [])]
             first = _request(arguments, sized)
             world = _world(first)
-            if "batch.global" not in first.origins:  # the default need not divide by so many ranks
-                share = -(-first.spec.batch.global_ // world.world_size)
+            known, _ = adopt.adopt(first, facts.ds_config(first.spec), world.world_size)
+            if "batch.global" not in known.origins:  # the default need not divide by so many ranks
+                share = -(-known.spec.batch.global_ // world.world_size)
                 sized.append(f"batch.global={share * world.world_size}")
-            stages = [first.spec.zero] if "zero" in first.origins else [0, 1, 2, 3]
-            offloads = [first.spec.offload] if "offload" in first.origins else list(_OFFLOADS)
+            stages = [known.spec.zero] if "zero" in known.origins else [0, 1, 2, 3]
+            offloads = [known.spec.offload] if "offload" in known.origins else list(_OFFLOADS)
             for zero in stages:
                 for offload in offloads if world.accelerator == "cuda" else ["none"]:
                     yield _request(arguments, [*sized, f"zero={zero}", f"offload={offload}"]), world
@@ -210,12 +221,16 @@ def _axes(words: list[str]) -> tuple[list[str], dict[str, list[str | None]]]:
             continue
         values = text.split(",")
         for value in values:
-            if not value.isdecimal() or int(value) == 0:
+            if not value.isdecimal() or len(value) > 9 or int(value) == 0:
                 raise RequestError(
-                    f"{key}={text}: {value!r} is not a whole number from 1 on",
+                    f"{key}={legal.shown(text)}: {legal.shown(value)!r} is not a whole number from 1 on",
                     where="the command line",
                     fix=f"write {key}=8, or {key}=1,2,4 to try several",
                 )
+        if len(values) > _MOST_TRIED:
+            raise RequestError(
+                f"{key} has {len(values)} values to try", where="the command line", fix=f"try at most {_MOST_TRIED}"
+            )
         axes[name] = list(values)
     return fixed, axes
 
@@ -231,9 +246,9 @@ def _score(arguments: argparse.Namespace, words: list[str]) -> int:
             )
         compared = [score.run(Path(word)) for word in words]
         if arguments.json:
-            print(json.dumps([dataclasses.asdict(one) for one in compared], indent=2))
+            say_json([dataclasses.asdict(one) for one in compared])
         else:
-            print("\n".join(score.table(compared)))
+            say(*score.table(compared))
         return 0
     if words:
         raise RequestError(
@@ -244,8 +259,8 @@ def _score(arguments: argparse.Namespace, words: list[str]) -> int:
         score.write(predictions, arguments.predict)
     told = sum(one.tokens_per_s_per_gpu is not None for one in predictions)
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(one) for one in predictions], indent=2))
+        say_json([dataclasses.asdict(one) for one in predictions])
     else:
         where = f" in {arguments.predict}" if arguments.predict else ""
-        print(f"{len(predictions)} rows, a speed for {told}{where}")
+        say(f"{len(predictions)} rows, a speed for {told}{where}")
     return 0

@@ -3,24 +3,26 @@
 import argparse
 import dataclasses
 import itertools
-import json
 import shlex
 import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir, topology
+from launcher import rundir, topology, trust
 from launcher.errors import RequestError
-from launcher.lease import lease
-from launcher.plan import facts, fit
+from launcher.lease import reserved
+from launcher.plan import facts, fit, packages
 from launcher.plan.plan import Plan
+from launcher.plan.pretrained import Network, Source
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
 from launcher.spec.schema import run_keys
 from launcher.submit import argv, hostfile, local, spread
 from launcher.submit.job import STARTERS, Array, Job
 from launcher.submit.site import Site
+from launcher.terminal import say, say_json, say_text
 from launcher.topology import Topology
 
 
@@ -42,7 +44,10 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         one.add_argument("words", nargs="*", metavar="RUN.toml | key=value")
         one.add_argument("--ds-config", metavar="FILE", help="a DeepSpeed JSON used instead of the composition")
         one.set_defaults(verb=verb)
-        one.add_argument("--force", action="store_true", help="go on where the plan says that it cannot fit")
+        one.add_argument("--force", action="store_true", help="start also where the plan says that it cannot fit")
+        one.add_argument(
+            trust.CONSENT, action="store_true", help="take a run directory that others own or may write as it is"
+        )
         if name == "run":
             one.add_argument(
                 "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts the ranks"
@@ -93,20 +98,20 @@ def _submit_options(one: argparse.ArgumentParser) -> None:
 
 
 def _request(arguments: argparse.Namespace, words: list[str]) -> Request:
-    own = ["--ds-config", arguments.ds_config] if arguments.ds_config else []
+    own = [] if arguments.ds_config is None else [f"--ds-config={arguments.ds_config}"]
     return load([*words, *own])
 
 
 def decide(request: Request, world: Topology, *, on_this_host: bool = False) -> Plan:
     """Return the plan; `on_this_host`: for ranks on this host, whose memory is then what CPU ranks have to do with."""
 
-    def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
-        from launcher.engine.build import count_parameters
+    def construct(source: Source, config: dict[str, Any], trust_remote_code: bool) -> Network:
+        from launcher.engine.construct import construct
 
-        return count_parameters(config, trust_remote_code)
+        return construct(source, config, trust_remote_code)
 
     memory = topology.node_memory_bytes() if on_this_host and world.accelerator == "cpu" else None
-    return resolve(request, world, facts.read(request.spec, count_parameters, memory))
+    return resolve(request, world, facts.read(request.spec, construct, memory))
 
 
 def here(request: Request) -> Topology:
@@ -142,6 +147,8 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
         )
     plan = decide(request, world, on_this_host=hosts is None)
     plan.require_allowed()
+    if hosts is None:
+        packages.require(plan.deepspeed, plan.origins)
     fit.require_fit(plan, arguments.force)
     path = rundir.location(request, plan).absolute()
     rundir.refuse_another_run(path, plan)
@@ -153,11 +160,17 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
         program = spread.needed(arguments.starter, arguments.launcher)
         if shutil.which(program) is None and not arguments.dry_run:
             raise RequestError(f"{program} is not installed here", where="--hostfile", fix=f"install {program}")
-    if not arguments.dry_run:
-        with lease(path):
-            rundir.write_plan(path, request, plan)
-    print("$ " + shlex.join(command), flush=True)
-    return 0 if arguments.dry_run else local.start(command, path, plan.topology.ranks_per_node, remote)
+    shown = "$ " + shlex.join(command)
+    if arguments.dry_run:
+        say(shown)
+        return 0
+    trust.require_own(path, consent=arguments.trust)
+    launch = uuid.uuid4().hex
+    with reserved(path, launch):
+        rundir.write_plan(path, request, plan)
+        say(shown)
+        ranks = plan.topology.ranks_per_node
+        return local.start(command, path, ranks, remote, launch=launch, trusted=arguments.trust)
 
 
 def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
@@ -172,12 +185,13 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         plan.require_allowed()
         fit.require_fit(plan, arguments.force)
         path = rundir.location(request, plan).absolute()
+        trust.require_own(path, consent=arguments.trust)
         if more and request.spec.out:
             path /= ",".join(more).replace("/", "_")
         decided.append((path, request, plan))
     path, _, plan = decided[0]
     array = _array(decided, arguments.at_once) if arguments.each else None
-    job = Job(run=path, plan=plan, site=chosen, starter=arguments.starter, array=array)
+    job = Job(run=path, plan=plan, site=chosen, starter=arguments.starter, array=array, trusted=arguments.trust)
     if arguments.after:
         after, behind = _before(arguments.after, {path for path, _, _ in decided}, asking=not arguments.dry_run)
         job = dataclasses.replace(job, behind=behind, after=after)
@@ -186,16 +200,16 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         job.check()
         text = render.script(job)
         if arguments.json:
-            print(json.dumps({"script": str(job.script), "text": text, "command": slurm.sbatch_line(job)}, indent=2))
+            say_json({"script": str(job.script), "text": text, "command": slurm.sbatch_line(job)})
         else:
-            print(f"{text}\n$ {line}")
+            say_text(f"{text}\n$ {line}\n")
         return 0
     number = send.send(job, decided)
     if arguments.json:
-        print(json.dumps({"job": number, "script": str(job.script), "runs": [str(one) for one, _, _ in decided]}))
+        say_json({"job": number, "script": str(job.script), "runs": [str(one) for one, _, _ in decided]}, indent=None)
         return 0
-    print(f"$ {line}\njob {number}: {len(decided)} run{'s' * (len(decided) > 1)}, {job.folder}")
-    print(f"`halfstep jobs` shows how it does, `halfstep jobs logs -f {path}` what it says")
+    say(f"$ {line}", f"job {number}: {len(decided)} run{'s' * (len(decided) > 1)}, {job.folder}")
+    say(f"`halfstep jobs` shows how it does, `halfstep jobs logs -f {path}` what it says")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from launcher.plan.plan import Plan
 from launcher.spec.load import Request
 from launcher.submit import argv
 from launcher.submit.job import STARTERS
+from launcher.terminal import say, say_json, say_text
 from launcher.topology import Topology
 
 _DATA = Path("data") / "stdlib"
@@ -89,15 +89,15 @@ def _read(
     change = folder.compare(where, cells)
     if not arguments.json:
         refused = sum(cell.refused is not None for cell in cells)
-        print(
+        say(
             f"study {study.name}: {len(cells)} runs"
             + (f", {refused} refused by a rule" if refused else "")
             + f"; {where}"
         )
         if change.kept or change.left:
-            print(f"of those, {change.kept} were part of it before and stay; {change.new} are new")
+            say(f"of those, {change.kept} were part of it before and stay; {change.new} are new")
         if change.left:
-            print(f"no part of it any more, and left where they are: {', '.join(change.left[:4])}"
+            say(f"no part of it any more, and left where they are: {', '.join(change.left[:4])}"
                   + (f" and {len(change.left) - 4} more" if len(change.left) > 4 else ""))  # fmt: skip
     return study, cells, where
 
@@ -115,7 +115,7 @@ def _prepared(dry: bool) -> Path:
         from launcher.cli import main
 
         words = ["data", "prepare", "--source", "stdlib", "--out", str(folder), "--vocab-size", str(_VOCABULARY)]
-        print(f"the study names no data: preparing {_DATA}, once", file=sys.stderr, flush=True)
+        say(f"the study names no data: preparing {_DATA}, once", error=True)
         with contextlib.redirect_stdout(sys.stderr):  # what is asked for as JSON comes alone
             if code := main(words):
                 raise SystemExit(code)
@@ -130,12 +130,12 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.dry_run:
         return _show(study, cells, as_json=arguments.json)
 
-    def say(line: str) -> None:
+    def tell(line: str) -> None:
         if not arguments.json:
-            print(line, flush=True)
+            say(line)
 
     done = drive.run(
-        study, cells, where, starter=arguments.starter, retry=arguments.retry, gate=not arguments.no_gate, say=say
+        study, cells, where, starter=arguments.starter, retry=arguments.retry, gate=not arguments.no_gate, say=tell
     )
     refused = all(cell.refused is not None for cell in cells)
     if done.code == 0:
@@ -144,10 +144,10 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
         made = report.make(where)
         files = report.write(made)
         for line in ["", *report.answer(made), "", f"report {files[0]}"]:
-            say(line)
-    say(f"{done.ran} run, {done.failed} of them failed; {done.kept} had a result already")
+            tell(line)
+    tell(f"{done.ran} run, {done.failed} of them failed; {done.kept} had a result already")
     if arguments.json:
-        print(drive.as_json(done, where))
+        say_json(drive.to_dict(done, where))
     return EXIT_REFUSED if refused else done.code
 
 
@@ -175,18 +175,18 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         told = [
             {"job": one.number, "script": str(one.job.script), "runs": [str(run) for run in one.runs]} for one in sent
         ]
-        print(json.dumps({"folder": str(where), "arrays": told}, indent=2))
+        say_json({"folder": str(where), "arrays": told})
         return 0
     for one in sent:
         line = shlex.join(slurm.sbatch_line(one.job))
         if arguments.dry_run:
-            print(f"{array.script(one)}\n$ {line}")
+            say_text(f"{array.script(one)}\n$ {line}\n")
         else:
-            print(f"$ {line}\njob {one.number}: {len(one.cells)} runs, {one.job.folder}")
+            say(f"$ {line}", f"job {one.number}: {len(one.cells)} runs, {one.job.folder}")
     if not sent:
-        print("nothing to submit: every run has a result or a job")
+        say("nothing to submit: every run has a result or a job")
     elif not arguments.dry_run:
-        print(f"`halfstep study status {where}` shows how they do, `halfstep study report {where}` what came of it")
+        say(f"`halfstep study status {where}` shows how they do, `halfstep study report {where}` what came of it")
     return 0
 
 
@@ -195,10 +195,10 @@ def _show(study: Any, cells: Any, *, as_json: bool) -> int:
         listed = [
             {"cell": cell.values, "seed": cell.seed, "words": cell.words, "refused": cell.refused} for cell in cells
         ]
-        print(json.dumps({"study": study.name, "cells": listed}, indent=2))
+        say_json({"study": study.name, "cells": listed})
         return 0
     for cell in cells:
-        print(f"{cell.name} seed={cell.seed}" + (f"  REFUSED {cell.refused}" if cell.refused else ""))
+        say(f"{cell.name} seed={cell.seed}" + (f"  REFUSED {cell.refused}" if cell.refused else ""))
     return 0
 
 
@@ -211,16 +211,17 @@ def _status(arguments: argparse.Namespace, words: list[str]) -> int:
         queued = state.queue(where, cells)
         now = [(cell, state.of(cell, where, queued)) for cell in cells]
         if arguments.json:
-            rows = [
+            told = [
                 {"cell": cell["values"], "seed": cell["seed"], "run": cell["run"], **vars(one)} for cell, one in now
             ]
-            print(json.dumps(rows, indent=2, ensure_ascii=False))
+            say_json(told)
         else:
-            array.table([(collect.name_of(cell["values"]), cell["seed"], one) for cell, one in now], print)
+            rows = [(collect.name_of(cell["values"]), cell["seed"], one) for cell, one in now]
+            say(*array.table(rows))
             counts: dict[str, int] = {}
             for _, one in now:
                 counts[one.status] = counts.get(one.status, 0) + 1
-            print(", ".join(f"{count} {status}" for status, count in counts.items()))
+            say(", ".join(f"{count} {status}" for status, count in counts.items()))
         if arguments.watch is not None and arguments.watch <= 0:
             raise RequestError(f"--watch {arguments.watch:g} is no time", where="the command line", fix="--watch 5")
         if not arguments.watch or all(one.status in ("done", "failed", "refused") for _, one in now):
@@ -235,7 +236,7 @@ def _report(arguments: argparse.Namespace, words: list[str]) -> int:
     made = report.make(folder.find(arguments.study), price)
     files = report.write(made)
     if arguments.json:
-        print(report.as_json(made), end="")
+        say_text(report.as_json(made))
     else:
-        print("\n".join([*report.answer(made), "", *map(str, files)]))
+        say(*report.answer(made), "", *map(str, files))
     return 0

@@ -4,11 +4,18 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+from launcher.terminal import printable
+
 EXIT_REQUEST = 2
 EXIT_REFUSED = 3
 EXIT_STOPPED = 75
 EXIT_NUMERICS = 76
 EXIT_STALLED = 77
+
+_LONGEST = 1000
+"""Letters of an unforeseen exception's own text: some carry a stack of another language."""
+_LONGEST_LINE = 4000
+"""Letters of a line: what is wrong may be a word of a million."""
 
 
 class HalfstepError(Exception):
@@ -33,9 +40,26 @@ class HalfstepError(Exception):
         # Rank 0 sends its errors to the others, and an exception's own pickling knows no keyword arguments.
         return _rebuild, (type(self), self.what, self.where, self.fix, self.more)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON carries it from rank to rank."""
+        more = [error.to_dict() for error in self.more]
+        return {"kind": type(self).__name__, "what": self.what, "where": self.where, "fix": self.fix, "more": more}
+
+    @staticmethod
+    def from_dict(tree: dict[str, Any]) -> "HalfstepError":
+        """Rebuild an error that `to_dict` wrote."""
+        kind = {one.__name__: one for one in _kinds(HalfstepError)}[tree["kind"]]
+        more = [HalfstepError.from_dict(one) for one in tree["more"]]
+        return kind(tree["what"], where=tree["where"], fix=tree["fix"]).with_more(more)
+
     def __str__(self) -> str:
-        own = f"{self.heading}: {self.what}\n from: {self.where}\n  try: {self.fix}"
-        return "\n".join([own, *map(str, self.more)])
+        # Whatever a file, a path or another program put into them: three lines, and nothing that a terminal obeys.
+        what, where, fix = (_cut(printable(text), _LONGEST_LINE) for text in (self.what, self.where, self.fix))
+        return "\n".join([f"{self.heading}: {what}\n from: {where}\n  try: {fix}", *map(str, self.more)])
+
+
+def _kinds(kind: type[HalfstepError]) -> list[type[HalfstepError]]:
+    return [kind, *(below for one in kind.__subclasses__() for below in _kinds(one))]
 
 
 def _rebuild(
@@ -91,7 +115,13 @@ class Fault(HalfstepError):
     @classmethod
     def of(cls, error: BaseException, where: str) -> Self:
         """Wrap an unforeseen exception; `where` may be the log that has its traceback."""
-        return cls(f"{type(error).__name__}: {error}", where=where, fix="--debug shows the traceback")
+        said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        kind, said = type(error).__name__, _cut(said, _LONGEST)
+        return cls(f"{kind}: {said}" if said else kind, where=where, fix="--debug shows the traceback")
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:

@@ -100,6 +100,8 @@ def _read(said: str) -> tuple[_Fault, ...]:
             end = float(last) if last else (float("inf") if dash else float(first))
             where = None if rank == "*" else int(rank)
             amount = float(number) if equals else 0.0
+            if not 0 <= amount < float("inf"):
+                raise ValueError(number)
             faults.append(_Fault(point=point, rank=where, first=int(first), last=end, action=action, number=amount))
         except (ValueError, KeyError):
             points = ", ".join(POINTS)

@@ -8,15 +8,7 @@ lease                                                    held by the launch that
 """
 
 import contextlib
-import importlib.metadata
-import json
-import os
-import platform
-import shutil
-import socket
-import subprocess
-import sys
-import time
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,33 +16,16 @@ from typing import Any
 
 import tomli_w
 
-from launcher import assets, topology
+from launcher import environment, foreign
 from launcher.errors import RequestError
-from launcher.files import cannot_write, write_atomic, write_json
+from launcher.files import append, cannot_write, reason, write_atomic, write_json
 from launcher.lease import LEASE_FILES
-from launcher.plan.plan import Plan
+from launcher.plan.plan import Plan, run_id_of
 from launcher.spec.dotted import flatten, unflatten
 from launcher.spec.load import Request, load
+from launcher.trust import SECRET_FILE, beyond_request
 
-_VERSIONED = (
-    "halfstep",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "sentencepiece",
-    "numpy",
-    "pydantic",
-)
-# What explains a run afterwards. Never the whole environment: it holds tokens and passwords.
-_ENVIRONMENT = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
-    "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF", "HF_HUB_OFFLINE", "TORCHELASTIC_RESTART_COUNT",
-    "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_PARTITION",
-    "SLURM_NTASKS", "SLURM_NNODES", "SLURM_STEP_NODELIST",
-)  # fmt: skip
+_WRITTEN_FIRST = ("plan.json", "request.toml", "ds_config.json", "origins.json", "refused.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +78,13 @@ def named(words: Sequence[str]) -> Path | None:
 
 
 def write_plan(path: Path, request: Request, plan: Plan) -> None:
-    """Write what was asked and decided; refuse a directory that belongs to a different run or to something else."""
+    """Write what was asked and decided; refuse a directory that belongs to a different run or to something else.
+
+    plan.json comes last: a directory that has one has everything, and one whose writer was killed is written again.
+    """
     refuse_another_run(path, plan)
     with cannot_write(path):
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
         given = {
             key: value for key, value in flatten(request.spec.model_dump(by_alias=True)).items() if value is not None
         }
@@ -114,46 +92,73 @@ def write_plan(path: Path, request: Request, plan: Plan) -> None:
             {key: value for key, value in given.items() if key in request.origins or key.startswith("ds.")}
         )
         write_atomic(path / "request.toml", tomli_w.dumps(asked))
-        write_json(path / "plan.json", plan.to_dict())
         write_json(path / "ds_config.json", plan.deepspeed)
         write_json(path / "origins.json", {"request": request.origins, "deepspeed": plan.origins})
+        write_json(path / "plan.json", plan.to_dict())
 
 
 def read_plan(path: Path) -> tuple[Request, Plan]:
-    """Read a run directory that `write_plan` made."""
+    """Read a run directory that `write_plan` made; raises RequestError where its files are not as they were written."""
     try:
-        plan = Plan.from_dict(json.loads((path / "plan.json").read_text("utf-8")))
-        origins = json.loads((path / "origins.json").read_text("utf-8"))["request"]
-        return Request(spec=load([str(path / "request.toml")]).spec, origins=origins), plan
+        tree = foreign.read_object(path / "plan.json")
+        plan, run_id = Plan.from_dict(tree), run_id_of(tree)
+        origins = foreign.read_object(path / "origins.json")["request"]
+        request = Request(spec=load([str(path / "request.toml")], stored=True).spec, origins=dict(origins))
     except OSError as error:
         raise RequestError(
-            f"{path} is not a run directory: {Path(str(error.filename)).name} is missing or unreadable",
+            f"{path} is not a run directory: {Path(str(error.filename)).name} cannot be read: {reason(error)}",
             where=f"--run {path}",
             fix="name a directory made by `halfstep run` or `launcher/train.py`",
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"plan.json is damaged: {error}",
-            where=str(path / "plan.json"),
-            fix="start the run again with its key=value words",
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _changed(path, f"plan.json or origins.json is damaged: {_reason(error)}") from None
+    if run_id != plan.run_id:
+        raise _changed(path, "plan.json was changed after it was written: its run id does not fit")
+    if beyond := beyond_request(request.spec, plan):
+        raise _changed(path, f"plan.json does what request.toml does not ask for: {beyond}")
+    return request, plan
+
+
+def _changed(path: Path, what: str) -> RequestError:
+    return RequestError(
+        what, where=f"run directory {path}", fix="start the run again with its key=value words, which write it again"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's first sentence; a missing key is all that a KeyError says."""
+    text = str(error).strip()
+    if isinstance(error, KeyError):
+        return f"it has no {text}"
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def refuse_another_run(path: Path, plan: Plan) -> None:
-    """Raise RequestError where a directory belongs to a different run, or is something else."""
+    """Raise RequestError where a directory belongs to a different run, or is something else.
+
+    The identity in its plan decides, and where that is damaged the one in the plan of its last attempt: what was cut
+    short or spoiled otherwise is written again.
+    """
     if not path.exists():
         return
-    file = path / "plan.json"
-    if not path.is_dir() or (not file.is_file() and not all(_is_ours(item.name) for item in path.iterdir())):
-        raise RequestError(
-            f"{path} exists and is not a run directory",
-            where=f"out={path}",
-            fix="choose an out that does not exist yet",
-        )
-    if not file.is_file():
+    there = _planned(path) if path.is_dir() else None
+    if there is None:
+        if not path.is_dir() or not all(_is_ours(item.name) for item in path.iterdir()):
+            raise RequestError(
+                f"{path} exists and is not a run directory",
+                where=f"out={path}",
+                fix="choose an out that does not exist yet",
+            )
         return
-    _, there = read_plan(path)
-    old, new = there.identity, plan.identity
+    old = there["identity"]
+    tokens = {there.get("data", {}).get("tokens_digest"), plan.data.tokens_digest} - {None}
+    if old.get("data") == plan.identity.get("data") and len(tokens) == 2:
+        raise RequestError(
+            f"the tokens in {plan.data.path} are not those that the run in {path} was planned for",
+            where=f"data={plan.data.path} and out={path}",
+            fix="bring the corpus back as it was, or choose another out",
+        )
+    new = plan.identity
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if changed:
         told = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
@@ -165,11 +170,19 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
         )
 
 
+def _planned(path: Path) -> dict[str, Any] | None:
+    """Return the plan of the run in a directory, with what makes it this run; None where nothing in it says so."""
+    for file in (path / "plan.json", *sorted((path / "attempts").glob("[0-9]*/plan.json"), reverse=True)):
+        with contextlib.suppress(OSError, ValueError):
+            tree = foreign.read_object(file)
+            if isinstance(tree.get("identity"), dict) and isinstance(tree.get("data"), dict):
+                return tree
+    return None
+
+
 def _is_ours(name: str) -> bool:
     """Tell whether a start that was cut short may have left this file."""
-    return name in LEASE_FILES or name.lstrip(".").startswith(
-        ("plan.json", "request.toml", "ds_config", "origins.json")
-    )
+    return name.lstrip(".").startswith((*_WRITTEN_FIRST, *(own.lstrip(".") for own in (*LEASE_FILES, SECRET_FILE))))
 
 
 def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) -> RunDir:
@@ -182,7 +195,8 @@ def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) 
     attempts = path / "attempts"
     with cannot_write(path):
         attempts.mkdir(exist_ok=True)
-        number = 1 + max((int(one.name) for one in attempts.iterdir() if one.name.isdigit()), default=0)
+        names = (one.name for one in attempts.iterdir())
+        number = 1 + max((int(name) for name in names if re.fullmatch(r"[0-9]{4,9}", name)), default=0)
         attempt = attempts / f"{number:04d}"
         attempt.mkdir()
         previous = attempts / f"{number - 1:04d}"
@@ -194,8 +208,9 @@ def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) 
         for name in ("summary.json",) if steps_done else ("metrics.jsonl", "summary.json", "checkpoints"):
             if (path / name).exists():
                 (path / name).replace(previous / name)
-        write_json(attempt / "env.json", {**describe_environment(), **extra})
-        shutil.copy(path / "plan.json", attempt / "plan.json")  # a later attempt may continue with another stage
+        write_json(attempt / "env.json", {**environment.describe(), **extra})
+        # A later attempt may continue with another stage.
+        write_atomic(attempt / "plan.json", foreign.read_bytes(path / "plan.json"))
     return RunDir(path=path, attempt=attempt)
 
 
@@ -205,61 +220,21 @@ def _truncate(metrics: Path, steps: int, redone: Path) -> None:
     The evaluation after the last step kept stays, where it was made.
     """
     kept, cut = [], []
-    for line in metrics.read_text("utf-8", errors="replace").splitlines(keepends=True):
+    for line in foreign.lines(metrics):
         try:
-            beyond = json.loads(line)["step"] > steps
+            beyond = foreign.loads(line)["step"] > steps
         except (ValueError, KeyError, TypeError):
             beyond = True
-        (cut if beyond or not line.endswith("\n") else kept).append(line)
+        (cut if beyond or not line.endswith(b"\n") else kept).append(line)
     if cut:
-        with redone.open("a", encoding="utf-8") as out:
-            out.writelines(line if line.endswith("\n") else f"{line}\n" for line in cut)
-        write_atomic(metrics, "".join(kept))
-
-
-def describe_environment() -> dict[str, Any]:
-    """Return versions, host, code revision and an allow-list of variables."""
-    return {
-        "time": time.time(),
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "command": sys.argv,
-        "folder": str(Path.cwd()),
-        "load_average": os.getloadavg(),
-        "cpu": topology.cpu_model(),
-        "versions": versions(),
-        "code_revision": code_revision(),
-        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def code_revision() -> str | None:
-    """Return the git commit of a clone, with `+changed` where files differ from it; None for an installed wheel."""
-    root = assets.source_root()
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changed" if changed.strip() else "")
+        append(redone, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in cut))
+        write_atomic(metrics, b"".join(kept))
 
 
 def finished(path: Path) -> dict[str, Any] | None:
     """Return the summary of a run that is done, else None."""
     try:
-        summary = json.loads((path / "summary.json").read_text("utf-8"))
+        summary = foreign.read_object(path / "summary.json")
     except (OSError, ValueError):
         return None
     return summary if summary.get("status") == "done" else None

@@ -1,7 +1,7 @@
 """Which processes take part, and on what: ranks from whoever set them, devices from what is there."""
 
+import contextlib
 import functools
-import itertools
 import os
 import platform
 import re
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import TopologyError
+from launcher.limits import allow_open_files, check_numbers
+from launcher.nodelist import hosts
 
 # Rank, local rank, world size, local world size, in the words of each starter. `deepspeed`, `torchrun` and
 # `accelerate launch` all use the first row; the SLURM row is what a bare `srun` sets; the last is Open MPI's.
@@ -25,6 +27,8 @@ _RANK_VARIABLES = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
 }
+_MOST_RANKS = 2**20
+"""Of one run: a number beyond is none of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,12 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Rank:
         local_size = _number(environ, "LOCAL_SIZE", default=world_size) if source == "launcher" else world_size
         local_world_size = _number(environ, local_world_name, default=local_size)
         local_rank = _number(environ, local_name, default=rank % max(1, local_world_size))
+        if world_size > _MOST_RANKS:
+            raise TopologyError(
+                f"a world of {world_size} ranks is more than the {_MOST_RANKS} that any run has",
+                where=f"{world_name} in the environment",
+                fix=f"unset {world_name}, or let the launcher set it",
+            )
         if not 0 <= rank < world_size or not 0 <= local_rank < max(local_world_size, 1):
             raise TopologyError(
                 f"rank {rank} (local {local_rank} of {local_world_size}) does not fit a world of {world_size}",
@@ -112,10 +122,11 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if not text and default is not None:
         return default
     # SLURM_STEP_TASKS_PER_NODE reads "2(x3)" for three nodes of two: its first number is what counts here.
-    number = re.fullmatch(r"(-?\d+)(\(x\d+\))?(,.*)?" if name.endswith("TASKS_PER_NODE") else r"(-?\d+)", text.strip())
+    pattern = r"(-?[0-9]{1,18})(\(x[0-9]+\))?(,.*)?" if name.endswith("TASKS_PER_NODE") else r"(-?[0-9]{1,18})"
+    number = re.fullmatch(pattern, text.strip())
     if number is None:
         raise TopologyError(
-            f"{name}={text!r} is not a whole number",
+            f"{name}={text[:80]!r} is not a whole number",
             where="the environment of this process",
             fix=f"unset {name}, or let the launcher set it",
         )
@@ -240,14 +251,28 @@ def prepare_environment(rank: Rank, environ: MutableMapping[str, str] = os.envir
     environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"] = str(rank.world_size), str(rank.local_world_size)
     if rank.source == "srun":
         # Every rank works the same address out of the same variables, so that no ssh and no hostfile is needed.
-        environ.setdefault("MASTER_ADDR", hosts(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))[0])
-        job = int(environ.get("SLURM_JOB_ID", "0")) * 16 + int(environ.get("SLURM_STEP_ID", "0"))
+        environ.setdefault("MASTER_ADDR", hosts(environ.get("SLURM_STEP_NODELIST") or "127.0.0.1")[0])
+        job = _number(environ, "SLURM_JOB_ID", default=0) * 16 + _number(environ, "SLURM_STEP_ID", default=0)
         environ.setdefault("MASTER_PORT", str(20000 + job % 12000))
     elif rank.world_size == 1:
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
         environ.setdefault("MASTER_PORT", str(free_port()))
+    # What stays on this host need not be heard by any other; gloo would take the address of the host's name.
+    if rank.world_size == rank.local_world_size and _has_loopback():
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    check_numbers(environ)
+    allow_open_files()
     # With LOCAL_SIZE set, DeepSpeed leaves 69 MB of shared memory behind for every killed CPU rank.
     environ.pop("LOCAL_SIZE", None)
+
+
+def _has_loopback() -> bool:
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+        return "lo" in [name for _, name in socket.if_nameindex()]
+    except OSError:
+        return False
 
 
 def free_port() -> int:
@@ -257,19 +282,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def hosts(nodelist: str) -> list[str]:
-    """Return the hosts of a SLURM node list: `n[03-04,9],m1` -> n03, n04, n9, m1."""
-    found = []
-    for one in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
-        parts = re.split(r"\[([^\]]*)\]", one)
-        choices = [_numbers(part) if odd % 2 else [part] for odd, part in enumerate(parts)]
-        found += ["".join(words) for words in itertools.product(*choices)]
-    return found
-
-
-def _numbers(ranges: str) -> list[str]:
-    found = []
-    for one in ranges.split(","):
-        first, _, last = one.partition("-")
-        found += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
-    return found
+def is_this_host(host: str) -> bool:
+    """Tell whether a name or an address is this host's own; a name that nobody knows is not another host's."""
+    if host == socket.gethostname():
+        return True
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return True
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return True
+    return False

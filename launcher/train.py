@@ -12,34 +12,48 @@ if __name__ == "__main__":
     # Started as a script, Python puts launcher/ itself on the path, where our names would shadow others' modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launcher import faults, heap, rundir, topology
-from launcher.errors import Fault, HalfstepError
-from launcher.plan import facts
+from launcher import faults, heap, rundir, topology, trust
+from launcher.errors import HalfstepError
+from launcher.files import explained
+from launcher.plan import facts, packages
 from launcher.plan.plan import Plan
+from launcher.plan.pretrained import Network, Source
 from launcher.plan.resolve import resolve
 from launcher.spec.load import Request, load
+from launcher.watch import exits
 from launcher.watch.heart import begin
 
 
 def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
-    """Return the run directory, the request and the plan: read from a run directory, or worked out from the words."""
+    """Return the run directory, the request and the plan: read from a run directory, or worked out from the words.
+
+    A directory that others own or may write is not read from, nor written to, without consent.
+    """
+    consent, words = trust.CONSENT in words, [word for word in words if word != trust.CONSENT]
     path = rundir.named(words)
     if path is not None:
+        trust.require_own(path, consent=consent)
         request, plan = rundir.read_plan(path)
     else:
         request = load(words)
         world = topology.describe(rank.world_size, rank.local_world_size)
-        plan = resolve(request, world, facts.read(request.spec, _count_parameters))
+        plan = resolve(request, world, facts.read(request.spec, _construct))
         path = rundir.location(request, plan)
+        trust.require_own(path, consent=consent)
     topology.check(rank, plan.topology.world_size, request.spec.nodes, request.spec.gpus_per_node)
     plan.require_allowed()
+    try:
+        packages.require(plan.deepspeed, plan.origins)  # a host that planned for others does not know what they have
+    except HalfstepError as error:
+        exits.write_refusal(path, error.exit_code, error.what)  # torchrun and accelerate turn every code into 1
+        raise
     return path, request, plan
 
 
-def _count_parameters(config: dict, trust_remote_code: bool) -> int:
-    from launcher.engine.build import count_parameters
+def _construct(source: Source, config: dict, trust_remote_code: bool) -> Network:
+    from launcher.engine.construct import construct
 
-    return count_parameters(config, trust_remote_code)
+    return construct(source, config, trust_remote_code)
 
 
 def main(words: list[str]) -> int:
@@ -65,7 +79,7 @@ def main(words: list[str]) -> int:
     except Exception as error:  # whatever it is, this rank must end, or the others would wait for it
         if "--debug" in sys.argv:
             raise
-        told = error if isinstance(error, HalfstepError) else Fault.of(error, where=f"rank {rank.rank}, at the start")
+        told = explained(error, f"rank {rank.rank}, at the start")
         if not told.said_elsewhere and (heart or rank.local_rank == 0):  # ranks of one host plan the same
             print(told, file=sys.stderr, flush=True)
         code = told.exit_code

@@ -1,8 +1,6 @@
 """What the parity gate found on this machine, kept where a study can ask for it: results with versions and hardware."""
 
 import hashlib
-import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from launcher import assets, topology
+from launcher import assets, caches, foreign, topology
 from launcher.files import write_json
 from launcher.spec.digest import digest
 
@@ -50,14 +48,13 @@ def _code_digest() -> str:
 
 def file(here: topology.Topology) -> Path:
     """Return where the verdict for this machine, these versions and this code is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "halfstep" / "verdicts" / f"{digest(conditions(here))}.json"
+    return caches.cache("verdicts") / f"{digest(conditions(here))}.json"
 
 
 def store(here: topology.Topology, cells: list[dict[str, Any]]) -> Path:
     """Add results to the verdict; a case that was there already is replaced."""
     path = file(here)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    caches.make(path.parent)
     with FileLock(path.with_suffix(".lock")):  # tasks of an array may each find out something
         known = {_key(one): one for one in read(here)}
         known |= {_key(one): one for one in cells}
@@ -68,7 +65,7 @@ def store(here: topology.Topology, cells: list[dict[str, Any]]) -> Path:
 def read(here: topology.Topology) -> list[dict[str, Any]]:
     """Return the stored results for this machine, these versions and this code; none where there are none."""
     try:
-        cells = json.loads(file(here).read_text("utf-8"))["cells"]
+        cells = foreign.read_object(file(here))["cells"]
         return [one for one in cells if isinstance(one["ok"], bool) and _key(one)]
     except (OSError, ValueError, LookupError, TypeError):
         return []

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import settings
 from ranks import environment
 
-from launcher.plan import corpus as corpus_facts
-from launcher.plan import facts
+from launcher.plan import facts, manifest
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
+from launcher.plan.vocabulary import tokenizer_sha256
 from launcher.spec.load import load
 from launcher.topology import Topology
 
@@ -42,14 +42,14 @@ def corpus(tmp_path: Path) -> Path:
         write_pair(folder / split, tokens)
         sizes = {ending: (folder / f"{split}.{ending}").stat().st_size for ending in ("bin", "idx")}
         splits[split] = {"tokens": tokens, "documents": 1, "prefix": split, "bytes": sizes}
-    manifest = {
-        "format": corpus_facts.MANIFEST_FORMAT,
-        "kind": corpus_facts.MANIFEST_KIND,
+    content = {
+        "format": manifest.FORMAT,
+        "kind": manifest.KIND,
         "source": {"asked": "by hand"},
         "tokenizer": {
             "kind": "sentencepiece",
             "path": "tokenizer",
-            "sha256": corpus_facts.tokenizer_sha256(folder / "tokenizer"),
+            "sha256": tokenizer_sha256(folder / "tokenizer"),
             "vocabulary": 4096,
             "end_of_text": 0,
             "name": "by hand",
@@ -60,7 +60,7 @@ def corpus(tmp_path: Path) -> Path:
         "splits": splits,
         "versions": {},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(content))
     return folder
 
 

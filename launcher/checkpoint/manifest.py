@@ -2,62 +2,133 @@
 
 import dataclasses
 import json
+import math
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from launcher import foreign
 from launcher.errors import RequestError
+from launcher.fields import LARGEST, Count, Finite, Measured, Name, Positive, Text, checked
+from launcher.files import reason
 from launcher.spec.digest import digest
 
 FORMAT = 1
 """Raised whenever an older Halfstep could not read what is written."""
 
 NAME = "manifest.json"
+_RANKS = 1 << 20
+"""A checkpoint is of fewer."""
 
 
 class Damaged(Exception):
     """A folder is no good checkpoint; its text says why."""
 
 
+class Gone(Damaged):
+    """A folder was a checkpoint, and was deleted or renamed while it was read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class File:
     """One file of a checkpoint."""
 
-    name: str
-    bytes: int
-    xxh3: str
+    name: Name
+    bytes: Count
+    xxh3: Annotated[Text, Field(pattern="^[0-9a-f]{32}$")]
     """XXH3-128 of what was written, hex."""
+
+
+Shape = Annotated[list[Count], Field(max_length=8)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Buffer(TypedDict):
+    """What no optimizer moves: a buffer, or a frozen parameter."""
+
+    shape: Shape
+    dtype: Text
+    """torch's name."""
+
+
+@with_config(ConfigDict(extra="allow"))
+class Model(TypedDict):
+    """The network; `parameters` (name -> shape) in the model's order."""
+
+    name: Text
+    config: dict[str, Any]
+    parameters: dict[Text, Shape]
+    buffers: NotRequired[dict[Text, Buffer]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Optimizer(TypedDict):
+    """`states` are the names of its tensors; `steps` is its own count: skipped steps do not count."""
+
+    kind: Text
+    states: list[Text]
+    steps: Measured
+
+
+@with_config(ConfigDict(extra="allow"))
+class Scale(TypedDict):
+    """What moves of a loss scale."""
+
+    value: Measured
+    clean: Measured
+    patience: Measured
+
+
+@with_config(ConfigDict(extra="allow"))
+class Guard(TypedDict):
+    """Loss scale and what decides when a run has to stop."""
+
+    loss_scale: Scale | None
+    skipped_steps: Count
+    skipped_in_a_row: Count
+    bad_losses_in_a_row: Count
+    last_good_step: Count
+    first: Text | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class Corpus(TypedDict):
+    """The corpus, for its tokenizer."""
+
+    path: Text
+    digest: Text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about a checkpoint but its tensors; JSON-able."""
 
-    step: int
+    step: Positive
     """Optimizer steps done, skipped ones included."""
-    tokens: int
-    run_id: str
+    tokens: Count
+    run_id: Text
     identity: dict[str, Any]
     """What makes the run this run, as its plan has it."""
-    model: dict[str, Any]
-    """`name`, `config` and `parameters`: name -> shape, in the model's order."""
-    world_size: int
-    zero: int
-    precision: str
-    batch: dict[str, int]
+    model: Model
+    world_size: Annotated[int, Field(strict=True, ge=1, le=_RANKS)]
+    zero: Annotated[int, Field(strict=True, ge=0, le=3)]
+    precision: Annotated[Text, Field(pattern="^(fp32|fp16|bf16)$")]
+    batch: dict[Text, Count]
     """`global`, `micro`, `accumulation`."""
-    sequence: int
-    data: dict[str, str]
-    """`path` and `digest` of the corpus, for the tokenizer."""
-    optimizer: dict[str, Any]
-    """`kind`, `states` (the names of its tensors) and `steps`, its own count: skipped steps do not count."""
-    guard: dict[str, Any]
-    """Loss scale and what decides when a run has to stop."""
-    lr: float
+    sequence: Positive
+    data: Corpus
+    optimizer: Optimizer
+    guard: Guard
+    lr: Finite
     """Of the last step."""
-    versions: dict[str, str]
-    attempt: str
-    time: float
+    versions: dict[Text, Text]
+    attempt: Name
+    time: Finite
     """Seconds since the epoch."""
     files: tuple[File, ...]
 
@@ -75,23 +146,33 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """Read a checkpoint's manifest and look for its files at their sizes; their content is not read.
 
-    Raises Damaged with the reason, and RequestError for a manifest of a newer Halfstep.
+    Raises Damaged with the reason, Gone where the folder went away meanwhile, and RequestError for a manifest of a
+    newer Halfstep.
     """
+    try:
+        return _read(folder)
+    except Damaged:
+        if not os.path.lexists(folder):
+            raise Gone("it was deleted while it was read") from None
+        raise
+
+
+def _read(folder: Path) -> Manifest:
     file = folder / NAME
     try:
-        tree = json.loads(file.read_text("utf-8"))
+        tree = foreign.read_object(file)
     except FileNotFoundError:
         raise Damaged(f"it has no {NAME}") from None
     except OSError as error:
-        raise Damaged(f"{NAME} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise Damaged(f"{NAME} is damaged: it is no JSON") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+        raise Damaged(f"{NAME} cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        raise Damaged(f"{NAME} is damaged: {error}") from None
+    if not isinstance(tree.get("format"), int):
         raise Damaged(f"{NAME} is damaged: it does not say its format")
     stated = tree.pop("digest", None)
     try:
         intact = stated == digest(tree, 32)
-    except ValueError:  # JSON of ours holds no NaN
+    except (ValueError, RecursionError):  # half of a character; nested too deep
         intact = False
     if tree["format"] > FORMAT and intact:
         raise RequestError(
@@ -101,19 +182,43 @@ def read(folder: Path) -> Manifest:
         )
     if not intact:
         raise Damaged(f"{NAME} is damaged: its digest does not fit")
-    del tree["format"]
     try:
-        manifest = Manifest(**{**tree, "files": tuple(File(**one) for one in tree["files"])})
-    except (TypeError, KeyError) as error:
+        manifest = checked(Manifest, tree)
+        _check(manifest)
+    except ValueError as error:
         raise Damaged(f"{NAME} is damaged: {error}") from None
     for one in manifest.files:
         try:
-            size = (folder / one.name).stat().st_size
+            about = (folder / one.name).stat(follow_symlinks=False)
         except OSError as error:
-            raise Damaged(f"{one.name}: {error.strerror}") from None
-        if size != one.bytes:
-            raise Damaged(f"{one.name} has {size} bytes, {one.bytes} were written")
+            raise Damaged(f"{one.name}: {reason(error)}") from None
+        if not stat.S_ISREG(about.st_mode):
+            raise Damaged(f"{one.name} is no regular file")
+        if about.st_size != one.bytes:
+            raise Damaged(f"{one.name} has {about.st_size} bytes, {one.bytes} were written")
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for a manifest whose parts do not fit each other."""
+    names = {file.name for file in manifest.files}
+    if len(names) < len(manifest.files):
+        raise ValueError("it names a file twice")
+    if len(names) < 2 * manifest.world_size:
+        raise ValueError(f"it names {len(names)} files of {manifest.world_size} ranks, which write two each")
+    for rank in range(manifest.world_size):
+        for name in (f"{rank_name(rank)}.safetensors", f"{rank_name(rank)}.json"):
+            if name not in names:
+                raise ValueError(f"it names no {name}")
+    elements = sum(math.prod(shape) for shape in manifest.model["parameters"].values())
+    elements += sum(math.prod(kept["shape"]) for kept in manifest.model.get("buffers", {}).values()) // 4
+    if 4 * elements > min(manifest.bytes, LARGEST):
+        raise ValueError(f"its {elements:,} parameters do not fit into files of {manifest.bytes:,} bytes")
+
+
+def rank_name(rank: int) -> str:
+    """Return how the files of a rank begin."""
+    return f"rank-{rank:05d}"
 
 
 def _plain(tree: dict[str, Any]) -> dict[str, Any]:

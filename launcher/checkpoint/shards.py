@@ -1,13 +1,15 @@
 """The files of a checkpoint: safetensors written in one pass with their hash, read in slices by name.
 
 Every rank writes `rank-00000.safetensors`, fp32 pieces of flattened parameters and optimizer states by the name
-`<parameter>/<state>`, and `rank-00000.json`: where each piece begins, and what else only this rank knows.
+`<parameter>/<state>`, and `rank-00000.json`: where each piece begins, and what else only this rank knows. What no
+optimizer moves (buffers, frozen parameters) is whole, as `<name>/buffer`, in rank 0's file, and in another rank's
+where it has another value there.
 """
 
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from safetensors import safe_open
 
-from launcher.checkpoint.manifest import Damaged, File, Manifest
+from launcher import foreign
+from launcher.checkpoint import layout
+from launcher.checkpoint.layout import BUFFER, MASTER, PROBE, PROBE_TOKENS
+from launcher.checkpoint.manifest import Damaged, File, Manifest, rank_name
+from launcher.files import reason as refusal
 
+__all__ = ("BUFFER", "MASTER", "PROBE", "Piece", "Shards", "damaged", "probe_tokens", "rank_name", "sync", "write")
 _CHUNK = 1 << 22
-_PROBE_TOKENS = 16
-PROBE = "probe/logits"
-MASTER = "master"
-"""The fp32 weight among a parameter's states; the others are the optimizer's, by torch's names (`exp_avg`, ...)."""
+_TYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "BOOL": "|b1"}
+"""safetensors' names of the types that are written, and numpy's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +38,31 @@ class Piece:
     key: str
     length: int
     array: Callable[[], np.ndarray]
+    dtype: str = "F32"
+    """`F32`; for buffers also `F64`, `I64` or `BOOL`."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return self.length * np.dtype(_TYPES[self.dtype]).itemsize
 
 
 def write(file: Path, pieces: Iterable[Piece], beat: Callable[[], None]) -> File:
-    """Write fp32 pieces as safetensors, hashing what is written as it is written; not yet synced.
+    """Write pieces as safetensors, hashing what is written as it is written; not yet synced.
 
     The library's own writer wants every tensor in memory at once, and a second pass for the hash.
     """
     table, order, offset = {}, list(pieces), 0
     for one in order:
-        end = offset + 4 * one.length
-        table[one.key] = {"dtype": "F32", "shape": [one.length], "data_offsets": [offset, end]}
+        end = offset + one.bytes
+        table[one.key] = {"dtype": one.dtype, "shape": [one.length], "data_offsets": [offset, end]}
         offset = end
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format wants the data aligned
     with HashingFile(file) as out:
         out.write(struct.pack("<Q", len(header)) + header)
         for one in order:
-            array = np.ascontiguousarray(one.array(), dtype="<f4")
+            array = np.ascontiguousarray(one.array(), dtype=_TYPES[one.dtype])
             assert array.size == one.length, f"{one.key} has {array.size} elements, not {one.length}"
             out.write(array.data.cast("B"))
             beat()
@@ -104,7 +115,10 @@ def sync(file: Path) -> None:
 
 
 def damaged(folder: Path, manifest: Manifest, beat: Callable[[], None], part: int = 0, parts: int = 1) -> str | None:
-    """Read every file (or one of `parts` shares of them), several at once, and return what does not fit its hash."""
+    """Read every file (or one of `parts` shares of them), several at once, and return what is wrong with it.
+
+    That is a hash that does not fit, or, whatever its hash, what no rank could have written.
+    """
     # By size, so that all shares are alike: the tensors of one rank are a thousand times its sidecar.
     own = sorted(manifest.files, key=lambda file: (-file.bytes, file.name))[part::parts]
     workers = max(1, min(len(own), len(os.sched_getaffinity(0)) if parts == 1 else 2))
@@ -112,18 +126,30 @@ def damaged(folder: Path, manifest: Manifest, beat: Callable[[], None], part: in
         for reason in pool.map(lambda file: _damage(folder, file, beat), own):
             if reason:
                 return reason
+    names = {file.name for file in own}
+    try:
+        for rank in range(manifest.world_size):
+            if f"{rank_name(rank)}.json" in names:
+                layout.check(folder, manifest, rank)
+        if part == 0:
+            layout.check_whole(folder, manifest)
+    except Damaged as damage:
+        return str(damage)
     return None
 
 
 def _damage(folder: Path, file: File, beat: Callable[[], None]) -> str | None:
-    found = xxhash.xxh3_128()
+    found, left = xxhash.xxh3_128(), file.bytes
     try:
-        with (folder / file.name).open("rb", buffering=0) as content:
-            while chunk := content.read(_CHUNK):
+        with foreign.open_regular(folder / file.name) as content:
+            while chunk := content.read(min(_CHUNK, left + 1)):
                 found.update(chunk)
+                left -= len(chunk)
+                if left < 0:
+                    return f"{file.name} is longer than what was written"
                 beat()
     except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
+        return f"{file.name} cannot be read: {refusal(error)}"
     return None if found.hexdigest() == file.xxh3 else f"{file.name} is not what was written: its hash differs"
 
 
@@ -136,11 +162,11 @@ class Shards:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.ranks = [rank_name(rank) for rank in range(manifest.world_size)]
-        self._files = {name: safe_open(folder / f"{name}.safetensors", framework="numpy") for name in self.ranks}
+        self._files = {name: layout.tensors(folder, name) for name in self.ranks}
 
     def sidecar(self, rank: int) -> dict[str, Any]:
         """Return what one rank wrote beside its tensors."""
-        return json.loads((self.folder / f"{self.ranks[rank]}.json").read_text("utf-8"))
+        return layout.sidecar(self.folder, self.manifest, rank)
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[str, int, int]]]:
@@ -179,23 +205,39 @@ class Shards:
             raise Damaged(f"{key} is there up to element {filled} of {start + length}")
         return out
 
+    def buffers(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return `shape` and `dtype` (torch's name) of every buffer and frozen parameter that was saved."""
+        return self.manifest.model.get("buffers", {})
+
+    def buffer(self, name: str, rank: int = 0) -> np.ndarray:
+        """Return a whole buffer as a rank had it, flat; raises Damaged where it is missing."""
+        key = f"{name}/{BUFFER}"
+        file = self.ranks[rank if self.has_own_buffer(name, rank) else 0]
+        if key not in self._keys[file]:
+            raise Damaged(f"{key} is missing")
+        return self._files[file].get_tensor(key)
+
+    def has_own_buffer(self, name: str, rank: int) -> bool:
+        """Tell whether a rank wrote a buffer itself: all but rank 0 only where theirs has another value."""
+        return f"{name}/{BUFFER}" in self._keys[self.ranks[rank]]
+
     def probe(self) -> np.ndarray | None:
         """Return the training engine's logits for `probe_tokens`, (tokens, vocabulary) in fp32, as they were saved."""
         file = self._files[self.ranks[0]]
         if PROBE not in self._keys[self.ranks[0]]:
             return None
-        return file.get_tensor(PROBE).reshape(min(_PROBE_TOKENS, self.manifest.sequence), -1)
+        return file.get_tensor(PROBE).reshape(min(PROBE_TOKENS, self.manifest.sequence), -1)
 
     def parameters(self) -> Iterator[str]:
         """Yield the names of the parameters, in the model's order."""
         yield from self.manifest.model["parameters"]
 
 
+def stored_type(array: np.ndarray) -> str:
+    """Return safetensors' name of an array's type; a KeyError is a type that no checkpoint holds."""
+    return {numpy_type[1:]: name for name, numpy_type in _TYPES.items()}[array.dtype.str[1:]]
+
+
 def probe_tokens(sequence: int, vocabulary: int) -> list[int]:
     """Return the token ids whose logits are saved with a checkpoint, to compare with whatever is made of it."""
-    return [(1 + 37 * place) % vocabulary for place in range(min(_PROBE_TOKENS, sequence))]
-
-
-def rank_name(rank: int) -> str:
-    """Return how the files of a rank begin."""
-    return f"rank-{rank:05d}"
+    return [(1 + 37 * place) % vocabulary for place in range(min(PROBE_TOKENS, sequence))]

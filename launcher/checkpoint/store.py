@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import faults
-from launcher.checkpoint.manifest import NAME, Damaged, Manifest, read
-from launcher.errors import RefusedError
-from launcher.files import sync_folder
+from launcher.checkpoint.manifest import NAME, Damaged, Gone, Manifest, read
+from launcher.errors import RefusedError, RequestError
+from launcher.files import reason, sync_folder
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8,18})")
 _HIDDEN = (".writing-", ".pruned-")
 
 
@@ -46,15 +46,24 @@ def folder_name(step: int) -> str:
 def candidates(run: Path) -> Iterator[Candidate]:
     """Yield what is called a checkpoint, newest first; manifests and sizes are looked at, contents are not.
 
-    Raises RequestError for one that a newer Halfstep wrote.
+    One that is deleted meanwhile is none. Raises RequestError for one that a newer Halfstep wrote, and where the folder
+    cannot be read.
     """
     found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    try:
         found = [(match, one) for one in home(run).iterdir() if (match := _NAME.fullmatch(one.name))]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise RequestError(
+            f"the checkpoints cannot be read: {reason(error)}", where=str(home(run)), fix="check its permissions"
+        ) from None
     for match, folder in sorted(found, key=lambda one: int(one[0][1]), reverse=True):
         step = int(match[1])
         try:
             manifest = read(folder)
+        except Gone:
+            continue
         except Damaged as damage:
             yield Candidate(folder=folder, step=step, reason=str(damage))
             continue
@@ -85,7 +94,7 @@ def prepare(run: Path, step: int, attempt: str, needed: int, *, distrusted: bool
         return _prepare(home(run), step, attempt, needed, distrusted)
     except OSError as error:
         raise RefusedError(
-            f"the checkpoint of step {step} cannot be written: {error.strerror}",
+            f"the checkpoint of step {step} cannot be written: {reason(error)}",
             where=str(home(run)),
             fix="check the folder's permissions and its disk; checkpoint.on_failure=continue trains on without",
         ) from None
@@ -153,6 +162,9 @@ def prune(run: Path, keep: int, keep_every: int, *, distrusted: frozenset[int] =
     good = [one for one in candidates(run) if one.manifest is not None and one.step not in distrusted]
     gone = [one for one in good[max(keep, 2) :] if not (keep_every and one.step % keep_every == 0)]
     for one in gone:
+        if one.folder.is_symlink():  # somebody else's folder: only our name for it goes
+            one.folder.unlink()
+            continue
         hidden = one.folder.with_name(f".pruned-{one.folder.name}")
         shutil.rmtree(hidden, ignore_errors=True)
         one.folder.rename(hidden)  # out of sight at once: a crash from here on leaves no half of a checkpoint

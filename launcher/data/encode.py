@@ -29,6 +29,8 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     lengths: list[tuple[int, bool]]
     """Of each piece: how many tokens, and whether its document ends there."""
+    unknown: int
+    """How many tokens stand for text that the tokenizer does not know."""
 
 
 def encode(pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int) -> Iterator[Encoded]:
@@ -80,13 +82,16 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _encode(loaded: tokenizer.Tokenizer, batch: list[Piece], dtype: np.dtype) -> Encoded:
     ids: list[int] = []
     lengths = []
+    unknown = 0
     for piece in batch:
         before = len(ids)
-        ids += loaded.encode(piece.text)
+        own = loaded.encode(piece.text)
+        unknown += 0 if loaded.unknown is None else own.count(loaded.unknown)
+        ids += own
         if piece.ends_document:
             ids.append(loaded.end_of_text)
         lengths.append((len(ids) - before, piece.ends_document))
-    return Encoded(np.asarray(ids, dtype=dtype), lengths)
+    return Encoded(np.asarray(ids, dtype=dtype), lengths, unknown)
 
 
 class _Worker:

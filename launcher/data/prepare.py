@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import sys
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data import encode, folder, sources, tokenizer, vocabulary
+from launcher.data import encode, fidelity, folder, formats, sources, tokenizer, vocabulary, write
 from launcher.data.progress import Report, reporter
 from launcher.data.readers import Piece
-from launcher.data.split import validation_tokens
 from launcher.errors import RequestError
-from launcher.plan.corpus import MANIFEST_FORMAT, MANIFEST_KIND, tokenizer_sha256
+from launcher.plan import manifest as manifests
+from launcher.plan.corpus import read_data
+from launcher.plan.vocabulary import tokenizer_sha256
 
-MANIFEST = "manifest.json"
 _LARGEST_FRACTION = 0.3
 _UINT16_VOCABULARY = 2**16
 # A hub data set is sampled from its start alone, or it would be fetched twice as a whole.
@@ -35,6 +34,9 @@ def prepare(
     vocab_size: int | None = None,
     tokenizer: str | None = None,
     field: str = "text",
+    format: str = formats.AUTO,
+    skip_bad: bool = False,
+    allow_lossy: bool = False,
     validation: float = 0.01,
     workers: int | None = None,
     seed: int = 0,
@@ -43,26 +45,31 @@ def prepare(
     """Prepare the corpus folder `out` and return its manifest.
 
     `source` is what `launcher.data.sources.find` understands. Either SentencePiece is trained with `vocab_size` tokens
-    or the Hugging Face `tokenizer` is used. `validation` is the share of the tokens held back. The files depend on the
-    source, the tokenizer, `validation` and `seed` only. A folder that holds the same already is left alone.
+    or `tokenizer` is used, which `launcher.data.tokenizer.named` understands. `format` says what all files hold where
+    their names do not; with `skip_bad` rows that hold no text are counted and left out; with `allow_lossy` a tokenizer
+    may lose any share of the text. `validation` is the share of the tokens held back. The files depend on the source,
+    the tokenizer, these options and `seed` only. A folder that holds the same already is left alone.
     Raises RequestError for whatever is wrong with the request, the source or the disk.
     """
     out = Path(os.path.abspath(Path(out).expanduser()))
     workers = _check(vocab_size, tokenizer, validation, workers)
-    found = sources.find(source, field)
+    readable = sources.find(source, field, format=format, skip_bad=skip_bad)
+    chosen = {"format": format != formats.AUTO and format, "skip_bad": skip_bad, "allow_lossy": allow_lossy}
     request = {
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,
         "field": field,
         "validation_fraction": validation,
-        "fingerprint": found.fingerprint,
+        "fingerprint": readable.fingerprint,
         "seed": seed,
+        # Only what was asked for: so a corpus that was made before there were these options is recognised.
+        **{key: value for key, value in chosen.items() if value},
     }
     if (there := _already_there(out, request)) is not None:
         if progress is True:
             print(f"{out} holds this corpus already: nothing to do", file=sys.stderr)
         return there
-    job = _Job(source=found, request=request, workers=workers)
+    job = _Job(source=readable, request=request, workers=workers)
     try:
         with reporter(progress) as report, folder.appearing(out) as partial:
             manifest = job.run(partial, report)
@@ -98,21 +105,23 @@ def _already_there(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """Return the manifest when `out` holds what is asked for, None when there is nothing; refuse anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    request = _storable(request)
     where, fix = f"--out {out}", "name another folder with --out, or remove this one yourself"
     try:
-        manifest = json.loads((out / MANIFEST).read_text("utf-8"))
+        _, manifest = manifests.read(out)
         before = manifest["request"]
-        different = [key for key in request if before.get(key) != request[key]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        different = [key for key in {**request, **before} if before.get(key) != request.get(key)]
+    except (OSError, KeyError, TypeError, AttributeError):
         raise RequestError(f"{out} exists and is not a corpus that Halfstep made", where=where, fix=fix) from None
+    except RequestError as error:
+        raise RequestError(f"{out} holds something else: {error.what}", where=where, fix=fix) from None
     if different:
         names = {"fingerprint": "the files of the source"}
         changes = [
-            names.get(key, f"{key.replace('_', ' ')} {before.get(key)!r}, asked {request[key]!r}") for key in different
+            names.get(key, f"{key.replace('_', ' ')} {before.get(key)!r}, asked {request.get(key)!r}")
+            for key in different
         ]
         raise RequestError(f"{out} holds another corpus; different: {'; '.join(changes)}", where=where, fix=fix)
-    from launcher.plan.facts import read_data
-
     read_data(str(out))
     return manifest
 
@@ -133,48 +142,54 @@ class _Job:
         chosen.save(home)
         dtype = np.dtype(np.uint16 if chosen.vocabulary <= _UINT16_VOCABULARY else np.int32)
         tally = sources.Tally()
-        stream = partial / "tokens.unsplit"
-        read = _reported(sources.pieces(self.source, tally), tally, report, known)
+        seed, named = self.request["seed"], self.request["tokenizer"]
+        watch = fidelity.Watch(chosen, seed=seed, name=named or "", allowed=self.request.get("allow_lossy", False))
+        read = watch.over(_reported(sources.pieces(self.source, tally), tally, report, known))
         encoded = encode.encode(read, folder=home, kind=chosen.kind, dtype=dtype, workers=self.workers)
         with contextlib.closing(encoded):  # Ends the worker processes whatever happens.
-            lengths, largest = _write_stream(encoded, stream)
-        if not lengths:
-            raise _no_text(self.source)
+            stream = write.write_stream(encoded, partial / "tokens.unsplit")
+        if not stream.lengths.size:
+            raise _no_text(self.source, tally)
         if known is not None and known != tally:
             raise RequestError(
                 "the source changed while it was read",
                 where=f"--source {self.source.asked}",
                 fix="start again when nothing writes to it",
             )
-        splits = self._write_splits(partial, stream, dtype, np.frombuffer(lengths, dtype=np.int64), chosen.end_of_text)
-        stream.unlink()
+        came_back = watch.result()
+        fraction = self.request["validation_fraction"]
+        splits = write.write_splits(partial, stream, dtype, chosen.end_of_text, fraction=fraction, seed=seed)
+        stream.file.unlink()
         manifest = {
-            "format": MANIFEST_FORMAT,
-            "kind": MANIFEST_KIND,
+            "format": manifests.FORMAT,
+            "kind": manifests.KIND,
             "source": self._describe_source(tally),
             "request": self.request,
             "tokenizer": {
                 "kind": chosen.kind,
-                "name": self.request["tokenizer"] or f"sentencepiece-bpe-{chosen.vocabulary}",
+                "name": named or f"sentencepiece-bpe-{chosen.vocabulary}",
                 "path": home.name,
                 "sha256": tokenizer_sha256(home),
                 "vocabulary": chosen.vocabulary,
                 "end_of_text": chosen.end_of_text,
             },
             "token_dtype": dtype.name,
-            "max_token_id": largest,
-            "seed": self.request["seed"],
+            "max_token_id": stream.largest,
+            "fidelity": {**came_back.to_dict(), "unknown_tokens": stream.unknown},
+            "seed": seed,
             "splits": splits,
             "versions": {package: version(package) for package in _PACKAGES},
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        manifest = _storable(manifest)
+        manifest["checksum"] = manifests.checksum(manifest)
+        (partial / manifests.NAME).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return manifest
 
     def _tokenizer(self, report: Report) -> tuple[tokenizer.Tokenizer, sources.Tally | None]:
         """Return the tokenizer, and what a first pass over the whole source counted, where there was one."""
         vocab_size, name = self.request["vocab_size"], self.request["tokenizer"]
         if name is not None:
-            chosen = tokenizer.HuggingFace.load(name)
+            chosen = tokenizer.named(name)
             if vocab_size not in (None, chosen.vocabulary):
                 raise RequestError(
                     f"the tokenizer has a vocabulary of {chosen.vocabulary}, not {vocab_size}",
@@ -188,43 +203,9 @@ class _Job:
             texts = _first(texts, _HUB_SAMPLE_CHARACTERS)
         blocks = vocabulary.sample_blocks(texts, self.request["seed"])
         if not blocks:
-            raise _no_text(self.source)
+            raise _no_text(self.source, tally)
         report("training the tokenizer", 0, None)
         return vocabulary.train(blocks, vocab_size), None if self.source.kind == sources.HUB else tally
-
-    def _write_splits(
-        self, partial: Path, stream: Path, dtype: np.dtype, lengths: np.ndarray, end_of_text: int
-    ) -> dict[str, Any]:
-        # Loads torch and DeepSpeed, which the tokenising processes do without.
-        from launcher.data.tokens import open_writer
-
-        held = validation_tokens(lengths, self.request["validation_fraction"], self.request["seed"])
-        tokens = np.memmap(stream, dtype=dtype, mode="r")
-        closing = np.asarray([end_of_text], dtype=dtype)
-        stop = 0
-        with (
-            open_writer(partial / "train", dtype) as train,
-            open_writer(partial / "validation", dtype) as validation,
-        ):
-            for length, tail in zip(lengths.tolist(), held.tolist(), strict=True):
-                start, stop = stop, stop + length
-                if tail == 0:
-                    train.add_document(tokens[start:stop])
-                    continue
-                if tail < length:
-                    # Both parts of a divided document end as documents do.
-                    train.add_document(tokens[start : stop - tail], closing)
-                validation.add_document(tokens[stop - tail : stop])
-        writers = {"train": train, "validation": validation}
-        return {
-            name: {
-                "tokens": writer.tokens,
-                "documents": writer.documents,
-                "prefix": name,
-                "bytes": {ending: (partial / f"{name}.{ending}").stat().st_size for ending in ("bin", "idx")},
-            }
-            for name, writer in writers.items()
-        }
 
     def _describe_source(self, tally: sources.Tally) -> dict[str, Any]:
         return {
@@ -235,24 +216,10 @@ class _Job:
             "text_bytes": tally.text_bytes,
             "empty_documents": tally.empty_documents,
             "undecodable_files": tally.undecodable_files,
+            "bad_rows": {"count": tally.bad_rows, "examples": tally.bad_examples},
+            "left_out": self.source.left_out.to_dict(),
             "fingerprint": self.source.fingerprint,
         }
-
-
-def _write_stream(encoded: Iterable[encode.Encoded], path: Path) -> tuple[array, int]:
-    """Write all tokens to one file; return the length of each document in tokens, and the largest token id."""
-    lengths, largest, length = array("q"), 0, 0
-    with path.open("wb") as file:
-        for tokens, piece_lengths in encoded:
-            file.write(tokens.data)
-            largest = max(largest, int(tokens.max(initial=0)))
-            for count, ends_document in piece_lengths:
-                length += count
-                if ends_document:
-                    lengths.append(length)
-                    length = 0
-    assert length == 0, "the last piece ends its document"
-    return lengths, largest
 
 
 def _reported(
@@ -275,6 +242,17 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def _no_text(source: sources.Source) -> RequestError:
+def _storable(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what JSON keeps of a tree: names of files may be no UTF-8."""
+    return json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _no_text(source: sources.Source, tally: sources.Tally) -> RequestError:
+    if tally.bad_rows:
+        return RequestError(
+            f"all {tally.bad_rows:,} rows were left out as bad, the first: {tally.bad_examples[0]}",
+            where=f"--source {source.asked} --skip-bad",
+            fix=tally.bad_advice,
+        )
     what = f"{source.files[0].name} is empty" if len(source.files) == 1 else "there is no text in any of its files"
     return RequestError(what, where=f"--source {source.asked}", fix="name a source that holds text")

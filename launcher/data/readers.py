@@ -1,21 +1,22 @@
 """Read each kind of file as a stream of pieces of text, and say exactly where a file is wrong."""
 
-import gzip
 import json
+import shlex
 import tokenize
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from launcher.errors import RequestError, nearest
+from launcher.data import formats, rows, streams
+from launcher.errors import RequestError
 from launcher.plan import hub
 
 PIECE_CHARACTERS = 2**20
-KNOWN_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md", ".py", ".gz")
-_JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-_PARQUET_ROWS = 1024
-_BOM = b"\xef\xbb\xbf"
+_SNIFFED_LINES = 5
+
+Skip = Callable[[RequestError], None]
+"""Takes what is wrong with a row that is left out."""
 
 
 class Piece(NamedTuple):
@@ -25,20 +26,24 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
-def file_pieces(path: Path, field: str) -> Iterator[Piece]:
-    """Yield the documents of a file: rows of JSON lines or parquet, or the whole of any other file as UTF-8 text.
+def file_pieces(path: Path, field: str, *, kind: str = formats.AUTO, skip: Skip | None = None) -> Iterator[Piece]:
+    """Yield the documents of a file: the rows of a table, or the whole of any other file as UTF-8 text.
 
-    Raises RequestError naming the file, and the line, row or byte where it is wrong.
+    `kind` is one of `formats.CHOICES`. Rows that hold no text go to `skip`, where there is one. Raises RequestError
+    naming the file, and the line, row or byte where it is wrong.
     """
+    given = formats.of(path, kind)
     try:
-        if path.name.endswith(_JSON_SUFFIXES):
-            for text in _json_texts(path, field):
-                yield from cut(text)
-        elif path.suffix == ".parquet":
-            for text in _parquet_texts(path, field):
-                yield from cut(text)
-        else:
-            yield from _text_pieces(path)
+        if given.kind == formats.TEXT:
+            yield from _text_pieces(path, given, field, sniff=kind == formats.AUTO)
+            return
+        for row in rows.texts(path, given, field):
+            if isinstance(row, str):
+                yield from cut(row)
+            elif skip is None:
+                raise row
+            else:
+                skip(row)
     except OSError as error:
         raise RequestError(
             f"{path.name} cannot be read: {error.strerror or error}", where=str(path), fix="check the file"
@@ -65,17 +70,42 @@ def cut(text: str) -> Iterator[Piece]:
     yield Piece(text[start:], True)
 
 
-def _text_pieces(path: Path) -> Iterator[Piece]:
-    with path.open("rb") as file:
-        buffer = file.read(PIECE_CHARACTERS)
-        offset = len(_BOM) if buffer.startswith(_BOM) else 0
-        buffer = buffer[offset:]
-        while following := file.read(PIECE_CHARACTERS):
+def _text_pieces(path: Path, given: formats.Format, field: str, *, sniff: bool) -> Iterator[Piece]:
+    with streams.opened(path, given) as (stream, offset):
+        buffer = stream.read(PIECE_CHARACTERS)
+        if sniff:
+            _refuse_json_lines(buffer, path, field)
+        while following := stream.read(PIECE_CHARACTERS):
             buffer += following
             stop = _cut_bytes(buffer)
-            yield Piece(_decode(buffer[:stop], path, offset), False)
+            yield Piece(streams.decode(buffer[:stop], path, offset), False)
             buffer, offset = buffer[stop:], offset + stop
-        yield Piece(_decode(buffer, path, offset), True)
+        yield Piece(streams.decode(buffer, path, offset), True)
+
+
+def _refuse_json_lines(buffer: bytes, path: Path, field: str) -> None:
+    """Refuse text that begins with several JSON objects, a line each, or that is one with the field asked for."""
+    if not buffer.lstrip().startswith(b"{"):
+        return
+    lines = list(islice((line for line in buffer.split(b"\n") if line.strip()), _SNIFFED_LINES + 1))
+    if len(buffer) >= PIECE_CHARACTERS:
+        del lines[-1:]  # perhaps not all of it
+    objects = 0
+    for line in lines[:_SNIFFED_LINES]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(row, dict) or (len(lines) == 1 and not isinstance(rows.text_of(row, field, "", ""), str)):
+            return
+        objects += 1
+    if objects:
+        raise RequestError(
+            f"{path.name} would be read as plain text, and its lines are JSON objects",
+            where=str(path),
+            fix=f"rename it to {shlex.quote(path.with_suffix('.jsonl').name)}, or say what it is: --format jsonl "
+            "(or --format text)",
+        )
 
 
 def _cut_bytes(buffer: bytes) -> int:
@@ -88,110 +118,7 @@ def _cut_bytes(buffer: bytes) -> int:
     return stop
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path.name} is not UTF-8 text: {error.reason} 0x{data[error.start]:02x} at byte {offset + error.start}",
-            where=str(path),
-            fix="convert it (iconv -f ENCODING -t UTF-8), or leave it out with a glob",
-        ) from None
-
-
-def _json_texts(path: Path, field: str) -> Iterator[str]:
-    offset = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = _decode(line.removeprefix(_BOM) if number == 1 else line, path, offset)
-                offset += len(line)
-                if text.strip():
-                    yield _json_text(text, field, path, number)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise RequestError(
-            f"{path.name} is not a whole gzip file: {error}", where=str(path), fix="copy it again"
-        ) from None
-
-
-def _json_text(line: str, field: str, path: Path, number: int) -> str:
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        array = number == 1 and line.lstrip().startswith("[")
-        raise RequestError(
-            f"line {number} is not JSON: {error.msg} at column {error.colno}",
-            where=where,
-            fix="JSON lines hold one object a line, not one array over many" if array else "mend or remove that line",
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise RequestError(
-            f"line {number} is JSON that cannot be read: {error}", where=where, fix="remove that line"
-        ) from None
-    if not isinstance(row, dict):
-        raise RequestError(
-            f"line {number} is a JSON {type(row).__name__}, not an object with a field {field!r}",
-            where=where,
-            fix="write one object a line",
-        )
-    return _text_of(row, field, where, f"line {number}")
-
-
-def _text_of(row: dict[str, Any], field: str, where: str, name: str) -> str:
-    """Return the text field of a row."""
-    if field not in row:
-        meant = nearest(field, row) or list(row)[:5]
-        raise RequestError(
-            f"{name} has no field {field!r}; it has {', '.join(map(repr, list(row)[:8])) or 'none at all'}",
-            where=where,
-            fix=f"--field {meant[0]}" if meant else "remove that line",
-        )
-    text = row[field]
-    if not isinstance(text, str):
-        raise RequestError(
-            f"the field {field!r} of {name} holds {type(text).__name__}, not text", where=where, fix="mend that row"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the field {field!r} of {name} holds half a surrogate pair at character {error.start}, which is no text",
-            where=where,
-            fix="mend that row",
-        ) from None
-    return text
-
-
-def _parquet_texts(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if field not in names:
-                _text_of(dict.fromkeys(names), field, str(path), path.name)
-            number = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0):
-                    number += 1
-                    yield _text_of({field: _as_python(value)}, field, f"{path}, row {number}", f"row {number}")
-    except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"{path.name} is not a readable parquet file: {reason}", where=str(path), fix="copy it again"
-        ) from None
-
-
-def _as_python(value: Any) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes()
-
-
-def hub_pieces(name: str, config: str | None, split: str, field: str) -> Iterator[Piece]:
+def hub_pieces(name: str, config: str | None, split: str, field: str, skip: Skip | None = None) -> Iterator[Piece]:
     """Yield the rows of a hub data set, streamed. Raises RequestError when the hub does not give it."""
     where = f"--source hub:{name}"
     fix = "check the name; without network, fetch its files elsewhere and name their folder"
@@ -200,9 +127,15 @@ def hub_pieces(name: str, config: str | None, split: str, field: str) -> Iterato
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield from cut(_text_of(row, field, f"{where}, row {number}", f"row {number}"))
+        table = datasets.load_dataset(name, config, split=split, streaming=True)
+        for number, row in enumerate(table, start=1):
+            text = rows.text_of(row, field, f"{where}, row {number}", f"row {number}")
+            if isinstance(text, str):
+                yield from cut(text)
+            elif skip is None:
+                raise text
+            else:
+                skip(text)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RequestError(f"the hub did not give {name!r}: {reason}", where=where, fix=fix) from None

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from launcher.data import readers
+from launcher.data import formats, readers, walk
 from launcher.data.readers import Piece
+from launcher.data.walk import LeftOut
 from launcher.errors import RequestError
 
 STDLIB, FILES, HUB = "stdlib", "files", "hub"
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HUB_PLAIN = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PREFIXED = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]:%+-]+))?")
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,15 @@ class Source:
     kind: str
     """stdlib, files or hub."""
     field: str
-    """The JSON, parquet or hub field that holds the text."""
+    """The JSON, CSV, parquet or hub field that holds the text."""
+    format: str = formats.AUTO
+    """What all files hold, one of `formats.CHOICES`; auto: what their names say."""
+    skip_bad: bool = False
+    """Whether rows that hold no text are left out and counted."""
     files: tuple[Path, ...] = ()
     """Sorted; each is one document or a table of them."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What lies in the source's folders and is not read."""
     fingerprint: str
     """Identifies the content: names below the common folder and sizes, or the hub id."""
     size_bytes: int | None = None
@@ -46,37 +54,109 @@ class Tally:
     """Documents of nothing but whitespace, which are left out."""
     undecodable_files: list[str] = field(default_factory=list)
     """Files of the standard library that Python itself cannot decode, which are left out."""
+    bad_rows: int = 0
+    """Rows that hold no text, which are left out where the request says so."""
+    bad_examples: list[str] = field(default_factory=list)
+    """What is wrong with the first of them."""
+    bad_advice: str = ""
+    """What would have been a way out for the first of them."""
+
+    def skip(self, error: RequestError) -> None:
+        """Count a row that is left out."""
+        self.bad_rows += 1
+        if len(self.bad_examples) < _EXAMPLES:
+            self.bad_examples.append(f"{error.where}: {error.what}")
+            self.bad_advice = self.bad_advice or error.fix
 
 
-def find(asked: str, text_field: str = "text") -> Source:
+def find(asked: str, text_field: str = "text", *, format: str = formats.AUTO, skip_bad: bool = False) -> Source:
     """Return the source that a word names: `stdlib`, a file, a folder, a glob, `hub:owner/name` or owner/name.
 
-    Raises RequestError when there is nothing.
+    Raises RequestError when there is nothing, or something that cannot be read.
     """
-    if asked == STDLIB:
-        return _of_files(asked, STDLIB, text_field, _stdlib_files())
+    try:
+        return _find(asked, text_field, format, skip_bad)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(
+            f"{asked[:100]} cannot be read: {reason}", where=f"--source {asked[:100]}", fix="check the path"
+        ) from None
+
+
+def _find(asked: str, text_field: str, format: str, skip_bad: bool) -> Source:
+    if format not in formats.CHOICES:
+        raise RequestError(
+            f"there is no format {format!r}", where=f"--format {format}", fix=f"one of {', '.join(formats.CHOICES)}"
+        )
+    left_out = LeftOut()
     path = Path(asked).expanduser()
-    if path.is_file():
-        return _of_files(asked, FILES, text_field, [path])
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
-        return _of_files(asked, FILES, text_field, files)
-    if glob.has_magic(asked):
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-        return _of_files(asked, FILES, text_field, files)
-    if asked.startswith("hub:") or (_HUB_PLAIN.fullmatch(asked) and path.suffix not in readers.KNOWN_SUFFIXES):
-        return Source(asked=asked, kind=HUB, field=text_field, fingerprint=sha256(asked.encode()).hexdigest())
-    raise RequestError(
-        f"there is no file or folder {asked!r}",
-        where=f"--source {asked}",
-        fix="name text, JSON lines or parquet files, a folder, a quoted glob, hub:OWNER/NAME, or stdlib",
+    if asked == STDLIB:
+        kind, files = STDLIB, _stdlib_files()
+    elif path.is_file():
+        kind, files = FILES, walk.once([path], path.parent, left_out)
+    elif path.is_dir():
+        kind, files = FILES, walk.files_below(path, left_out)
+    elif path.exists():
+        raise RequestError(
+            f"{asked} is a pipe or a device, and a source is read more than once",
+            where=f"--source {asked}",
+            fix="write it to a file first and name that",
+        )
+    elif glob.has_magic(asked):
+        names = (Path(name) for name in glob.glob(str(path), recursive=True))
+        kind, files = FILES, walk.once(names, Path.cwd(), left_out)
+    elif asked.startswith("hub:") or (_HUB_PLAIN.fullmatch(asked) and not formats.is_known(asked)):
+        return Source(
+            asked=asked,
+            kind=HUB,
+            field=text_field,
+            skip_bad=skip_bad,
+            fingerprint=sha256(asked.encode()).hexdigest(),
+        )
+    else:
+        raise RequestError(
+            f"there is no file or folder {asked!r}",
+            where=f"--source {asked}",
+            fix="name text, JSON lines, CSV or parquet files, a folder, a quoted glob, hub:OWNER/NAME, or stdlib",
+        )
+    return _of_files(asked, kind, text_field, files, left_out, format=format, skip_bad=skip_bad)
+
+
+def _of_files(
+    asked: str, kind: str, text_field: str, files: list[Path], left_out: LeftOut, *, format: str, skip_bad: bool
+) -> Source:
+    if not files:
+        passed = ", ".join(f"{len(names)} {what}" for what, names in left_out.names.items())
+        raise RequestError(
+            "there are no files in it" + (f" but {passed}" if passed else ""),
+            where=f"--source {asked}",
+            fix="name files that hold text",
+        )
+    if kind == FILES:
+        for file in files:
+            formats.of(file, format)  # a kind that is not read is refused before hours of work
+    top = files[0].parent if len(files) == 1 else _common_folder(files)
+    sizes = [file.stat().st_size for file in files]
+    names = [file.relative_to(top).as_posix() for file in files]
+    listing = "".join(f"{name}\0{size}\n" for name, size in zip(names, sizes, strict=True))
+    return Source(
+        asked=asked,
+        kind=kind,
+        field=text_field,
+        format=format,
+        skip_bad=skip_bad,
+        files=tuple(files),
+        left_out=left_out,
+        fingerprint=sha256(listing.encode(errors="surrogateescape")).hexdigest(),
+        size_bytes=sum(sizes),
     )
 
 
 def pieces(source: Source, tally: Tally) -> Iterator[Piece]:
     """Yield the documents of a source in their order, long ones in several pieces; `tally` counts as they pass."""
+    skip = tally.skip if source.skip_bad else None
     if source.kind == HUB:
-        yield from _counted(readers.hub_pieces(*_hub_name(source.asked), source.field), tally)
+        yield from _counted(readers.hub_pieces(*_hub_name(source.asked), source.field, skip), tally)
         return
     for file in source.files:
         if source.kind == STDLIB:
@@ -86,7 +166,7 @@ def pieces(source: Source, tally: Tally) -> Iterator[Piece]:
                 continue
             yield from _counted(readers.cut(text), tally)
         else:
-            yield from _counted(readers.file_pieces(file, source.field), tally)
+            yield from _counted(readers.file_pieces(file, source.field, kind=source.format, skip=skip), tally)
 
 
 def _counted(stream: Iterator[Piece], tally: Tally) -> Iterator[Piece]:
@@ -101,24 +181,6 @@ def _counted(stream: Iterator[Piece], tally: Tally) -> Iterator[Piece]:
         yield piece
 
 
-def _of_files(asked: str, kind: str, text_field: str, files: list[Path]) -> Source:
-    if not files:
-        raise RequestError("there are no files in it", where=f"--source {asked}", fix="name files that hold text")
-    ordered = sorted(files, key=lambda file: file.as_posix())
-    top = ordered[0].parent if len(ordered) == 1 else _common_folder(ordered)
-    sizes = [file.stat().st_size for file in ordered]
-    names = [file.relative_to(top).as_posix() for file in ordered]
-    listing = "".join(f"{name}\0{size}\n" for name, size in zip(names, sizes, strict=True))
-    return Source(
-        asked=asked,
-        kind=kind,
-        field=text_field,
-        files=tuple(ordered),
-        fingerprint=sha256(listing.encode(errors="surrogateescape")).hexdigest(),
-        size_bytes=sum(sizes),
-    )
-
-
 def _common_folder(files: list[Path]) -> Path:
     top = files[0].parent
     while not all(file.is_relative_to(top) for file in files):
@@ -128,11 +190,8 @@ def _common_folder(files: list[Path]) -> Path:
 
 def _stdlib_files() -> list[Path]:
     top = Path(sysconfig.get_paths()["stdlib"])
-    return [file for file in top.rglob("*.py") if not _NOT_STDLIB & set(file.relative_to(top).parts)]
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+    files = [file for file in top.rglob("*.py") if not _NOT_STDLIB & set(file.relative_to(top).parts)]
+    return sorted(files, key=lambda file: file.as_posix())
 
 
 def _hub_name(asked: str) -> tuple[str, str | None, str]:

@@ -3,10 +3,10 @@
 import io
 import re
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 
 import sentencepiece
 
+from launcher.data.sample import Sample
 from launcher.data.tokenizer import SentencePiece
 from launcher.errors import RequestError
 
@@ -21,36 +21,11 @@ _CERTAIN_TOKENS = 258
 
 
 def sample_blocks(texts: Iterable[str], seed: int, limit: int = SAMPLE_CHARACTERS) -> list[str]:
-    """Return blocks of text from all over a stream, together at most `limit` characters (all of a small stream).
-
-    Each block draws a hash from the seed and its number; when the sample grows beyond the limit, the half with the
-    larger hashes goes and so does that half of all that comes after. One pass, bounded memory, no chance involved.
-    """
-    kept: list[tuple[int, str]] = []
-    characters, ceiling, number = 0, 2**64, 0
+    """Return blocks of text from all over a stream, together at most `limit` characters (all of a small stream)."""
+    sample = Sample(seed, limit, _BLOCK_CHARACTERS)
     for text in texts:
-        for block in _blocks(text):
-            draw = int.from_bytes(blake2b(f"{seed}:{number}".encode(), digest_size=8).digest(), "big")
-            number += 1
-            if draw >= ceiling:
-                continue
-            kept.append((draw, block))
-            characters += len(block)
-            while characters > limit:
-                ceiling //= 2
-                kept = [(drawn, text) for drawn, text in kept if drawn < ceiling]
-                characters = sum(len(text) for _, text in kept)
-    return [block for _, block in kept]
-
-
-def _blocks(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        stop = start + _BLOCK_CHARACTERS
-        if stop < len(text):
-            stop = text.rfind("\n", start, stop) + 1 or stop
-        yield text[start:stop]
-        start = stop
+        sample.add(text)
+    return sample.blocks
 
 
 def train(blocks: list[str], vocab_size: int) -> SentencePiece:

@@ -10,6 +10,7 @@ from launcher import faults
 from launcher.engine import distributed, loop, randomness, readings, restoring, states
 from launcher.engine.build import build
 from launcher.engine.feed import Feed
+from launcher.engine.foresight import refuse_foresight
 from launcher.engine.guard import Guard
 from launcher.engine.loop import Listeners, Outside
 from launcher.engine.pace import Pace
@@ -115,6 +116,8 @@ def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guar
     else:
         drawn = initial_statistics(engine.module) if plan.model.weights is None else None
         witness.event("initialised", mean_and_std=drawn, checksum=_checksum(engine, plan))
+    heart.mark("build")
+    witness.event("causal", **refuse_foresight(engine, plan))
     return engine, guard, saver if plan.can_save else None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -10,8 +11,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
 from launcher.engine import half, opcache
+from launcher.engine.construct import unfit
 from launcher.engine.repair import Repairs, repair
-from launcher.errors import RefusedError, RequestError
+from launcher.errors import RefusedError
 from launcher.plan.plan import Plan
 from models import build as model_build
 
@@ -25,6 +27,8 @@ def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
     """
     half.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
     model = _model(plan)
+    if plan.zero == 3:
+        _gather_experts_at_once(model)
     names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
         if names:
@@ -38,6 +42,23 @@ def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
     if plan.compile:
         engine.compile()
     return engine, repairs
+
+
+def _gather_experts_at_once(model: PreTrainedModel) -> None:
+    """Let stage 3 look at no module inside a layer's experts: which of them run, and how often, differs by rank.
+
+    It compares the order in which modules run over all ranks, and ends where the orders differ
+    (partitioned_param_coordinator.py, reset_step).
+    """
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if leaf != "experts":
+            continue
+        if isinstance(module, torch.nn.ModuleList):
+            deepspeed.utils.set_z3_leaf_module(model.get_submodule(parent), True)
+        elif not any(list(child.parameters()) for child in module.children()):
+            # JetMoE calls what its experts are made of one by one: nothing would gather that.
+            deepspeed.utils.set_z3_leaf_module(module, True)
 
 
 def _compiled_optimizer(plan: Plan) -> list[str]:
@@ -56,28 +77,21 @@ def _model(plan: Plan) -> PreTrainedModel:
             seed=plan.seed,
             zero3=plan.deepspeed if plan.zero == 3 else None,
             weights=plan.model.weights,
+            source=_home(plan.model.name),
             activation_checkpointing=plan.activation_checkpointing,
             dtype=_DTYPES[plan.precision],
             trust_remote_code=plan.trust_remote_code,
         )
     except (ValueError, OSError) as error:
-        raise RequestError(
-            f"the model cannot be built: {str(error).splitlines()[0]}",
-            where=f"model={plan.model.name}",
-            fix="check the model's config and weights",
-        ) from error
+        raise unfit(error, f"model={plan.model.name}", "the model cannot be built") from error
 
 
-def count_parameters(config: dict[str, Any], trust_remote_code: bool) -> int:
-    """Count a model's parameters on the meta device, for families the formulas do not know."""
-    try:
-        return model_build.count_parameters(config, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise RequestError(
-            f"transformers does not know this model: {str(error).splitlines()[0]}",
-            where=f"model_type={config.get('model_type')!r} in its config",
-            fix="name a causal language model that this version of transformers has",
-        ) from error
+def _home(name: str) -> str | None:
+    """Return where the code of an `hf:` model's own would be: its folder or hub id."""
+    if not name.startswith("hf:"):
+        return None
+    path = Path(name[3:])
+    return str(path.parent if path.is_file() else path)
 
 
 def parameter_groups(model: torch.nn.Module, plan: Plan) -> list[dict[str, Any]]:
@@ -88,6 +102,8 @@ def parameter_groups(model: torch.nn.Module, plan: Plan) -> list[dict[str, Any]]
     decay = plan.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue  # DeepSpeed ends in an IndexError over a group in which nothing is trained
         # Under zero.Init a parameter's own shape is empty; ds_shape is the real one.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         groups[dimensions >= 2].append(parameter)
@@ -106,6 +122,7 @@ def _check(engine: DeepSpeedEngine, plan: Plan) -> None:
         "global batch": (engine.train_batch_size(), plan.batch.global_),
         "clipping": (float(engine.gradient_clipping()), plan.clip),
         "weights": (next(engine.module.parameters()).dtype, _DTYPES[plan.precision]),
+        "parameters": (model_build.count_parameters(engine.module), plan.model.parameters),
     }
     for what, (actual, planned) in built.items():
         if actual != planned:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import assets, topology
+from launcher import assets, caches, topology
 from launcher.engine import opcache
 from launcher.errors import HalfstepError
 
@@ -41,6 +41,7 @@ def examine(folder: Path) -> list[Finding]:
         _accelerator,
         _compiler,
         _ninja,
+        _cache,
         _lock,
         _operators,
         _port,
@@ -109,16 +110,18 @@ def _accelerator() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
+    """Look for what compiles: on a GPU host DeepSpeed's operators need it, on CPUs compile=true alone."""
+    missing = FAIL if topology.gpu_count() else WARN
     compiler = os.environ.get("CXX") or shutil.which("c++")
-    mend = (
-        ""
-        if compiler
-        else "install a C++ compiler (Debian: apt-get install g++); DeepSpeed builds its operators with it"
-    )
-    yield Finding(name="compiler", status=OK if compiler else FAIL, found=compiler or "none", mend=mend)
+    mend = "" if compiler else f"install a C++ compiler (Debian: apt-get install g++); {_users_of_a_compiler()} need it"
+    yield Finding(name="compiler", status=OK if compiler else missing, found=compiler or "none", mend=mend)
     if topology.gpu_count() and not topology.has_cuda_compiler():
         mend = "install the CUDA toolkit for DeepSpeed's fused Adam; without it torch's own Adam is used"
         yield Finding(name="nvcc", status=WARN, found="none", mend=mend)
+
+
+def _users_of_a_compiler() -> str:
+    return "DeepSpeed's operators and compile=true" if topology.gpu_count() else "runs with compile=true"
 
 
 def _ninja() -> Iterator[Finding]:
@@ -126,36 +129,54 @@ def _ninja() -> Iterator[Finding]:
 
     # The wheel puts ninja beside the interpreter, which is on PATH only in an activated environment.
     good = is_ninja_available() or (Path(sys.executable).parent / "ninja").exists()
+    missing = FAIL if topology.gpu_count() else WARN
     yield Finding(
         name="ninja",
-        status=OK if good else FAIL,
+        status=OK if good else missing,
         found="found" if good else "none",
         mend="" if good else "pip install ninja",
     )
 
 
 def _operators() -> Iterator[Finding]:
-    names = ["ShareMemCommBuilder"] if topology.gpu_count() == 0 else ["FusedAdamBuilder"]
+    if topology.gpu_count() == 0:
+        yield Finding(name="operators", status=OK, found="none is needed on CPU ranks")
+        return
+    names = ["FusedAdamBuilder"]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             loaded = opcache.load_operators(names)
-    except (
-        Exception
-    ) as error:  # DeepSpeed and torch raise what they like while they compile; none of it may end the doctor
-        reason = error.what if isinstance(error, HalfstepError) else str(error).strip().partition("\n")[0]
+    except HalfstepError as error:
+        yield Finding(name="operators", status=FAIL, found=error.what, mend=error.fix)
+        return
+    except Exception as error:  # DeepSpeed and torch raise what they like while they compile; it may not end the doctor
+        reason = str(error).strip().partition("\n")[0]
         mend = f"mend the compiler or CUDA toolkit, empty {opcache.folder()} and try again"
         yield Finding(name="operators", status=FAIL, found=reason, mend=mend)
         return
     if loaded:
         yield Finding(name="operators", status=OK, found=f"{', '.join(loaded)} built in {opcache.folder()}")
     else:
-        mend = "nothing needs it: torch's own optimizer and gloo's own communication are used instead"
+        mend = "nothing needs it: torch's own optimizer is used instead"
         yield Finding(name="operators", status=OK, found=f"{', '.join(names)} does not fit this machine", mend=mend)
 
 
+def _cache() -> Iterator[Finding]:
+    """Look where compiled operators and verdicts go."""
+    try:
+        folder = caches.make(caches.cache("ops"))
+    except HalfstepError as error:
+        yield Finding(name="cache", status=FAIL, found=error.what, mend=error.fix)
+        return
+    chosen = bool(os.environ.get("XDG_CACHE_HOME")) or not folder.is_relative_to(caches.temporary())
+    mend = "" if chosen else "HOME cannot be written; let XDG_CACHE_HOME name a folder that stays"
+    yield Finding(name="cache", status=OK if chosen else WARN, found=str(folder.parent), mend=mend)
+
+
 def _lock() -> Iterator[Finding]:
-    default = Path.home() / ".cache" / "torch_extensions"
-    stale = [*opcache.stale_locks(opcache.folder()), *default.glob("*/*/lock")]
+    stale = opcache.stale_locks(opcache.folder())
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        stale += (Path.home() / ".cache" / "torch_extensions").glob("*/*/lock")
     if stale:
         mend = f"if nothing is compiling, rm {stale[0]}: a start without Halfstep would wait for it for ever"
         yield Finding(name="build lock", status=WARN, found=str(stale[0]), mend=mend)

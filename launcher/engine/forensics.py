@@ -94,11 +94,11 @@ class GradientWatch:
             for number, micro_step in found.items()
         ]
 
-    def statistics(self) -> dict[str, Tensor]:
+    def statistics(self) -> dict[str, list[float]]:
         """Return this rank's counts by layer, as `_measure` orders them, in the model's order."""
         found = self._statistics or {}
         order = dict.fromkeys(layer_of(name) for name in self._names)
-        return {layer: found[layer] for layer in order if layer in found}
+        return {layer: found[layer].tolist() for layer in order if layer in found}
 
 
 def first_of(ranks: list[list[dict[str, Any]]]) -> tuple[int, list[dict[str, Any]]]:
@@ -110,11 +110,11 @@ def first_of(ranks: list[list[dict[str, Any]]]) -> tuple[int, list[dict[str, Any
     return len({one["parameter"] for one in found}), ordered[:_NAMED]
 
 
-def merged_statistics(ranks: list[dict[str, Tensor]]) -> dict[str, dict[str, float | int | None]]:
-    """Add up what every rank counted, as fractions of the gradient elements seen."""
+def merged_statistics(ranks: list[dict[str, list[float]]]) -> dict[str, dict[str, float | int | None]]:
+    """Add up what every rank counted, as `GradientWatch.statistics` orders it, as fractions of the elements seen."""
     merged = {}
     for layer in dict.fromkeys(layer for part in ranks for layer in part):  # a rank may not have used one
-        parts = torch.stack([part[layer] for part in ranks if layer in part])
+        parts = torch.tensor([part[layer] for part in ranks if layer in part], dtype=torch.float64)
         elements, zero, unscaled, scaled = parts[:, :-1].sum(0).tolist()
         largest = float(parts[:, -1].max())
         merged[layer] = {

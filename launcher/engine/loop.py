@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import faults
+from launcher import clock, faults
 from launcher.checkpoint.store import folder_name
 from launcher.engine.distributed import gather_objects
 from launcher.engine.feed import Feed
@@ -178,7 +178,7 @@ def _evaluate(engine: DeepSpeedEngine, feed: Feed, tell: Listeners, outside: Out
     if count:
         loss = derive.finite(total / count)
         perplexity = derive.perplexity(total / count)
-        tell.evaluation(EvaluationRecord(step=step, eval_loss=loss, perplexity=perplexity, time=time.time()))
+        tell.evaluation(EvaluationRecord(step=step, eval_loss=loss, perplexity=perplexity, time=clock.now()))
         tell.event("evaluated", step=step, seconds=round(time.perf_counter() - began, 6))
     return True
 
@@ -231,5 +231,5 @@ def _record(
         tokens_per_second=throughput,
         mfu=derive.mfu(throughput, plan.model.flops_per_token, plan.peak_flops, plan.topology.world_size),
         peak_memory_bytes=reading.peak_memory_bytes,
-        time=time.time(),
+        time=clock.now(),
     )

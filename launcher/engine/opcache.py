@@ -6,30 +6,33 @@ nobody of ours can be building, so a plain lock file found then is stale and is 
 """
 
 import hashlib
+import importlib
+import importlib.util
 import os
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
 
-from launcher import faults, topology
+from launcher import caches, topology
 from launcher.errors import RefusedError
 
 
 def folder() -> Path:
-    """Return the private build folder: TORCH_EXTENSIONS_DIR where a user set it, else one per CPU type and version.
+    """Return the build folder: TORCH_EXTENSIONS_DIR where a user set it, else one per CPU type, version and place.
 
-    Hosts that share a home must not share builds for another instruction set (T11).
+    Hosts that share a home must not share builds for another instruction set (T11), nor two installations theirs: the
+    compiler is given their paths, and either would build again what the other has built.
     """
     if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(chosen)
-    from importlib.metadata import version
-
-    kind = hashlib.sha256(topology.cpu_flags().encode()).hexdigest()[:8]
+    installed = [importlib.util.find_spec(name) for name in ("torch", "deepspeed")]
+    places = [str(Path(spec.origin or "").resolve().parent) for spec in installed if spec is not None]
+    kind = hashlib.sha256("\0".join([topology.cpu_flags(), *places]).encode()).hexdigest()[:8]
     versions = f"py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
-    name = f"{platform.machine()}-{kind}-{versions}"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "halfstep" / "ops" / name.replace("+", "-")
+    return caches.cache("ops") / f"{platform.machine()}-{kind}-{versions}".replace("+", "-")
 
 
 def stale_locks(cache: Path) -> list[Path]:
@@ -42,25 +45,31 @@ def own_lock(cache: Path) -> FileLock:
     return FileLock(cache / "halfstep.lock")
 
 
-def load_operators(names: list[str]) -> list[str]:
-    """Build, or load what was built, one rank at a time, and return the names of those that fit this machine.
+def prepare() -> None:
+    """Set where operators are built and what builds them, and keep DeepSpeed from building one that no training uses.
 
-    DeepSpeed then finds them loaded and takes no lock itself.
-
-    Must run before `deepspeed.init_distributed`, which loads the shared-memory operator on CPU (comm/torch.py).
-    Raises RefusedError where an operator cannot be built.
+    Its shared-memory operator for CPUs serves `inference_all_reduce` alone (comm/torch.py); gloo does all others.
     """
     # ninja's wheel lies beside the interpreter, which is on PATH only in an activated environment.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    cache = folder()
-    cache.mkdir(parents=True, exist_ok=True)
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(cache)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder())
+    # By its full name: in deepspeed.comm, `torch` is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def load_operators(names: list[str]) -> list[str]:
+    """Build, or load what was built, one rank at a time, and return the names of those that fit this machine.
+
+    DeepSpeed then finds them loaded and takes no lock itself. Raises RefusedError where an operator cannot be built,
+    RequestError where there is no folder to build it in.
+    """
+    cache = caches.make(folder(), "TORCH_EXTENSIONS_DIR" if os.environ.get("TORCH_EXTENSIONS_DIR") else None)
+    prepare()
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops import __compatible_ops__
 
     loaded = []
     with own_lock(cache):
-        faults.hit("jit", rank=int(os.environ.get("RANK", "0")))
         for lock in stale_locks(cache):
             lock.unlink(missing_ok=True)
         for name in names:

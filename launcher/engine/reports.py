@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launcher import assets, rundir
+from launcher import assets, environment
 from launcher.errors import HalfstepError
 from launcher.plan.corpus import read_data
 from launcher.plan.plan import Plan
@@ -52,8 +52,9 @@ def report(rank: Rank, plan: Plan, master: tuple[str, int], listens: int | None)
     problem, data = None, ""
     if rank.local_rank == 0:  # the ranks of a node see the same files
         try:
-            data = read_data(plan.data.path).digest
-            if data != plan.data.digest:
+            corpus = read_data(plan.data.path)
+            data = corpus.digest
+            if data != plan.data.digest or plan.data.tokens_digest not in (None, corpus.tokens_digest):
                 problem = f"{plan.data.path} holds another corpus than the run was planned for"
             weights = plan.model.weights
             if weights and weights.startswith("/") and not Path(weights).exists():
@@ -65,7 +66,7 @@ def report(rank: Rank, plan: Plan, master: tuple[str, int], listens: int | None)
         host=socket.gethostname(),
         address=_address_towards(master),
         device=torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu",
-        versions={**rundir.versions(), "python": platform.python_version()},
+        versions={**environment.versions(), "python": platform.python_version()},
         halfstep=_code_hash(),
         # What a host forecasts depends on the devices that its user measured, not on the question.
         plan=digest({**plan.to_dict(), "time": None}),

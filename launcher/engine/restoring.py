@@ -5,8 +5,8 @@ computes with are not stored: they are their masters, rounded, in every cell.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import faults, rundir
+from launcher import environment, faults
 from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, Manifest
+from launcher.checkpoint.manifest import Damaged, File, Manifest
 from launcher.checkpoint.shards import Shards
 from launcher.checkpoint.store import Candidate
-from launcher.engine import distributed, randomness, saving, states
+from launcher.engine import buffers, distributed, randomness, saving, states
 from launcher.engine.guard import Guard
 from launcher.errors import HalfstepError, RefusedError, RequestError
 from launcher.plan.plan import Plan
@@ -59,7 +59,7 @@ def _choose(run: Path, plan: Plan, rank: int, beat: Callable[[], None]) -> Choic
     if plan.checkpoint.resume == "never":
         return Choice(checkpoint=None)
     began = time.perf_counter()
-    found: list[Candidate] = distributed.on_rank_zero(lambda: list(store.candidates(run)))
+    found = [_received(run, tree) for tree in distributed.on_rank_zero(lambda: _sent(store.candidates(run)))]
     damaged = [one for one in found if one.manifest is None]
     for one in found:
         if one.manifest is None:
@@ -93,6 +93,27 @@ def _choose(run: Path, plan: Plan, rank: int, beat: Callable[[], None]) -> Choic
             fix="check out=DIR, or leave checkpoint.resume=auto to start anew",
         )
     return Choice(checkpoint=None)
+
+
+def _sent(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
+    """Return candidates as JSON carries them: all ranks choose among what rank 0 sees."""
+    return [
+        {
+            "folder": one.folder.name,
+            "step": one.step,
+            "manifest": asdict(one.manifest) if one.manifest else None,
+            "reason": one.reason,
+        }
+        for one in candidates
+    ]
+
+
+def _received(run: Path, tree: dict[str, Any]) -> Candidate:
+    manifest = tree["manifest"]
+    if manifest is not None:
+        manifest = Manifest(**{**manifest, "files": tuple(File(**file) for file in manifest["files"])})
+    folder = store.home(run) / tree["folder"]
+    return Candidate(folder=folder, step=tree["step"], manifest=manifest, reason=tree["reason"])
 
 
 def _refuse_another(one: Candidate, manifest: Manifest, plan: Plan) -> None:
@@ -129,7 +150,7 @@ def restore(
     shapes = states.shapes(engine)
     if shapes != manifest.model["parameters"]:
         raise _cannot(folder, "its parameters are not those of the model that was built")
-    files = Shards(folder, manifest)
+    files = _open(folder, manifest)
     states.create_optimizer_states(engine, manifest.optimizer["states"], manifest.optimizer["steps"])
     try:
         for piece in states.fragments(engine):
@@ -138,6 +159,7 @@ def restore(
                 if found is not None:
                     view.copy_(torch.from_numpy(found))
                 heart.touch()
+        buffers.restore(engine, files, rank)
     except Damaged as damage:
         raise _cannot(folder, str(damage)) from None
     heart.mark("load", manifest.step)
@@ -154,10 +176,10 @@ def restore(
     # A checkpoint that was converted to another number of ranks has none.
     drawn = files.sidecar(rank).get("rng") if manifest.world_size == plan.topology.world_size else None
     if drawn:
-        randomness.restore(drawn)
+        _restore_random(folder, rank, drawn)
     else:
         randomness.seed(plan, rank, manifest.step)
-    here = rundir.versions()
+    here = environment.versions()
     return {
         "step": manifest.step,
         "folder": folder.name,
@@ -174,6 +196,20 @@ def restore(
     }
 
 
+def _open(folder: Path, manifest: Manifest) -> Shards:
+    try:
+        return Shards(folder, manifest)
+    except Damaged as damage:
+        raise _cannot(folder, str(damage)) from None
+
+
+def _restore_random(folder: Path, rank: int, drawn: dict[str, Any]) -> None:
+    try:
+        randomness.restore(drawn)
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise _cannot(folder, f"the random states of rank {rank} are no such states: {error}") from None
+
+
 def _compare(engine: DeepSpeedEngine, plan: Plan, files: Shards) -> tuple[float, float]:
     """Return how far this engine's logits are from those of the engine that was saved, and how far they may be.
 
@@ -184,6 +220,8 @@ def _compare(engine: DeepSpeedEngine, plan: Plan, files: Shards) -> tuple[float,
     logits = saving.probe(engine, plan)
     if saved is None or not np.isfinite(saved).all():
         return 0.0, 0.0  # a run that is about to be stopped by its guard
+    if saved.size != logits.size:
+        raise _cannot(files.folder, f"{saved.size} logits were saved with it, and the engine computes {logits.size}")
     own = float(np.max(np.abs(logits - saved.reshape(-1))))
     worst = max(distributed.gather_objects(own if np.isfinite(own) else float("inf")))
     coarse = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}

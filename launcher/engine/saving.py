@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import faults, rundir
+from launcher import environment, faults
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.manifest import File, Manifest
-from launcher.engine import distributed, randomness, states
+from launcher.engine import buffers, distributed, randomness, states
 from launcher.engine.guard import Guard
 from launcher.errors import HalfstepError, RefusedError
 from launcher.plan.plan import Plan
@@ -90,20 +90,21 @@ class Saver:
                 where="ds.optimizer.type",
                 fix="take AdamW or SGD, or save nothing: checkpoint.every=0 checkpoint.at_end=false",
             )
-        pieces = list(self._pieces(probe(self._engine, self._plan)))
+        pieces = [*self._pieces(probe(self._engine, self._plan)), *buffers.pieces(self._engine)]
         self._mark(step)
-        needed = sum(distributed.gather_objects(sum(4 * one.length for one in pieces) + _SPARE))
+        needed = sum(distributed.gather_objects(sum(one.bytes for one in pieces) + _SPARE))
         attempt, distrusted = self._where.attempt.name, step in self._damaged
         try:
-            folder = distributed.on_rank_zero(
-                lambda: self._prune() or store.prepare(self._where.path, step, attempt, needed, distrusted=distrusted)
+            prepared: str | None = distributed.on_rank_zero(
+                lambda: self._prepare(step, attempt, needed, distrusted=distrusted)
             )
         except HalfstepError as error:
             self._failed(step, error)
             return
-        if folder is None:  # a good one stands there: of an attempt that died between saving and going on
+        if prepared is None:  # a good one stands there: of an attempt that died between saving and going on
             self.last_step = step
             return
+        folder = Path(prepared)
         manifest = self._manifest(step, rate) if self._rank == 0 else None
         self._pending = _Pending(step=step, folder=folder, manifest=manifest)
         try:
@@ -128,9 +129,9 @@ class Saver:
             except OSError as error:
                 pending.error = error.strerror or str(error)
         self._mark(pending.step)
-        outcome = distributed.gather_objects((pending.error, files))
+        outcome = distributed.gather_objects([pending.error, [asdict(file) for file in files]])
         reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(outcome) if reason]
-        everything = tuple(file for _, own in outcome for file in own)
+        everything = tuple(File(**file) for _, own in outcome for file in own)
         if not reasons:
             for point in ("save.manifest", "save.rename"):  # where rank 0 is meanwhile
                 if self._rank:
@@ -143,6 +144,12 @@ class Saver:
         stalled = pending.stalled + time.perf_counter() - began
         size = sum(one.bytes for one in everything)
         self._event("saved", step=pending.step, bytes=size, seconds=round(stalled, 6))
+
+    def _prepare(self, step: int, attempt: str, needed: int, *, distrusted: bool) -> str | None:
+        """Make room and a folder for a save, and return the folder; None where a good checkpoint stands already."""
+        self._prune()
+        folder = store.prepare(self._where.path, step, attempt, needed, distrusted=distrusted)
+        return None if folder is None else str(folder)
 
     def _commit(self, pending: _Pending, files: tuple[File, ...]) -> list[str]:
         """Make the checkpoint appear, prune, and return what kept it from appearing."""
@@ -237,6 +244,7 @@ class Saver:
                 "config": plan.model.config,
                 "vocabulary": plan.model.vocabulary,
                 "parameters": states.shapes(self._engine),
+                "buffers": buffers.described(self._engine),
             },
             world_size=plan.topology.world_size,
             zero=plan.zero,
@@ -251,7 +259,7 @@ class Saver:
             },
             guard=self._guard.state(),
             lr=rate,
-            versions=rundir.versions(),
+            versions=environment.versions(),
             attempt=self._where.attempt.name,
             time=time.time(),
             files=(),

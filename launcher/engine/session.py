@@ -1,10 +1,8 @@
 """One training process from joining the others to its exit code."""
 
 import contextlib
-import errno
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher import faults, rundir
+from launcher import clock, faults, rundir, trust
 from launcher.checkpoint import store
-from launcher.engine import distributed, preflight, restoring
+from launcher.engine import distributed, preflight, restoring, traffic
 from launcher.engine.attempt import Attempt, make
 from launcher.errors import Fault, HalfstepError, RefusedError, Stopped
-from launcher.files import write_json
+from launcher.files import explained, write_json
 from launcher.lease import lease
 from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
@@ -31,16 +29,9 @@ from launcher.watch.stop import Stop
 def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:
     """Train the plan in its run directory and return the exit code; every rank of the run calls this."""
     heart.mark("join")
-    try:
-        call = preflight.RollCall(rank, plan)  # its store serves the process group too
-        seen = call.answer()
-    except HalfstepError as error:
-        if not error.said_elsewhere and not isinstance(error, Fault):
-            exits.write_refusal(path, error.exit_code, error.what)
-        raise
-    distributed.join(rank, plan)
-    del call  # every connection counts at the host of rank 0
-    reduced = preflight.bandwidth(distributed.device(rank, plan))
+    met = _meet(path, plan, rank, stop)
+    distributed.join(rank, plan, met.store)
+    reduced = traffic.bandwidth(distributed.device(rank, plan))
     stop.install()  # libraries may have put their own handlers there while they were imported
     with contextlib.ExitStack() as held:
 
@@ -61,15 +52,15 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
         heart.mark("load")
         choice = restoring.choose(path, plan, rank.rank, heart.touch)
 
-        def start_attempt() -> RunDir:
+        def start_attempt() -> str:
             rundir.write_plan(path, request, plan)
             about: dict[str, Any] = {"launcher": rank.source, "world_size": rank.world_size, "steps_done": choice.step}
             about["began"] = _began()
             where = rundir.start_attempt(path, about, steps_done=choice.step)
-            write_json(where.attempt / "preflight.json", {**seen, "all_reduce": reduced})
-            return where
+            write_json(where.attempt / "preflight.json", {**met.seen, "all_reduce": reduced})
+            return where.attempt.name
 
-        where: RunDir = distributed.on_rank_zero(start_attempt)
+        where = rundir.RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start_attempt))
         if rank.rank == 0:
             stop.look_for(where.stop_file)
         heart.set_attempt(where.attempt, rank.world_size)
@@ -85,10 +76,25 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
     return 0
 
 
+def _meet(path: Path, plan: Plan, rank: Rank, stop: Stop) -> preflight.Met:
+    """Hold the roll call; a start that it ends is written down for the job script."""
+    rundir.refuse_another_run(path, plan)
+    secret = trust.secret(path) if rank.world_size > 1 else b""
+    try:
+        met = preflight.RollCall(rank, plan, secret, lambda: stop.asked).answer()
+    except HalfstepError as error:
+        if not error.said_elsewhere and not isinstance(error, Fault | Stopped):
+            exits.write_refusal(path, error.exit_code, error.what)
+        raise
+    for stranger in met.seen.get("strangers", []):
+        print(f"WARNING: sent away {stranger}", file=sys.stderr, flush=True)
+    return met
+
+
 def _began() -> float:
     """Return when this process was started, seconds since the epoch: what came before the attempt is part of it."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, proc(5)
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return clock.since_boot(ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _out_of_grace(where: RunDir, rank: Rank) -> None:
@@ -135,10 +141,4 @@ def _explain(error: BaseException, log: Path) -> HalfstepError:
             where=str(log),
             fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RefusedError(
-            "the disk is full",
-            where=str(error.filename or log.parents[2]),
-            fix="free some space, or write elsewhere: out=DIR",
-        )
-    return Fault.of(error, where=str(log))
+    return explained(error, str(log)) if isinstance(error, Exception) else Fault.of(error, where=str(log))

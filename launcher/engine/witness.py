@@ -3,13 +3,14 @@
 import json
 import math
 import os
-import time
 from types import TracebackType
 from typing import Any, Self
 
+from launcher import clock
 from launcher.files import write_json
 from launcher.metrics import derive, goodput
-from launcher.metrics.record import EvaluationRecord, StepRecord
+from launcher.metrics.record import EvaluationRecord, StepRecord, of_row
+from launcher.metrics.rows import parse
 from launcher.metrics.sinks import JsonLines, Screen
 from launcher.plan.plan import Plan
 from launcher.rundir import RunDir
@@ -44,12 +45,11 @@ class Witness:
 
     def take_over(self) -> None:
         """Read what earlier attempts wrote about the steps that stand, so that the summary is of the whole run."""
-        for line in self._where.metrics.read_text("utf-8").splitlines() if self._where.metrics.exists() else []:
-            row = json.loads(line)
-            if "loss" in row:
-                self._steps.append(StepRecord(**row))
+        for row in parse(self._where.metrics, of_row) if self._where.metrics.exists() else []:
+            if isinstance(row, StepRecord):
+                self._steps.append(row)
             else:
-                self._evaluations.append(EvaluationRecord(**row))
+                self._evaluations.append(row)
 
     def evaluated(self, step: int) -> bool:
         """Tell whether a step's evaluation has been written; True on ranks that do not write."""
@@ -164,7 +164,7 @@ class Witness:
             "predicted_communication_bytes": plan.time.get("communication_bytes_per_rank"),
             "communication_bytes": self._sent,
             "all_reduce": self._all_reduce(),
-            **goodput.of(self._where.path, now=time.time()).to_dict(),
+            **goodput.of(self._where.path, now=clock.now()).to_dict(),
             "attempts": int(self._where.attempt.name),
             "load_average": os.getloadavg(),
             "repairs": self._repairs,

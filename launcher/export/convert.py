@@ -1,6 +1,5 @@
 """Write a checkpoint again for another number of ranks, in a run directory of its own."""
 
-import json
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from launcher import foreign
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.manifest import Damaged, File, Manifest
-from launcher.checkpoint.shards import MASTER, PROBE, Piece, Shards
+from launcher.checkpoint.shards import BUFFER, MASTER, PROBE, Piece, Shards
 from launcher.errors import RefusedError, RequestError
 from launcher.export import source, target
 from launcher.files import pretty, write_atomic
@@ -89,9 +89,9 @@ def _description(run: Path, new: Path) -> dict[str, str]:
     is missing or damaged.
     """
     try:
-        found = {name: (run / name).read_text("utf-8") for name in _DESCRIPTION}
+        found = {name: foreign.read_text(run / name) for name in _DESCRIPTION}
         request = {**tomllib.loads(found["request.toml"]), "out": str(new)}
-        origins = json.loads(found["origins.json"])
+        origins = foreign.loads(found["origins.json"])
         origins["request"] = {**origins["request"], "out": "halfstep checkpoint convert --to"}
     except OSError as error:
         raise RequestError(
@@ -99,7 +99,7 @@ def _description(run: Path, new: Path) -> dict[str, str]:
             where=f"RUN {run}",
             fix="name a directory made by `halfstep run` or `launcher/train.py`",
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(
             f"what was asked of the run cannot be read: {error}",
             where=f"request.toml or origins.json in {run}",
@@ -109,11 +109,11 @@ def _description(run: Path, new: Path) -> dict[str, str]:
 
 
 def _lines(file: Path, step: int) -> Iterator[str]:
-    for line in file.read_text("utf-8", errors="replace").splitlines(keepends=True):
+    for line in foreign.lines(file):
         try:
-            row = json.loads(line)
-            if line.endswith("\n") and int(row.get("step") or 0) <= step:
-                yield line
+            row = foreign.loads(line)
+            if line.endswith(b"\n") and int(row.get("step") or 0) <= step:
+                yield line.decode("utf-8")
         except (ValueError, AttributeError, TypeError):
             continue  # cut short by a kill
 
@@ -126,7 +126,8 @@ def _write(folder: Path, files: Shards, ranks: int) -> tuple[File, ...]:
         pieces = {
             parameter: place for parameter in files.parameters() if (place := _share(files, parameter, rank, ranks))[1]
         }
-        written.append(shards.write(folder / f"{name}.safetensors", _tensors(files, pieces, rank), lambda: None))
+        tensors = [*_tensors(files, pieces, rank), *_buffers(files, rank, ranks)]
+        written.append(shards.write(folder / f"{name}.safetensors", tensors, lambda: None))
         kept: dict[str, Any] = {}
         if ranks == files.manifest.world_size:
             kept = {key: value for key, value in files.sidecar(rank).items() if key != "pieces"}
@@ -155,6 +156,21 @@ def _tensors(files: Shards, pieces: dict[str, tuple[int, int]], rank: int) -> It
                 continue  # never stepped
             yield Piece(
                 key=f"{parameter}/{state}", length=length, array=_reader(files, parameter, state, first, length)
+            )
+
+
+def _buffers(files: Shards, rank: int, ranks: int) -> Iterator[Piece]:
+    """Yield the buffers that a rank's file has; those of ranks that differ from rank 0 fit the same number alone."""
+    if rank and ranks != files.manifest.world_size:
+        return
+    for name in files.buffers():
+        if rank == 0 or files.has_own_buffer(name, rank):
+            array = files.buffer(name, rank)
+            yield Piece(
+                key=f"{name}/{BUFFER}",
+                length=array.size,
+                array=lambda array=array: array,
+                dtype=shards.stored_type(array),
             )
 
 

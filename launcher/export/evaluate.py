@@ -9,10 +9,12 @@ import torch
 
 from launcher.data.tokens import TokenFile
 from launcher.errors import RefusedError, RequestError
-from launcher.export import model, tokenizer
+from launcher.export import model
 from launcher.export.weights import DTYPES
 from launcher.metrics import derive
 from launcher.plan.corpus import DataFacts, read_data
+from launcher.plan.vocabulary import of_folder
+from models import config
 from models.loss import next_token_loss
 
 _SEQUENCE = 1024
@@ -76,7 +78,7 @@ def evaluate(
         raise RequestError(
             f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
         )
-    file = TokenFile(prefix, vocabulary=network.get_input_embeddings().weight.shape[0])
+    file = TokenFile(prefix, vocabulary=config.vocabulary(network))
     count = _count(file.windows(length), sequences, told, length, facts)
     loss, tokens = _loss(network, _batches(file, count, batch, length))
     return Evaluated(
@@ -95,19 +97,17 @@ def evaluate(
 
 def _match(folder: Path, told: dict[str, Any], facts: DataFacts) -> str:
     """Tell whether the corpus was made with the export's tokenizer; raises RequestError where it was not."""
-    if told.get("data", {}).get("digest") == facts.digest:
+    trained_on = told.get("data")
+    if isinstance(trained_on, dict) and trained_on.get("digest") == facts.digest:
         return "same"
-    own, other = told.get("tokenizer"), tokenizer.of_corpus(facts.path) if facts.has_tokenizer else None
-    if own is None or other is None:
-        return "not known"
-    if own["sha256"] == other["sha256"]:
-        return "same"
-    if own["vocabulary_digest"] is not None and own["vocabulary_digest"] == other["vocabulary_digest"]:
-        return "same"
+    own = of_folder(folder)
+    same = own.same(facts.tokenizer) if facts.has_tokenizer else None
+    if same is not False:
+        return "same" if same else "not known"
     raise RequestError(
-        f"the corpus was made with another tokenizer ({other['vocabulary']} tokens, {other['sha256'][:12]}) than the "
-        f"model was trained with ({own['vocabulary']} tokens, {own['sha256'][:12]}): its ids mean other words to it",
-        where=f"{folder / model.NOTE} and --data {facts.path}",
+        f"the corpus was made with another tokenizer ({facts.vocabulary} tokens, {facts.tokenizer.short}) than the "
+        f"model was trained with ({own.short}): its ids mean other words to it",
+        where=f"{folder} and --data {facts.path}",
         fix=f"prepare the corpus again with --tokenizer {folder}",
     )
 
@@ -134,7 +134,7 @@ def _loss(network: Any, batches: Iterator[torch.Tensor]) -> tuple[float, int]:
         with torch.no_grad():
             for ids in batches:
                 ids = ids.to(network.device)
-                logits = network(input_ids=ids[:, :-1], use_cache=False).logits
+                logits = model.logits(network, ids[:, :-1])
                 total += float(next_token_loss(logits, ids[:, 1:].to(logits.device), reduction="sum"))
                 tokens += ids[:, 1:].numel()
     except torch.OutOfMemoryError as error:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from launcher.errors import RequestError
+from launcher.errors import RefusedError, RequestError
 from launcher.export import model
+from models.config import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +57,10 @@ def generate(
     if temperature:
         # top_k is named even where it is off: left out, transformers takes 50.
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
-    torch.manual_seed(seed)
-    tokens = torch.tensor([ids], device=network.device)
     end = network.generation_config.eos_token_id
-    with torch.no_grad():
-        found = network.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=room,
-            pad_token_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
-            **sampling,
-        )
-    new = found[0, len(ids) :].tolist()
+    sampling["pad_token_id"] = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
+    tokens = torch.tensor([ids], device=network.device)
+    new = _continued(network, tokens, seed, folder, max_new_tokens=room, **sampling)
     ends = end if isinstance(end, list) else [end]
     return Generated(
         prompt=prompt,
@@ -78,6 +71,26 @@ def generate(
         device=str(network.device),
         dtype=str(network.dtype).removeprefix("torch."),
     )
+
+
+@torch.no_grad()
+def _continued(network: Any, tokens: torch.Tensor, seed: int, folder: Path, **settings: Any) -> list[int]:
+    """Return the tokens that follow; without transformers' cache where it does not know the architecture."""
+    problem: Exception | None = None
+    for cached in (True, False):
+        torch.manual_seed(seed)
+        try:
+            continued = network.generate(tokens, attention_mask=torch.ones_like(tokens), use_cache=cached, **settings)
+        except Exception as error:  # of any kind: what its generation_config.json says, and every architecture's own
+            problem = problem or error
+        else:
+            return continued[0, tokens.shape[1] :].tolist()
+    assert problem is not None
+    raise RefusedError(
+        f"transformers cannot generate with this model: {one_line(problem)}",
+        where=f"DIR {folder}, model_type {network.config.model_type}",
+        fix="measure it with `halfstep eval`, or generate with the library that the architecture comes from",
+    ) from problem
 
 
 def _check(max_new_tokens: int, temperature: float, top_k: int) -> None:

@@ -1,15 +1,20 @@
 """Load an exported folder with transformers, spread over what devices there are, and read what it says of itself."""
 
-import json
+import contextlib
+import inspect
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from launcher.errors import RefusedError, RequestError
+from launcher import foreign
+from launcher.errors import HalfstepError, RefusedError, RequestError
+from models.config import one_line, positions
 
 NOTE = "halfstep.json"
 KIND = "halfstep-export"
@@ -25,14 +30,11 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    try:
+    with _loading(folder, f"transformers cannot load {folder}"):
+        # False, not None: transformers would ask at the terminal whether code in the folder may run.
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RequestError(
-            f"transformers cannot load {folder}: {_one_line(error)}", where=str(folder), fix="export it again"
-        ) from error
     wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, names in wrong.items():
         if names:
@@ -43,6 +45,36 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
                 fix="export it again with the transformers that trained it",
             )
     return model.eval()
+
+
+@contextlib.contextmanager
+def _loading(folder: Path, heading: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a folder that somebody made into a RequestError."""
+    try:
+        yield
+    except HalfstepError:
+        raise
+    except Exception as error:  # of any kind: `tokenizers` raises no class of its own, configs check their own fields
+        if _has_own_code(folder) and "trust_remote_code" in str(error):
+            raise RequestError(
+                f"{folder} brings Python code of its own (auto_map in config.json), which is never run",
+                where=f"DIR {folder}",
+                fix="use it with transformers, where you decide on trust_remote_code, if you trust who made it",
+            ) from error
+        raise RequestError(f"{heading}: {one_line(error)}", where=str(folder), fix="export it again") from error
+
+
+def _has_own_code(folder: Path) -> bool:
+    try:
+        return "auto_map" in foreign.read_json(folder / "config.json", follow=True)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def logits(network: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Return a model's logits for token ids, without filling a cache where it knows the word."""
+    known = "use_cache" in inspect.signature(network.forward).parameters
+    return network(input_ids=tokens, **({"use_cache": False} if known else {})).logits
 
 
 def _expect_model(folder: Path) -> None:
@@ -70,12 +102,8 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             where=f"DIR {folder}",
             fix=f"bring {corpus} back, or say where it is with --data, and export again",
         )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(
-            f"the tokenizer cannot be loaded: {_one_line(error)}", where=str(folder), fix="export it again"
-        ) from error
+    with _loading(folder, "the tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def note(folder: Path) -> dict[str, Any] | None:
@@ -84,7 +112,7 @@ def note(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = foreign.read_json(file, follow=True)
         if found["kind"] != KIND:
             raise ValueError(f"its kind is {found['kind']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -93,9 +121,5 @@ def note(folder: Path) -> dict[str, Any] | None:
 
 
 def context(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that the model can look at; None where its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return the most tokens that the model can look at; None where nothing limits them."""
+    return positions(model)

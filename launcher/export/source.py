@@ -1,13 +1,15 @@
 """Choose the checkpoint that something is made of, and make sure that it is what was written."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import foreign, records
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.store import Candidate
 from launcher.errors import RequestError
+from launcher.fields import checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,12 @@ def choose(run: Path, step: int | None, again: str) -> Source:
     if chosen.manifest is None:
         raise _damaged(run, chosen, chosen.reason or "it is damaged", found, again)
     reason = shards.damaged(chosen.folder, chosen.manifest, lambda: None)
+    if reason and not os.path.lexists(chosen.folder):
+        raise RequestError(
+            f"the checkpoint of step {chosen.step} was deleted while it was read: its run keeps newer ones",
+            where=str(chosen.folder),
+            fix=f"{again}, which takes the newest",
+        )
     if reason:
         raise _damaged(run, chosen, reason, found, again)
     return Source(run=run, folder=chosen.folder, manifest=chosen.manifest)
@@ -81,15 +89,11 @@ def losses(run: Path) -> dict[int, float | None]:
     left out.
     """
     found: dict[int, float | None] = {}
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return found
-    for line in lines:
+    for row in foreign.objects(run / "metrics.jsonl"):
         try:
-            row = json.loads(line)
-            if "loss" in row:
-                found[int(row["step"])] = row["loss"]
-        except (ValueError, KeyError, TypeError):
-            continue  # being written, or the end of an attempt that was killed
+            reached = checked(records.Reached, row) if "loss" in row else None
+        except ValueError:
+            continue  # not one of ours
+        if reached is not None:
+            found[reached.step] = reached.loss
     return found

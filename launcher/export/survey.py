@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, Manifest, read
-from launcher.errors import HalfstepError
+from launcher.checkpoint.manifest import Damaged, Gone, Manifest, read
+from launcher.errors import HalfstepError, RequestError
 from launcher.export import source
+from launcher.files import reason as refusal
 
 GOOD, DAMAGED, SET_ASIDE, UNFINISHED, LEFTOVER = "good", "damaged", "set aside", "unfinished", "being deleted"
+_TRIES = 3
+GONE = "gone"
+"""Deleted by its run while it was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,7 @@ class Row:
     folder: Path
     step: int
     state: str
-    """`good`, `damaged`, `set aside`, `unfinished` or `being deleted`."""
+    """`good`, `damaged`, `set aside`, `unfinished`, `being deleted` or `gone`."""
     reason: str | None = None
     manifest: Manifest | None = None
     loss: float | None = None
@@ -55,7 +59,12 @@ def survey(run: Path) -> list[Row]:
     if not run.is_dir() or not (store.home(run).is_dir() or (run / "plan.json").is_file()):
         raise source.none_there(run)
     losses = source.losses(run)
-    folders = sorted(store.home(run).iterdir()) if store.home(run).is_dir() else []
+    try:
+        folders = sorted(store.home(run).iterdir()) if store.home(run).is_dir() else []
+    except OSError as error:
+        raise RequestError(
+            f"the checkpoints cannot be read: {refusal(error)}", where=str(store.home(run)), fix="check its permissions"
+        ) from None
     rows = [row for folder in folders if folder.is_dir() and (row := _row(folder, losses))]
     return sorted(rows, key=lambda row: (row.step, row.folder.name.lstrip(".")))
 
@@ -73,6 +82,8 @@ def _row(folder: Path, losses: dict[int, float | None]) -> Row | None:
         return Row(folder=folder, state=SET_ASIDE, step=step, reason="an earlier start found it damaged")
     try:
         manifest = read(folder)
+    except Gone:
+        return None
     except Damaged as damage:
         return Row(folder=folder, state=DAMAGED, step=step, reason=str(damage))
     except HalfstepError as error:  # a newer Halfstep's: the others are to be seen all the same
@@ -85,17 +96,32 @@ def _row(folder: Path, losses: dict[int, float | None]) -> Row | None:
 def _step(name: str) -> int | None:
     _, found, rest = name.partition("step-")
     digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-    return int(digits) if found and digits else None
+    return int(digits) if found and 0 < len(digits) <= 18 else None
 
 
 def verified(row: Row) -> Row:
-    """Read every byte of a checkpoint that looked good, and return the row with what was found."""
+    """Read every byte of a checkpoint that looked good, and return the row with what was found.
+
+    Its run may delete it meanwhile, or set it aside and write it again: the first is `gone`, the second read again.
+    """
     if row.manifest is None:
         return row
-    began = time.perf_counter()
-    reason = shards.damaged(row.folder, row.manifest, lambda: None)
+    began, manifest, reason = time.perf_counter(), row.manifest, None
+    for _ in range(_TRIES):
+        reason = shards.damaged(row.folder, manifest, lambda: None)
+        if reason is None:
+            break
+        try:
+            now = read(row.folder)
+        except Gone:
+            return replace(row, state=GONE, reason="its run deleted it while it was read", manifest=None)
+        except (Damaged, HalfstepError):
+            break
+        if now == manifest:
+            break
+        manifest = now
     seconds = time.perf_counter() - began
-    return replace(row, state=DAMAGED if reason else GOOD, reason=reason, seconds=seconds)
+    return replace(row, state=DAMAGED if reason else GOOD, reason=reason, manifest=manifest, seconds=seconds)
 
 
 def size(count: float) -> str:

@@ -1,26 +1,20 @@
-"""Give an export the tokenizer of its corpus, in a form that transformers loads, and check that it gives the same ids.
+"""Give an export its corpus's tokenizer, in a form that transformers loads, and check that it gives the same ids."""
 
-transformers reads no SentencePiece model without protobuf, so ours is written as a tokenizer of the `tokenizers`
-library: the same pieces, merged in the same order, the same bytes where a character has no piece.
-"""
-
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.data import tokenizer as data_tokenizer
-from launcher.data.tokenizer import SENTENCEPIECE
 from launcher.errors import RequestError
-from launcher.plan.corpus import read_data, tokenizer_sha256
+from launcher.export.pieces import from_sentencepiece
+from launcher.plan import manifest as manifests
+from launcher.plan.corpus import read_data
+from launcher.plan.pieces import META_SPACE
 
-_META_SPACE = "\u2581"
 _SAMPLE_TOKENS = 100_000
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog. It's 12:30, isn't it?",
@@ -30,7 +24,7 @@ SAMPLES = (
     "Москва, Київ; Αθήνα; Երևան; თბილისი; עברית; العربية مَرحَبًا; فارسی",
     "हिन्दी, বাংলা, தமிழ், ไทย, 中文\uff0c日本語のテキスト、한국어; ភាសាខ្មែរ",
     "🙂👩‍👩‍👧‍👦🏳️‍🌈 \U0001d518\U0001d52b \U00020bb7 \u200b\u200d\u00a0\u3000\u2028\ufeff\x00\x7f",
-    f"{_META_SPACE} the lower block {_META_SPACE}{_META_SPACE}, <0x41>, <unk>, </s>, <s>",
+    f"{META_SPACE} the lower block {META_SPACE}{META_SPACE}, <0x41>, <unk>, </s>, <s>",
     "aaaaaaaaaaaaaaaaaaaaa ababababababa ======== ---- .... \u2581a",
     "",
 )
@@ -75,22 +69,21 @@ def export(corpus: Path, digest: str, folder: Path, context: int | None) -> Expo
             where=f"data={corpus}",
             fix="save the tokenizer that made it into the export: AutoTokenizer.from_pretrained(...).save_pretrained()",
         )
-    about = json.loads((corpus / "manifest.json").read_text("utf-8"))["tokenizer"]
-    home = corpus / about["path"]
-    own = data_tokenizer.load(home, about["kind"])
-    if about["kind"] == SENTENCEPIECE:
-        assert isinstance(own, data_tokenizer.SentencePiece)
+    about = manifests.read(corpus)[0].tokenizer
+    home = corpus / about.path
+    own = data_tokenizer.load(home, about.kind)
+    if isinstance(own, data_tokenizer.SentencePiece):
         _save_sentencepiece(own.model, folder, context)
     else:
         shutil.copytree(home, folder, dirs_exist_ok=True)
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     checked, differs = compare(own, theirs, [*SAMPLES, *_texts(corpus, own)])
     return Exported(
-        kind=about["kind"],
-        sha256=about["sha256"],
-        vocabulary=about["vocabulary"],
+        kind=about.kind,
+        sha256=about.sha256,
+        vocabulary=about.vocabulary,
         vocabulary_digest=facts.vocabulary_digest,
-        end_of_text=about["end_of_text"],
+        end_of_text=about.end_of_text,
         checked_tokens=checked,
         differs=differs,
     )
@@ -106,68 +99,29 @@ def _save_sentencepiece(model: bytes, folder: Path, context: int | None) -> None
     ).save_pretrained(folder)
 
 
-def from_sentencepiece(model: bytes) -> tuple[Tokenizer, str]:
-    """Return a SentencePiece BPE model as a tokenizer of the `tokenizers` library, and its end-of-text token.
-
-    The pieces spell a space as itself, not as SentencePiece's block: the block, where a text has one, then has no piece
-    and becomes its bytes, as `data.tokenizer.SentencePiece` does it. Merges are all the ways to put a piece together,
-    in the order of the pieces' scores. No token reaches over a line break, so lines are words: the library keeps words
-    it has seen.
-    """
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary: dict[str, int] = {}
-    normal: dict[str, float] = {}
-    for token in range(processor.get_piece_size()):
-        piece = processor.id_to_piece(token)
-        if not (processor.is_byte(token) or processor.is_control(token) or processor.is_unknown(token)):
-            piece = piece.replace(_META_SPACE, " ")
-            normal[piece] = processor.get_score(token)
-        vocabulary[piece] = token
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(normal, key=lambda one: -normal[one])
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return tokenizer, processor.id_to_piece(processor.eos_id())
-
-
 def compare(own: data_tokenizer.Tokenizer, theirs: PreTrainedTokenizerBase, texts: list[str]) -> tuple[int, str | None]:
     """Return how many ids were compared, and the first text that gets other ids or does not come back."""
     checked = 0
     for text in texts:
         ids = own.encode(text)
         # As training read it: special tokens spelled out in a text are text.
-        found = theirs(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        theirs_ids = theirs(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         checked += len(ids)
-        if list(found) != ids:
-            place = next((at for at, pair in enumerate(zip(ids, found, strict=False)) if pair[0] != pair[1]), len(ids))
+        if list(theirs_ids) != ids:
+            place = next(
+                (at for at, pair in enumerate(zip(ids, theirs_ids, strict=False)) if pair[0] != pair[1]), len(ids)
+            )
             return checked, repr(own.decode(ids[max(0, place - 8) : place + 8]))
-        if theirs.decode(ids, clean_up_tokenization_spaces=False) != own.decode(ids):
+        # What is unknown has no text, and each library its own sign for it.
+        if own.unknown not in ids and theirs.decode(ids, clean_up_tokenization_spaces=False) != own.decode(ids):
             return checked, f"{text[:40]!r}, when it is decoded"
     return checked, None
 
 
 def _texts(corpus: Path, own: data_tokenizer.Tokenizer) -> list[str]:
     """Return the documents at the start of the corpus, as text."""
-    manifest = json.loads((corpus / "manifest.json").read_text("utf-8"))
-    file = corpus / f"{manifest['splits']['train']['prefix']}.bin"
-    tokens = np.fromfile(file, dtype=manifest["token_dtype"], count=_SAMPLE_TOKENS)
+    about = manifests.read(corpus)[0]
+    file = corpus / f"{about.splits.train.prefix}.bin"
+    tokens = np.fromfile(file, dtype=about.token_dtype, count=_SAMPLE_TOKENS)
     ends = np.flatnonzero(tokens == own.end_of_text)
     return [own.decode(part[part != own.end_of_text].tolist()) for part in np.split(tokens, ends)]
-
-
-def of_corpus(path: str) -> dict[str, Any] | None:
-    """Return what identifies the tokenizer of a corpus: `sha256`, `vocabulary_digest`; None for a bare token pair."""
-    facts = read_data(path)
-    if not facts.has_tokenizer:
-        return None
-    about = json.loads((Path(path) / "manifest.json").read_text("utf-8"))["tokenizer"]
-    return {
-        "sha256": tokenizer_sha256(Path(path) / about["path"]),
-        "vocabulary_digest": facts.vocabulary_digest,
-        "vocabulary": facts.vocabulary,
-    }

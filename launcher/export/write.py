@@ -1,6 +1,5 @@
 """Export a checkpoint: a folder that transformers, and every tool that reads its format, loads as it is."""
 
-import json
 import math
 import shlex
 import time
@@ -10,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from launcher import rundir
+from launcher import environment, foreign
 from launcher.checkpoint.manifest import Damaged, Manifest
 from launcher.checkpoint.shards import Shards
 from launcher.errors import RefusedError, RequestError
@@ -66,14 +65,14 @@ def export(
     folder = target.absolute(to)
     chosen = source.choose(run, step, f"halfstep checkpoint export {shlex.join([str(run), '--to', str(to)])}")
     manifest = chosen.manifest
-    config = weights.configuration(manifest, dtype)
-    parts = weights.divide(manifest.model["parameters"], dtype, max_shard_bytes)
+    content = weights.content(manifest, dtype)
+    parts = weights.divide(content.entries, max_shard_bytes)
     with target.filling(folder, sum(part.bytes for part in parts) + _SPARE) as partial:
-        words, warnings = _tokenizer(manifest, data, partial, config)
-        _configure(partial, config, words)
+        words, warnings = _tokenizer(manifest, data, partial, content.context)
+        _configure(partial, content.config, words)
         files = Shards(chosen.folder, manifest)
         try:
-            weights.write(partial, files, parts, dtype)
+            weights.write(partial, files, parts)
         except Damaged as damage:
             raise RequestError(
                 f"the checkpoint of step {manifest.step} is incomplete: {damage}",
@@ -99,11 +98,10 @@ def export(
 
 
 def _tokenizer(
-    manifest: Manifest, data: Path | None, folder: Path, config: PreTrainedConfig
+    manifest: Manifest, data: Path | None, folder: Path, context: int | None
 ) -> tuple[tokenizer.Exported | None, list[str]]:
     """Write the tokenizer where the corpus is still there; otherwise say in a warning that there is none."""
     corpus = data or Path(manifest.data["path"])
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if data is None and not corpus.exists():
         return None, [
             f"no tokenizer: the corpus {corpus} has gone; --data DIR says where it is now, and the weights are complete"
@@ -167,7 +165,7 @@ def _note(
         "dtype": dtype,
         "tokenizer": words.to_dict() if words else None,
         "compare": comparison.to_dict() if comparison else None,
-        "versions": {"trained": manifest.versions, "exported": rundir.versions()},
+        "versions": {"trained": manifest.versions, "exported": environment.versions()},
         "time": time.time(),
     }
 
@@ -175,6 +173,6 @@ def _note(
 def _evaluation_sequences(run: Path) -> int | None:
     """Return how many validation sequences the run's own evaluations read; None where its plan has gone."""
     try:
-        return int(json.loads((run / "plan.json").read_text("utf-8"))["data"]["validation_windows"])
+        return int(foreign.read_object(run / "plan.json")["data"]["validation_windows"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,39 +1,18 @@
 """What a run directory tells of its numerics: the loss scale's moves, skipped steps, and what fp16 would lose."""
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import foreign
 from launcher.errors import RequestError
+from launcher.fields import checked
+from launcher.metrics.numerics_rows import Described, Model, Step, event_of, row_of
+from launcher.metrics.record import EvaluationRecord
 from launcher.metrics.rows import parse, unreadable
 
 Matrix = list[list[float | None]]
 """One row a layer, in model order; one column a reading, steps increasing; None where there is nothing to tell."""
-
-_NEEDED = {
-    "overflow": ("step",),
-    "loss_not_finite": ("step",),
-    "numerics": ("step", "scale", "layers"),
-    "repaired": ("repairs",),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What the row of an optimizer step says of numerics."""
-
-    step: int
-    loss: float | None
-    """None where it was not finite."""
-    loss_scale: float | None
-    """Of this step; None without loss scaling."""
-    overflow: bool
-    """Whether the update was skipped."""
-    skipped_steps: int
-    """Skipped updates so far."""
-    grad_norm: float | None
-    """Unscaled; None where it was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,28 +104,23 @@ def read(path: Path) -> Numerics:
             where=str(file),
             fix="look again once the run has made a step",
         )
-    steps: list[Step] = []
-    evaluations = []
-    for row in parse(file, _row):
-        if not isinstance(row, Step):
-            evaluations.append(row)
-        else:
-            steps.append(row)
+    rows = parse(file, row_of)
+    steps = [row for row in rows if isinstance(row, Step)]
+    evaluations = [(row.step, row.eval_loss) for row in rows if isinstance(row, EvaluationRecord)]
     if not steps:
         raise RequestError(
             f"{path} has not made a step yet", where=str(file), fix="look again once the run has made one"
         )
-    events = parse(path / "events.jsonl", _event) if (path / "events.jsonl").exists() else []
+    events = parse(path / "events.jsonl", event_of) if (path / "events.jsonl").exists() else []
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         by_kind.setdefault(event["event"], []).append(event)
-    model = plan.get("model")
     return Numerics(
         path=path,
-        model=model.get("name") if isinstance(model, dict) else model,
-        precision=plan.get("precision"),
-        zero=plan.get("zero"),
-        planned_steps=plan.get("steps"),
+        model=plan.model.name if isinstance(plan.model, Model) else plan.model,
+        precision=plan.precision,
+        zero=plan.zero,
+        planned_steps=plan.steps,
         steps=steps,
         evaluations=evaluations,
         repairs=[name for event in by_kind.get("repaired", []) for name in event["repairs"]],
@@ -244,11 +218,11 @@ def _gradients(events: list[dict[str, Any]]) -> Gradients | None:
     )
 
 
-def _plan(path: Path) -> dict[str, Any]:
-    """Return plan.json, else summary.json, else nothing for a directory with metrics.jsonl alone."""
+def _plan(path: Path) -> Described:
+    """Return what plan.json says, else summary.json, else nothing for a directory with metrics.jsonl alone."""
     for name in ("plan.json", "summary.json"):
         try:
-            found = json.loads((path / name).read_bytes())
+            return checked(Described, foreign.read_object(path / name))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -257,23 +231,10 @@ def _plan(path: Path) -> dict[str, Any]:
             raise RequestError(
                 f"{name} is damaged: {error}", where=str(path / name), fix="restore the file, or start the run again"
             ) from None
-        return found if isinstance(found, dict) else {}
     if not (path / "metrics.jsonl").exists():
         raise RequestError(
             f"{path} is not a run directory" + ("" if path.is_dir() else ": there is no such folder"),
             where=f"halfstep numerics {path}",
             fix="name a directory made by `halfstep run` or `launcher/train.py`",
         )
-    return {}
-
-
-def _row(row: dict[str, Any]) -> Step | tuple[int, float | None]:
-    if "eval_loss" in row:
-        return row["step"], row["eval_loss"]
-    return Step(**{field.name: row[field.name] for field in fields(Step)})
-
-
-def _event(event: dict[str, Any]) -> dict[str, Any]:
-    for key in _NEEDED.get(event["event"], ()):
-        event[key]  # raises
-    return event
+    return Described()

@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from launcher.errors import RequestError
+from launcher.files import reason, write_atomic
 from launcher.metrics.numerics import Matrix, Numerics
 from launcher.metrics.numerics_report import percent_text, scale_text
+from launcher.terminal import printable
 
 DOTS_PER_INCH = 150
 _FAINTEST = 1e-5
@@ -39,10 +41,10 @@ def write(run: Numerics, file: Path) -> None:
         raise RequestError(f"the picture is a PNG, not {file.name}", where=f"--out {file}", fix="--out FILE.png")
     content = png(run)
     try:
-        file.write_bytes(content)
+        write_atomic(file, content, sync=False)  # a link of that name leads nowhere
     except OSError as error:
         raise RequestError(
-            f"the picture cannot be written: {error.strerror}", where=str(file), fix="name another file: --out FILE.png"
+            f"the picture cannot be written: {reason(error)}", where=str(file), fix="name another file: --out FILE.png"
         ) from None
 
 
@@ -82,12 +84,13 @@ def draw(run: Numerics) -> Figure:
 def _our_style() -> AbstractContextManager[None]:
     # A picture should not depend on whose matplotlibrc lies around.
     ours = {"font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.axisbelow": True}
+    ours["text.parse_math"] = False  # names may hold a dollar sign
     return matplotlib.style.context(["default", ours])
 
 
 def _title(run: Numerics) -> str:
     words = [run.model, run.precision, None if run.zero is None else f"zero={run.zero}"]
-    return f"{run.path.resolve().name}: " + ", ".join(word for word in words if word)
+    return printable(f"{run.path.resolve().name}: " + ", ".join(word for word in words if word))
 
 
 def _draw_scale(panel: Axes, run: Numerics) -> None:

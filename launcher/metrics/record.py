@@ -1,39 +1,44 @@
 """The rows of metrics.jsonl: the same fields, of the same type, in every (stage, precision) cell."""
 
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from launcher.fields import Count, Finite, Flag, Measured, Positive, checked
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One optimizer step, applied or skipped; None where a value has no meaning or is not finite."""
 
-    step: int
+    step: Positive
     """Counted from 1; a skipped step counts."""
-    tokens: int
+    tokens: Count
     """Training tokens read so far, this step included."""
-    loss: float | None
+    loss: Finite | None
     """Mean over the global batch and all ranks, in nats per token, before the update."""
-    lr: float
+    lr: Finite
     """Learning rate of this update."""
-    grad_norm: float | None
+    grad_norm: Measured | None
     """Global gradient norm, unscaled, before clipping."""
-    loss_scale: float | None
+    loss_scale: Measured | None
     """Loss scale that this step was computed with; None without loss scaling."""
-    overflow: bool
+    overflow: Flag
     """Whether the update was skipped for a non-finite gradient."""
-    skipped_steps: int
+    skipped_steps: Count
     """Skipped updates so far."""
-    step_seconds: float
+    step_seconds: Measured
     """Wall time of the step, data included."""
-    data_seconds: float
+    data_seconds: Measured
     """Of that, waiting for data."""
-    tokens_per_second: float
+    tokens_per_second: Measured
     """Over all ranks."""
-    mfu: float | None
+    mfu: Measured | None
     """Share of the devices' peak arithmetic, 0 to 1, causal FLOPs; None where the peak is not known."""
-    peak_memory_bytes: int
+    peak_memory_bytes: Count
     """The largest over the ranks: most reserved on a GPU, high-water resident size on a CPU."""
-    time: float
+    time: Finite
     """Seconds since the epoch."""
 
 
@@ -41,11 +46,16 @@ class StepRecord:
 class EvaluationRecord:
     """One pass over the validation sequences; carries no `loss`, so that the two kinds of row cannot be confused."""
 
-    step: int
+    step: Count
     """Optimizer steps done before it."""
-    eval_loss: float | None
+    eval_loss: Finite | None
     """Mean over the validation tokens, in nats."""
-    perplexity: float | None
-    """exp(eval_loss)."""
-    time: float
+    perplexity: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)] | None
+    """exp(eval_loss), which soon is beyond what anything else may be."""
+    time: Finite
     """Seconds since the epoch."""
+
+
+def of_row(row: dict[str, Any]) -> StepRecord | EvaluationRecord:
+    """Return a row of metrics.jsonl; raises ValueError for one that was not written by us."""
+    return checked(EvaluationRecord if "eval_loss" in row else StepRecord, row)

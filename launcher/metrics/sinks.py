@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -13,38 +13,56 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launcher import clock, files
 from launcher.metrics.record import EvaluationRecord, StepRecord
+from launcher.terminal import printable
 
 
 class JsonLines:
-    """A file of JSON objects, one a line; every line is handed to the kernel as it is written."""
+    """A file of JSON objects, one a line; every line is handed to the kernel as it is written.
+
+    Raises RefusedError where the operating system does not take a line.
+    """
 
     def __init__(self, path: Path) -> None:
-        torn = False
-        with contextlib.suppress(OSError), path.open("rb") as before:
-            before.seek(-1, os.SEEK_END)
-            torn = before.read(1) != b"\n"
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:
-            self._file.write("\n")  # an attempt was killed half-way through a line
+        self._path = path
+        with self._refusals():
+            self._file: int | None = files.open_append(path)
 
     def write(self, row: StepRecord | EvaluationRecord | dict[str, Any]) -> None:
         """Append one row."""
+        assert self._file is not None, f"{self._path} is closed"
         content = row if isinstance(row, dict) else asdict(row)
-        self._file.write(json.dumps(content, allow_nan=False) + "\n")
+        with self._refusals():
+            files.write_all(self._file, (json.dumps(content, allow_nan=False) + "\n").encode())
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event."""
-        self.write({"event": kind, **details, "time": time.time()})
+        self.write({"event": kind, **details, "time": clock.now()})
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
-        os.fsync(self._file.fileno())
+        assert self._file is not None, f"{self._path} is closed"
+        with self._refusals():
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Sync and close."""
-        self.sync()
-        self._file.close()
+        if self._file is not None:
+            try:
+                self.sync()
+            finally:
+                file, self._file = self._file, None
+                with self._refusals():
+                    os.close(file)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            raise files.explained(error, str(self._path)) from None
 
 
 class Screen:
@@ -52,7 +70,7 @@ class Screen:
 
     def __init__(self, steps: int, every: int, *, quiet: bool) -> None:
         self._steps, self._every, self._quiet = steps, every, quiet
-        live = not quiet and sys.stdout.isatty()
+        live = not quiet and sys.stdout is not None and sys.stdout.isatty()
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, emoji=False, markup=False)
         self._progress = Progress(
             TextColumn("step"),
@@ -78,7 +96,7 @@ class Screen:
     def say(self, text: str) -> None:
         """Print a line."""
         if not self._quiet:
-            self._console.print(text)
+            self._console.print(printable(text, keep="\n"))
 
     def step(self, record: StepRecord) -> None:
         """Show one optimizer step."""

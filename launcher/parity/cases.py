@@ -179,7 +179,6 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         train_tokens=tokens,
         validation_tokens=0,
         vocabulary=_VOCABULARY,
-        vocabulary_digest=None,
         has_tokenizer=False,
         digest="synthetic",
     )

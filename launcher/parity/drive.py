@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launcher import assets, topology
+from launcher import assets, caches, topology
 from launcher.errors import Fault, RefusedError
 from launcher.parity.cases import Case
 
@@ -147,7 +147,7 @@ def _environment(world_size: int) -> dict[str, str]:
 
 def _fault(log: Path, status: int) -> Fault:
     text = log.read_text("utf-8", errors="replace").strip()
-    kept = Path(tempfile.gettempdir()) / f"halfstep-verify-{os.getpid()}.log"
+    kept = caches.temporary() / f"verify-{os.getpid()}.log"
     kept.write_text(text + "\n", "utf-8")
     lines = text.splitlines()
     ours = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]

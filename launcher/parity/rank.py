@@ -27,12 +27,14 @@ def main(job_file: Path) -> None:
     topology.prepare_environment(rank)
     os.environ[faults.VARIABLE] = POISON
     from launcher.engine import distributed  # torch and DeepSpeed from here on, in the environment prepared for them
+    from launcher.engine.places import file_store
     from launcher.parity import trial
 
     world = topology.describe(rank.world_size, rank.local_world_size)
     reported = [Case(**one) for one in job["cases"]]
     needed = dict.fromkeys(case for one in reported for case in (one.at_stage_1(), one))
-    distributed.join(rank, plan_of(reported[0], world, repairs=job["repairs"]))
+    met = file_store(Path(job["out"]).with_suffix(".store"), rank)
+    distributed.join(rank, plan_of(reported[0], world, repairs=job["repairs"]), met)
     distributed.quiet_deepspeed(Path(job["log"]))
     reference = functools.cache(
         lambda case: trial.on_the_reference(plan_of(dataclasses.replace(case, zero=0), world, repairs=True))

@@ -1,5 +1,6 @@
 """The batch equation: global = micro x accumulation x ranks, solved exactly or explained."""
 
+import math
 from dataclasses import dataclass
 
 from launcher.errors import RequestError
@@ -41,11 +42,11 @@ def solve(global_: int, micro: int | None, ranks: int, where: str = "batch.globa
     if micro is None:
         micro = next(size for size in range(min(_LARGEST_DEFAULT_MICRO, per_rank), 0, -1) if per_rank % size == 0)
     if per_rank % micro:
-        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        near = _listed(nearest_divisors(per_rank, micro))
         raise RequestError(
             f"batch.global={global_} is not batch.micro={micro} x a whole accumulation x {ranks} ranks",
             where=where,
-            fix=f"take batch.global={_near(global_, micro * ranks)}, or batch.micro={_nearest_of(divisors, micro)}",
+            fix=f"take batch.global={_near(global_, micro * ranks)}, or batch.micro={near}",
         )
     return Batch(global_=global_, micro=micro, accumulation=per_rank // micro, ranks=ranks)
 
@@ -55,6 +56,18 @@ def _near(number: int, multiple: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _nearest_of(divisors: list[int], wanted: int) -> str:
-    near = sorted(sorted(divisors, key=lambda size: abs(size - wanted))[:3])
-    return ", ".join(map(str, near[:-1])) + (" or " if len(near) > 1 else "") + str(near[-1])
+def nearest_divisors(number: int, wanted: int, count: int = 3) -> list[int]:
+    """Return the divisors of a number nearest to another number, in ascending order, in the time of its square root."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    divisors = sorted({*small, *(number // size for size in small)})
+    return sorted(sorted(divisors, key=lambda size: abs(size - wanted))[:count])
+
+
+def largest_part(number: int) -> int:
+    """Return the largest divisor of a number above 1 that is smaller than it."""
+    smallest = next((size for size in range(2, math.isqrt(number) + 1) if number % size == 0), number)
+    return number // smallest
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])

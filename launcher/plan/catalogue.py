@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from launcher import assets
-from launcher.plan import batch, dsconfig, rules
+from launcher.plan import batch, dsconfig, dsfile, rules
 from launcher.spec.schema import RunSpec
 from launcher.topology import Topology
 
@@ -41,7 +41,7 @@ def page() -> str:
         folder / "base.json",
         *(f for kind in ("zero", "precision", "offload") for f in sorted((folder / kind).glob("*.json"))),
     ]:
-        sentence = json.loads(file.read_text("utf-8"))[dsconfig.ABOUT]
+        sentence = json.loads(file.read_text("utf-8"))[dsfile.ABOUT]
         text += f"| `{file.relative_to(folder).as_posix()}` | {sentence} | {_partners(file)} |\n"
     text += _TAIL
     for rule in rules.RULES:
@@ -91,7 +91,7 @@ def _legal_cases() -> list[dict[str, object]]:
                         leaves=composed.leaves,
                         origins=composed.origins,
                         demanded=demanded,
-                        asked=frozenset(),
+                        asked={},
                     )
                 ):
                     legal.append(case)

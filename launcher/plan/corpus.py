@@ -1,21 +1,19 @@
-"""Read what a corpus says of itself: the manifest of a prepared folder, or the index of a bare Megatron pair."""
+"""Read what a corpus says of itself, and check it: the manifest of a prepared folder, or a bare Megatron pair."""
 
+import glob
 import hashlib
-import json
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import RequestError
+from launcher.plan import manifest, megatron, sampling
+from launcher.plan.manifest import AGAIN, Manifest, Split
+from launcher.plan.vocabulary import TokenizerFacts, table_digest, tokenizer_sha256
 from launcher.spec.digest import digest
 
-MANIFEST_KIND = "halfstep-data"
-MANIFEST_FORMAT = 1
-
-# Megatron .idx: magic, version 1, a type code, the number of sequences and of document ends; then each sequence's
-# length (int32) and byte offset (int64). Little-endian throughout.
-_IDX_HEADER = struct.Struct("<9sQBQQ")
-_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_NOT_READ = ("left_out", "bad_rows")
+"""Of the source in a manifest: what was passed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,151 +27,203 @@ class DataFacts:
     train_tokens: int
     validation_tokens: int
     vocabulary: int | None
-    """Token ids are below this; None where the corpus does not say."""
-    vocabulary_digest: str | None
-    """Identifies the vocabulary of a Hugging Face tokenizer; None for SentencePiece and bare pairs."""
+    """Of its tokenizer: token ids are below this; None where the corpus does not say."""
+    max_token_id: int | None = None
+    """The largest id that it holds; None where it does not say."""
+    tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     has_tokenizer: bool
     """Whether the corpus says how it was tokenised."""
     digest: str
-    """Identifies the content, wherever the folder lies."""
+    """Identifies the content by what its manifest or index says, wherever the folder lies."""
+    tokens_digest: str | None = None
+    """Identifies the tokens themselves, by the sample of `launcher.plan.sampling`."""
+
+    @property
+    def vocabulary_digest(self) -> str | None:
+        """What identifies the token table of the corpus's tokenizer."""
+        return self.tokenizer.vocabulary_digest
 
 
 def read_data(path: str) -> DataFacts:
-    """Read a prepared folder's manifest, or the header of a bare Megatron .bin/.idx pair, and check the sizes."""
+    """Read a prepared folder's manifest, or the index of a bare Megatron .bin/.idx pair, and check the files by it.
+
+    Sizes, counts and indexes are checked whole, tokens by a sample (all of them up to 64 MiB); `verify_tokens` reads
+    the rest. Raises RequestError for what is missing, damaged or contradicts itself.
+    """
     folder = Path(path)
-    if folder.is_dir():
-        manifest = folder / "manifest.json"
-        if manifest.is_file():
-            return _read_manifest(folder, manifest)
-        prefixes = sorted(str(found.with_suffix("")) for found in folder.glob("*.idx"))
+    try:
+        if folder.is_dir():
+            if (folder / manifest.NAME).exists():
+                return _of_folder(folder)
+            raise _unfinished(folder, path)
+        if Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file():
+            return _of_pair(path)
+        raise _missing(folder, path)
+    except OSError as error:
+        named = error.filename if error.filename is not None else path
         raise RequestError(
-            f"{folder} holds no manifest.json, so it was not finished or not made by `halfstep data prepare`",
-            where=f"data={path}",
-            fix="prepare it again into a new folder"
-            + (f", or name one Megatron pair of it: data={prefixes[0]}" if prefixes else ""),
-        )
-    if Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file():
-        tokens, file_digest = _read_index(Path(f"{path}.idx"), Path(f"{path}.bin"))
-        return DataFacts(
-            path=path,
-            train_prefix=path,
-            validation_prefix=None,
-            train_tokens=tokens,
-            validation_tokens=0,
-            vocabulary=None,
-            vocabulary_digest=None,
-            has_tokenizer=False,
-            digest=file_digest,
-        )
-    partial = sorted(folder.parent.glob(f"{folder.name}.partial*")) + sorted(
-        folder.parent.glob(f".{folder.name}.partial*")
+            f"the corpus cannot be read: {error.strerror or error}",
+            where=str(named)[:300],
+            fix="check the path and permissions",
+        ) from None
+
+
+def verify_tokens(path: str) -> bool:
+    """Read all of a prepared folder's tokens and compare them with the manifest; False where it has no hashes.
+
+    Raises RequestError naming the file that is not what was written.
+    """
+    folder = Path(path)
+    about, _ = manifest.read(folder)
+    for split in _splits(about):
+        if split.xxh3 is None:
+            return False
+        for file, expected in zip(_files(folder, split), (split.xxh3.bin, split.xxh3.idx), strict=True):
+            if sampling.whole(file) != expected:
+                raise _changed(file)
+    return True
+
+
+def _unfinished(folder: Path, path: str) -> RequestError:
+    prefixes = sorted(str(index.with_suffix("")) for index in folder.glob("*.idx"))
+    return RequestError(
+        f"{folder} holds no manifest.json, so it was not finished or not made by `halfstep data prepare`",
+        where=f"data={path}",
+        fix="prepare it again into a new folder"
+        + (f", or name one Megatron pair of it: data={prefixes[0]}" if prefixes else ""),
     )
+
+
+def _missing(folder: Path, path: str) -> RequestError:
+    name = glob.escape(folder.name)
+    partial = sorted(folder.parent.glob(f"{name}.partial*")) + sorted(folder.parent.glob(f".{name}.partial*"))
     if partial:
-        raise RequestError(
+        return RequestError(
             f"{folder} was never finished: only the unfinished {partial[0].name} is there",
             where=f"data={path}",
             fix="run `halfstep data prepare` again and let it end",
         )
-    raise RequestError(
+    if folder.suffix in (".bin", ".idx") and folder.exists():
+        return RequestError(
+            f"{folder.name} is one file of a Megatron pair, and data names both",
+            where=f"data={path}",
+            fix=f"leave its ending out: data={folder.with_suffix('')}",
+        )
+    halves = [half for half in (Path(f"{path}.idx"), Path(f"{path}.bin")) if half.is_file()]
+    if halves:
+        return RequestError(
+            f"of a Megatron pair only {halves[0].name} is there",
+            where=f"data={path}",
+            fix="copy the other file beside it",
+        )
+    return RequestError(
         f"there is no data at {folder}",
         where=f"data={path}",
         fix=f"make it: halfstep data prepare --source stdlib --out {folder} --vocab-size 4096",
     )
 
 
-def _read_manifest(folder: Path, manifest: Path) -> DataFacts:
-    where = str(manifest)
-    again = "prepare the data again into a new folder"
-    try:
-        content = json.loads(manifest.read_text("utf-8"))
-        if (content["kind"], content["format"]) != (MANIFEST_KIND, MANIFEST_FORMAT):
-            raise RequestError(
-                f"the manifest is of kind {content['kind']!r} and format {content['format']!r}, "
-                f"not {MANIFEST_KIND!r} and {MANIFEST_FORMAT}",
-                where=where,
-                fix=again,
-            )
-        splits, tokenizer = content["splits"], content["tokenizer"]
-        for split in splits.values():
-            for ending, size in split["bytes"].items():
-                _check_size(folder / f"{split['prefix']}.{ending}", size, where)
-        found = tokenizer_sha256(folder / tokenizer["path"])
-        if found != tokenizer["sha256"]:
-            raise RequestError(
-                "the tokens were made with another tokenizer than the one in the folder: "
-                f"its hash is {found[:12]}, the manifest says {tokenizer['sha256'][:12]}",
-                where=str(folder / tokenizer["path"]),
-                fix=f"put the right tokenizer back, or {again}",
-            )
-        train, validation = splits["train"], splits["validation"]
-        return DataFacts(
-            path=str(folder),
-            train_prefix=str(folder / train["prefix"]),
-            validation_prefix=str(folder / validation["prefix"]) if validation["tokens"] else None,
-            train_tokens=train["tokens"],
-            validation_tokens=validation["tokens"],
-            vocabulary=tokenizer["vocabulary"],
-            vocabulary_digest=vocabulary_digest(folder / tokenizer["path"] / "tokenizer.json"),
-            has_tokenizer=True,
-            # The moment and the machine of the preparation do not make another corpus.
-            digest=digest(
-                [splits, tokenizer["sha256"], content["token_dtype"], content["source"], content.get("seed")]
-            ),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"the manifest is damaged: {type(error).__name__} {error}", where=where, fix=again) from None
-    except OSError as error:
+def _of_folder(folder: Path) -> DataFacts:
+    about, content = manifest.read(folder)
+    tokens_digests = [_check_split(folder, about, split) for split in _splits(about)]
+    home = folder / about.tokenizer.path
+    sha256 = tokenizer_sha256(home)
+    if sha256 != about.tokenizer.sha256:
         raise RequestError(
-            f"cannot be read: {error.strerror}", where=str(error.filename), fix="check permissions"
-        ) from None
-
-
-def _check_size(file: Path, size: int, where: str) -> None:
-    actual = file.stat().st_size if file.is_file() else None
-    if actual != size:
-        found = "is missing" if actual is None else f"has {actual} bytes"
-        raise RequestError(
-            f"{file.name} {found}, the manifest says {size} bytes: the folder is half-written or damaged",
-            where=where,
-            fix="copy the folder again, or prepare the data again into a new folder",
+            "the tokens were made with another tokenizer than the one in the folder: "
+            f"its hash is {sha256[:12]}, the manifest says {about.tokenizer.sha256[:12]}",
+            where=str(home),
+            fix=f"put the right tokenizer back, or {AGAIN}",
         )
+    train, validation = _splits(about)
+    return DataFacts(
+        path=str(folder),
+        train_prefix=str(folder / train.prefix),
+        validation_prefix=str(folder / validation.prefix) if validation.tokens else None,
+        train_tokens=train.tokens,
+        validation_tokens=validation.tokens,
+        vocabulary=about.tokenizer.vocabulary,
+        max_token_id=about.max_token_id,
+        tokenizer=TokenizerFacts(sha256=sha256, vocabulary_digest=table_digest(home)),
+        has_tokenizer=True,
+        digest=_digest(about, content),
+        tokens_digest=digest(tokens_digests),
+    )
 
 
-def _read_index(idx: Path, bin_file: Path) -> tuple[int, str]:
-    """Return the number of tokens of a Megatron pair and a digest of its index.
+def _digest(about: Manifest, content: dict[str, Any]) -> str:
+    """Identify a prepared corpus.
 
-    The width of a token follows from the last sequence's offset and length, not from the type code: code 8 is uint16 in
-    Megatron and GPT-NeoX and uint64 in DeepSpeed, which writes uint16 as 6.
+    The moment and the machine of the preparation do not make another corpus, nor does what was passed over. Of what
+    stands in the manifest, not of what the schema makes of it: a corpus of an earlier version keeps its digest, and its
+    runs resume.
     """
-    content = idx.read_bytes()
-    size = bin_file.stat().st_size
-    try:
-        magic, version, _, sequences, _ = _IDX_HEADER.unpack_from(content)
-        (length,) = struct.unpack_from("<i", content, _IDX_HEADER.size + 4 * (sequences - 1))
-        (offset,) = struct.unpack_from("<q", content, _IDX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-        width = (size - offset) // length
-        if (magic, version) != (_IDX_MAGIC, 1) or width not in (1, 2, 4, 8) or offset + length * width != size:
-            raise ValueError("its lengths do not add up to the size of the .bin file")
-    except (struct.error, ValueError, ZeroDivisionError) as error:
+    source = {key: value for key, value in content["source"].items() if key not in _NOT_READ}
+    return digest([content["splits"], about.tokenizer.sha256, about.token_dtype, source, content.get("seed")])
+
+
+def _splits(about: Manifest) -> tuple[Split, Split]:
+    return about.splits.train, about.splits.validation
+
+
+def _files(folder: Path, split: Split) -> tuple[Path, Path]:
+    return folder / f"{split.prefix}.bin", folder / f"{split.prefix}.idx"
+
+
+def _check_split(folder: Path, about: Manifest, split: Split) -> list[str]:
+    """Compare the pair with what the manifest says of it; return the hashes of a sample of its files."""
+    files = _files(folder, split)
+    for file, size in zip(files, (split.bytes.bin, split.bytes.idx), strict=True):
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes"
+            raise RequestError(
+                f"{file.name} {state}, the manifest says {size} bytes: the folder is half-written or damaged",
+                where=str(folder / manifest.NAME),
+                fix=f"copy the folder again, or {AGAIN}",
+            )
+    pair = megatron.read_pair(folder / split.prefix)
+    dtype = pair.dtype.__name__ if pair.tokens else about.token_dtype
+    if (pair.tokens, pair.documents, dtype) != (split.tokens, split.documents, about.token_dtype):
         raise RequestError(
-            f"{idx.name} is not the index of {bin_file.name}: {error}",
-            where=str(idx),
-            fix="copy both files again, or tokenise the corpus again",
-        ) from None
-    return size // width, digest([hashlib.sha256(content).hexdigest(), size])
+            f"{files[1].name} speaks of {pair.tokens} tokens of type {dtype} in {pair.documents} documents, "
+            f"the manifest of {split.tokens} of type {about.token_dtype} in {split.documents}",
+            where=str(folder / manifest.NAME),
+            fix=f"copy the folder again, or {AGAIN}",
+        )
+    sampled = [sampling.sampled(file) for file in files]
+    if split.xxh3_sampled is not None:
+        for file, actual, expected in zip(
+            files, sampled, (split.xxh3_sampled.bin, split.xxh3_sampled.idx), strict=True
+        ):
+            if actual != expected:
+                raise _changed(file)
+    return sampled
 
 
-def tokenizer_sha256(folder: Path) -> str:
-    """Return one hash over a tokenizer's files: their names and contents, in the order of the names."""
-    hasher = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        hasher.update(f"{file.relative_to(folder).as_posix()}\0{content}\n".encode())
-    return hasher.hexdigest()
+def _changed(file: Path) -> RequestError:
+    return RequestError(
+        f"{file.name} does not hold what was prepared: its hash is not the one in the manifest",
+        where=str(file),
+        fix=f"copy the folder again, or {AGAIN}",
+    )
 
 
-def vocabulary_digest(tokenizer_json: Path) -> str | None:
-    """Hash the token table alone: a tokenizer.json that was saved again differs in layout, not in tokens."""
-    if not tokenizer_json.is_file():
-        return None
-    return digest(json.loads(tokenizer_json.read_text("utf-8"))["model"]["vocab"])
+def _of_pair(path: str) -> DataFacts:
+    pair = megatron.read_pair(path)
+    idx, bin_file = Path(f"{path}.idx"), Path(f"{path}.bin")
+    if pair.tokens == 0:
+        raise RequestError("there are no tokens in it", where=str(bin_file), fix="name a corpus that holds text")
+    with idx.open("rb") as content:
+        index = hashlib.file_digest(content, "sha256").hexdigest()
+    return DataFacts(
+        path=path,
+        train_prefix=path,
+        validation_prefix=None,
+        train_tokens=pair.tokens,
+        validation_tokens=0,
+        vocabulary=None,
+        has_tokenizer=False,
+        digest=digest([index, bin_file.stat().st_size]),
+        tokens_digest=digest([[sampling.sampled(bin_file), sampling.sampled(idx)]]),
+    )

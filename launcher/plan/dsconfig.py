@@ -1,6 +1,6 @@
 """Compose the DeepSpeed config: fragments and computed values, merged by agree-or-fail, each key with its origin."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,19 @@ from launcher import assets
 from launcher.errors import RequestError
 from launcher.plan import dskeys
 from launcher.plan.batch import Batch
-from launcher.spec.dotted import flatten, unflatten
+from launcher.plan.dsfile import Own, read_fragment
+from launcher.spec.dotted import unflatten
 from launcher.spec.schema import Fp16Keys, OptimizerKeys, RunSpec
 from launcher.topology import Topology
-
-ABOUT = "//"
-"""The key under which a fragment says in one sentence what it decides; it never reaches DeepSpeed."""
 
 # A reduce bucket below 128 MiB of 16-bit gradients wastes bandwidth (Stas Bekman, Machine Learning Engineering Open
 # Book, network benchmarks); above DeepSpeed's default of 5e8 elements it wastes memory.
 _SMALLEST_USEFUL_BUCKET = 2**26
 _LARGEST_BUCKET = 500_000_000
+OFFLOADS = {"none": ("none", "none"), "optimizer-cpu": ("cpu", "none"), "cpu": ("cpu", "cpu"), "nvme": ("nvme", "nvme")}
+"""Where the optimizer's states and the weights go, by the run key `offload`."""
+_ALIGNMENT = 2
+"""Elements that a bucket of stages 1 and 2 is a multiple of (stage_1_and_2.py, nccl_start_alignment_factor)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,6 @@ def fragments(spec: RunSpec) -> list[Path]:
     ]
 
 
-def read_fragment(path: Path) -> dict[str, Any]:
-    """Return a fragment's keys by dotted path, without its sentence."""
-    content = json.loads(path.read_text("utf-8"))
-    content.pop(ABOUT, None)
-    return flatten(content)
-
-
 def compose(
     spec: RunSpec,
     *,
@@ -68,45 +63,57 @@ def compose(
     learning_rate: float,
     sizes: Sizes,
     topology: Topology,
-    own: dict[str, Any] | None,
-    request_origins: dict[str, str],
+    own: Own | None,
+    request_origins: Mapping[str, str],
 ) -> Composed:
     """Merge fragments, computed values and the user's own keys.
 
-    `own` is the content of --ds-config and replaces fragments and tuning; what the run keys decide is still filled in.
+    `own` is what --ds-config says and replaces fragments and tuning; what the run keys decide is still filled in.
     Fragments and computed values may name a key twice only with one value. `ds.*` words win over everything.
     Raises RequestError for two files that disagree, and for keys DeepSpeed does not know, with all of them at once.
     """
     leaves: dict[str, Any] = {}
     origins: dict[str, str] = {}
     demanded = demanded_by_run_keys(spec, batch, learning_rate, topology)
+    fragmentary, scaled = _said_by_fragments(spec), tuned(spec, sizes)
     if own is not None:
-        merge(leaves, origins, flatten(own), f"--ds-config {Path(spec.ds_config or '').name}")
+        merge(leaves, origins, own.leaves, own.origin)
+        for key, (value, origin) in [*fragmentary, *scaled.items()]:
+            if key in own.autos:
+                merge(leaves, origins, {key: value}, f"{origin}, for {own.name}'s auto")
         for key, (value, origin) in demanded.items():
             if key not in leaves and not _meant_for_another_optimizer(key, leaves, demanded):
-                merge(leaves, origins, {key: value}, origin)
+                merge(leaves, origins, {key: value}, origin + _taken_from(own, origin, request_origins))
     else:
-        folder = assets.folder("ds_configs").parent
-        for file in fragments(spec):
-            merge(leaves, origins, read_fragment(file), file.relative_to(folder).as_posix())
         demanded.setdefault("zero_allow_untested_optimizer", (False, "no optimizer asks for it"))
-        for key, (value, origin) in {**demanded, **tuned(spec, sizes)}.items():
+        for key, (value, origin) in [*fragmentary, *demanded.items(), *scaled.items()]:
             if not _meant_for_another_optimizer(key, spec.ds, demanded):
                 merge(leaves, origins, {key: value}, origin)
     for key, value in spec.ds.items():
         leaves[key] = value
         origins[key] = f"ds.{key} from {request_origins.get(f'ds.{key}', 'the request')}"
-    try:
-        config = unflatten(leaves)
-    except KeyError as error:
-        key = str(error.args[0])
-        raise RequestError(
-            f"{key} is given both as a value and as a section",
-            where=origins.get(key, "the DeepSpeed config"),
-            fix="keep one of the two",
-        ) from None
-    _refuse_unknown(config, origins)
+    dskeys.require(leaves, origins)
     return Composed(leaves=leaves, origins=origins)
+
+
+def _said_by_fragments(spec: RunSpec) -> list[tuple[str, tuple[Any, str]]]:
+    folder = assets.folder("ds_configs").parent
+    decided: list[tuple[str, tuple[Any, str]]] = []
+    for file in fragments(spec):
+        origin = file.relative_to(folder).as_posix()
+        decided += [(key, (value, origin)) for key, value in read_fragment(file).items()]
+    return decided
+
+
+def _taken_from(own: Own, origin: str, request_origins: Mapping[str, str]) -> str:
+    """Say which key of the file a run key was taken from, if it was."""
+    places = [request_origins.get(name, "") for name in named(origin)]
+    return "".join(f", from {place}" for place in places if place.startswith(f"{own.name}: "))
+
+
+def named(origin: str) -> list[str]:
+    """Return the run keys that the origin of a demanded key names."""
+    return origin.removeprefix("run keys ").removeprefix("run key ").split(", ")
 
 
 def merge(leaves: dict[str, Any], origins: dict[str, str], more: dict[str, Any], origin: str) -> None:
@@ -123,10 +130,13 @@ def merge(leaves: dict[str, Any], origins: dict[str, str], more: dict[str, Any],
 
 
 def _meant_for_another_optimizer(key: str, own: dict[str, Any], demanded: dict[str, tuple[Any, str]]) -> bool:
-    """Tell whether a user's own optimizer type makes a parameter of ours meaningless; all types have these two."""
+    """Tell whether a user's own optimizer type makes a parameter of ours meaningless; nearly all take these two."""
     kind = own.get("optimizer.type", demanded["optimizer.type"][0])
-    general = ("optimizer.type", "optimizer.params.lr", "optimizer.params.weight_decay")
-    return key.startswith("optimizer.") and key not in general and kind != demanded["optimizer.type"][0]
+    if kind == demanded["optimizer.type"][0] or not key.startswith("optimizer.params."):
+        return False
+    known = dskeys.parameters(kind)
+    name = key.removeprefix("optimizer.params.")
+    return name not in ("lr", "weight_decay") or (known is not None and name not in known)
 
 
 def demanded_by_run_keys(
@@ -198,7 +208,7 @@ def tuned(spec: RunSpec, sizes: Sizes) -> dict[str, tuple[Any, str]]:
     origin = "scaled to the model"
     if spec.zero == 0:
         return {}
-    elements = bucket(sizes)
+    elements = bucket(sizes, spec.zero)
     keys: dict[str, tuple[Any, str]] = {
         "zero_optimization.reduce_bucket_size": (elements, origin),
         "zero_optimization.allgather_bucket_size": (elements, origin),
@@ -212,15 +222,7 @@ def tuned(spec: RunSpec, sizes: Sizes) -> dict[str, tuple[Any, str]]:
     return keys
 
 
-def bucket(sizes: Sizes) -> int:
-    """Return the elements of a reduce bucket: of use, no larger than the model, and no smaller than any tensor."""
-    return min(_LARGEST_BUCKET, sizes.parameters, max(sizes.largest_tensor, _SMALLEST_USEFUL_BUCKET))
-
-
-def _refuse_unknown(config: dict[str, Any], origins: dict[str, str]) -> None:
-    problems = [
-        RequestError(f"{one.path}: {one.sentence}", where=one.where, fix=one.suggestion)
-        for one in dskeys.problems(config, origins)
-    ]
-    if problems:
-        raise problems[0].with_more(problems[1:])
+def bucket(sizes: Sizes, zero: int) -> int:
+    """Return the elements of a bucket: of use, no smaller than any tensor, no larger than the model, and aligned."""
+    elements = min(_LARGEST_BUCKET, sizes.parameters, max(sizes.largest_tensor, _SMALLEST_USEFUL_BUCKET))
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT if zero in (1, 2) else elements

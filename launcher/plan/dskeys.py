@@ -5,6 +5,7 @@ DeepSpeed silently ignores a key that it does not know (`gradient_cliping`), con
 installed DeepSpeed by `python -m launcher.engine.dskeys --write`, and a test keeps it true.
 """
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from launcher.errors import nearest
+from launcher.errors import RequestError, nearest
+from launcher.spec.dotted import unflatten
+from launcher.spec.legal import shown
 
 Entry = dict[str, Any]
 Origin = Callable[[str], str] | Mapping[str, str]
@@ -28,6 +31,12 @@ _PARAMS: Mapping[str, Mapping[str, dict[str, Entry]]] = {
     "scheduler.params": _TABLE["schedulers"],
 }
 _ANY: Entry = {"type": "any", "default": None}
+_RENAMED = {
+    "aio.thread_count": "aio.intra_op_parallelism",
+    "fp32_allreduce": "communication_data_type (fp32)",
+    "zero_optimization.find_unused_parameters": "zero_optimization.ignore_unused_parameters",
+}
+"""What files for earlier versions of DeepSpeed call a key."""
 _PHRASES = {
     "bool": "true or false",
     "int": "a whole number",
@@ -36,6 +45,7 @@ _PHRASES = {
     "list": "a list",
     "open": "a table",
     "section": "a section with keys of its own",
+    "any": "a value that JSON has",
 }
 
 
@@ -65,6 +75,38 @@ def problems(config: Mapping[str, Any], origin: Origin = MappingProxyType({})) -
     ]
 
 
+def entry(path: str, config: Mapping[str, Any]) -> Entry:
+    """Return what is known of a key; of a parameter, in the optimizer or scheduler that the configuration chooses."""
+    section, _, name = path.rpartition(".")
+    if section in _PARAMS:
+        return (_members(section, config) or {}).get(name, {})
+    return KEYS.get(path, {})
+
+
+def parameters(optimizer: object) -> Mapping[str, Entry] | None:
+    """Return the parameters of an optimizer by its type, None where they are not known."""
+    return _PARAMS["optimizer.params"].get(str(optimizer).lower())
+
+
+def require(leaves: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raise RequestError with everything that is wrong with a configuration, given by dotted path."""
+    try:
+        config = unflatten(dict(leaves))
+    except KeyError as error:
+        key = str(error.args[0])
+        raise RequestError(
+            f"{key} is given both as a value and as a section",
+            where=origins.get(key, "the DeepSpeed config"),
+            fix="keep one of the two",
+        ) from None
+    errors = [
+        RequestError(f"{problem.path}: {problem.sentence}", where=problem.where, fix=problem.suggestion)
+        for problem in problems(config, origins)
+    ]
+    if errors:
+        raise errors[0].with_more(errors[1:])
+
+
 def _walk(
     block: Mapping[str, Any], path: str, members: Mapping[str, Entry] | None, config: Mapping[str, Any]
 ) -> Iterator[Finding]:
@@ -87,7 +129,8 @@ def _check(path: str, value: Any, entry: Entry, config: Mapping[str, Any]) -> It
     """Check one value against its entry, and what lies below it."""
     kind = entry["type"]
     if entry.get("deprecated"):
-        yield path, f"it is deprecated in DeepSpeed {DEEPSPEED_VERSION}", f"use {entry['successor']} instead"
+        fix = f"use {entry['successor']} instead" if value not in (False, None) else f"remove {path}"
+        yield path, f"it is deprecated in DeepSpeed {DEEPSPEED_VERSION}", fix
     if value == "auto":
         yield _auto(path)
     elif kind == "object":
@@ -114,7 +157,7 @@ def _check_choice(path: str, value: Any, entry: Entry) -> Iterator[Finding]:
     if exact or (isinstance(value, str) and value.lower() in entry.get("any_case", ())):
         return
     choices = [str(choice) for choice in (*entry.get("any_case", ()), *entry.get("values", ())) if choice != "auto"]
-    close = [] if len(choices) < 8 else nearest(str(value), choices)
+    close = [] if len(choices) < 8 else [name for name in nearest(str(value), choices) if _alike(str(value), name)]
     yield path, f"{_shown(value)} is none of its values", f"use {_either(close or choices)}"
 
 
@@ -153,7 +196,7 @@ def _mistyped(path: str, value: Any, entry: Entry) -> Finding:
     fix = f"give {path} {wanted}"
     meant = _typed(value, entry) if isinstance(value, str) else value
     if meant is not value and any(_fits(meant, word, entry) for word in kind.split("|")):
-        fix = f"write {json.dumps(meant)} without quotes"
+        fix = f"write {shown(json.dumps(meant))} without quotes"
     elif isinstance(value, float) and value.is_integer() and kind == "int":
         fix = f"write {int(value)}"
     elif kind == "bool" and value in (0, 1):
@@ -163,14 +206,20 @@ def _mistyped(path: str, value: Any, entry: Entry) -> Finding:
 
 def _unknown(path: str, name: str, siblings: Mapping[str, Entry]) -> Finding:
     """Name the right key: the same name in another section, then a similar one here, then a similar one anywhere."""
+    if path in _RENAMED:
+        return path, f"DeepSpeed {DEEPSPEED_VERSION} has no such key", f"use {_RENAMED[path]}, which took its place"
     parent = path.rpartition(".")[0]
-    everywhere = [*KEYS, *(f"optimizer.params.{param}" for param in _TABLE["optimizers"]["adamw"])]
+    # A key is not a misspelling of the section that it stands in.
+    everywhere = [key for key in KEYS if key != parent]
+    everywhere += [f"optimizer.params.{param}" for param in _TABLE["optimizers"]["adamw"]]
     elsewhere = [
         other for other in everywhere if other.rpartition(".")[2] == name and "same_as" not in KEYS.get(other, ())
     ]
     close = [f"{parent}.{other}" if parent else other for other in nearest(name, siblings)]
     leaves = {other.rpartition(".")[2]: other for other in sorted(everywhere, reverse=True)}
-    guesses = (elsewhere if len(elsewhere) <= 3 else []) + close or [leaves[leaf] for leaf in nearest(name, leaves)]
+    guesses = (elsewhere if len(elsewhere) <= 3 else []) + close or [
+        leaves[leaf] for leaf in nearest(name, leaves) if _alike(name, leaf)
+    ]
     fix = f"did you mean {_either(guesses[:3])}?" if guesses else f"remove {path}"
     return path, f"DeepSpeed {DEEPSPEED_VERSION} has no such key", fix
 
@@ -181,7 +230,7 @@ def _removed(path: str) -> Finding:
 
 def _auto(path: str) -> Finding:
     sentence = '"auto" is for another program to fill in; DeepSpeed would take its own default or fail'
-    return path, sentence, f"write the value you want, or remove {path} to let Halfstep decide in the open"
+    return path, sentence, f"write the value you want, or remove {path}"
 
 
 def _members(path: str, config: Mapping[str, Any]) -> Mapping[str, Entry] | None:
@@ -235,8 +284,13 @@ def _whence(origin: Origin, path: str) -> str:
     return origin[key] if key else next(below, "the DeepSpeed configuration")
 
 
+def _alike(word: str, other: str) -> bool:
+    """Tell whether one was meant for the other: OneBitAdam is no misspelt NAdam."""
+    return difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio() > 0.75
+
+
 def _shown(value: Any) -> str:
-    return f"the text {json.dumps(value)}" if isinstance(value, str) else json.dumps(value, default=str)
+    return f"the text {json.dumps(shown(value))}" if isinstance(value, str) else shown(json.dumps(value, default=str))
 
 
 def _either(words: list[str]) -> str:

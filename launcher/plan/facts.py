@@ -1,14 +1,12 @@
 """Read, before planning, what a plan depends on besides the request, so that `resolve` can be pure."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RequestError
-from launcher.plan import hardware
+from launcher.plan import dsfile, hardware
 from launcher.plan.corpus import DataFacts, read_data
-from launcher.plan.pretrained import CountParameters, ModelFacts, read_model
+from launcher.plan.pretrained import Construct, ModelFacts, read_model
 from launcher.spec.schema import RunSpec
 
 
@@ -16,7 +14,8 @@ from launcher.spec.schema import RunSpec
 class Facts:
     """All that was read for one plan."""
 
-    data: DataFacts
+    data: DataFacts | None
+    """None for a request that names no data: a plan of something that is not to be started."""
     model: ModelFacts | None
     """None for a preset."""
     ds_config: dict[str, Any] | None
@@ -27,29 +26,21 @@ class Facts:
     """The user's own table of devices, this CPU among them."""
 
 
-def read(spec: RunSpec, count_parameters: CountParameters, node_memory_bytes: int | None = None) -> Facts:
-    """Read the facts for a request; `count_parameters` (which may load torch) is called for unknown families only.
+def read(spec: RunSpec, construct: Construct, node_memory_bytes: int | None = None) -> Facts:
+    """Read the facts for a request; `construct`, which loads torch, is called for `hf:` models only.
 
     `node_memory_bytes` is asked for by who plans for one host: ranks that plan by themselves have to plan alike, and
     two hosts seldom have the same memory to the byte.
     """
     return Facts(
-        data=read_data(spec.data),
-        model=read_model(spec, count_parameters) if spec.model.name.startswith("hf:") else None,
-        ds_config=_read_ds_config(Path(spec.ds_config)) if spec.ds_config else None,
+        data=None if spec.data is None else read_data(spec.data),
+        model=read_model(spec, construct) if spec.model.name.startswith("hf:") else None,
+        ds_config=ds_config(spec),
         hardware=hardware.read_own(),
         node_memory_bytes=node_memory_bytes,
     )
 
 
-def _read_ds_config(path: Path) -> dict[str, Any]:
-    where = str(path)
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise RequestError(f"cannot be read: {error.strerror}", where=where, fix="check the path") from None
-    except ValueError as error:
-        raise RequestError(f"the DeepSpeed config is not JSON: {error}", where=where, fix="mend that line") from None
-    if not isinstance(content, dict):
-        raise RequestError("the DeepSpeed config is not a JSON object", where=where, fix="wrap it in { }")
-    return content
+def ds_config(spec: RunSpec) -> dict[str, Any] | None:
+    """Return the content of the DeepSpeed file that a request names, if it does."""
+    return dsfile.read(Path(spec.ds_config)) if spec.ds_config else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import RefusedError
-from launcher.plan import dsconfig
+from launcher.plan import batch, dsconfig
 from launcher.plan.memory import FITS, TOO_LARGE, Forecast, forecast
 from launcher.plan.plan import Plan
 from launcher.plan.setting import Setting
@@ -105,7 +105,7 @@ def _changes(setting: Setting) -> list[tuple[str, Setting]]:
         found.append((words, dataclasses.replace(setting, reduce_bucket=bucket)))
     found += [(f"zero={zero}", _at_stage(setting, zero)) for zero in range(setting.zero + 1, 4)]
     if setting.micro > 1:
-        micro = max(size for size in range(1, setting.micro) if setting.micro % size == 0)
+        micro = batch.largest_part(setting.micro)
         more = setting.accumulation * setting.micro // micro
         found.append((f"batch.micro={micro}", dataclasses.replace(setting, micro=micro, accumulation=more)))
     if not setting.activation_checkpointing:
@@ -127,12 +127,13 @@ def _at_stage(setting: Setting, zero: int) -> Setting:
     largest = shapes.largest_tensor(setting.shape) if setting.shape else setting.parameters
     width = setting.shape.width if setting.shape else 1024
     sizes = dsconfig.Sizes(parameters=setting.parameters, largest_tensor=largest, width=width)
+    bucket = dsconfig.bucket(sizes, zero)
     return dataclasses.replace(
         setting,
         zero=zero,
-        reduce_bucket=dsconfig.bucket(sizes),
-        allgather_bucket=dsconfig.bucket(sizes),
-        prefetch_bucket=min(50_000_000, dsconfig.bucket(sizes)),
+        reduce_bucket=bucket,
+        allgather_bucket=bucket,
+        prefetch_bucket=min(50_000_000, bucket),
         persistence_threshold=10 * width,
         overlap_comm=zero == 3,
     )

@@ -1,6 +1,7 @@
 """Know a device: its peak arithmetic, its memory and its links, from a table that users extend."""
 
 import functools
+import math
 import os
 import re
 import tomllib
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError, nearest
+from launcher.spec.legal import shown
+from launcher.spec.source import read_toml
 
 THIS_CPU = "this-cpu"
 """The row that `halfstep doctor --measure` writes into a file of its own beside the user's table."""
@@ -90,14 +93,9 @@ def read_own(environ: Mapping[str, str] = os.environ) -> dict[str, dict[str, Any
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        found = tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except OSError as error:
-        raise RequestError(f"cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"the devices are not TOML: {error}", where=str(path), fix="mend that line") from None
+    found = read_toml(path, "the table of devices", str(path))
     for name, row in found.items():
         _device(name, row, str(path))
     return found
@@ -115,7 +113,7 @@ def find(label: str, own: Rows | None = None, *, where: str = "run key hardware"
     spellings = [*table, *(spelling for one in table.values() for spelling in one.labels)]
     close = nearest(label, spellings)
     raise RequestError(
-        f"hardware={label} is not in the table",
+        f"hardware={shown(label)} is not in the table",
         where=where,
         fix=f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(table)}",
     )
@@ -197,9 +195,11 @@ def _device(name: str, row: Any, where: str) -> Hardware:
                 raise RequestError(f"{name}.{key} is no key of a device", where=where, fix=f"did you mean {close[0]}?")
             values.setdefault("extra", {})[key] = value
         elif key in words or key in strings:
+            if key in words and not isinstance(value, list):
+                raise RequestError(f"{name}.{key} is no list", where=where, fix=f'{key} = ["..."]')
             values[key] = tuple(map(str, value)) if key in words else str(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise RequestError(f"{name}.{key} = {value!r} is not a number above zero", where=where, fix="mend it")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise RequestError(f"{name}.{key} = {value!r} is not a number above zero", where=where, fix="correct it")
         else:
             values[key] = value
     return Hardware(name=name, **values)

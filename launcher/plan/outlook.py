@@ -10,9 +10,14 @@ from launcher.plan.hardware import Hardware
 from launcher.plan.layout import Layout
 from launcher.plan.setting import Setting
 from launcher.plan.time import TimeForecast
+from launcher.spec.legal import shown
 
 _CHECKPOINT_BYTES = {"adamw": 14, "sgd": 6}
 """A parameter's 16-bit weight, fp32 master and moments; SGD with momentum keeps one more number of 4 bytes."""
+
+
+_HIGHEST_PRICE = 1e12
+"""Of a device-hour, in any money."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,8 @@ class Work:
     """How much a run does."""
 
     steps: int
-    evaluations: int
+    evaluations: int | None
+    """None where no data is named."""
     evaluation_sequences: int
     """Read at each."""
     checkpoints: int
@@ -66,18 +72,22 @@ def price(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not (math.isfinite(number) and number >= 0):
+    if not 0 <= number <= _HIGHEST_PRICE:
         raise RequestError(
-            f"--price {text!r} is not a price", where="the command line", fix="give a number, such as --price 2.50"
+            f"--price {shown(text)!r} is not a price",
+            where="the command line",
+            fix="give a number, such as --price 2.50",
         )
     return number
 
 
 def _run(told: TimeForecast, setting: Setting, hardware: Hardware, work: Work, terms: Terms) -> dict[str, Any]:
     training = work.steps * told.step_seconds
-    evaluating = work.evaluations * _evaluation(told, setting, work.evaluation_sequences)
+    evaluating = None
+    if work.evaluations is not None:
+        evaluating = work.evaluations * _evaluation(told, setting, work.evaluation_sequences)
     saving = _saving(setting, hardware, work.checkpoints)
-    seconds = training + evaluating + (saving or 0.0)
+    seconds = training + (evaluating or 0.0) + (saving or 0.0)
     device_hours = seconds / 3600 * told.devices
     jobs = None
     if terms.limit_seconds is not None:

@@ -1,12 +1,18 @@
 """A Plan: every decision of a run as one frozen, JSON-able value."""
 
+import copy
 import dataclasses
+import functools
+import json
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from launcher.errors import RequestError
 from launcher.plan.batch import Batch
 from launcher.plan.schedule import Schedule
+from launcher.spec.digest import digest
 from launcher.topology import Topology
 
 
@@ -42,6 +48,26 @@ class DataPlan:
     """Sequences in one epoch."""
     validation_windows: int
     """Sequences read at each evaluation."""
+    tokens_digest: str | None = None
+    """Identifies the tokens by a sample of them; None in a plan made before they were read."""
+
+    @classmethod
+    def unknown(cls) -> "DataPlan":
+        """Return what stands for a corpus in a plan that names none."""
+        return cls(
+            path="",
+            train_prefix="",
+            validation_prefix=None,
+            digest="",
+            train_tokens=0,
+            train_windows=0,
+            validation_windows=0,
+        )
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a corpus; a plan without one is shown, never started."""
+        return self.path != ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +100,11 @@ class CheckpointPlan:
     def due(self, step: int, last: int) -> bool:
         """Tell whether the state is saved after a step of a run that ends with step `last`."""
         return (self.every > 0 and step % self.every == 0) or (self.at_end and step == last)
+
+    def count(self, last: int) -> int:
+        """Return after how many steps of a run that ends with step `last` the state is saved."""
+        regular = last // self.every if self.every > 0 else 0
+        return regular + (self.at_end and not (self.every > 0 and last % self.every == 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +158,14 @@ class Plan:
     refused_by: list[dict[str, str]]
 
     @property
+    def evaluations(self) -> int | None:
+        """How often a run evaluates: at step 0, at the last, and at every multiple between; None without data."""
+        if not self.data.known:
+            return None
+        between = (self.steps - 1) // self.eval_every if self.eval_every else 0
+        return 2 + between if self.data.validation_windows else 0
+
+    @property
     def can_save(self) -> bool:
         """Whether the state can be written down; what lies on NVMe cannot yet."""
         moved = (self.deepspeed["zero_optimization"].get(f"offload_{what}", {}) for what in ("param", "optimizer"))
@@ -142,28 +181,18 @@ class Plan:
         tree = dataclasses.asdict(self)
         tree["batch"]["global"] = tree["batch"].pop("global_")
         tree["topology"]["nodes"] = self.topology.nodes
+        if not self.data.known:
+            tree |= {"data": dict.fromkeys(tree["data"]), "run_id": None}
         return tree
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Plan":
-        """Rebuild a plan that `to_dict` wrote."""
-        tree = {"time": {}, **tree}
+        """Rebuild a plan that `to_dict` wrote; raises ValueError, KeyError or TypeError for what is none."""
         batch = dict(tree["batch"])
         batch["global_"] = batch.pop("global")
         topology = {key: value for key, value in tree["topology"].items() if key != "nodes"}
-        return cls(
-            **{
-                **tree,
-                "model": ModelPlan(**tree["model"]),
-                "data": DataPlan(**tree["data"]),
-                "batch": Batch(**batch),
-                "topology": Topology(**topology),
-                "schedule": Schedule(**tree["schedule"]),
-                "numerics": NumericsPlan(**tree["numerics"]),
-                "checkpoint": CheckpointPlan(**tree["checkpoint"]),
-                "watch": WatchPlan(**tree["watch"]),
-            }
-        )
+        text = json.dumps({"time": {}, **tree, "batch": batch, "topology": topology})
+        return _adapter().validate_json(text, strict=True)
 
     def require_allowed(self) -> None:
         """Raise RequestError with every rule the request breaks."""
@@ -173,3 +202,45 @@ class Plan:
         ]
         if problems:
             raise problems[0].with_more(problems[1:])
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)
+
+
+_NOT_THE_QUESTION = (
+    "run_id",
+    "log_every",
+    "origins",
+    "memory",
+    "time",
+    "warnings",
+    "refused_by",
+    "peak_flops",
+    "checkpoint",
+    "watch",
+)
+"""Parts of a plan that do not make it another run: logging, and what is only said about it."""
+
+
+def run_id_of(tree: dict[str, Any]) -> str:
+    """Hash a plan, as `Plan.to_dict` wrote it, without paths, logging and what is only said about it.
+
+    It works on the tree, not on a Plan, so that what an older or newer Halfstep planned keeps its id.
+    """
+    if not isinstance(tree["deepspeed"].get("zero_optimization"), dict):
+        raise ValueError("its DeepSpeed config has no ZeRO section")
+    kept = copy.deepcopy({key: value for key, value in tree.items() if key not in _NOT_THE_QUESTION})
+    for section, keys in {
+        "data": ("path", "train_prefix", "validation_prefix", "tokens_digest"),
+        "numerics": ("every", "max_skips"),
+        "model": ("name", "weights"),
+        "identity": ("model.name",),
+    }.items():
+        for key in keys:
+            kept[section].pop(key, None)
+    for section in kept["deepspeed"]["zero_optimization"].values():
+        if isinstance(section, dict):
+            section.pop("nvme_path", None)
+    return digest(kept)

@@ -1,7 +1,7 @@
 """Show a Plan to a person."""
 
 from launcher.plan import present_memory, present_time
-from launcher.plan.plan import Plan
+from launcher.plan.plan import DataPlan, Plan
 from launcher.spec.dotted import flatten
 
 
@@ -31,8 +31,7 @@ def lines(plan: Plan) -> list[str]:
         f"batch        {plan.batch.equation()}",
         f"sequence     {plan.sequence} tokens; {plan.batch.global_ * plan.sequence:,} tokens a step",
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
-        f"data         {data.path}: {data.train_tokens:,} training tokens in {data.train_windows:,} sequences; "
-        f"{data.validation_windows} validation sequences",
+        f"data         {_data(data)}",
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}",
         f"ranks        {plan.topology.world_size} on {plan.topology.nodes} node(s), "
@@ -40,7 +39,7 @@ def lines(plan: Plan) -> list[str]:
         *present_memory.lines(plan.memory, plan.activation_checkpointing),
         *present_time.lines(plan.time),
         f"checkpoints  {_checkpoints(plan)}",
-        f"run id       {plan.run_id}",
+        f"run id       {plan.run_id or 'needs data='}",
         "",
         "DeepSpeed config",
     ]
@@ -54,6 +53,15 @@ def lines(plan: Plan) -> list[str]:
         for one in plan.refused_by
     ]
     return told if told[-1] else told[:-1]
+
+
+def _data(data: DataPlan) -> str:
+    if not data.known:
+        return "none named: how often it is read and what evaluation takes need data="
+    return (
+        f"{data.path}: {data.train_tokens:,} training tokens in {data.train_windows:,} sequences; "
+        f"{data.validation_windows} validation sequences"
+    )
 
 
 def _checkpoints(plan: Plan) -> str:
@@ -73,12 +81,15 @@ def _value(value: object) -> str:
 
 
 def _shape(config: dict) -> str:
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
+
     def first(*names: str) -> object:
         return next((config[name] for name in names if name in config), "?")
 
     layers, width, heads = (
-        first("num_hidden_layers", "n_layer"),
-        first("hidden_size", "n_embd"),
-        first("num_attention_heads", "n_head"),
+        first("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+        first("hidden_size", "n_embd", "d_model"),
+        first("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
     )
     return f"{layers} layers x {width} wide, {heads} heads"

@@ -53,7 +53,11 @@ def seconds(value: float) -> str:
 
 def _run(told: dict[str, Any]) -> str:
     length = f"{told['days']:.1f} days" if told["hours"] >= 48 else f"{told['hours']:.2f} hours"
-    unsaid = "" if told["checkpoint_seconds"] is not None else " without the time of saving"
+    missing = [
+        *(["saving"] if told["checkpoint_seconds"] is None else []),
+        *(["evaluation, which needs data="] if told["evaluation_seconds"] is None else []),
+    ]
+    unsaid = f" without the time of {' and of '.join(missing)}" if missing else ""
     parts = [f"whole run {length}{unsaid}, {told['device_hours']:,.1f} device-hours"]
     if told["jobs"] is not None:
         limit = told["time_limit_seconds"] / 3600

@@ -1,29 +1,54 @@
 """Read what an `hf:` model says of itself: its config, whether it has weights, and its tokenizer."""
 
-import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import foreign
 from launcher.errors import RequestError
-from launcher.plan import hub
-from launcher.plan.corpus import vocabulary_digest
-from launcher.spec.digest import digest
+from launcher.plan import hub, largest, weights
+from launcher.plan.vocabulary import TokenizerFacts, of_folder
 from launcher.spec.schema import RunSpec
 from models import shapes
 
-CountParameters = Callable[[dict[str, Any], bool], int]
-"""Counts the parameters of a config, given whether its own Python code may run; loads torch."""
 
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_ENDS_BYTES = 2**20
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is known of an `hf:` model once it has been constructed, on the meta device."""
+
+    parameters: int
+    """Distinct ones; a tied head counts once."""
+    vocabulary: int
+    """Token ids that it reads and predicts."""
+    positions: int | None
+    """The most tokens that it can look at; None where there is no limit."""
+    width: int
+    """Columns of the embedding."""
+
+
+Construct = Callable[["Source", dict[str, Any], bool], Network]
+"""Constructs the model of a config, given whether its own Python code may run; loads torch. Raises RequestError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where an `hf:` model lies."""
+
+    name: str
+    """As the request names it, without `hf:`."""
+    home: str
+    """The folder, or the hub id: where weights and the model's own code are."""
+    weights: str | None
+    """Where trained weights are loaded from; None for a bare config."""
+    local: bool
+
+    @property
+    def where(self) -> str:
+        """What an error names as the place."""
+        return f"model=hf:{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,35 +57,93 @@ class ModelFacts:
 
     config: dict[str, Any]
     """Its config with the request's overrides."""
-    parameters: int | None
-    """Counted on the meta device where the formulas do not know the family."""
+    network: Network
+    """As it was constructed."""
     weights: str | None
     """Where trained weights lie, or None for a bare config."""
     weights_digest: str | None
     """Identifies the weights, wherever they lie."""
-    vocabulary_digest: str | None
-    """Identifies the vocabulary of the tokenizer beside the model, or None where there is none."""
+    tokenizer: TokenizerFacts
+    """Identifies the tokenizer beside the model."""
 
 
-def read_model(spec: RunSpec, count_parameters: CountParameters) -> ModelFacts:
-    """Read the config of `model=hf:PATH_OR_ID`; raises RequestError for what is missing, damaged or contradictory."""
+def read_model(spec: RunSpec, construct: Construct) -> ModelFacts:
+    """Read the config of `model=hf:PATH_OR_ID` and construct the model once, so that what cannot be is refused now.
+
+    Raises RequestError for what is missing, damaged, contradictory, quantised or cannot be constructed.
+    """
     name, where = spec.model.name[3:], f"model={spec.model.name}"
     local = Path(name).is_absolute()
     config_file = (
         (Path(name) / "config.json" if Path(name).is_dir() else Path(name)) if local else _download(name, where)
     )
-    if not config_file.is_file():
-        raise RequestError(f"{config_file} does not exist", where=where, fix="name a folder that holds a config.json")
+    config = _read_config(config_file, where)
+    _refuse_quantised(config, config_file, where)
+    has_weights = not local or weights.present(config_file, config, where)
+    config = _overridden(config, spec, config_file, has_weights=has_weights)
+    _refuse_skipped_layers(config, spec, where)
+    home = str(config_file.parent) if local else name
+    source = Source(name=name, home=home, weights=home if has_weights else None, local=local)
+    network = construct(source, config, spec.trust_remote_code)
+    return ModelFacts(
+        config=config,
+        network=network,
+        weights=source.weights,
+        weights_digest=(weights.fingerprint(config_file.parent) if local else name) if has_weights else None,
+        tokenizer=of_folder(config_file.parent),
+    )
+
+
+def _read_config(file: Path, where: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise RequestError(f"{file} does not exist", where=where, fix="name a folder that holds a config.json")
     try:
-        config = json.loads(config_file.read_text("utf-8"))
+        # JSON has no infinity; transformers writes it as an object, and older config.json spell it out.
+        text = foreign.read_text(file, follow=True)
+        config = json.loads(text, parse_constant=lambda name: {"__float__": name}, parse_float=_float)
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
         if "model_type" not in config:
             raise ValueError("it has no model_type")
-    except (ValueError, OSError, TypeError) as error:
-        raise RequestError(f"{config_file} is no model's config: {error}", where=where, fix="check the file") from None
-    keys = spec.model
-    overrides = (keys.layers, keys.width, keys.heads, keys.vocabulary)
-    has_weights = not local or any((config_file.parent / file).is_file() for file in _WEIGHT_FILES)
-    if has_weights and any(overrides):
+    except (ValueError, OSError, RecursionError) as error:
+        raise RequestError(f"{file} is no model's config: {error}", where=where, fix="check the file") from None
+    return config
+
+
+def _float(text: str) -> Any:
+    value = float(text)
+    return value if math.isfinite(value) else {"__float__": "-Infinity" if value < 0 else "Infinity"}  # 1e999
+
+
+def _refuse_quantised(config: dict[str, Any], file: Path, where: str) -> None:
+    """Refuse what cannot be trained: integers stand in for the weights, and a quantiser's package reads them."""
+    for section in (config, config.get("text_config")):
+        quantised = section.get("quantization_config") if isinstance(section, dict) else None
+        if quantised:
+            named = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            method = named or "an unnamed method"
+            raise RequestError(
+                f"the model is quantised ({method}), and quantised weights cannot be trained",
+                where=f"{where}, quantization_config in {file}",
+                fix="take the weights it was made from, or save it again after transformers' dequantize(); remove "
+                "quantization_config from a config without weights",
+            )
+
+
+def _refuse_skipped_layers(config: dict[str, Any], spec: RunSpec, where: str) -> None:
+    for key, value in config.items():
+        if spec.zero == 3 and key.endswith("layerdrop") and isinstance(value, int | float) and value > 0:
+            raise RequestError(
+                f"{key}={value:g} skips layers at random, other ones on every rank, and at stage 3 ranks share a layer",
+                where=where,
+                fix=f"set {key} to 0 in its config.json, or take zero=2",
+            )
+
+
+def _overridden(config: dict[str, Any], spec: RunSpec, file: Path, *, has_weights: bool) -> dict[str, Any]:
+    """Return the config with the request's overrides; raises RequestError for those that make no model."""
+    keys, where = spec.model, f"model={spec.model.name}"
+    if has_weights and any((keys.layers, keys.width, keys.heads, keys.vocabulary)):
         raise RequestError(
             "the dimensions of trained weights cannot be changed",
             where=f"{where} with model.layers, model.width, model.heads or model.vocabulary",
@@ -73,26 +156,13 @@ def read_model(spec: RunSpec, count_parameters: CountParameters) -> ModelFacts:
     except ValueError as error:
         raise RequestError(str(error), where=where, fix="change model.layers, model.width or model.heads") from None
     if keys.vocabulary:
-        config["vocab_size"] = keys.vocabulary
-    known = shapes.from_hf_config(config) is not None
-    return ModelFacts(
-        config=config,
-        parameters=None if known else count_parameters(config, spec.trust_remote_code),
-        weights=(str(config_file.parent) if local else name) if has_weights else None,
-        weights_digest=(_fingerprint(config_file.parent) if local else name) if has_weights else None,
-        vocabulary_digest=vocabulary_digest(config_file.parent / "tokenizer.json"),
-    )
-
-
-def _fingerprint(folder: Path) -> str:
-    """Return a digest of the weight files' names, sizes and ends: reading all of a large model would take minutes."""
-    known = []
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with file.open("rb") as content:
-            start = content.read(_ENDS_BYTES)
-            content.seek(max(0, file.stat().st_size - _ENDS_BYTES))
-            known.append([file.name, file.stat().st_size, hashlib.sha256(start + content.read()).hexdigest()])
-    return digest(known)
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config["text_config"] = {**text, "vocab_size": keys.vocabulary}
+        else:
+            config["vocab_size"] = keys.vocabulary
+    largest.check(config, str(file))
+    return config
 
 
 def _download(name: str, where: str) -> Path:

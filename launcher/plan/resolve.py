@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 from launcher.errors import RequestError
+from launcher.plan import adopt, dsconfig, fit, hardware, outlook, rules, schedule, setting
 from launcher.plan import batch as batch_equation
-from launcher.plan import dsconfig, fit, hardware, outlook, rules, schedule, setting
 from launcher.plan.corpus import DataFacts
 from launcher.plan.facts import Facts
-from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan
+from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan, run_id_of
+from launcher.plan.pretrained import ModelFacts
 from launcher.plan.warnings import warnings_of
 from launcher.spec.digest import digest, identity
 from launcher.spec.load import Request
@@ -19,13 +20,17 @@ from models.presets import PRESETS
 
 _DEFAULT_STEPS = 1000
 _LONGEST_DEFAULT_SEQUENCE = 8192
+_DEFAULT_SEQUENCE = 1024
+"""Tokens, of an `hf:` model that can look at more."""
 
 
 def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
     """Decide everything about a run; raises RequestError for what cannot be decided, lists broken rules in the plan."""
+    asked = request.spec
+    request, own = adopt.adopt(request, facts.ds_config, topology.world_size)
     spec = request.spec
     model, sizes, sequence = _model(spec, facts)
-    data = _data(spec, facts.data, sequence, model.vocabulary)
+    data = _data(spec, facts, sequence, model.vocabulary)
     batch = batch_equation.solve(
         spec.batch.global_, spec.batch.micro, topology.world_size, request.origins.get("batch.global", "batch.global")
     )
@@ -38,7 +43,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         learning_rate=learning_rate,
         sizes=sizes,
         topology=topology,
-        own=facts.ds_config,
+        own=own,
         request_origins=request.origins,
     )
     curve = schedule.Schedule(
@@ -55,11 +60,13 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         leaves=composed.leaves,
         origins=composed.origins,
         demanded=demanded,
-        asked=frozenset(request.origins),
+        asked=request.origins,
     )
     decided: dict[str, Any] = {
         "identity": {
-            **identity(spec),
+            **identity(asked),
+            # The file's digest stands for the rest of what it says; a global batch may follow from the ranks as well.
+            "batch.global": batch.global_,
             "data": data.digest,
             "weights": model.weights_digest,
             "ds_config": digest(facts.ds_config) if facts.ds_config else None,
@@ -88,7 +95,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "deepspeed": composed.config(),
         "origins": composed.origins,
         "memory": {},
-        "warnings": warnings_of(spec, batch, data, curve, sequence),
+        "warnings": warnings_of(spec, batch, data, curve, sequence) + list(own.warnings if own else ()),
         "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
     }
     plan = Plan(run_id="", time={}, **decided)
@@ -97,35 +104,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         memory=fit.described(setting.of_plan(plan), _capacity(spec, topology, facts)),
         time=time_of(plan, facts, spec.hardware),
     )
-    return dataclasses.replace(plan, run_id=run_id_of(plan))
-
-
-def run_id_of(plan: Plan) -> str:
-    """Hash the plan without paths, logging and what is only said about it."""
-    tree = plan.to_dict()
-    for key in (
-        "run_id",
-        "log_every",
-        "origins",
-        "memory",
-        "time",
-        "warnings",
-        "refused_by",
-        "peak_flops",
-        "checkpoint",
-        "watch",
-    ):
-        del tree[key]
-    for key in ("path", "train_prefix", "validation_prefix"):
-        del tree["data"][key]
-    for key in ("every", "max_skips"):
-        del tree["numerics"][key]
-    tree["identity"] = {k: v for k, v in tree["identity"].items() if k != "model.name"}
-    del tree["model"]["name"], tree["model"]["weights"]
-    for section in tree["deepspeed"]["zero_optimization"].values():
-        if isinstance(section, dict):
-            section.pop("nvme_path", None)
-    return digest(tree)
+    return dataclasses.replace(plan, run_id=run_id_of(plan.to_dict())) if data.known else plan
 
 
 def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]:
@@ -135,13 +114,9 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
         if facts.model is None:
             preset = PRESETS[keys.name]
             sequence = spec.sequence or min(preset.context, _LONGEST_DEFAULT_SEQUENCE)
-            vocabulary = keys.vocabulary or preset.vocabulary or facts.data.vocabulary
+            vocabulary = keys.vocabulary or preset.vocabulary or (facts.data.vocabulary if facts.data else None)
             if vocabulary is None:
-                raise RequestError(
-                    f"{keys.name} takes the tokenizer's vocabulary, and this corpus does not say it",
-                    where=f"data={facts.data.path}",
-                    fix="give model.vocabulary=N, larger than the largest token id",
-                )
+                raise _no_vocabulary(keys.name, facts)
             shape: shapes.Shape | None = shapes.shape_of(
                 preset,
                 layers=keys.layers,
@@ -151,14 +126,14 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
                 vocabulary=vocabulary,
                 sequence=sequence,
             )
-            config, weights, counted = shapes.hf_config(shape), None, None
+            config, weights, network = shapes.hf_config(shape), None, None
         else:
-            config, weights, counted = facts.model.config, facts.model.weights, facts.model.parameters
-            shape = shapes.from_hf_config(config)
-            vocabulary = int(config.get("vocab_size", shape.vocabulary if shape else 0))
-            sequence = spec.sequence or min(1024, _positions(config))
-            if sequence > _positions(config):
-                raise ValueError(f"sequence={sequence} is longer than the model's {_positions(config)} positions")
+            config, weights, network = facts.model.config, facts.model.weights, facts.model.network
+            shape, vocabulary = shapes.from_hf_config(config), network.vocabulary
+            longest = network.positions
+            sequence = spec.sequence or min(_DEFAULT_SEQUENCE, longest or _DEFAULT_SEQUENCE)
+            if longest is not None and sequence > longest:
+                raise ValueError(f"sequence={sequence} is longer than the model's {longest} positions")
             _same_tokenizer(facts, where)
     except ValueError as error:
         raise RequestError(
@@ -168,9 +143,12 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
         parameters, flops = shapes.parameters(shape), shapes.flops_per_token(shape, sequence, "causal")
         sizes = dsconfig.Sizes(parameters=parameters, largest_tensor=shapes.largest_tensor(shape), width=shape.width)
     else:
-        assert counted is not None, "facts count the parameters of a family the formulas do not know"
-        parameters, flops = counted, None
-        width = int(config.get("hidden_size", config.get("d_model", 1024)))
+        assert network is not None, "facts construct a model whose family the formulas do not know"
+        parameters, flops = network.parameters, None
+        # From the config's own words where it has them: other bucket sizes would give a run that is known another id.
+        width = int(
+            config.get("hidden_size", config.get("d_model", network.width if "text_config" in config else 1024))
+        )
         sizes = dsconfig.Sizes(parameters=parameters, largest_tensor=vocabulary * width, width=width)
     model = ModelPlan(
         name=keys.name,
@@ -184,14 +162,23 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
     return model, sizes, sequence
 
 
-def _positions(config: dict[str, Any]) -> int:
-    known = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    return next((int(value) for value in known if value is not None), 1024)
+def _no_vocabulary(name: str, facts: Facts) -> RequestError:
+    if facts.data is None:
+        return RequestError(
+            f"{name} takes the vocabulary of the data's tokenizer, and no data was named",
+            where=f"model={name}",
+            fix="give data=DIR, or model.vocabulary=N",
+        )
+    return RequestError(
+        f"{name} takes the tokenizer's vocabulary, and this corpus does not say it",
+        where=f"data={facts.data.path}",
+        fix="give model.vocabulary=N, larger than the largest token id",
+    )
 
 
 def _same_tokenizer(facts: Facts, where: str) -> None:
     model, data = facts.model, facts.data
-    if model and model.vocabulary_digest and data.has_tokenizer and model.vocabulary_digest != data.vocabulary_digest:
+    if model and data and data.has_tokenizer and model.tokenizer.same(data.tokenizer) is False:
         raise RequestError(
             "the data was made with another tokenizer than the model's own",
             where=f"{where} and data={data.path}",
@@ -199,14 +186,12 @@ def _same_tokenizer(facts: Facts, where: str) -> None:
         )
 
 
-def _data(spec: RunSpec, data: DataFacts, sequence: int, vocabulary: int) -> DataPlan:
+def _data(spec: RunSpec, facts: Facts, sequence: int, vocabulary: int) -> DataPlan:
+    data = facts.data
+    if data is None:
+        return DataPlan.unknown()
     where = f"data={data.path}"
-    if data.vocabulary is not None and data.vocabulary > vocabulary:
-        raise RequestError(
-            f"the data's tokenizer has {data.vocabulary} tokens, the model's embedding only {vocabulary} rows",
-            where=where,
-            fix=f"prepare the data with --vocab-size {vocabulary} or less, or give model.vocabulary={data.vocabulary}",
-        )
+    _require_rows(spec, data, facts.model, vocabulary)
     windows = max(0, (data.train_tokens - 1) // sequence)
     if windows == 0:
         raise RequestError(
@@ -229,6 +214,28 @@ def _data(spec: RunSpec, data: DataFacts, sequence: int, vocabulary: int) -> Dat
         train_tokens=data.train_tokens,
         train_windows=windows,
         validation_windows=min(validation, spec.eval.sequences),
+        tokens_digest=data.tokens_digest,
+    )
+
+
+def _require_rows(spec: RunSpec, data: DataFacts, model: ModelFacts | None, vocabulary: int) -> None:
+    """Refuse tokens for which the embedding has no row; a token of the tokenizer that no text uses needs none."""
+    largest = data.max_token_id
+    needed = data.vocabulary if largest is None else largest + 1
+    if needed is None or needed <= vocabulary:
+        return
+    if model is None or model.weights is None:
+        fix = f"give model.vocabulary={data.vocabulary}, or prepare the data with a tokenizer of {vocabulary} tokens"
+    elif model.tokenizer.same(data.tokenizer):
+        fix = f"give the model a row for each of its tokens (transformers: resize_token_embeddings({data.vocabulary}))"
+    else:
+        fix = f"prepare the data again with the model's own tokenizer, or with another of {vocabulary} tokens or less"
+    raise RequestError(
+        f"the data's tokenizer has {data.vocabulary} tokens, the model's embedding only {vocabulary} rows"
+        if largest is None
+        else f"the data holds token id {largest}, and the model's embedding has only {vocabulary} rows",
+        where=f"data={data.path} and model={spec.model.name}",
+        fix=fix,
     )
 
 
@@ -236,19 +243,13 @@ def time_of(plan: Plan, facts: Facts, named: str | None, terms: outlook.Terms | 
     """Return how long a plan takes; `named` is the run key `hardware`."""
     topology = plan.topology
     device = hardware.of(named, topology.device_name, topology.accelerator, facts.hardware)
-    evaluations = 2 + (plan.steps - 1) // plan.eval_every if plan.eval_every else 2
     work = outlook.Work(
         steps=plan.steps,
-        evaluations=evaluations if plan.data.validation_windows else 0,
+        evaluations=plan.evaluations,
         evaluation_sequences=plan.data.validation_windows,
-        checkpoints=sum(plan.checkpoint.due(step, plan.steps) for step in _saves(plan)),
+        checkpoints=plan.checkpoint.count(plan.steps),
     )
     return outlook.of(setting.of_plan(plan), device, topology.device_name, work, terms)
-
-
-def _saves(plan: Plan) -> set[int]:
-    every = plan.checkpoint.every
-    return {*(range(every, plan.steps + 1, every) if every else ()), plan.steps}
 
 
 def _capacity(spec: RunSpec, topology: Topology, facts: Facts) -> int | None:

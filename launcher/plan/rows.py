@@ -2,19 +2,24 @@
 
 import csv
 import dataclasses
+import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import foreign
 from launcher.errors import RequestError
+from launcher.files import reason
 from launcher.plan import hardware as devices
 from launcher.plan.hardware import Hardware, Rows
 from launcher.plan.layout import Layout
 from launcher.plan.rows_shape import number, shape_of
 from launcher.plan.setting import Setting
 from launcher.plan.trainers import Stack, stack_of
+from launcher.spec import counts
+from launcher.spec.legal import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +45,17 @@ def read(path: Path, own: Rows | None = None) -> list[Row]:
 def read_text(path: Path) -> list[dict[str, str]]:
     """Read the rows as text; raises RequestError where the file is no CSV with a `row_id`."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            found = [
-                {
-                    key: (value if isinstance(value, str) else "").strip()
-                    for key, value in row.items()
-                    if key is not None
-                }
-                for row in reader
-            ]
-            names = reader.fieldnames or []
+        # Lines as the file has them: a line break inside of quotes is part of a cell.
+        reader = csv.DictReader(io.StringIO(foreign.read_text(path, follow=True), newline=""), strict=True)
+        found = [
+            {key: (value if isinstance(value, str) else "").strip() for key, value in row.items() if key is not None}
+            for row in reader
+        ]
+        names = reader.fieldnames or []
     except OSError as error:
-        raise RequestError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"the rows are no CSV: {error}", where=str(path), fix="mend or fetch the file") from None
+        raise RequestError(f"cannot be read: {reason(error)}", where=str(path), fix="check the path") from None
+    except (ValueError, csv.Error) as error:
+        raise RequestError(f"the rows are no CSV: {error}", where=str(path), fix="repair or fetch the file") from None
     if "row_id" not in names:
         known = ", ".join(name for name in names if name) or "nothing"
         raise RequestError(
@@ -107,6 +108,7 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
         overlap_comm=layout.collectives != "deepspeed" or _stage(text.get("sharding", ""), stack) == 3,
         fused_loss="Liger" in f"{text.get('sharding', '')} {text.get('notes', '')}".replace("no Liger", ""),
     )
+    _refuse_beyond_bounds(setting, text)
     return Row(
         row_id=text.get("row_id", ""),
         group=text.get("group", ""),
@@ -117,6 +119,21 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
         layout=layout,
         text=text,
     )
+
+
+def _refuse_beyond_bounds(setting: Setting, text: Mapping[str, str]) -> None:
+    """Raise RequestError for a row that says more than can be predicted."""
+    shape = setting.shape
+    said = {"n_gpus": (setting.ranks, counts.RANKS)}
+    if shape is not None:
+        said |= {"layers": (shape.layers, counts.LAYERS), "hidden": (shape.width, counts.WIDTH)}
+    for name, (value, most) in said.items():
+        if value > most:
+            raise RequestError(
+                f"{name} is {value}; at most {most} can be predicted",
+                where=f"row {shown(text.get('row_id', ''))}",
+                fix="correct the row, or leave it out",
+            )
 
 
 def _layout(
@@ -138,8 +155,8 @@ def _layout(
     compiled = stack.compiled and "eager" not in notes.replace("eager/compile", "").partition("->")[0]
     name = device.name if device else ""
     network = next((rate for start, rate in stack.network.items() if name.startswith(start)), None)
-    links = re.search(r"(\d+)xIB", text.get("file_or_table", ""))
-    if links:  # so many 100 Gb/s adapters for the 16 V100 of a DGX-2
+    links = re.search(r"(?<![0-9])([0-9]{1,4})xIB", text.get("file_or_table", ""))
+    if links and int(links[1]):  # so many 100 Gb/s adapters for the 16 V100 of a DGX-2
         network = int(links[1]) * 12.5e9 / 16
     attention = stack.attention
     if "FA3" in notes or "cuDNN" in notes:
@@ -164,12 +181,13 @@ def _layout(
 
 def _cut(sharding: str) -> dict[str, int]:
     """Return the numbers of `TP8 PP12 DP4 CP1 VP5`, `FSDP32+TP8` and the like."""
-    return {word: int(number) for word, number in re.findall(r"(?<![A-Za-z])(TP|PP|DP|CP|VP|SP)(\d+)", sharding)}
+    cuts = re.findall(r"(?<![A-Za-z])(TP|PP|DP|CP|VP|SP)([0-9]{1,6})(?![0-9])", sharding)
+    return {word: max(1, int(number)) for word, number in cuts}
 
 
 def _tensor_and_pipeline(sharding: str, cut: Mapping[str, int], stack: Stack) -> tuple[int, int]:
-    product = re.search(r"TPxPP=(\d+)", sharding)
-    if product:  # Megatron: tensor parallelism up to a node of 8 first (Narayanan et al. 2021)
+    product = re.search(r"TPxPP=([0-9]{1,6})(?![0-9])", sharding)
+    if product and int(product[1]):  # Megatron: tensor parallelism up to a node of 8 first (Narayanan et al. 2021)
         tensor = math.gcd(8, int(product[1]))
         return tensor, int(product[1]) // tensor
     tensor = cut.get("TP", 1)
@@ -179,7 +197,7 @@ def _tensor_and_pipeline(sharding: str, cut: Mapping[str, int], stack: Stack) ->
 
 
 def _stage(sharding: str, stack: Stack) -> int:
-    said = re.search(r"ZeRO-(\d)", sharding)
+    said = re.search(r"ZeRO-([0-3])(?![0-9])", sharding)
     if said:
         return int(said[1])
     if "ZeRO++" in sharding:
@@ -241,8 +259,8 @@ def _precision(text: Mapping[str, str], device: Hardware | None) -> tuple[str, s
 
 
 def _ranks_per_node(text: Mapping[str, str], stack: Stack, name: str, device: Hardware | None) -> int:
-    said = re.search(r"(\d+) nodes x (\d+)", text.get("notes", ""))
-    if said:
-        return int(said[2])
+    said = re.search(r"[0-9] nodes x ([0-9]{1,6})(?![0-9])", text.get("notes", ""))
+    if said and int(said[1]):
+        return int(said[1])
     known = next((number for start, number in stack.ranks_per_node.items() if name.startswith(start)), None)
     return known or (device.node if device else 8)

@@ -1,67 +1,10 @@
 """What may not be combined: a table of named rules, one sentence each, all violations reported together."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from launcher.plan import rules_deepspeed
+from launcher.plan.dsconfig import OFFLOADS, named
+from launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
 
-from launcher.spec.schema import RunSpec
-from launcher.topology import Topology
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What a rule looks at."""
-
-    spec: RunSpec
-    topology: Topology
-    leaves: dict[str, Any]
-    """The composed DeepSpeed config by dotted path."""
-    origins: dict[str, str]
-    demanded: dict[str, tuple[Any, str]]
-    """What the run keys say the config must hold."""
-    asked: frozenset[str]
-    """The run keys that the request names itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Violation:
-    """One rule that a request breaks."""
-
-    rule: str
-    sentence: str
-    where: str
-    fix: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A combination that does not work, why, and what to do instead."""
-
-    name: str
-    sentence: str
-    broken: Callable[[Case], bool]
-    where: Callable[[Case], str]
-    fix: str
-
-
-def _keys(*names: str) -> Callable[[Case], str]:
-    return lambda case: " ".join(f"{name}={getattr(case.spec, name)}" for name in names)
-
-
-def _set_by(path: str) -> Callable[[Case], str]:
-    return lambda case: f"{path} from {case.origins.get(path, 'nobody')}"
-
-
-def _offload(case: Case, what: str) -> str | None:
-    """Return where the composed config moves `param` or `optimizer` to, or None where they stay."""
-    device = case.leaves.get(f"zero_optimization.offload_{what}.device")
-    return None if device == "none" else device
-
-
-def _offloaded(what: str) -> Callable[[Case], str]:
-    path = f"zero_optimization.offload_{what}.device"
-    return lambda case: f"zero={case.spec.zero} and {path}={case.leaves[path]} from {case.origins[path]}"
-
+__all__ = ["RULES", "Case", "Rule", "Violation", "violations"]
 
 _AUTOCAST_DTYPE = "torch_autocast.dtype"
 
@@ -69,63 +12,63 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="param-offload-needs-stage-3",
         sentence="weights can move off the device only where they are sharded, at ZeRO stage 3",
-        broken=lambda c: bool(_offload(c, "param")) and c.spec.zero != 3,
-        where=_offloaded("param"),
+        broken=lambda c: bool(offload(c, "param")) and c.spec.zero != 3,
+        where=offloaded("param"),
         fix="take zero=3, or offload=optimizer-cpu at stages 1 to 3",
     ),
     Rule(
         name="optimizer-offload-needs-sharding",
         sentence="optimizer states can move to the host only at ZeRO stages 1 to 3",
-        broken=lambda c: bool(_offload(c, "optimizer")) and c.spec.zero == 0,
-        where=_offloaded("optimizer"),
+        broken=lambda c: bool(offload(c, "optimizer")) and c.spec.zero == 0,
+        where=offloaded("optimizer"),
         fix="take zero=1 or higher, or offload=none",
     ),
     Rule(
         name="nvme-needs-a-disk",
         sentence="NVMe offload has to know the folder it may fill",
         broken=lambda c: any(
-            _offload(c, what) == "nvme" and not c.leaves.get(f"zero_optimization.offload_{what}.nvme_path")
+            offload(c, what) == "nvme" and not c.leaves.get(f"zero_optimization.offload_{what}.nvme_path")
             for what in ("param", "optimizer")
         ),
-        where=_keys("offload", "nvme_path"),
+        where=keys("offload", "nvme_path"),
         fix="give nvme_path=/FOLDER on a local NVMe disk",
     ),
     Rule(
         name="nvme-needs-stage-3",
         sentence="states can move to NVMe only at ZeRO stage 3",
-        broken=lambda c: _offload(c, "optimizer") == "nvme" and c.spec.zero in (1, 2),
-        where=_offloaded("optimizer"),
+        broken=lambda c: offload(c, "optimizer") == "nvme" and c.spec.zero in (1, 2),
+        where=offloaded("optimizer"),
         fix="take zero=3, or offload=optimizer-cpu",
     ),
     Rule(
         name="nvme-path-needs-nvme",
         sentence="nvme_path does nothing without offload=nvme",
         broken=lambda c: c.spec.nvme_path is not None and c.spec.offload != "nvme",
-        where=_keys("offload", "nvme_path"),
+        where=keys("offload", "nvme_path"),
         fix="add offload=nvme, or drop nvme_path",
     ),
     Rule(
         name="nvme-unproved-on-cpu",
         sentence="NVMe offload is unproved on CPU ranks (offload to host memory works there)",
-        broken=lambda c: "nvme" in (_offload(c, "param"), _offload(c, "optimizer")) and c.topology.accelerator == "cpu",
-        where=_keys("offload"),
+        broken=lambda c: "nvme" in (offload(c, "param"), offload(c, "optimizer")) and c.topology.accelerator == "cpu",
+        where=keys("offload"),
         fix="take offload=cpu, or plan for GPUs with hardware=NAME",
     ),
     Rule(
         name="nvme-states-are-not-saved",
         sentence="states that lie on NVMe cannot be saved yet, so that such a run cannot be resumed",
         broken=lambda c: (
-            "nvme" in (_offload(c, "param"), _offload(c, "optimizer"))
+            "nvme" in (offload(c, "param"), offload(c, "optimizer"))
             and (c.spec.checkpoint.every > 0 or c.spec.checkpoint.at_end)
         ),
-        where=_keys("offload"),
+        where=keys("offload"),
         fix="say that you want none: checkpoint.every=0 checkpoint.at_end=false; or take offload=cpu",
     ),
     Rule(
         name="compile-unproved-at-stage-3",
         sentence="at ZeRO stage 3 torch.compile breaks its graph at every gather: a slower start for no proven gain",
         broken=lambda c: c.spec.compile and c.spec.zero == 3,
-        where=_keys("compile", "zero"),
+        where=keys("compile", "zero"),
         fix="take zero=2 or lower, or compile=false",
     ),
     Rule(
@@ -143,14 +86,14 @@ RULES: tuple[Rule, ...] = (
             bool(c.leaves.get("torch_autocast.enabled"))
             and str(c.leaves.get(_AUTOCAST_DTYPE)).lower().removeprefix("torch.") in ("float16", "fp16", "half")
         ),
-        where=_set_by(_AUTOCAST_DTYPE),
+        where=set_by(_AUTOCAST_DTYPE),
         fix="use precision=fp16, or torch_autocast.dtype=bfloat16",
     ),
     Rule(
         name="autocast-replaces-precision",
         sentence="torch_autocast and a half-precision engine are two ways to do one thing; both at once is neither",
         broken=lambda c: bool(c.leaves.get("torch_autocast.enabled")) and c.spec.precision != "fp32",
-        where=_set_by("torch_autocast.enabled"),
+        where=set_by("torch_autocast.enabled"),
         fix="take precision=fp32 with torch_autocast, or precision alone",
     ),
     Rule(
@@ -159,7 +102,7 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: (
             c.leaves.get("data_types.grad_accum_dtype") == "fp32" and c.spec.zero == 0 and c.spec.precision != "fp32"
         ),
-        where=_set_by("data_types.grad_accum_dtype"),
+        where=set_by("data_types.grad_accum_dtype"),
         fix="drop the key, or take zero=1",
     ),
     Rule(
@@ -170,21 +113,21 @@ RULES: tuple[Rule, ...] = (
             and str(c.leaves.get("optimizer.type")).lower() not in ("adam", "adamw", "adagrad", "lion", "muon")
             and not c.leaves.get("zero_allow_untested_optimizer")
         ),
-        where=_set_by("optimizer.type"),
+        where=set_by("optimizer.type"),
         fix="add ds.zero_allow_untested_optimizer=true, or take zero=0",
     ),
     Rule(
         name="gradient-norm-is-needed",
         sentence="every step's record holds the gradient norm",
         broken=lambda c: c.leaves.get("zero_optimization.compute_grad_norm") is False,
-        where=_set_by("zero_optimization.compute_grad_norm"),
+        where=set_by("zero_optimization.compute_grad_norm"),
         fix="drop the key",
     ),
     Rule(
         name="overflow-check-is-needed",
         sentence="a step with a non-finite gradient is skipped in every cell, which needs DeepSpeed to look",
         broken=lambda c: c.leaves.get("bf16.check_grad_overflow") is False,
-        where=_set_by("bf16.check_grad_overflow"),
+        where=set_by("bf16.check_grad_overflow"),
         fix="drop the key",
     ),
     Rule(
@@ -198,6 +141,7 @@ RULES: tuple[Rule, ...] = (
         where=lambda c: "tensor_parallel.autotp_size, sequence_parallel_size, pipeline.stages",
         fix="leave them at 1",
     ),
+    *rules_deepspeed.RULES,
 )
 
 
@@ -208,7 +152,7 @@ def violations(case: Case) -> list[Violation]:
         for rule in RULES
         if rule.broken(case)
     ]
-    return found + _disagreements(case) + _dropped(case)
+    return found + _disagreements(case) + _offloaded_otherwise(case) + _dropped(case)
 
 
 def _dropped(case: Case) -> list[Violation]:
@@ -225,20 +169,44 @@ def _dropped(case: Case) -> list[Violation]:
     ]
 
 
-def _disagreements(case: Case) -> list[Violation]:
+def _offloaded_otherwise(case: Case) -> list[Violation]:
+    """Return where something stays or goes that the run key `offload`, which somebody set, has elsewhere."""
+    if "offload" not in case.asked:
+        return []
+    paths = [f"zero_optimization.offload_{what}.device" for what in ("optimizer", "param")]
     return [
         Violation(
             rule="config-agrees-with-run-keys",
-            sentence=f"{path} is {case.leaves[path]!r} in the DeepSpeed config, but {origin} makes it {value!r}",
-            where=case.origins[path],
-            fix=f"change {origin.removeprefix('run key ')}, which decides it, and drop {path}",
+            sentence=f"{path} is {case.leaves[path]!r} in the DeepSpeed config, but run key offload makes it "
+            f"{device!r}",
+            where=f"{case.origins[path]} and offload from {case.asked['offload']}",
+            fix=f"change offload, which decides it, and drop {path}",
         )
-        for path, (value, origin) in case.demanded.items()
-        if case.leaves.get(path, value) != value and _was_asked_for(case, path, origin)
+        for path, device in zip(paths, OFFLOADS[case.spec.offload], strict=True)
+        if path not in case.demanded and case.leaves.get(path, device) != device
     ]
+
+
+def _disagreements(case: Case) -> list[Violation]:
+    violated = []
+    for path, (value, origin) in case.demanded.items():
+        if case.leaves.get(path, value) == value or not _was_asked_for(case, path, origin):
+            continue
+        keys = ["batch.global", "batch.micro"] if origin == "the batch equation" else named(origin)
+        asked = [f"{key} from {case.asked[key]}" for key in keys if key in case.asked]
+        default = "" if asked else ", left at its default,"
+        violated.append(
+            Violation(
+                rule="config-agrees-with-run-keys",
+                sentence=f"{path} is {case.leaves[path]!r} in the DeepSpeed config, but {origin}{default} makes it "
+                f"{value!r}",
+                where=" and ".join([case.origins[path], *asked]),
+                fix=f"change {' or '.join(keys)}, which decides it, and drop {path}",
+            )
+        )
+    return violated
 
 
 def _was_asked_for(case: Case, path: str, origin: str) -> bool:
     """Tell whether a disagreement is one: an optimizer key of the user's own wins over a mere default of ours."""
-    named = origin.removeprefix("run keys ").removeprefix("run key ").split(", ")
-    return not path.startswith("optimizer.") or not case.asked.isdisjoint(named)
+    return not path.startswith("optimizer.") or any(key in case.asked for key in named(origin))

@@ -2,18 +2,21 @@
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from launcher import records
 from launcher.errors import RequestError
+from launcher.files import csv_cell, reason, write_atomic
 from launcher.plan import rows, rows_memory, time
 from launcher.plan.hardware import Rows
 from launcher.plan.rows import Row
 from launcher.plan.rows_shape import number
+
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Comparison:
     measured_peak_bytes: int | None
     """Of the rank that needed most."""
     predicted_sent_bytes: float | None
-    measured_sent_bytes: int | None
+    measured_sent_bytes: float | None
     """By one rank in an optimizer step."""
 
     @property
@@ -125,29 +128,29 @@ def write(predictions: Sequence[Prediction], path: Path) -> None:
     writer.writerow(["row_id", "tokens_per_s_per_gpu", "peak_memory_gib"])
     for one in predictions:
         speed, peak = one.tokens_per_s_per_gpu, one.peak_memory_gib
-        writer.writerow([one.row_id, "" if speed is None else f"{speed:.6g}", "" if peak is None else f"{peak:.4g}"])
+        writer.writerow(
+            [csv_cell(one.row_id), "" if speed is None else f"{speed:.6g}", "" if peak is None else f"{peak:.4g}"]
+        )
     try:
-        path.write_text(text.getvalue(), encoding="utf-8")
+        write_atomic(path, text.getvalue())
     except OSError as error:
-        raise RequestError(f"cannot be written: {error.strerror}", where=str(path), fix="name another file") from None
+        raise RequestError(f"cannot be written: {reason(error)}", where=str(path), fix="name another file") from None
 
 
 def run(path: Path) -> Comparison:
-    """Compare a run directory's plan with its summary; raises RequestError where either is missing."""
-    plan, summary = _read(path / "plan.json"), _read(path / "summary.json")
-    told = plan.get("time") or {}
-    needs = plan.get("memory") or {}
-    device = plan["topology"]["device_name"] or plan["topology"]["accelerator"]
+    """Compare a run directory's plan with its summary; raises RequestError where either is missing or damaged."""
+    plan, summary = _read(path / "plan.json", records.Planned), _read(path / "summary.json", records.Summary)
+    speed, memory = plan.time or records.Predicted(), plan.memory or records.Needed()
     return Comparison(
         run=str(path),
-        cell=f"zero={plan['zero']} precision={plan['precision']}",
-        device=device,
-        predicted_step_seconds=told.get("step_seconds"),
-        measured_step_seconds=summary.get("step_seconds"),
-        predicted_peak_bytes=needs.get("predicted_peak_bytes"),
-        measured_peak_bytes=summary.get("peak_memory_bytes"),
-        predicted_sent_bytes=told.get("communication_bytes_per_rank"),
-        measured_sent_bytes=summary.get("communication_bytes"),
+        cell=f"zero={plan.zero} precision={plan.precision}",
+        device=plan.topology.device_name or plan.topology.accelerator,
+        predicted_step_seconds=speed.step_seconds,
+        measured_step_seconds=summary.step_seconds,
+        predicted_peak_bytes=memory.predicted_peak_bytes,
+        measured_peak_bytes=summary.peak_memory_bytes,
+        predicted_sent_bytes=speed.communication_bytes_per_rank,
+        measured_sent_bytes=summary.communication_bytes,
     )
 
 
@@ -182,18 +185,15 @@ def _percent(error: float | None) -> str:
     return f"{'-' if error is None else f'{100 * error:+.1f} %':>7}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: type[_Record]) -> _Record:
+    fix = "name the directory of a run that has ended"
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise RequestError(
-            f"cannot be read: {error.strerror}", where=str(path), fix="name the directory of a run that has ended"
-        ) from None
-    except ValueError as error:
-        raise RequestError(f"is damaged: {error}", where=str(path), fix="name another run") from None
-    if not isinstance(found, dict):
-        raise RequestError("is no JSON object", where=str(path), fix="name the directory of a run")
-    return found
+        record = records.read(path, kind)
+    except records.Damaged as error:
+        raise RequestError(f"a record is damaged: {error}", where=str(path), fix=fix) from None
+    if record is None:
+        raise RequestError(f"there is no {path.name}", where=str(path), fix=fix)
+    return record
 
 
 def measured_memory(text: Mapping[str, str]) -> float | None:

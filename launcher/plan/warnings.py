@@ -29,6 +29,8 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
             f"DO NOT TRUST numerics.repairs=false with zero=0 precision={spec.precision}: DeepSpeed 0.19.8 {fault} at "
             "stage 0, so this run does not train the same model as stages 1 to 3."
         )
+    if not data.known:
+        return said
     if batch.global_ * steps > data.train_windows:
         epochs = batch.global_ * steps / data.train_windows
         said.append(f"the run reads the corpus {epochs:.1f} times over")

@@ -1,29 +1,32 @@
 """The run keys: what a user may ask for, with units, defaults and bounds."""
 
+import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from launcher.errors import nearest
+from launcher.spec.counts import (
+    RANKS,
+    Checkpoints,
+    Count,
+    CountOrZero,
+    Hosts,
+    Layers,
+    Rows,
+    Seconds,
+    SecondsOrZero,
+    Seed,
+    Sequences,
+    Tokens,
+    Width,
+)
 from launcher.spec.dotted import flatten
 from models.presets import PRESETS
 
 
-def _integral(value: Any) -> Any:
-    """Let `2e9` and `1_000` stand for whole numbers, which is how people write token counts."""
-    if isinstance(value, bool):
-        raise ValueError("true and false are not numbers")
-    if isinstance(value, str):
-        try:
-            number = float(value.replace("_", ""))
-        except ValueError:
-            return value
-        return int(number) if number.is_integer() else value
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
+def _is_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_is_number(part) for part in typing.get_args(annotation))
 
 
 class _Section(BaseModel):
@@ -37,6 +40,14 @@ class _Section(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true where a number is meant, which pydantic takes for 1."""
+        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("true and false are not numbers")
+        return value
 
 
 class ModelKeys(_Section):
@@ -55,24 +66,24 @@ class ModelKeys(_Section):
             raise ValueError(f"no such preset; did you mean {' or '.join(close)}?")
         return name
 
-    layers: Count | None = None
+    layers: Layers | None = None
     """Transformer blocks instead of the preset's."""
-    width: Count | None = None
+    width: Width | None = None
     """Hidden size instead of the preset's."""
-    heads: Count | None = None
+    heads: Width | None = None
     """Attention heads instead of the preset's."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability instead of the model's own."""
-    vocabulary: Count | None = None
+    vocabulary: Rows | None = None
     """Rows of the embedding instead of the preset's (needed for a corpus that does not say its vocabulary)."""
 
 
 class BatchKeys(_Section):
     """`batch.*`: global = micro x accumulation x ranks; accumulation is solved."""
 
-    global_: Count = Field(default=32, alias="global")
+    global_: Sequences = Field(default=32, alias="global")
     """Sequences per optimizer step, over all ranks."""
-    micro: Count | None = None
+    micro: Sequences | None = None
     """Sequences per forward and backward on one rank; unset: the largest that divides, up to 8."""
 
 
@@ -162,7 +173,7 @@ class CheckpointKeys(_Section):
 
     every: CountOrZero = 200
     """Steps between checkpoints; 0 = none in between."""
-    keep: Annotated[int, Field(ge=2)] = 3
+    keep: Checkpoints = 3
     """How many of the newest are kept."""
     keep_every: CountOrZero = 0
     """Steps whose multiples are kept for ever; 0 = none."""
@@ -172,16 +183,16 @@ class CheckpointKeys(_Section):
     """Go on from the newest good checkpoint if there is one, only if there is one, or start anew."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What a save that fails (a full disk) does to the run."""
-    grace: Annotated[float, Field(ge=0)] = 0.0
+    grace: SecondsOrZero = 0.0
     """Seconds from a stop signal to the end, whether the last save is done or not; 0 = as long as it takes."""
 
 
 class WatchKeys(_Section):
     """`watch.*`: how a stalled or slow rank is noticed."""
 
-    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    timeout: Seconds = 1800.0
     """Seconds without any progress of a rank after which the run ends with exit code 77."""
-    startup: Annotated[float, Field(gt=0)] = 1800.0
+    startup: Seconds = 1800.0
     """The same before the first step: importing, joining, building, compiling, loading."""
     slow: Annotated[float, Field(ge=0)] = 1.35
     """A rank that computes this many times as long as the others is named; 0 = none is."""
@@ -199,8 +210,8 @@ class RunSpec(_Section):
 
     model: ModelKeys
     """Which network (`model=NAME` for short)."""
-    data: str
-    """A folder made by `halfstep data prepare`, or the prefix of a Megatron .bin/.idx pair."""
+    data: str | None = None
+    """A folder made by `halfstep data prepare`, or the prefix of a Megatron .bin/.idx pair; a plan needs none."""
     out: str | None = None
     """The run directory; unset: runs/<run id>."""
     zero: Annotated[int, Field(ge=0, le=3)] = 1
@@ -211,13 +222,13 @@ class RunSpec(_Section):
     """What moves off the device: nothing, optimizer states, those and weights, or both to NVMe."""
     nvme_path: str | None = None
     """A folder on a local NVMe disk, for offload=nvme."""
-    sequence: Count | None = None
+    sequence: Rows | None = None
     """Tokens per sequence; unset: the preset's context."""
     steps: Count | None = None
     """Optimizer steps (default 1000)."""
-    tokens: Count | None = None
+    tokens: Tokens | None = None
     """Training tokens, instead of steps."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Decides the initial weights, the data order and dropout."""
     batch: BatchKeys = BatchKeys()
     """The batch equation."""
@@ -245,9 +256,9 @@ class RunSpec(_Section):
     """Let a model from the hub run its own Python code."""
     hardware: str | None = None
     """The device to plan and report for, as in the planner's table; unset: what is found."""
-    nodes: Count | None = None
+    nodes: Hosts | None = None
     """Hosts; unset: what the launcher started, or 1."""
-    gpus_per_node: Count | None = None
+    gpus_per_node: Hosts | None = None
     """Ranks on each host; unset: one for each GPU, two on a CPU."""
     ds: dict[str, Any] = {}
     """DeepSpeed keys set directly, by dotted path (`ds.zero_optimization.overlap_comm=true`)."""
@@ -268,6 +279,13 @@ class RunSpec(_Section):
     def _steps_or_tokens(self) -> "RunSpec":
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens both say how long to train; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks(self) -> "RunSpec":
+        ranks = (self.nodes or 1) * (self.gpus_per_node or 1)
+        if ranks > RANKS:
+            raise ValueError(f"nodes x gpus_per_node is {ranks} ranks; at most {RANKS} can be planned")
         return self
 
 

@@ -1,9 +1,10 @@
 """Send a study to SLURM: one array for all cells on the same nodes, a task each; what has a result stays out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import terminal
 from launcher.study import folder as folders
 from launcher.study import state
 from launcher.study.file import Study
@@ -81,13 +82,11 @@ def script(sent: Sent) -> str:
     return render.script(sent.job)
 
 
-def table(cells: Sequence[tuple[str, int, state.State]], say: Callable[[str], None]) -> None:
-    """Print how far every run is."""
+def table(cells: Sequence[tuple[str, int, state.State]]) -> list[str]:
+    """Return lines on how far every run is."""
     lines = [["cell", "seed", "status", "step", "loss", "why"]]
     for name, seed, now in cells:
-        step = "-" if now.step is None else f"{now.step}/{now.steps}"
+        step = "-" if now.step is None else f"{now.step}/{now.steps or '?'}"
         loss = "-" if now.loss is None else f"{now.loss:.4f}"
         lines.append([name, str(seed), now.status, step, loss, now.reason])
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    for line in lines:
-        say("  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[5]]).rstrip())
+    return terminal.table(lines)

@@ -1,15 +1,15 @@
 """The axes of a study: what changes from cell to cell, and patterns that name cells by it."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError, nearest
+from launcher.spec import legal
 from launcher.spec.dotted import flatten
-from launcher.spec.load import PATH_KEYS
+from launcher.spec.load import PATH_KEYS, local_model
 from launcher.spec.schema import run_keys
 
 Pattern = dict[str, tuple[str, ...]]
@@ -181,9 +181,9 @@ def long_name(key: str) -> str:
 
 def absolute(key: str, value: Any, folder: Path) -> Any:
     """Take a relative path from the folder of whoever wrote it."""
+    where = "the study, or the command line"
     if isinstance(value, str) and value and key in PATH_KEYS:
-        return os.path.abspath(folder / Path(value).expanduser())
+        return legal.absolute(key, value, folder, where)
     if key == "model.name" and isinstance(value, str) and value.startswith("hf:"):
-        local = folder / Path(value[3:]).expanduser()
-        return f"hf:{os.path.abspath(local)}" if local.exists() else value
+        return local_model(value, folder, where)
     return value

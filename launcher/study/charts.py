@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from launcher.study.collect import Result
 from launcher.study.judge import Summary, Verdict
+from launcher.terminal import printable
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; dashes and marks differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -261,6 +262,7 @@ def _name(panel: Axes, cells: Sequence[Summary]) -> None:
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "\u2026"
 
 

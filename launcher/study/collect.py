@@ -1,15 +1,17 @@
 """What a study's run directories say: one result for each run, and nothing from anywhere else."""
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import run_id_of
+from launcher import foreign, records
+from launcher.metrics.record import EvaluationRecord, StepRecord, of_row
+from launcher.plan.plan import Plan, run_id_of
+from launcher.records import Damaged
 from launcher.study import state
+from launcher.submit import progress
 from launcher.submit.slurm import Queued
 
 WARM_UP = 5
@@ -71,7 +73,7 @@ class Result:
     """Of the initial masters."""
     curve: Curve = field(default_factory=Curve)
     plan: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: records.Environment | None = None
     has_gradients: bool = False
     """Whether it has written down what fp16 loses of each layer."""
 
@@ -119,95 +121,95 @@ def _result(cell: dict[str, Any], folder: Path, queued: Sequence[Queued]) -> Res
         return Result(**about)
     try:
         about |= _read(run, done=told.status == "done")
-    except _Damaged as error:
+    except Damaged as error:
         about |= {"status": "failed", "reason": f"damaged: {error}"}
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        # Somebody has edited a file by hand: what cannot be read is no result, and is said.
-        about |= {
-            "status": "failed",
-            "reason": f"damaged: its records cannot be read ({type(error).__name__}: {error})",
-        }
     return Result(**about)
 
 
-class _Damaged(Exception):
-    """A run directory contradicts itself."""
-
-
 def _read(run: Path, *, done: bool) -> dict[str, Any]:
+    """Return what a run directory says; raises Damaged where it contradicts itself, or could not be ours."""
     found: dict[str, Any] = {}
-    proof, plan = state.read_json(run / "proof.json"), state.read_json(run / "plan.json")
-    if proof:
-        proved = proof.get("proved")
-        found |= {
-            "proved": proved if isinstance(proved, bool) else None,
-            "unproved_because": str(proof.get("reason", "")),
-        }
-    environment = _environment(run)
-    if plan:
-        found |= _planned(plan)
+    proof = records.read(run / "proof.json", records.Proof)
+    if proof is not None:
+        found |= {"proved": proof.proved, "unproved_because": proof.reason}
+    environment, plan = _environment(run), _plan(run)
     measured = _measured(run, environment, done=done)
-    if done and plan and len(measured["curve"].steps) != plan["steps"]:
-        raise _Damaged(f"metrics.jsonl has {len(measured['curve'].steps)} of its {plan['steps']} steps")
-    if done and plan and plan["data"]["validation_prefix"] and measured.get("eval_loss") is None:
-        raise _Damaged("metrics.jsonl has no loss of an evaluation at its end")
-    return {**found, "environment": environment, **measured}
+    if plan is None:
+        return {**found, "environment": environment, **measured}
+    steps: list[int] = measured["curve"].steps
+    if done and len(steps) != plan.steps:
+        raise Damaged(f"metrics.jsonl has {len(steps)} of its {plan.steps} steps")
+    if done and any(step != place for place, step in enumerate(steps, 1)):
+        raise Damaged("metrics.jsonl has its steps in another order than they were made")
+    if done and plan.data.validation_prefix and measured.get("eval_loss") is None:
+        raise Damaged("metrics.jsonl has no loss of an evaluation at its end")
+    return {**found, **_planned(run, plan), "environment": environment, **measured}
 
 
-def _planned(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return what a plan says, if it is the one that the run was started with."""
-    plan = Plan.from_dict(tree)
-    if run_id_of(plan) != plan.run_id:
-        raise _Damaged("plan.json was changed: it is not the plan of this run")
-    memory, time = tree["memory"], tree.get("time") or {}
+def _plan(run: Path) -> Plan | None:
+    """Return the plan that the run was started with; raises Damaged where it is another."""
+    if records.read(run / "plan.json", records.Planned) is None:
+        return None
+    try:
+        tree = foreign.read_object(run / "plan.json")
+        plan = Plan.from_dict(tree)
+        same = run_id_of(tree) == plan.run_id
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"plan.json: {type(error).__name__}: {error}") from None
+    if not same:
+        raise Damaged("plan.json was changed: it is not the plan of this run")
+    return plan
+
+
+def _planned(run: Path, plan: Plan) -> dict[str, Any]:
+    shown = records.read(run / "plan.json", records.Planned)
     return {
-        "plan": tree,
+        "plan": plan.to_dict(),
         "zero": plan.zero,
         "precision": plan.precision,
         "devices": plan.topology.world_size,
-        "predicted_memory_bytes": state.whole(memory.get("predicted_peak_bytes")),
-        "predicted_step_seconds": state.number(time.get("step_seconds")),
+        "predicted_memory_bytes": shown.memory.predicted_peak_bytes if shown and shown.memory else None,
+        "predicted_step_seconds": shown.time.step_seconds if shown and shown.time else None,
     }
 
 
 def _cell_of(words: Sequence[str]) -> dict[str, Any]:
-    given = dict(word.split("=", 1) for word in words)
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
     zero = given.get("zero", "1")
-    return {"zero": int(zero) if zero.isdigit() else None, "precision": given.get("precision", "bf16")}
+    return {"zero": int(zero) if zero in ("0", "1", "2", "3") else None, "precision": given.get("precision", "bf16")}
 
 
-def _environment(run: Path) -> dict[str, Any]:
-    attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
-    found = state.read_json(attempts[-1] / "env.json") if attempts else {}
-    return {**found, "versions": found["versions"] if isinstance(found.get("versions"), dict) else {}} if found else {}
+def _environment(run: Path) -> records.Environment | None:
+    starts = progress.attempts(run)
+    return records.read(starts[-1] / "env.json", records.Environment) if starts else None
 
 
-def _measured(run: Path, environment: dict[str, Any], *, done: bool) -> dict[str, Any]:
+def _measured(run: Path, environment: records.Environment | None, *, done: bool) -> dict[str, Any]:
     """Return what metrics.jsonl, events.jsonl and summary.json have of a run."""
-    summary, seconds, evaluation = state.read_json(run / "summary.json"), [], None
-    curve = Curve()
+    summary = records.read(run / "summary.json", records.Summary) or records.Summary()
+    curve, seconds, evaluation = Curve(), [], None
     for row in _rows(run / "metrics.jsonl"):
-        if "eval_loss" in row:
+        if isinstance(row, EvaluationRecord):
             evaluation = row
             continue
-        curve.steps.append(int(row["step"]))
-        curve.loss.append(state.number(row["loss"]))
-        curve.loss_scale.append(state.number(row["loss_scale"]))
-        seconds.append(float(row["step_seconds"]))
-        if row["overflow"]:
-            curve.skipped.append(int(row["step"]))
+        curve.steps.append(row.step)
+        curve.loss.append(row.loss)
+        curve.loss_scale.append(row.loss_scale)
+        seconds.append(row.step_seconds)
+        if row.overflow:
+            curve.skipped.append(row.step)
     found: dict[str, Any] = {"curve": curve, **_events(run / "events.jsonl")}
     last = [one for one in curve.loss[-max(1, round(_LAST * len(curve.loss))) :] if one is not None]
     found["loss"] = statistics.fmean(last) if last else None
     found |= _spread(seconds[WARM_UP:] or seconds)
     for key in ("tokens_per_second", "mfu", "loss_scale", "wall_seconds"):
-        found[key] = state.number(summary.get(key))
+        found[key] = getattr(summary, key)
     for key in ("peak_memory_bytes", "skipped_steps", "tokens"):
-        found[key] = state.whole(summary.get(key))
-    if done and evaluation is not None and evaluation["step"] == (curve.steps or [0])[-1]:
-        found |= {key: state.number(evaluation[key]) for key in ("eval_loss", "perplexity")}
-    loads = [one["load_average"][0] for one in (environment, summary) if one.get("load_average")]
-    found["load"] = state.number(statistics.fmean(loads)) if loads else None
+        found[key] = getattr(summary, key)
+    if done and evaluation is not None and evaluation.step == (curve.steps or [0])[-1]:
+        found |= {"eval_loss": evaluation.eval_loss, "perplexity": evaluation.perplexity}
+    loads = [one.load_average[0] for one in (environment, summary) if one and one.load_average]
+    found["load"] = statistics.fmean(loads) if loads else None
     return found
 
 
@@ -220,24 +222,20 @@ def _spread(seconds: list[float]) -> dict[str, float]:
 
 def _events(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"checksum": None, "has_gradients": False}
-    for row in _rows(file):
+    for row in foreign.objects(file):
         if row.get("event") == "initialised":
             checksum = row.get("checksum")
-            found["checksum"] = checksum if isinstance(checksum, str) else None
+            if not isinstance(checksum, str | None):
+                raise Damaged(f"events.jsonl: checksum = {checksum!r} is no text")
+            found["checksum"] = checksum
         found["has_gradients"] |= row.get("event") == "numerics"
     return found
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def _rows(file: Path) -> Iterator[StepRecord | EvaluationRecord]:
     """Yield the rows that stand; a torn last line is of a run that is going, or was killed."""
-    try:
-        lines = file.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
+    for row in foreign.objects(file):
         try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
+            yield of_row(row)
+        except ValueError as error:
+            raise Damaged(f"{file.name}: {error}") from None

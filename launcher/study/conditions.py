@@ -101,7 +101,10 @@ def conditions(results: Sequence[Result], axes: dict[str, Any]) -> Conditions:
     ]
     named = [_renamed(found[key], title) for title, key in _CONFOUNDERS.items() if key in found]
     started = [one for one in planned if one.environment]
-    versions, revisions = _versions(started), _seen(str(one.environment.get("code_revision")) for one in started)
+    versions, revisions = (
+        _versions(started),
+        _seen(str(one.environment and one.environment.code_revision) for one in started),
+    )
     several = {name: seen for name, seen in versions.items() if len(seen) > 1}
     several |= {
         name: seen for name, seen in (("device", _seen(map(_device, started))), ("code", revisions)) if len(seen) > 1
@@ -114,7 +117,7 @@ def conditions(results: Sequence[Result], axes: dict[str, Any]) -> Conditions:
         weights=_weights(planned),
         other_data=", ".join(moved),
         mixed=several,
-        machines=_seen(f"{one.environment.get('host')}: {_device(one)}" for one in started),
+        machines=_seen(f"{one.environment and one.environment.host}: {_device(one)}" for one in started),
         versions=versions,
         revisions=revisions,
     )
@@ -160,12 +163,14 @@ def _weights(results: Sequence[Result]) -> dict[str, tuple[str, ...]]:
 
 
 def _device(one: Result) -> str:
-    return (one.plan.get("topology") or {}).get("device_name") or str(one.environment.get("cpu", "unknown processor"))
+    named = (one.plan.get("topology") or {}).get("device_name")
+    return named or (one.environment.cpu if one.environment else "unknown processor")
 
 
 def _versions(results: Sequence[Result]) -> dict[str, tuple[str, ...]]:
-    names = dict.fromkeys(name for one in results for name in one.environment.get("versions", {}))
-    return {name: _seen(one.environment["versions"].get(name) for one in results if one.environment) for name in names}
+    known = [one.environment.versions for one in results if one.environment]
+    names = dict.fromkeys(name for versions in known for name in versions)
+    return {name: _seen(versions.get(name) for versions in known) for name in names}
 
 
 def _seen(values: Iterable[Any]) -> tuple[str, ...]:

@@ -1,25 +1,28 @@
 """Run a study here, one cell after another; whatever has a result already is not run again."""
 
-import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir
+from launcher import foreign, records, rundir
 from launcher.errors import EXIT_STOPPED, HalfstepError, Interrupted
-from launcher.files import cannot_write, write_json
-from launcher.lease import lease
+from launcher.files import cannot_write, open_append, write_json
+from launcher.lease import lease, reserved
 from launcher.study import folder as folders
 from launcher.study import proof, state
 from launcher.study.file import Study
 from launcher.study.grid import Cell, order
-from launcher.submit import argv, local
+from launcher.submit import argv, local, progress
+from launcher.watch.exits import read_exit
 
 LOG = "launch.log"
 """In the run directory: what its launches printed."""
+_TAIL = 1 << 20
+"""Bytes of that which are searched for a cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +99,18 @@ def _one(cell: Cell, path: Path, starter: str, limit: float, found: Sequence[dic
     """Run one cell and return its exit code and, where it is done, what is said of it."""
     plan = cell.plan
     assert plan is not None, "what could not be planned is not run"
-    started, load = time.time(), os.getloadavg()
+    started, load, before = time.time(), os.getloadavg(), set(progress.attempts(path))
+    launch = uuid.uuid4().hex
     try:
-        rundir.write_plan(path, cell.request, plan)
-        if proof.tell(path, plan, found)["refused"]:
-            return 0, ""
-        with cannot_write(path):
-            (path / state.OUTCOME).unlink(missing_ok=True)
-            (path / LOG).touch()
-        command = argv.STARTERS[starter](plan, path)
-        code = local.start(command, path, plan.topology.ranks_per_node, log=path / LOG, limit=limit)
+        with reserved(path, launch):
+            rundir.write_plan(path, cell.request, plan)
+            if proof.tell(path, plan, found)["refused"]:
+                return 0, ""
+            with cannot_write(path):
+                (path / state.OUTCOME).unlink(missing_ok=True)
+                os.close(open_append(path / LOG))
+            command, ranks = argv.STARTERS[starter](plan, path), plan.topology.ranks_per_node
+            code = local.start(command, path, ranks, launch=launch, log=path / LOG, limit=limit)
         cause = "" if code == 0 else _last_words(path / LOG)
     except HalfstepError as error:  # of this run; the others are none the worse for it
         code, cause = error.exit_code, error.what
@@ -113,22 +118,25 @@ def _one(cell: Cell, path: Path, starter: str, limit: float, found: Sequence[dic
     about: dict[str, Any] = {"code": code, "cause": cause, "seconds": ended - started, "started": started}
     about |= {"load_before": load, "load_after": os.getloadavg(), "starter": starter}
     # Whoever was there wrote the cause before this, and knows it better.
-    about["time"] = started if _has_ended(path, since=started) else ended
+    about["time"] = started if _has_ended(path, before) else ended
     with cannot_write(path):
         write_json(path / state.OUTCOME, about)
     if code:
         return code, cause
-    return 0, ", ".join(_figures(state.read_json(path / "summary.json"))) + f" ({ended - started:.0f} s)"
+    return 0, ", ".join(_figures(path / "summary.json")) + f" ({ended - started:.0f} s)"
 
 
-def _has_ended(path: Path, since: float) -> bool:
-    """Tell whether an attempt wrote how it ended."""
-    found = [state.number(state.read_json(one).get("time")) for one in (path / "attempts").glob("*/exit.json")]
-    return any(one is not None and one >= since for one in found)
+def _has_ended(path: Path, before: set[Path]) -> bool:
+    """Tell whether an attempt that was not there before wrote how it ended."""
+    return any(read_exit(one) is not None for one in set(progress.attempts(path)) - before)
 
 
-def _figures(summary: dict[str, Any]) -> list[str]:
-    loss, speed = summary.get("eval_loss") or summary.get("loss"), summary.get("tokens_per_second")
+def _figures(file: Path) -> list[str]:
+    try:
+        summary = records.read(file, records.Summary) or records.Summary()
+    except records.Damaged as error:
+        return [str(error)]
+    loss, speed = summary.loss if summary.eval_loss is None else summary.eval_loss, summary.tokens_per_second
     found = [] if loss is None else [f"loss {loss:.4f}"]
     return found if speed is None else [*found, f"{speed:,.0f} tok/s"]
 
@@ -136,13 +144,15 @@ def _figures(summary: dict[str, Any]) -> list[str]:
 def _last_words(log: Path) -> str:
     """Return the first line of the last error that a launch printed, for a launch that wrote no cause."""
     try:
-        lines = log.read_text("utf-8", errors="replace").splitlines()
+        with foreign.open_regular(log) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = file.read(_TAIL).decode("utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     errors = [line for line in lines if "rror" in line]
     return (errors or lines or [""])[-1].removeprefix("error: ")[:300]
 
 
-def as_json(done: Done, folder: Path) -> str:
-    """Return what was done as JSON."""
-    return json.dumps({"folder": str(folder), **vars(done)}, indent=2)
+def to_dict(done: Done, folder: Path) -> dict[str, Any]:
+    """Return what was done as JSON has it."""
+    return {"folder": str(folder), **vars(done)}

@@ -1,6 +1,7 @@
 """The study file: which runs are compared, over which axes and seeds, and with what."""
 
-import tomllib
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from launcher.errors import RequestError, nearest
 from launcher.spec.dotted import flatten
+from launcher.spec.source import read_toml
 from launcher.study.axes import Axis, Pattern, absolute, axis, check_keys, chosen, literal, long_name, patterns
 
 READY = Path(__file__).parent / "ready"
@@ -54,7 +56,7 @@ def read(name: str, words: Sequence[str] = ()) -> Study:
     Raises RequestError, three lines, for whatever is wrong with it.
     """
     file = _file(name)
-    tree = _toml(file)
+    tree = read_toml(file, "the study file", "the command line")
     unknown = [key for key in tree if key not in _TABLES]
     if unknown:
         close = nearest(unknown[0], _TABLES) or list(_TABLES)
@@ -73,6 +75,12 @@ def read(name: str, words: Sequence[str] = ()) -> Study:
     seeds = seeds_table.get("values", [0])
     for word in words:
         key, value = _word(word)
+        if key == "out":
+            raise RequestError(
+                "out names the directory of one run, and a study has many",
+                where=f"{word} on the command line",
+                fix=f"--out {shlex.quote(str(value))}, for the study's folder",
+            )
         if key == "seed":
             seeds = [_number(one) for one in str(value).split(",")]
         elif key in axes:
@@ -126,16 +134,6 @@ def _file(name: str) -> Path:
     raise RequestError(what, where="the command line", fix=f"name a file, or one of {', '.join(close)}")
 
 
-def _toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_bytes().decode("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise RequestError(
-            f"the study file cannot be read: {reason}", where=str(file), fix="mend that; it has to be TOML in UTF-8"
-        ) from None
-
-
 def _table(tree: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
     found = tree.get(name, {})
     if not isinstance(found, dict):
@@ -160,7 +158,7 @@ def _word(word: str) -> tuple[str, Any]:
 def _check_base(base: dict[str, Any], file: Path) -> None:
     for key, fix in (
         ("seed", "[seeds] values = [0, 1]"),
-        ("out", "leave it out: every run has a directory of its own"),
+        ("out", "--out DIR says where the study goes; every run has a directory of its own in it"),
     ):
         if key in base:
             raise RequestError(f"{key} is no base key of a study", where=f"[base] in {file}, or a word", fix=fix)
@@ -176,7 +174,7 @@ def _seeds(given: Any, file: Path) -> tuple[int, ...]:
 
 
 def _number(text: str) -> Any:
-    return int(text) if text.isdecimal() and text.isascii() else text
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else text
 
 
 def _reference(compare: dict[str, Any], axes: dict[str, Axis], file: Path) -> dict[str, str]:

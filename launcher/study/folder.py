@@ -1,14 +1,15 @@
 """A study's folder: study.json, which says what its cells are, and a run directory for each of them under runs/."""
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher import foreign
 from launcher.errors import RequestError
-from launcher.files import cannot_write, write_json
+from launcher.fields import Measured, Text, Whole, checked, plain_name
+from launcher.files import cannot_write, reason, write_json
 from launcher.lease import LEASE_FILES
 from launcher.study.file import Study
 from launcher.study.grid import Cell
@@ -76,33 +77,65 @@ def read(folder: Path) -> dict[str, Any]:
     """Return study.json; raises RequestError where there is none, or it is damaged."""
     file = folder / _FILE
     try:
-        found = json.loads(file.read_text("utf-8"))
-        if found["format"] != _FORMAT or not _is_whole(found):
-            raise ValueError("not ours")
+        found = foreign.read_object(file)
+        _check(checked(_Tree, found))
     except FileNotFoundError:
         raise RequestError(
             f"{folder} is not a study's folder", where=str(file), fix="name one that `halfstep study run` made"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
         raise RequestError(
-            "study.json is damaged", where=str(file), fix="start `halfstep study run` again: it writes it anew"
+            f"study.json is damaged: {why}",
+            where=str(file),
+            fix="start `halfstep study run` with the study's file again: it writes it from that",
         ) from None
     return found
 
 
-def _is_whole(found: dict[str, Any]) -> bool:
-    """Tell whether everything is there that the other pages read."""
-    about, cells = found["study"], found["cells"]
-    texts = all(
-        isinstance(one["values"], dict)
-        and all(isinstance(label, str) for label in one["values"].values())
-        and isinstance(one["seed"], int)
-        and isinstance(one["words"], list)
-        and all(isinstance(one[key], str | None) for key in ("run", "refused"))
-        for one in cells
-    )
-    named = all(isinstance(about[key], dict) for key in ("axes", "reference")) and isinstance(about["seeds"], list)
-    return texts and named and any(one["values"] == about["reference"] for one in cells)
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    values: dict[Text, Text]
+    seed: Whole
+    words: list[Text]
+    run: Text | None
+    refused: Text | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    name: Text
+    source: Text
+    axes: dict[Text, list[Text]]
+    reference: dict[Text, Text]
+    seeds: list[Whole]
+    currency: Text
+    price: Measured | None = None
+    words: list[Text] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tree:
+    format: Whole
+    study: _About
+    cells: list[_Cell]
+
+
+def _check(tree: _Tree) -> None:
+    """Raise ValueError for what no study has: cells beside its axes, runs elsewhere, a reference that is no cell."""
+    if tree.format != _FORMAT:
+        raise ValueError(f"its format is {tree.format}, this Halfstep reads {_FORMAT}")
+    axes = tree.study.axes
+    for number, cell in enumerate(tree.cells):
+        if set(cell.values) != set(axes) or any(label not in axes[name] for name, label in cell.values.items()):
+            raise ValueError(f"cells.{number} is not on the study's axes")
+        if cell.run is not None:
+            place, _, name = cell.run.partition("/")
+            if place != "runs":
+                raise ValueError(f"cells.{number}.run = {cell.run!r} lies outside of the study")
+            plain_name(name)
+    if not any(cell.values == tree.study.reference for cell in tree.cells):
+        raise ValueError("its reference is none of its cells")
 
 
 def find(word: str) -> Path:

@@ -3,7 +3,6 @@
 python proof.py RUN     (by an array's task, on the node where that run will train)
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,12 +12,13 @@ if __name__ == "__main__":
     # Started as a script, Python puts launcher/study/ itself on the path, where our names would shadow others' modules.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launcher import rundir, topology, verdict
+from launcher import foreign, rundir, topology, verdict
 from launcher.errors import EXIT_REFUSED, Fault, HalfstepError
 from launcher.files import cannot_write, write_json
 from launcher.parity import drive
 from launcher.parity.cases import Case, cases_of
 from launcher.plan.plan import Plan
+from launcher.terminal import say
 
 FILE = "proof.json"
 RULE = "offload-proved-here"
@@ -92,7 +92,7 @@ def tell(path: Path, plan: Plan, found: Iterable[dict[str, Any]] = ()) -> dict[s
 def can_be_told_again(path: Path, plan: Plan) -> bool:
     """Tell whether a run was told nothing, on this hardware and with these versions: the gate may have run since."""
     try:
-        told = json.loads((path / FILE).read_text("utf-8"))
+        told = foreign.read_object(path / FILE)
         same = told["conditions"] == verdict.conditions(topology.describe(1, 1))
         return told["proved"] is None and plan.repairs_on and same
     except (OSError, ValueError, LookupError, TypeError):
@@ -130,10 +130,10 @@ def _failed(case: Case, why: str) -> dict[str, Any]:
 def main(path: Path) -> int:
     """Prove one run's cell on this host and return the exit code; 3 where the run may not start."""
     _, plan = rundir.read_plan(path)
-    found = run([plan], lambda line: print(f"--- {line}", flush=True))
+    found = run([plan], lambda line: say(f"--- {line}"))
     told = tell(path, plan, found)
     if told["refused"]:
-        print(f"--- {told['refused']}", flush=True)
+        say(f"--- {told['refused']}")
     return EXIT_REFUSED if told["refused"] else 0
 
 
@@ -141,5 +141,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1])))
     except HalfstepError as error:
-        print(error, file=sys.stderr)
+        say(*str(error).splitlines(), error=True)
         sys.exit(0)  # unproved, and the report says so; the run itself goes on

@@ -13,13 +13,14 @@ from typing import Any
 import jinja2
 
 from launcher.errors import HalfstepError
-from launcher.files import cannot_write, write_atomic
+from launcher.files import cannot_write, csv_cell, write_atomic
 from launcher.metrics import numerics, plots
 from launcher.study import charts, folder, state, words
 from launcher.study.collect import Result, results
 from launcher.study.conditions import Conditions, conditions
 from launcher.study.file import READY
 from launcher.study.judge import Summary, Verdict, judge
+from launcher.terminal import printable
 
 _LEADING = ("zero", "precision", "seed", "status", "reason", "proved")
 _MEASURED = (
@@ -143,8 +144,9 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
         lines += [*_table((title, "value", "follows from"), listed), ""]
     lines += ["## On what it ran", "", *[f"- {one}" for one in parts["machines"]], ""]
     lines += ["## To do it again", "", "```console", f"$ {parts['again']}", "```", ""]
-    lines += ["Each run by itself:", "", "```console", *[f"$ {one}" for _, one in parts["commands"]], "```", ""]
-    return "\n".join(lines)
+    commands = [f"$ {one}" for _, one in parts["commands"]]
+    lines += ["Each run by itself:", "", "```console", *commands, "```", ""]
+    return "\n".join(printable(line, keep="\t") for line in lines)
 
 
 def as_csv(report: Report) -> str:
@@ -152,12 +154,12 @@ def as_csv(report: Report) -> str:
     text = io.StringIO()
     axes = [axis for axis in report.about["axes"] if axis not in _LEADING]
     out = csv.writer(text, lineterminator="\n")
-    out.writerow([*_LEADING, *axes, *_MEASURED, "run"])
+    out.writerow(map(csv_cell, [*_LEADING, *axes, *_MEASURED, "run"]))
     for one in report.results:
         leading = [one.zero, one.precision, one.seed, one.status, one.reason, _truth(one.proved)]
         measured = [getattr(one, name) for name in _MEASURED]
-        run = "" if one.run is None else one.run.relative_to(report.folder)
-        out.writerow([*leading, *(one.values[axis] for axis in axes), *measured, run])
+        run = "" if one.run is None else str(one.run.relative_to(report.folder))
+        out.writerow(map(csv_cell, [*leading, *(one.values[axis] for axis in axes), *measured, run]))
     return text.getvalue()
 
 

@@ -1,14 +1,12 @@
 """How far one run of a study is: queued, running, done, or failed and why."""
 
-import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import lease
+from launcher import lease, records
 from launcher.errors import (
     EXIT_NUMERICS,
     EXIT_REFUSED,
@@ -18,10 +16,9 @@ from launcher.errors import (
     Interrupted,
     RefusedError,
 )
-from launcher.submit import jobs, slurm
+from launcher.submit import jobs, progress, slurm
 from launcher.submit.local import TIMED_OUT
 from launcher.submit.slurm import Queued
-from launcher.watch.exits import read_exit
 
 OUTCOME = "outcome.json"
 """In the run directory: how a launch ended that the study started itself."""
@@ -48,19 +45,28 @@ class State:
 
 
 def of(cell: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) -> State:
-    """Return the state of a cell of study.json."""
+    """Return the state of a cell of study.json; a run whose records cannot be believed has failed, and says which."""
     run = None if cell["run"] is None else folder / cell["run"]
     if cell["refused"] is not None or run is None:
         return State(status="refused", reason=cell["refused"] or "it could not be planned")
-    if (proof := read_json(run / "proof.json")).get("refused"):
-        return State(status="refused", reason=str(proof["refused"]), by_proof=True)
-    last = jobs.last_step(run / "metrics.jsonl")
+    try:
+        return _of(run, queued)
+    except records.Damaged as error:
+        return State(status="failed", reason=f"damaged: {error}")
+
+
+def _of(run: Path, queued: Sequence[Queued]) -> State:
+    proof = records.read(run / "proof.json", records.Proof)
+    if proof is not None and proof.refused:
+        return State(status="refused", reason=proof.refused, by_proof=True)
+    last, plan = records.reached(run / "metrics.jsonl"), records.read(run / "plan.json", records.PlannedSteps)
+    summary = records.read(run / "summary.json", records.Summary)
     seen: dict[str, Any] = {
-        "step": whole(last.get("step")),
-        "steps": whole(read_json(run / "plan.json").get("steps")),
-        "loss": number(last.get("loss")),
+        "step": last and last.step,
+        "steps": plan and plan.steps,
+        "loss": last and last.loss,
     }
-    if read_json(run / "summary.json").get("status") == "done":
+    if summary is not None and summary.status == "done":
         return State(status="done", **seen)
     living = jobs.alive(run, queued) if queued else []
     if living and living[0].waits:
@@ -72,15 +78,15 @@ def of(cell: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) -> Sta
 
 def _ended(run: Path, seen: dict[str, Any]) -> State:
     """Return how a run ended by what was written last: by a rank, by a start that was refused, or by the study."""
-    attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
-    told = [read_exit(attempts[-1]) or {}] if attempts else []
-    told += [read_json(run / "refused.json"), read_json(run / OUTCOME)]
-    found = [one for one in told if whole(one.get("code")) and number(one.get("time")) is not None]
-    if not found:
-        why = "nobody wrote how it ended" if attempts else ""
-        return State(status="stopped" if attempts else "missing", reason=why, **seen)
-    last = max(found, key=lambda one: one["time"])
-    code, cause = last["code"], " ".join(str(last.get("cause") or "").split())
+    starts = progress.attempts(run)
+    files = [*(one / "exit.json" for one in starts[-1:]), run / "refused.json", run / OUTCOME]
+    written = [end for file in files if (end := records.read(file, records.Outcome)) is not None]
+    ends = [end for end in written if end.code]
+    if not ends:
+        why = "summary.json is missing" if written else "nobody wrote how it ended" if starts else ""
+        return State(status="stopped" if starts else "missing", reason=why, **seen)
+    last = max(ends, key=lambda end: end.time)
+    code, cause = last.code, " ".join(last.cause.split())
     if code in (EXIT_STOPPED, Interrupted.exit_code):
         return State(status="stopped", reason=cause, **seen)
     return State(status="failed", reason=f"{kind(code, cause)}: {cause}" if cause else kind(code, cause), **seen)
@@ -93,27 +99,6 @@ def kind(code: int, cause: str) -> str:
     known = {EXIT_NUMERICS: "diverged", EXIT_STALLED: "stalled", TIMED_OUT: "timed out", EXIT_REFUSED: "refused"}
     known[EXIT_REQUEST] = "request"
     return known.get(code, f"crashed ({code})")
-
-
-def number(value: Any) -> float | None:
-    """Return a finite number, or None for whatever else stands in its place."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-def whole(value: Any) -> int | None:
-    """Return a whole number, or None for whatever else stands in its place."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return a file's object, empty where there is none that can be read."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def queue(folder: Path, cells: Sequence[dict[str, Any]]) -> Sequence[Queued]:

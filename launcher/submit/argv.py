@@ -11,6 +11,7 @@ from launcher.plan.plan import Plan
 from launcher.topology import free_port
 
 Starter = Callable[[Plan, Path], list[str]]
+ACCELERATE_CONFIG = ("--config_file", str(Path(__file__).with_name("accelerate.yaml")))
 
 
 def tool(name: str, module: str) -> list[str]:
@@ -33,6 +34,8 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
     words = tool("deepspeed", "deepspeed.launcher.runner")
     ranks = plan.topology.ranks_per_node
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if plan.topology.accelerator == "cuda" else None
+    # Without --hostfile it takes /job/hostfile, which many images have, and then starts ranks over ssh (runner.py).
+    hostfile = ["--hostfile", os.devnull]
     devices = ["--num_gpus", str(ranks)]
     if visible:
         chosen = [one.strip() for one in visible.split(",")][:ranks]
@@ -44,26 +47,37 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
             )
         devices = ["--include", f"localhost:{','.join(chosen)}"]
     quiet = ["--log_level", "error"]  # its own lines about processes and ports would bury the run's
-    return [*words, *devices, "--master_port", str(free_port()), *quiet, *script_words(run)]
+    return [*words, *devices, "--master_port", str(free_port()), *quiet, *hostfile, *script_words(run)]
 
 
 def torchrun(plan: Plan, run: Path) -> list[str]:
     """Return the `torchrun` command; --standalone finds its own port."""
     words = tool("torchrun", "torch.distributed.run")
-    return [*words, "--standalone", "--nproc_per_node", str(plan.topology.ranks_per_node), *script_words(run)]
+    ranks = ["--nproc_per_node", str(plan.topology.ranks_per_node)]
+    return [*words, "--standalone", "--nnodes", "1", *ranks, *script_words(run)]
 
 
 def accelerate(plan: Plan, run: Path) -> list[str]:
     """Return the `accelerate launch` command.
 
     Also on CPU it takes --multi_gpu to start several ranks: with --cpu it starts one, whatever --num_processes says.
+    The user's own default configuration is not read: it may name other machines, GPUs and DeepSpeed settings.
     """
     ranks = plan.topology.ranks_per_node
     spread = ["--multi_gpu"] if ranks > 1 else []
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    port = ["--main_process_port", str(free_port())]
+    options += ["--main_process_port", str(free_port())]
     words = tool("accelerate", "accelerate.commands.accelerate_cli")
-    return [*words, "launch", *spread, "--num_processes", str(ranks), *options, *port, *script_words(run)]
+    return [
+        *words,
+        "launch",
+        *ACCELERATE_CONFIG,
+        *spread,
+        "--num_processes",
+        str(ranks),
+        *options,
+        *script_words(run),
+    ]
 
 
 STARTERS: dict[str, Starter] = {"deepspeed": deepspeed, "torchrun": torchrun, "accelerate": accelerate}

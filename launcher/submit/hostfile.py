@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import foreign
 from launcher.errors import RequestError
-from launcher.files import cannot_write
+from launcher.files import cannot_write, reason
 
 REMOTE = "HALFSTEP_REMOTE"
 """Set for ranks that an ssh session started for us: with the end of that session they end as well."""
+_LARGEST = 1 << 24
+"""Bytes of a hostfile."""
 # What decides where a rank runs and how; of the rest of an environment nothing is passed on.
 _PREFIXES = (
     "ACCELERATE_", "CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HALFSTEP_", "HF_", "MLFLOW_", "NCCL_", "OMP_",
@@ -36,20 +39,23 @@ def read(file: Path, nodes: int | None, ranks_per_node: int | None, ssh_port: in
     Raises RequestError where it is missing, wrong, uneven, or smaller than what is asked for.
     """
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = foreign.read_text(file, _LARGEST, follow=True).splitlines()
     except OSError as error:
         raise RequestError(
-            f"the hostfile cannot be read: {error.strerror}", where=str(file), fix="check --hostfile"
+            f"the hostfile cannot be read: {reason(error)}", where=str(file), fix="check --hostfile"
         ) from None
+    except ValueError as error:
+        raise RequestError(f"the hostfile is no text: {error}", where=str(file), fix="save it as UTF-8") from None
     found: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"([\w.:-]+)\s+slots\s*=\s*(\d+)", text)
+        # A name that begins with a dash would be an option of ssh.
+        match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.:-]*)\s+slots\s*=\s*([0-9]{1,6})", text)
         if match is None or match[1] in found or int(match[2]) < 1:
             raise RequestError(
-                f"line {number} of the hostfile is {text!r}" + (": that host again" if match else ""),
+                f"line {number} of the hostfile is {text[:100]!r}" + (_why(match[1] in found) if match else ""),
                 where=str(file),
                 fix="write one line a host, such as: node-1 slots=8",
             )
@@ -73,10 +79,15 @@ def read(file: Path, nodes: int | None, ranks_per_node: int | None, ssh_port: in
     return Hosts(file=file, names=names, slots=ranks_per_node or slots, ssh_port=ssh_port)
 
 
+def _why(again: bool) -> str:
+    return ": that host again" if again else ": a host without slots"
+
+
 def exported(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables that ranks on other hosts are given."""
     chosen = {name: value for name, value in environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
-    return dict(sorted(chosen.items()))
+    # A name may be anything but hold a `=`; in a shell's line one that is no identifier would be a command.
+    return {name: chosen[name] for name in sorted(chosen) if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)}
 
 
 def write_environment(file: Path, environ: Mapping[str, str]) -> None:

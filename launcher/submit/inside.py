@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ if __name__ == "__main__":
     # Started as a script, Python puts launcher/submit/ itself on the path, where `site` would not be Python's.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from launcher import files, foreign
 from launcher.errors import (
     EXIT_NUMERICS,
     EXIT_REFUSED,
@@ -32,7 +34,9 @@ from launcher.errors import (
     RequestError,
     TopologyError,
 )
+from launcher.submit import progress
 from launcher.submit.times import seconds
+from launcher.terminal import say
 from launcher.watch.exits import read_exit, read_refusal, start_of_job
 
 STUCK = 3
@@ -51,7 +55,13 @@ def begin(run: Path, environ: Mapping[str, str] = os.environ) -> int:
             where="the job script, on the first node of the job",
             fix="put out= on a file system that every node sees",
         )
-    return free_port(int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_ARRAY_TASK_ID", "0")))
+    return free_port(_number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_ARRAY_TASK_ID"))
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    # It only chooses a port: whatever SLURM calls its jobs, one is found.
+    text = environ.get(name, "0")
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
 def free_port(job: int, index: int) -> int:
@@ -77,14 +87,15 @@ def end(run: Path, status: int, told: str = "") -> int:
         code = 1  # the ranks never began
     why = f"{found['cause']} (exit code {code})" if found else f"the ranks ended with exit code {code}"
     if code in _FOR_GOOD:
-        print("--- the run is done" if code == 0 else f"--- the run ends: {why}", flush=True)
+        say("--- the run is done" if code == 0 else f"--- the run ends: {why}")
         return code
     if told and not _limit_reached(told):
-        print(f"--- {why}; the job was cancelled, or SLURM puts it back by itself", flush=True)
+        say(f"--- {why}; the job was cancelled, or SLURM puts it back by itself")
         return 128 + signal.SIGTERM
-    starts = [*_starts(run), {**start_of_job(), "newest": _newest(run), "code": code, "time": time.time()}]
-    with contextlib.suppress(OSError), (run / _STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(starts[-1]) + "\n")
+    newest = progress.newest_checkpoint(run) or 0
+    starts = [*_starts(run), {**start_of_job(), "newest": newest, "code": code, "time": time.time()}]
+    with contextlib.suppress(OSError):
+        files.append(run / _STARTS, json.dumps(starts[-1]) + "\n")
     if count := stuck(starts):
         at = f"step {starts[-1]['newest']}" if starts[-1]["newest"] else "the start"
         cause = NumericsError(
@@ -92,9 +103,9 @@ def end(run: Path, status: int, told: str = "") -> int:
             where=str(attempt or run),
             fix="mend the cause and submit it again; where a time limit is too short for one checkpoint, more --time",
         )
-        print(cause, flush=True)
+        say(*str(cause).splitlines())
         return cause.exit_code
-    print(f"--- {why}; there is more to do", flush=True)
+    say(f"--- {why}; there is more to do")
     return EXIT_STOPPED
 
 
@@ -112,17 +123,13 @@ def stuck(starts: Sequence[Mapping[str, Any]]) -> int:
 
 def _starts(run: Path) -> list[dict[str, Any]]:
     """Return what `end` wrote of earlier starts of this job; starts that SLURM cut off are not among them."""
-    found, job = [], start_of_job()["job"]
-    try:
-        lines = (run / _STARTS).read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk cuts lines short
-            row = json.loads(line)
-            if row["job"] == job and isinstance(row["newest"], int) and isinstance(row["code"], int):
-                found.append(row)
-    return found
+    job = start_of_job()["job"]
+    rows = foreign.objects(run / _STARTS)  # a full disk cuts lines short
+    return [row for row in rows if row.get("job") == job and _whole(row.get("newest")) and _whole(row.get("code"))]
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _limit_reached(told: str) -> bool:
@@ -136,30 +143,33 @@ def _limit_reached(told: str) -> bool:
 
 def _attempt(run: Path) -> Path | None:
     """Return the attempt that this start of the job has made, if its ranks came so far."""
-    attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
+    attempts = progress.attempts(run)
     try:
-        about = json.loads((attempts[-1] / "env.json").read_text("utf-8"))["environment"]
-    except (OSError, ValueError, KeyError, IndexError):
+        about = foreign.read_object(attempts[-1] / "env.json").get("environment")
+    except (OSError, ValueError, IndexError):
+        return None
+    if not isinstance(about, dict):
         return None
     made_by = {"job": about.get("SLURM_JOB_ID", ""), "start": about.get("SLURM_RESTART_COUNT", "0")}
     return attempts[-1] if made_by == start_of_job() else None
-
-
-def _newest(run: Path) -> int:
-    steps = [one.parent.name.removeprefix("step-") for one in (run / "checkpoints").glob("step-*/manifest.json")]
-    return max((int(one) for one in steps if one.isdigit()), default=0)
 
 
 def main(words: list[str]) -> int:
     """Do one of the two, and return the exit code."""
     try:
         if words[0] == "begin":
-            print(begin(Path(words[1])), flush=True)
+            say(str(begin(Path(words[1]))))
             return 0
         return end(Path(words[1]), int(words[2]), " ".join(words[3:]))
     except HalfstepError as error:
-        print(error, file=sys.stderr, flush=True)
+        say(*str(error).splitlines(), error=True)
         return error.exit_code
+    except OSError as error:  # the file server may be away for a moment; how the ranks ended is known all the same
+        cause = files.explained(error, words[1])
+        say(*str(cause).splitlines(), error=True)
+        if words[0] == "begin":
+            return cause.exit_code
+        return int(words[2]) if int(words[2]) in _FOR_GOOD else EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import assets
+from launcher import assets, trust
 from launcher.errors import RequestError
 from launcher.plan.plan import Plan
 from launcher.submit.site import Container, Site
@@ -53,6 +53,8 @@ class Job:
     behind: tuple[str, ...] = ()
     """Jobs of the same run, which this one goes on from however they end."""
     array: Array | None = None
+    trusted: bool = False
+    """Whether the run directory is taken as it is, whoever may write it."""
 
     @property
     def folder(self) -> Path:
@@ -132,12 +134,13 @@ class Job:
         """Return the words of one task, less `run=DIR` at their end."""
         python = self._python(on_the_batch_host=False)
         train = _ours(self.site.container, "train.py", "launcher.train")
+        agreed = [trust.CONSENT] if self.trusted else []
         if not torchrun:
-            return [*python, *train]
+            return [*python, *train, *agreed]
         topology = self.plan.topology
         options = [f"--nnodes={topology.nodes}", f"--nproc-per-node={topology.ranks_per_node}"]
         module = ["--module", "launcher.train"] if train[0] == "-m" else train
-        return [*python, "-m", "torch.distributed.run", *options, *module]
+        return [*python, "-m", "torch.distributed.run", *options, *module, *agreed]
 
     def check(self) -> None:
         """Raise RequestError where the plan asks for what the site does not have."""

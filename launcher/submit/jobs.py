@@ -1,19 +1,26 @@
 """Runs as a user of a cluster sees them: what SLURM says of their jobs, and their directories of their progress."""
 
-import json
+import codecs
+import io
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from launcher import foreign, records
 from launcher.errors import RequestError
-from launcher.submit import slurm
+from launcher.fields import Finite, Text, checked
+from launcher.files import reason
+from launcher.submit import progress, slurm
 from launcher.submit.job import LOG
-from launcher.watch.exits import read_exit
+from launcher.watch.exits import damaged_exit, read_exit
 
 _TAIL = 64 * 1024
+_LIST_BYTES = 1 << 24
+"""Of an array's list of run directories."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +30,11 @@ class Row:
     run: str
     job: str | None
     state: str
-    """SLURM's, in small letters, while it has a job; else `done`, `ended` or `lost`."""
+    """SLURM's, in small letters, while it has a job; else `done`, `ended`, `lost` or `damaged`."""
     reason: str
-    """Why it waits, on which nodes it runs, or how it ended."""
+    """Why it waits, on which nodes it runs, how it ended, or what of its records cannot be read."""
     step: int | None
-    steps: int
+    steps: int | None
     loss: float | None
     tokens_per_second: float | None
     checkpoint: int | None
@@ -41,9 +48,31 @@ class Row:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A line of jobs.jsonl: a job that was sent for a run."""
+
+    job: Text
+    script: Text = ""
+    time: Finite = 0.0
+
+
+def sent(run: Path) -> list[Sent]:
+    """Return what `halfstep submit` wrote of the jobs for a run, oldest first; lines that are none are left out."""
+    lines = []
+    for row in foreign.objects(run / "jobs.jsonl"):
+        try:
+            line = checked(Sent, row)
+        except ValueError:
+            continue
+        if slurm.is_job(line.job):
+            lines.append(line)
+    return lines
+
+
 def submitted(run: Path) -> list[str]:
     """Return the jobs that `halfstep submit` sent for a run, oldest first."""
-    return [str(row["job"]) for row in _lines(run / "jobs.jsonl")]
+    return [line.job for line in sent(run)]
 
 
 def alive(run: Path, queued: Sequence[slurm.Queued] | None = None) -> list[slurm.Queued]:
@@ -54,13 +83,18 @@ def alive(run: Path, queued: Sequence[slurm.Queued] | None = None) -> list[slurm
         named = Path(one.run)
         if (wanted == named.parent and named.suffix == ".txt") or wanted in runs_of(one):
             found.append(one)
-    return sorted(found, key=lambda one: [int(part) for part in one.job.split("_")])
+    return sorted(found, key=lambda one: [int(part) for part in re.findall(r"[0-9]+", one.job)])
 
 
 def survey(places: Iterable[Path]) -> list[Row]:
     """Return a row for every run in these folders, or, where none is named, for all jobs and the runs under runs/."""
     queued = slurm.queue()
-    named = [run for place in places for run in _runs(place)]
+    try:
+        named = [run for place in places for run in _runs(place)]
+    except OSError as error:
+        raise RequestError(
+            f"a folder cannot be read: {reason(error)}", where=str(error.filename), fix="check its permissions"
+        ) from None
     if not named:
         named = [run for one in queued for run in runs_of(one)]
         named += [run for run in _runs(Path("runs")) if submitted(run)]
@@ -75,7 +109,7 @@ def find(word: str) -> tuple[Path, list[str]]:
     path = Path(word)
     if path.is_dir():
         return path.absolute(), [one.job for one in alive(path)]
-    found = slurm.queue(word) if word.replace("_", "").isdigit() else []
+    found = slurm.queue(word) if slurm.is_job(word) else []
     if not found:
         raise RequestError(
             f"{word} is neither a run directory nor a job of a run",
@@ -89,10 +123,9 @@ def find(word: str) -> tuple[Path, list[str]]:
 
 def log_of(run: Path) -> Path:
     """Return the log of a run's jobs: its own, or that of its task in an array."""
-    own = run / LOG
-    rows = _lines(run / "jobs.jsonl")
-    if not own.exists() and rows and "_" in str(rows[-1]["job"]):
-        own = Path(rows[-1]["script"]).parent / f"task-{str(rows[-1]['job']).partition('_')[2]}.log"
+    own, jobs = run / LOG, sent(run)
+    if not own.exists() and jobs and "_" in jobs[-1].job:
+        own = Path(jobs[-1].script).parent / f"task-{jobs[-1].job.partition('_')[2]}.log"
     if not own.exists():
         raise RequestError(
             f"{run} has no log yet", where=str(own), fix="`halfstep jobs` says whether its job has started"
@@ -100,18 +133,27 @@ def log_of(run: Path) -> Path:
     return own
 
 
-def follow(log: Path, out: TextIO, *, lines: int, follow: bool, poll: float = 0.5) -> None:
-    """Print the last lines of a log and, if asked, what is added to it until the reader interrupts."""
-    with log.open(encoding="utf-8", errors="replace") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-        out.writelines(file.readlines()[-lines:] if lines else [])
-        out.flush()
-        while follow:
-            if text := file.read():
-                out.write(text)
-                out.flush()
-            else:
-                time.sleep(poll)
+def follow(log: Path, show: Callable[[str], None], *, lines: int, follow: bool, poll: float = 0.5) -> None:
+    """Show the last lines of a log and, if asked, what is added to it until the reader interrupts.
+
+    Raises RequestError for a log that is no regular file, or cannot be read.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = io.IncrementalNewlineDecoder(decoder, translate=True)  # a bar that draws itself again is many lines
+    try:
+        with foreign.open_regular(log) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            last = text.decode(file.read(2 * _TAIL)).splitlines(keepends=True)
+            show("".join(last[-lines:]) if lines > 0 else "")
+            while follow:
+                if added := file.read(_TAIL):
+                    show(text.decode(added))
+                else:
+                    time.sleep(poll)
+    except OSError as error:
+        raise RequestError(
+            f"the log cannot be read: {reason(error)}", where=str(log), fix="check what it is, and its permissions"
+        ) from None
 
 
 def _runs(place: Path) -> Iterator[Path]:
@@ -124,76 +166,58 @@ def _runs(place: Path) -> Iterator[Path]:
 def runs_of(job: slurm.Queued) -> list[Path]:
     """Return the run directories that a job is about: one, or those of a whole array."""
     listed = Path(job.run)
-    if listed.suffix != ".txt" or not listed.is_file():
+    if listed.suffix != ".txt":
         return [listed]
-    runs = [Path(line) for line in listed.read_text("utf-8").splitlines()]
+    try:
+        runs = [Path(line) for line in foreign.read_text(listed, _LIST_BYTES).splitlines() if line]
+    except (OSError, ValueError):
+        return [listed]
     task = job.job.partition("_")[2]
-    return [runs[int(task)]] if task.isdigit() and int(task) < len(runs) else runs
+    return [runs[int(task)]] if re.fullmatch("[0-9]{1,9}", task) and int(task) < len(runs) else runs
 
 
 def _row(run: Path, living: list[slurm.Queued]) -> Row:
     job = living[0] if living else None
-    attempts = sorted(one for one in (run / "attempts").glob("[0-9]*") if one.is_dir())
-    last = last_step(run / "metrics.jsonl")
-    state, reason = (job.state.lower(), job.reason) if job else _ending(run, attempts)
+    damage: list[str] = []
+
+    def read(what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except records.Damaged as error:
+            damage.append(str(error))
+            return None
+
+    last: records.Reached | None = read(lambda: records.reached(run / "metrics.jsonl"))
+    plan: records.PlannedSteps | None = read(lambda: records.read(run / "plan.json", records.PlannedSteps))
+    summary: records.Summary | None = read(lambda: records.read(run / "summary.json", records.Summary))
+    starts = progress.attempts(run)
+    state, why = (job.state.lower(), job.reason) if job else _ending(starts, summary)
+    if damage:
+        state, why = state if job else "damaged", "; ".join(damage)
     return Row(
         run=_short(run),
         job=job.job if job else None,
         state=state,
-        reason="" if reason == "None" else reason,
-        step=last.get("step"),
-        steps=_json(run / "plan.json").get("steps", 0),
-        loss=last.get("loss"),
-        tokens_per_second=last.get("tokens_per_second"),
-        checkpoint=max((_number(one.parent) for one in run.glob("checkpoints/step-*/manifest.json")), default=None),
-        attempts=len(attempts),
+        reason="" if why == "None" else why,
+        step=last.step if last else None,
+        steps=plan.steps if plan else None,
+        loss=last.loss if last else None,
+        tokens_per_second=last.tokens_per_second if last else None,
+        checkpoint=progress.newest_checkpoint(run),
+        attempts=len(starts),
         left=job.left if job and not job.waits else None,
     )
 
 
-def _ending(run: Path, attempts: list[Path]) -> tuple[str, str]:
-    if _json(run / "summary.json").get("status") == "done":
+def _ending(starts: list[Path], summary: records.Summary | None) -> tuple[str, str]:
+    if summary is not None and summary.status == "done":
         return "done", ""
-    if not attempts:
+    if not starts:
         return "ended", "before its ranks began"
-    found = read_exit(attempts[-1])
-    return ("ended", f"{found['cause']} ({found['code']})") if found else ("lost", "nobody wrote how it ended")
-
-
-def last_step(metrics: Path) -> dict[str, Any]:
-    """Return the newest row of a step, from the file's end."""
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "loss" in row:
-            return row
-    return {}
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError):
-        return []
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    end = read_exit(starts[-1])
+    if end is None and damaged_exit(starts[-1]):
+        return "damaged", "exit.json is damaged"
+    return ("ended", f"{end['cause']} ({end['code']})") if end else ("lost", "nobody wrote how it ended")
 
 
 def _short(run: Path) -> str:

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,9 +15,10 @@ from launcher import rundir
 from launcher.errors import Fault, Interrupted
 from launcher.submit.hostfile import write_environment
 from launcher.topology import prefer_cpu, usable_cores
+from launcher.trust import CONSENT_VARIABLE, SECRET_VARIABLE
 from launcher.watch import rope as rope_page
 from launcher.watch.exits import read_exit, write_exit
-from launcher.watch.processes import marked
+from launcher.watch.processes import LAUNCHER, marked, this_process
 
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""
@@ -34,30 +35,37 @@ def start(
     ranks: int,
     remote: Path | None = None,
     *,
+    launch: str,
+    trusted: bool = False,
     log: Path | None = None,
     limit: float = 0.0,
 ) -> int:
     """Run a starter's command and return the run's exit code.
 
-    `remote` is where ranks on other hosts look for their environment; it is written now and removed at the end. `log`
-    gets what the launch prints, instead of the screen. After `limit` seconds the run is ended (0 = never).
+    `remote` is where ranks on other hosts look for their environment; it is written now and removed at the end.
+    `launch` is the name that the run directory is reserved for, `trusted` whether that is taken as it is. `log` gets
+    what the launch prints, instead of the screen. After `limit` seconds the run is ended (0 = never).
 
     The starter gets a session of its own, so that Ctrl-C reaches only this process, which asks the ranks to stop at
     their next step; a second one ends them at once. torchrun and accelerate turn every failure into 1, so the code
     that the run itself wrote down comes first.
     """
     before = _attempts(run)
-    environment = dict(os.environ)
+    # torchrun takes options of its own from PET_*: those of a shell inside another launch are not this one's.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     prefer_cpu(environment)
     # torchrun would set one thread a rank, whatever the machine has.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     # Whatever is started from here on bears this name, wherever it moves: torchrun gives each rank its own session.
-    name = uuid.uuid4().hex
-    environment["HALFSTEP_LAUNCH"] = name
+    environment["HALFSTEP_LAUNCH"] = launch
+    if trusted:
+        environment[CONSENT_VARIABLE] = str(run)
+    environment[SECRET_VARIABLE] = secrets.token_hex(32)
+    environment[LAUNCHER] = this_process()
     rope = None
     if remote is not None:
         write_environment(remote, environment)
-        tied = [sys.executable, "-S", "-P", rope_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={name}"]
+        tied = [sys.executable, "-S", "-P", rope_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={launch}"]
         rope = subprocess.Popen(tied, stdin=subprocess.DEVNULL, start_new_session=True)
     stop, end = run / STOP_FILE, time.monotonic() + limit
     with _output(log) as out, _heard() as signals, subprocess.Popen(
@@ -67,13 +75,13 @@ def start(
         try:
             while process.poll() is None:
                 if signals.count(signal.SIGINT) >= 2:
-                    _end(f"HALFSTEP_LAUNCH={name}", _newest(run, before))
+                    _end(f"HALFSTEP_LAUNCH={launch}", _newest(run, before))
                     process.wait()
                     print("interrupted", file=sys.stderr, flush=True)
                     return Interrupted.exit_code
                 if limit and time.monotonic() > end:
                     cause = f"it took longer than the {limit:g} s it was given"
-                    _end(f"HALFSTEP_LAUNCH={name}", _newest(run, before), TIMED_OUT, cause)
+                    _end(f"HALFSTEP_LAUNCH={launch}", _newest(run, before), TIMED_OUT, cause)
                     process.wait()
                     return TIMED_OUT
                 if signals and not asked:
@@ -81,7 +89,7 @@ def start(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
             status = _status(process.wait())
-            _wait_for_the_rest(f"HALFSTEP_LAUNCH={name}", signals)
+            _wait_for_the_rest(f"HALFSTEP_LAUNCH={launch}", signals)
         finally:
             if ours:
                 stop.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """Send runs to SLURM: write their directories and the script, and submit it, or refuse before anything is queued."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import rundir
 from launcher.errors import RequestError
-from launcher.files import cannot_write, write_atomic
+from launcher.files import append, cannot_write, open_append, write_atomic
 from launcher.lease import lease
 from launcher.plan.plan import Plan
 from launcher.spec.load import Request
@@ -61,12 +62,13 @@ def send(job: Job, decided: Decided) -> str:
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.array:
             write_atomic(job.array.list, "".join(f"{one}\n" for one in job.array.runs))
-        write_atomic(job.script, text)
+        write_atomic(job.script, text, mode=0o600)  # a site's variables and set-up are nobody else's
+        for path, _, _ in decided:
+            os.close(open_append(path / "jobs.jsonl"))  # what cannot be written down is not queued
         number = slurm.submit(job)
         line = slurm.sbatch_line(job)
         for index, (path, _, _) in enumerate(decided):
             own = f"{number}_{index}" if job.array else number
             row = {"job": own, "time": time.time(), "script": str(job.script), "command": line}
-            with (path / "jobs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(path / "jobs.jsonl", json.dumps(row) + "\n")
     return number

@@ -2,37 +2,76 @@
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from launcher import assets
+from launcher import assets, foreign
 from launcher.errors import RequestError, nearest
+from launcher.files import reason
 from launcher.submit.times import seconds
+from launcher.terminal import printable
 
+# As WANDB_API_KEY and HF_TOKEN end, and TOKENIZERS_PARALLELISM or HF_TOKEN_PATH do not.
+_SECRET = ("APIKEY", "AUTH", "CREDENTIAL", "KEY", "PASSPHRASE", "PASSWD", "PASSWORD", "SECRET", "TOKEN")
+_SECRET_ENDS = ("APIKEY", "PASSWD", "PASSWORD", "SECRET", "TOKEN")
+_LARGEST = 1 << 20
+"""Bytes of a site's file."""
 DEFAULT = "default"
 """The user's own site of this name is taken where none is named."""
 
 
 def _one_line(text: str) -> str:
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+    if printable(text) != text:
         raise ValueError("may not hold a line break or another control character")
     return text
 
 
 def _slurm_word(text: str) -> str:
     # sbatch splits #SBATCH lines by rules of its own, and no cluster has a partition with a quote in its name.
-    if not re.fullmatch(r"[\w.,:+@/=&|!()\[\]*%-]*", text):
+    if not re.fullmatch(r"[\w.,:+@/=&|!()\[\]*%-]*", text, re.ASCII):
         raise ValueError("may hold letters, digits and . , : + @ / = & | ! ( ) [ ] * % - only")
     return text
 
 
 def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_]\w*", text):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
         raise ValueError("is no name of an environment variable")
+    return text
+
+
+def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
+    # A job script is a file that SLURM copies, shows and keeps.
+    for name, value in variables.items():
+        if secret(name, value):
+            raise ValueError(f"{name} is a secret, which has no place in a job script")
+    return variables
+
+
+def _no_secrets_set(lines: list[str]) -> list[str]:
+    for line in lines:
+        for name, value in re.findall(r"\b([A-Za-z_][A-Za-z0-9_]*)=[\"']?([^\s;\"']+)", line):
+            if secret(name, value):
+                raise ValueError(f"sets {name}, a secret, which has no place in a job script")
+    return lines
+
+
+def secret(name: str, value: str) -> bool:
+    """Tell whether a variable holds a secret: by its name, or as the password in an address."""
+    if re.search(r"://[^/\s:@]*:[^/\s@]+@", value):
+        return True
+    # What says where a secret lies, or how many there are, is none.
+    if value.startswith(("/", "~", "$", "`", ".")) or re.fullmatch(r"[0-9.]{0,9}|true|false|auto|none", value.lower()):
+        return False
+    last = name.upper().rpartition("_")[2]
+    return last.removesuffix("S") in _SECRET or last.endswith(_SECRET_ENDS) or last in ("KEY", "PASS", "PAT")
+
+
+def _site_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", text):
+        raise ValueError("is no name of a site: it stands in every job script")
     return text
 
 
@@ -90,9 +129,9 @@ class Environment(_Table):
     python: Line | None = None
     """The interpreter on the compute nodes; default: the one that submits, in a container `python`."""
     modules: list[Line] = []
-    setup: list[Line] = []
+    setup: Annotated[list[Line], AfterValidator(_no_secrets_set)] = []
     """Lines of bash, run as they stand, after the modules."""
-    variables: dict[Variable, Line] = {}
+    variables: Annotated[dict[Variable, Line], AfterValidator(_no_secrets)] = {}
     forward: list[Variable] = []
     """Variables that a job takes from the shell that submits it; nothing else of that shell gets there."""
     shared: list[Line] = []
@@ -112,7 +151,7 @@ class Container(_Table):
 class Site(_Table):
     """One cluster."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_site_name)]
     description: Line = ""
     slurm: Slurm = Slurm()
     node: Node = Node()
@@ -157,14 +196,17 @@ def read(name: str | None, given: Mapping[str, Any] | None = None, environ: Mapp
             fix=f"known sites: {', '.join(sorted(sites))}; yours go into {folders(environ)[0]}/NAME.toml",
         )
     try:
-        tree = tomllib.loads(file.read_text("utf-8"))
+        tree = foreign.read_toml(file, _LARGEST, follow=True)
     except OSError as error:
-        raise RequestError(f"the site cannot be read: {error.strerror}", where=str(file), fix="check --site") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"the site is not TOML: {error}", where=str(file), fix="mend that line") from None
+        raise RequestError(f"the site cannot be read: {reason(error)}", where=str(file), fix="check --site") from None
+    except ValueError as error:
+        raise RequestError(f"the site is not TOML: {error}", where=str(file), fix="correct that line") from None
     own = {key: value for key, value in (given or {}).items() if value is not None}
+    slurm = tree.get("slurm", {})
+    if not isinstance(slurm, dict):
+        raise RequestError("slurm is a table, not a value", where=str(file), fix="write [slurm] above its keys")
     try:
-        slurm = {**tree.get("slurm", {}), **own}
+        slurm = {**slurm, **own}
         return Site.model_validate({**tree, "slurm": slurm, "name": file.stem})
     except ValidationError as error:
         problems = [_problem(file, own, one) for one in error.errors()]
@@ -172,18 +214,35 @@ def read(name: str | None, given: Mapping[str, Any] | None = None, environ: Mapp
 
 
 def _problem(file: Path, own: dict[str, Any], error: Any) -> RequestError:
-    path = [str(one) for one in error["loc"]]
+    path = [str(one) for one in error["loc"] if one != "[key]"]
     key = ".".join(path)
+    if path == ["name"]:
+        return RequestError(
+            f"the name of the site's file, {file.stem!r}, {_said(error)}",
+            where=str(file),
+            fix="rename the file: letters, digits and . _ + - only",
+        )
     if path[0] == "slurm" and path[-1] in own:
-        said = str(error["msg"]).removeprefix("Value error, ")
-        return RequestError(f"--{path[-1]} {error.get('input')}: {said}", where="the command line", fix="mend it")
+        what = f"--{path[-1]} {error.get('input')}: {_said(error)}"
+        return RequestError(what, where="the command line", fix=f"correct it, or leave --{path[-1]} out")
     if error["type"] == "extra_forbidden":
         near = nearest(path[-1], _keys(path[:-1]))
         fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_keys(path[:-1]))}"
         return RequestError(f"{key} is no key of a site", where=str(file), fix=fix)
-    said = str(error["msg"]).removeprefix("Value error, ")
-    value = error.get("input")
-    return RequestError(f"{key} = {value!r}: {said}", where=str(file), fix=f"mend {key} in that file")
+    said, value = _said(error), error.get("input")
+    if "secret" in said and path[:1] == ["environment"]:
+        return RequestError(
+            f"{key}: {said}",
+            where=str(file),
+            fix="name it in environment.forward instead, and set it in the shell that submits",
+        )
+    # What a variable holds is nobody's business, whatever is wrong with it.
+    shown = "" if path[:2] == ["environment", "variables"] else f" = {str(value)[:200]!r}"
+    return RequestError(f"{key}{shown}: {said}", where=str(file), fix=f"correct {key} in that file")
+
+
+def _said(error: Any) -> str:
+    return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
 def _keys(path: list[str]) -> list[str]:

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.errors import RefusedError, RequestError
+from launcher.files import reason
 from launcher.submit.job import COMMENT, Job
 from launcher.submit.times import clock, seconds
 
+_SECONDS = 120
+"""How long one of SLURM's commands may take; their own limits are shorter."""
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
 
 
@@ -75,7 +78,19 @@ def submit(job: Job) -> str:
         raise RequestError(
             f"sbatch refused: {_words(done)}", where=shlex.join(sbatch_line(job)), fix="mend that, and submit again"
         )
-    return done.stdout.strip().partition(";")[0]
+    number = done.stdout.strip().partition(";")[0]
+    if not is_job(number):
+        raise RefusedError(
+            f"sbatch did not name the job that it took: {number[:100]!r}",
+            where=shlex.join(sbatch_line(job)),
+            fix="`squeue --me` shows whether there is one",
+        )
+    return number
+
+
+def is_job(text: str) -> bool:
+    """Tell whether a text is the number of a job, or of a task of an array."""
+    return re.fullmatch(r"[0-9]{1,12}(_[0-9]{1,9})?", text) is not None
 
 
 def queue(*jobs: str) -> list[Queued]:
@@ -89,9 +104,12 @@ def queue(*jobs: str) -> list[Queued]:
         raise RefusedError(f"squeue failed: {_words(done)}", where="squeue", fix="is SLURM up? `sinfo` tells")
     found = []
     for line in done.stdout.splitlines():
-        job, state, reason, nodes, left, partition, comment = line.split("|", 6)
-        if comment.startswith(COMMENT) and state in (*_PENDING, "RUNNING", "COMPLETING"):
-            why = reason if state in _PENDING else nodes
+        parts = line.split("|", 6)
+        if len(parts) < 7:
+            continue  # a line that is no job: a warning of the site's
+        job, state, waits_for, nodes, left, partition, comment = parts
+        if is_job(job) and comment.startswith(COMMENT) and state in (*_PENDING, "RUNNING", "COMPLETING"):
+            why = waits_for if state in _PENDING else nodes
             run = comment.removeprefix(COMMENT)
             found.append(Queued(job=job, state=state, reason=why, run=run, left=left, partition=partition))
     return found
@@ -111,16 +129,15 @@ def partitions() -> list[Partition]:
         raise RefusedError(f"scontrol failed: {_words(done)}", where="scontrol", fix="is SLURM up? `sinfo` tells")
     found = []
     for line in done.stdout.splitlines():
-        values = dict(re.findall(r"(\w+)=(\S*)", line))
+        values = {key: value for key, given, value in (word.partition("=") for word in line.split()) if given}
         if "PartitionName" not in values:
             continue
         limits = [values.get(name, "") for name in ("MaxNodes", "TotalNodes")]
-        time = values.get("MaxTime", "UNLIMITED")
         found.append(
             Partition(
                 name=values["PartitionName"],
-                seconds=None if time in ("UNLIMITED", "NONE", "INFINITE") else seconds(time),
-                nodes=min((int(one) for one in limits if one.isdigit()), default=None),
+                seconds=_limit(values.get("MaxTime", "UNLIMITED")),
+                nodes=min((int(one) for one in limits if re.fullmatch("[0-9]{1,9}", one)), default=None),
                 default=values.get("Default") == "YES",
                 state=values.get("State", "UP"),
             )
@@ -132,7 +149,16 @@ def node_memory(partition: str | None) -> int | None:
     """Return the MB of the largest node of a partition, or of all."""
     chosen = [f"--partition={partition}"] if partition else []
     done = _call(["sinfo", "--noheader", "--format=%m", *chosen])
-    return max((int(one.rstrip("+")) for one in done.stdout.split() if one.rstrip("+").isdigit()), default=None)
+    sizes = [one.rstrip("+") for one in done.stdout.split()]
+    return max((int(one) for one in sizes if re.fullmatch("[0-9]{1,15}", one)), default=None)
+
+
+def _limit(text: str) -> int | None:
+    """Return a partition's time limit in seconds; None for UNLIMITED, and for a word that is no time."""
+    try:
+        return seconds(text)
+    except ValueError:
+        return None
 
 
 def _check_partition(job: Job) -> None:
@@ -172,7 +198,7 @@ def _check_partition(job: Job) -> None:
 
 
 def _megabytes(text: str | None) -> int | None:
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text or "", re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text or "", re.IGNORECASE)
     if not found:
         return None
     return int(int(found[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[found[2].upper()])
@@ -187,7 +213,27 @@ def _call(words: list[str], text: str | None = None) -> "subprocess.CompletedPro
         )
     # Variables like SBATCH_PARTITION win over what a script says.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
-    return subprocess.run(words, input=text, capture_output=True, text=True, check=False, env=environ)
+    try:
+        return subprocess.run(
+            words,
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            env=environ,
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise RefusedError(
+            f"{words[0]} did not answer within {_SECONDS} s",
+            where=shlex.join(words),
+            fix="is SLURM up? `scontrol ping` tells; `squeue --me` shows what it has taken all the same",
+        ) from None
+    except OSError as error:
+        raise RefusedError(
+            f"{words[0]} cannot be started: {reason(error)}", where=shlex.join(words), fix="check it on this host"
+        ) from None
 
 
 def _words(done: "subprocess.CompletedProcess[str]") -> str:

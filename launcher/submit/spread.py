@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.errors import RequestError
 from launcher.plan.plan import Plan
-from launcher.submit.argv import script_words, tool
+from launcher.submit.argv import ACCELERATE_CONFIG, script_words, tool
 from launcher.submit.hostfile import Hosts, exported
 from launcher.topology import free_port
 
@@ -53,7 +53,7 @@ def torchrun(plan: Plan, run: Path, hosts: Hosts, backend: str) -> list[str]:
 def accelerate(plan: Plan, run: Path, hosts: Hosts, backend: str) -> list[str]:
     """Return the command that starts one `accelerate launch` on each host."""
     nodes = len(hosts.names)
-    words = [*tool("accelerate", "accelerate.commands.accelerate_cli"), "launch", "--multi_gpu"]
+    words = [*tool("accelerate", "accelerate.commands.accelerate_cli"), "launch", *ACCELERATE_CONFIG, "--multi_gpu"]
     words += ["--num_machines", str(nodes), "--machine_rank", _NODE, "--num_processes", str(nodes * hosts.slots)]
     words += ["--main_process_ip", hosts.names[0], "--main_process_port", str(free_port())]
     words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "static"]

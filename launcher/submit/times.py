@@ -8,7 +8,7 @@ def seconds(limit: str) -> int:
 
     Raises ValueError for anything else.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    found = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit, re.ASCII)
     if not found:
         raise ValueError(f"{limit!r} is no SLURM time, such as 90, 12:00:00 or 2-12")
     days, *rest = found.groups()

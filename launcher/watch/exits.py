@@ -4,13 +4,19 @@ import contextlib
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from launcher import clock, files, foreign
 from launcher.errors import HalfstepError
 from launcher.watch.pulse import Beat
+
+_EXIT, _REFUSAL = "exit.json", "refused.json"
+_LARGEST = 255
+"""Exit code of a process."""
+_FAR = 2.0**53
+"""Seconds since the epoch that no clock shows."""
 
 
 def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
@@ -18,26 +24,14 @@ def write_exit(attempt: Path, code: int, cause: str, rank: int) -> int | None:
 
     The first to write wins, so that a follow-up failure hides no cause.
     """
-    file = attempt / "exit.json"
-    # Ranks of two hosts may have one process number, and a rank's threads may both have something to write.
-    temporary = attempt / f".exit.json.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}"
+    about = {"code": code, "cause": cause, "rank": rank, "time": clock.now()}
     try:
-        temporary.write_text(
-            json.dumps({"code": code, "cause": cause, "rank": rank, "time": time.time()}, indent=2) + "\n", "utf-8"
-        )
-        try:
-            os.link(temporary, file)
-        except FileExistsError:
-            return int(json.loads(file.read_text("utf-8"))["code"])
-        except OSError:  # a file system without hard links
-            if file.exists():
-                return int(json.loads(file.read_text("utf-8"))["code"])
-            temporary.replace(file)
-    except (OSError, ValueError, KeyError):
+        if files.write_once(attempt / _EXIT, json.dumps(about, indent=2) + "\n"):
+            return None
+    except OSError:
         return None  # it cannot be written, so it has to be said
-    finally:
-        temporary.unlink(missing_ok=True)
-    return None
+    before = read_exit(attempt)
+    return None if before is None else before["code"]
 
 
 def write_refusal(run: Path, code: int, cause: str) -> None:
@@ -46,16 +40,15 @@ def write_refusal(run: Path, code: int, cause: str) -> None:
         return
     about = {"code": code, "cause": cause, "time": time.time(), **start_of_job()}
     with contextlib.suppress(OSError):
-        (run / "refused.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        files.write_atomic(run / _REFUSAL, json.dumps(about, indent=2) + "\n", sync=False)
 
 
 def read_refusal(run: Path) -> dict[str, Any] | None:
     """Return what `write_refusal` wrote in this start of this job, else None."""
-    try:
-        found = json.loads((run / "refused.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    record = _read(run / _REFUSAL)
+    if record is None or any(record.get(key) != value for key, value in start_of_job().items()):
         return None
-    return found if all(found.get(key) == value for key, value in start_of_job().items()) else None
+    return record
 
 
 def start_of_job() -> dict[str, str]:
@@ -64,12 +57,31 @@ def start_of_job() -> dict[str, str]:
 
 
 def read_exit(attempt: Path) -> dict[str, Any] | None:
-    """Return how an attempt ended: `code`, `cause`, `rank`, `time`; None where nobody has written it yet."""
+    """Return how an attempt ended: `code`, `cause`, `rank`, `time`; None where nobody has written it so far.
+
+    None also where the file is damaged: `damaged_exit` tells the two apart.
+    """
+    return _read(attempt / _EXIT)
+
+
+def damaged_exit(attempt: Path) -> bool:
+    """Tell whether somebody has written how an attempt ended, and it cannot be read."""
+    return os.path.lexists(attempt / _EXIT) and read_exit(attempt) is None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Return a record of an end; None where there is none, or where it could not have been written by us."""
     try:
-        found = json.loads((attempt / "exit.json").read_text("utf-8"))
+        record = foreign.read_object(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("code"), int) else None
+    code, cause, rank, at = record.get("code"), record.get("cause", ""), record.get("rank"), record.get("time", 0.0)
+    whole = isinstance(code, int) and not isinstance(code, bool) and 0 <= code <= _LARGEST
+    numbered = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0)
+    timed = isinstance(at, int | float) and not isinstance(at, bool) and abs(at) < _FAR
+    if not (whole and numbered and timed and isinstance(cause, str)):
+        return None
+    return {**record, "code": code, "cause": cause, "rank": rank, "time": at}
 
 
 def write_follow_up(attempt: Path, code: int, cause: str, rank: int, *, patience: float = 3.0) -> int | None:

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.errors import Fault
-from launcher.watch import processes
+from launcher.errors import Fault, Stopped
+from launcher.watch import exits, processes
 from launcher.watch.pulse import IGNORED, SIZE, Pulse
 from launcher.watch.stop import Stop
 
+EARLY_GRACE_SECONDS = 3.0
+"""How long a rank that is asked to stop may take before its attempt has begun: there is nothing to save."""
 _WARDENS = 4
 """One, and three more where somebody kills it."""
 
@@ -48,6 +50,9 @@ class Heart:
         # A data worker that was forked from the rank makes no progress for it.
         os.register_at_fork(after_in_child=self._forget)
         self._launchers = processes.launchers_above(os.getpid(), over_ssh="HALFSTEP_REMOTE" in os.environ)
+        first = processes.starter()
+        if first is not None and first.pid not in [one.pid for one in self._launchers]:
+            self._launchers.append(first)  # a shell between the two hides it
         self._dump_stacks_to(sys.stderr)
         self.mark("start")
         self._tell_stop()
@@ -156,6 +161,12 @@ class Heart:
         self._pulse = Pulse(bytearray(SIZE))
 
 
+def _say_stopped() -> None:
+    exits.say(
+        Stopped("asked to stop before the run had begun", where="nothing is lost", fix="start the same command again")
+    )
+
+
 def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
     """Hear signals and be watched from here on, which is before torch is imported: that takes seconds."""
     if "HALFSTEP_REMOTE" in os.environ and processes.is_orphan(os.getpid()):
@@ -164,8 +175,15 @@ def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
             where=f"rank {rank} on {socket.gethostname()}",
             fix="start the same command again",
         )
+    if lost := processes.has_lost_its_launcher(os.getpid()):
+        raise Fault(
+            f"{lost} had ended before this rank began",
+            where=f"rank {rank} on {socket.gethostname()}",
+            fix="start the same command again",
+        )
     stop = Stop()
     stop.install()
+    stop.set_grace(EARLY_GRACE_SECONDS, _say_stopped)
     heart = Heart(rank, stop)
     heart.set_timeout(timeout)
     heart.start()

@@ -1,10 +1,12 @@
 """Other processes, as /proc tells: whether one still lives, how it ended, and who started it. Standard library only."""
 
+import base64
 import contextlib
 import fcntl
+import json
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,9 @@ _MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.commands.",
 _SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh", "csh", "busybox")
 _PLACES = (*_SHELLS, "login", "su", "sudo", "sshd",
            "sshd-session", "tmux", "tmux: server", "screen", "mosh-server", "systemd", "init")  # fmt: skip
+LAUNCHER = "HALFSTEP_LAUNCHER"
+"""Names the `halfstep run` that a process was started by, as `this_process` does."""
+_MARKS = {"torchrun": "TORCHELASTIC_RUN_ID", "DeepSpeed's launch.py": "CROSS_SIZE"}
 _PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO_SIZE = 0xC040FF0B, 8, 64  # linux/pidfd.h
 
 
@@ -87,6 +92,64 @@ def launchers_above(pid: int, *, over_ssh: bool = False) -> list[Process]:
             break
         found.append(Process(pid=parent, start=below.start, name=name))
     return found
+
+
+def this_process() -> str:
+    """Return what names this process for those that it starts, on this host and in its numbering of processes."""
+    own = stat(os.getpid())
+    return json.dumps([_numbering(), os.getpid(), own.start if own else 0])
+
+
+def starter(environ: Mapping[str, str] = os.environ) -> Process | None:
+    """Return the `halfstep run` that started this process, dead or alive; None where it is of another host or none."""
+    with contextlib.suppress(ValueError, TypeError):
+        numbering, pid, start = json.loads(environ.get(LAUNCHER, "null"))
+        if numbering == _numbering():
+            return Process(pid=int(pid), start=int(start), name="halfstep run")
+    return None
+
+
+def _numbering() -> str:
+    """Return what tells apart hosts, and containers that number their processes by themselves."""
+    with contextlib.suppress(OSError):
+        return f"{os.uname().nodename} {os.stat('/proc/self/ns/pid').st_ino}"
+    return os.uname().nodename
+
+
+def has_lost_its_launcher(pid: int, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return who had ended before this rank began, where a launcher started it and nobody is left to end it.
+
+    Whoever dies later is noticed by the rank's warden, which watches who is above it when it begins.
+    """
+    above = starter(environ)
+    if above is not None and not _is(above):
+        return f"{above.name}, process {above.pid},"
+    parents = launchers_above(pid)
+    if not parents:
+        return next((name for name, mark in _MARKS.items() if mark in environ), None)
+    last = parents[-1]
+    # The deepspeed command starts launch.py for its own host alone, and is its parent while it lives (runner.py).
+    words = _words(last.pid)
+    if "deepspeed.launcher.launch" in words and any(_is_local(word) for word in words):
+        found = stat(last.pid)
+        if found is not None and not launcher_name(_words(found.parent))[1]:
+            return "the deepspeed command"
+    return None
+
+
+def _is(process: Process) -> bool:
+    found = stat(process.pid)
+    return found is not None and found.start == process.start and found.state not in "ZX"
+
+
+def _is_local(word: str) -> bool:
+    """Tell whether a word is DeepSpeed's list of hosts, and this host, by no name, is all of it."""
+    name, _, value = word.partition("=")
+    if name != "--world_info":
+        return False
+    with contextlib.suppress(ValueError):
+        return list(json.loads(base64.urlsafe_b64decode(value))) == ["localhost"]
+    return False
 
 
 def is_orphan(pid: int) -> bool:

@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from launcher import files, foreign
 from launcher.errors import Stalled
 from launcher.watch.pulse import ALONE, Beat
 
@@ -38,6 +40,13 @@ class Report:
     """Since the last mark."""
 
 
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("rank", "pid", "step", "count"), int),
+    **dict.fromkeys(("host", "phase", "process_state"), str),
+    "seconds": (int, float),
+}
+
+
 def report(rank: int, pid: int, beat: Beat, process_state: str, seconds: float) -> Report:
     """Return where a rank of this host stands."""
     return Report(
@@ -66,8 +75,10 @@ def read(attempt: Path) -> list[Report]:
     """Return the reports that can be read, by rank."""
     found = []
     for file in attempt.glob("stall-rank-*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Report(**json.loads(file.read_text("utf-8"))))
+        with contextlib.suppress(OSError, ValueError):
+            said = foreign.read_object(file)
+            if all(isinstance(said.get(name), kind) for name, kind in _KINDS.items()):
+                found.append(Report(**{name: said[name] for name in _KINDS}))
     return sorted(found, key=lambda one: one.rank)
 
 
@@ -104,6 +115,4 @@ def told(named: Sequence[Report], where: str) -> Stalled:
 
 def replace_json(file: Path, value: object) -> None:
     """Replace a small file whole; not synced to the disk, since it tells of the present."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value) + "\n", "utf-8")
-    temporary.replace(file)
+    files.write_atomic(file, json.dumps(value) + "\n", sync=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher import rundir
+from launcher import environment
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.shards import PROBE, Piece
@@ -52,9 +52,13 @@ def save(
     config: dict[str, Any] | None = None,
     data: dict[str, str] | None = None,
     logits: np.ndarray | None = None,
+    buffers: list[dict[str, np.ndarray]] | None = None,
     **changed: Any,
 ) -> Path:
-    """Write a checkpoint as the engine does and return its folder; `bounds` cut the flattened parameters into ranks."""
+    """Write a checkpoint as the engine does and return its folder; `bounds` cut the flattened parameters into ranks.
+
+    `buffers` are those of every rank, all of rank 0's; without it, the checkpoint is one of before they were kept.
+    """
     run.mkdir(parents=True, exist_ok=True)
     held = cut(parameters, bounds or [])
     folder = store.prepare(run, step, "0001", 0)
@@ -68,11 +72,23 @@ def save(
             for state, values in states_of(parameter, parameters[parameter]).items():
                 part = values.reshape(-1)[start : start + length]
                 order.append(Piece(key=f"{parameter}/{state}", length=length, array=part.copy))
+        for buffer, values in (buffers or [{}] * len(held))[rank].items():
+            order.append(
+                Piece(
+                    key=f"{buffer}/{shards.BUFFER}",
+                    length=values.size,
+                    array=values.reshape(-1).copy,
+                    dtype=shards.stored_type(values),
+                )
+            )
         files.append(shards.write(folder / f"{name}.safetensors", order, lambda: None))
         sidecar = {"pieces": {one: list(place) for one, place in pieces.items()}, "rng": {"rank": rank}}
         files.append(shards.write_json(folder / f"{name}.json", sidecar))
     shapes = {name: list(values.shape) for name, values in parameters.items()}
     model = {"name": "by hand", "config": config or {}, "vocabulary": 0, "parameters": shapes}
+    if buffers is not None:
+        kept = {name: {"shape": list(one.shape), "dtype": str(one.dtype)} for name, one in buffers[0].items()}
+        model["buffers"] = kept
     return store.commit(folder, manifest(step, model, len(held), tuple(files), data, **changed))
 
 
@@ -93,9 +109,16 @@ def manifest(
         "sequence": 32,
         "data": data or {"path": "/nowhere", "digest": "0" * 16},
         "optimizer": {"kind": "AdamW", "states": list(STATES), "steps": step},
-        "guard": {"scale": 1.0, "skipped_steps": 0},
+        "guard": {
+            "loss_scale": None,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
+            "bad_losses_in_a_row": 0,
+            "last_good_step": step,
+            "first": None,
+        },
         "lr": 1e-3,
-        "versions": rundir.versions(),
+        "versions": environment.versions(),
         "attempt": "0001",
         "time": 1.7e9,
         "files": files,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launcher import rundir
 from launcher.plan import facts
+from launcher.plan.pretrained import Network
 from launcher.plan.resolve import resolve
 from launcher.study import file, folder, grid
 from launcher.topology import Topology
@@ -14,9 +15,14 @@ from launcher.topology import Topology
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 
 
+def unasked(*_: object) -> Network:
+    """Stand where an `hf:` model would be constructed; no cell has one."""
+    raise AssertionError("no cell names an hf: model")
+
+
 def cells_of(study: file.Study) -> list[grid.Cell]:
     """Plan a study's cells for two CPU ranks."""
-    return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec, lambda *_: 1)))
+    return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec, unasked)))
 
 
 def started(where: Path, study_file: Path, words: Sequence[str] = ()) -> tuple[file.Study, list[grid.Cell]]:

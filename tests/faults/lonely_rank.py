@@ -15,11 +15,12 @@ if __name__ == "__main__":
     rank = topology.from_environment()
     topology.prepare_environment(rank)
     request = load(sys.argv[1:])
-    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec, lambda config, trust: 0))
+    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec, lambda *_: NotImplemented))
     from launcher.engine import distributed
     from launcher.engine.build import build
+    from launcher.engine.preflight import RollCall
 
-    distributed.join(rank, plan)
+    distributed.join(rank, plan, RollCall(rank, plan, b"of this test").answer().store)
     engine, _ = build(plan)
     distributed.set_timeouts(1.0)
     groups = {"world": dist.group.WORLD, "data-parallel": engine.data_parallel_group}

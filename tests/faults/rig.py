@@ -43,24 +43,36 @@ TIMES = ("step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes
 class Launch:
     """Ranks of one start."""
 
-    def __init__(self, out: Path, words: list[str], scratch: Path, *, world: int = 2, **more: str) -> None:
+    def __init__(
+        self,
+        out: Path,
+        words: list[str],
+        scratch: Path,
+        *,
+        world: int = 2,
+        nodes: int = 1,
+        only: tuple[int, ...] | None = None,
+        **more: str,
+    ) -> None:
+        """Start `world` ranks, or only some of them, that believe to be on `nodes` hosts."""
         self.out = out
         self._log = scratch / "logs" / f"{out.parent.name}-{out.name}.log"
         self._log.parent.mkdir(exist_ok=True)
         self._begin = self._log.stat().st_size if self._log.exists() else 0
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        local = world // nodes
+        sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(local)}
         common = {**environment(scratch), **address, **sizes, OURS: str(out), **more}
         with self._log.open("ab") as log:
             self.ranks = [
                 subprocess.Popen(
                     [sys.executable, "launcher/train.py", *words, f"out={out}"],
                     cwd=ROOT,
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
-                for rank in range(world)
+                for rank in only or range(world)
             ]
 
     def wait(self, timeout: float = 180) -> list[int]:
@@ -228,14 +240,14 @@ def processes(out: Path) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def nothing_left(out: Path, *, half_written: bool = False) -> Iterator[None]:
+def nothing_left(out: Path, *, half_written: bool = False, within: float = 10) -> Iterator[None]:
     """Assert that what happens inside leaves no process, shared memory or half-written checkpoint behind it.
 
     A rank that is killed in a save leaves half of one, which the next start deletes (`half_written`).
     """
     memory = set(Path("/dev/shm").iterdir())
     yield
-    end = time.monotonic() + 10
+    end = time.monotonic() + within
     while processes(out) and time.monotonic() < end:
         time.sleep(0.1)
     assert not processes(out)

@@ -81,10 +81,11 @@ def test_a_start_that_hangs(launch: Callable[..., Launch], place: str, record: C
 def test_a_stale_compiler_lock_heals_itself(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path], scratch: Path, record: Callable[..., None]
 ) -> None:
-    undisturbed("zero=2", "precision=fp16")
-    (folder,) = (one.parent for one in (scratch / "ops").glob("*shm_comm*/build.ninja"))
+    words = ("zero=2", "precision=fp16", "offload=optimizer-cpu", "ds.optimizer.params.torch_adam=false")
+    undisturbed(*words)
+    (folder,) = (one.parent for one in (scratch / "ops").glob("*cpu_adam*/build.ninja"))
     (folder / "lock").touch()
-    one = launch("stale-lock", "zero=2", "precision=fp16", "steps=10")
+    one = launch("stale-lock", *words, "steps=10")
     assert one.wait(timeout=90) == [0, 0], one.output
     record("a stale compiler lock", injected=1, survived=1)
 

@@ -26,6 +26,54 @@ FAMILIES = ("gpt2-nano", "llama-nano")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY = 384
 SEED = 1234
+EXPERTS = {
+    "model_type": "deepseek_v3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHERS = {
+    # Drawn in a constructor, and set in one.
+    "openai-gpt": {"model_type": "openai-gpt", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "apertus": {"model_type": "apertus", **_SIZES, "num_key_value_heads": 2, "intermediate_size": 48},
+    # Buffers of a type that a constructor asks for, and a table that is not trained.
+    "recurrent_gemma": {
+        "model_type": "recurrent_gemma",
+        **_SIZES,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "lru_width": 32,
+        "block_types": ["recurrent", "attention"],
+    },
+    "lfm2_moe": {
+        "model_type": "lfm2_moe",
+        **_SIZES,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "roformer": {"model_type": "roformer", **_SIZES, "intermediate_size": 48, "is_decoder": True},
+}
 
 
 def ds_config(stage: int, precision: str) -> dict:
@@ -61,7 +109,7 @@ def digests(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    data = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    data = tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()
 
 
@@ -117,8 +165,18 @@ def rank_main(out: Path) -> None:
         found["checkpointed"][name] = [
             [losses(name, stage, "fp32", checkpointing=on, steps=3) for on in (False, True)] for stage in range(4)
         ]
+    found["others"] = {
+        f"{name} {precision}": [
+            digests(build(config, seed=SEED, dtype=dtype), dtype),
+            digests(build(config, seed=SEED, zero3=ds_config(3, precision)), dtype),
+        ]
+        for name, config in OTHERS.items()
+        for precision, dtype in PRECISIONS.items()
+    }
     found["loaded"] = loaded_digests(out)
-    found["forgotten"] = refusals(out)
+    found["router"] = router_digests(out)
+    found["forgotten"] = forgotten_digests()
+    found["refused"] = refusals(out)
     (out / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
 
 
@@ -136,8 +194,25 @@ def loaded_digests(out: Path) -> list[dict[str, str]]:
     return [digests(model, torch.bfloat16) for model in (saved, plain, split, after)]
 
 
-def refusals(out: Path) -> str:
-    """Return what `build` says, on this rank, of an architecture that forgets a parameter."""
+def router_digests(out: Path) -> dict[str, list[dict[str, str]]]:
+    """Save experts whose router has a bias that bf16 cannot hold, and load them plainly and under `zero.Init`."""
+    folder, config = out / "router", EXPERTS
+    if torch.distributed.get_rank() == 0:
+        saved = build(config, seed=99)
+        saved.get_buffer(BIAS).copy_(torch.tensor([5.001, 5.002, 5.003, 5.004]))
+        saved.save_pretrained(folder)
+    torch.distributed.barrier()
+    return {
+        precision: [
+            digests(build(config, seed=1, weights=str(folder), dtype=dtype), dtype),
+            digests(build(config, seed=2, weights=str(folder), zero3=ds_config(3, precision)), dtype),
+        ]
+        for precision, dtype in PRECISIONS.items()
+    }
+
+
+def forgotten_digests() -> list[dict[str, str]]:
+    """Build an architecture whose initialisation forgets a matrix, which its constructor has drawn."""
     from transformers import LlamaPreTrainedModel, PreTrainedModel
 
     def forget(model: PreTrainedModel, module: torch.nn.Module) -> None:
@@ -146,12 +221,41 @@ def refusals(out: Path) -> str:
 
     LlamaPreTrainedModel._init_weights = forget
     try:
-        build(config_of("llama-nano"), seed=1, zero3=ds_config(3, "fp32"))
-    except ValueError as error:
-        return str(error)
+        config = config_of("llama-nano")
+        plain, split = build(config, seed=SEED), build(config, seed=SEED, zero3=ds_config(3, "fp32"))
+        assert plain.model.layers[1].mlp.up_proj.weight.std() > 0.05, "torch's own, not Llama's 0.02"
+        return [digests(model, torch.float32) for model in (plain, split)]
     finally:
         del LlamaPreTrainedModel._init_weights
-    return "accepted"
+
+
+def refusals(out: Path) -> list[str]:
+    """Return what `build` says at stage 3 of a parameter without a value, and of weights of another model."""
+    from transformers.models.llama import modeling_llama
+
+    class Unset(torch.nn.Module):
+        def __init__(self, size: int, eps: float = 1e-6) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(size))
+
+    norm, modeling_llama.LlamaRMSNorm = modeling_llama.LlamaRMSNorm, Unset
+    said = []
+    config, zero3 = config_of("llama-nano"), ds_config(3, "fp32")
+    weights = str(out / "checkpoint")
+    for attempt in (
+        lambda: build(config, seed=1, zero3=zero3),
+        lambda: build({**config, "num_hidden_layers": 1}, seed=1, zero3=zero3, weights=weights),
+        lambda: build({**config, "tie_word_embeddings": False}, seed=1, zero3=zero3, weights=weights),
+        lambda: build(config, seed=1, zero3=zero3, weights=str(out / "nowhere")),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            said.append(str(error).replace(str(out), "OUT"))
+        else:
+            said.append("accepted")
+        modeling_llama.LlamaRMSNorm = norm
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +321,36 @@ def test_a_checkpoint_loads_the_same_with_and_without_partitioning(ranks: list[d
         assert saved == plain == split == after
 
 
-def test_an_architecture_that_forgets_a_parameter_stops_every_rank(ranks: list[dict]):
-    assert {found["forgotten"] for found in ranks} == {
-        "LlamaForCausalLM._init_weights leaves parameters of model.layers.1 without a value"
-    }
+@pytest.mark.parametrize("name", [f"{name} {precision}" for name in OTHERS for precision in PRECISIONS])
+def test_other_families_start_with_the_same_parameters_and_buffers(ranks: list[dict], name: str):
+    for found in ranks:
+        plain, split = found["others"][name]
+        assert plain == split == ranks[0]["others"][name][0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_routers_bias_is_loaded_the_same_with_and_without_partitioning(ranks: list[dict], precision: str):
+    for found in ranks:
+        plain, split = found["router"][precision]
+        assert plain == split == ranks[0]["router"]["fp32" if precision == "fp32" else precision][0]
+        assert plain[BIAS] == ranks[0]["router"]["fp32"][0][BIAS], "fp32 in every precision"
+
+
+def test_what_an_initialisation_forgets_is_drawn_by_its_constructor_at_every_stage(ranks: list[dict]):
+    for found in ranks:
+        plain, split = found["forgotten"]
+        assert plain == split == ranks[0]["forgotten"][0]
+
+
+def test_every_rank_of_stage_3_refuses_with_the_same_words(ranks: list[dict]):
+    unset, layers, untied, nowhere = ranks[0]["refused"]
+    assert unset.startswith("neither LlamaForCausalLM._init_weights nor a constructor gives model.layers.")
+    assert layers.startswith("the weights of OUT/checkpoint have 9 parameters, such as model.layers.1.")
+    assert untied == (
+        "the weights of OUT/checkpoint lack lm_head.weight, and the config does not tie it to the input embedding"
+    )
+    assert nowhere.startswith("the weights of OUT/nowhere cannot be loaded")
+    assert ranks[0]["refused"] == ranks[1]["refused"]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from launcher.submit import local
-sys.exit(local.start(sys.argv[2:], Path(sys.argv[1]), 2))
+sys.exit(local.start(sys.argv[2:], Path(sys.argv[1]), 2, launch="of this test"))
 """
 
 

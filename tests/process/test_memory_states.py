@@ -38,11 +38,12 @@ SMALL = 64 * 1024
 def rank_main(folder: Path) -> None:
     """Hold every case's engine once, in one start of the ranks."""
     from launcher.engine import distributed
+    from launcher.engine.places import file_store
     from launcher.topology import from_environment
 
     rank = from_environment()
     plans = [Plan.from_dict(tree) for tree in json.loads((folder / "plans.json").read_text())]
-    distributed.join(rank, plans[0])
+    distributed.join(rank, plans[0], file_store(folder / "store", rank))
     distributed.quiet_deepspeed(folder / f"log-{rank.rank}")
     found = [held(plan) for plan in plans]
     (folder / f"rank-{rank.rank}.json").write_text(json.dumps(found))

@@ -49,6 +49,41 @@ def test_trained_weights_of_another_family_are_loaded_at_stage_3(start: Start, d
     assert outcomes[0].losses == pytest.approx(outcomes[1].losses, abs=1e-5)
 
 
+BERT = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize("keys", [["zero=0", "precision=bf16"], ["zero=3", "precision=fp16"], ["compile=true"]])
+def test_a_model_that_sees_the_future_is_refused_before_a_step(
+    start: Start, data: Path, scratch: Path, keys: list[str]
+) -> None:
+    home = scratch / "bert"
+    home.mkdir(exist_ok=True)
+    (home / "config.json").write_text(json.dumps({"model_type": "bert", **BERT}))
+    outcome = train(start, f"sees {keys[0]}", f"model=hf:{home}", f"data={data}", *keys)
+    assert outcome.returncode == 3, outcome.output
+    assert (
+        "error: the model sees the future: changing the last 16 of 29 tokens moves what it makes of earlier ones"
+        in (outcome.output)
+    )
+    assert f" from: model=hf:{home}, model_type 'bert'" in outcome.output
+    assert "  try: set is_decoder to true in its config.json" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert outcome.rows == []
+    assert json.loads((outcome.out / "attempts/0001/exit.json").read_text())["code"] == 3
+
+
+def test_the_way_out_trains_and_what_was_measured_is_written_down(start: Start, data: Path, scratch: Path) -> None:
+    home = scratch / "bert-decoder"
+    home.mkdir()
+    (home / "config.json").write_text(json.dumps({"model_type": "bert", **BERT, "is_decoder": True}))
+    keys = [f"model=hf:{home}", f"data={data}", "zero=1", "precision=bf16", "steps=2"]
+    outcome = train(start, "decoder", *keys)
+    assert outcome.returncode == 0, outcome.output
+    (seen,) = (event for event in outcome.events if event["event"] == "causal")
+    assert (seen["tokens"], seen["first_changed"], seen["earlier"], seen["rows"]) == (29, 13, 0.0, False)
+    assert seen["later"] > 0.1
+
+
 def test_dropout_is_decided_by_the_seed(start: Start, cell: Callable[[int, str], Outcome], data: Path) -> None:
     words = ["model.dropout=0.2", f"data={data}", "precision=fp32", "steps=3", "eval.every=0"]
     one, same = (train(start, name, *words) for name in ("dropout", "dropout again"))

@@ -32,7 +32,7 @@ def rank_main() -> None:
 
     world = topology.describe(1, 1)
     fp16 = Case(zero=0, precision="fp16", accumulation=2, clip=0.05, world_size=1, optimizer="adamw", family="gpt2")
-    distributed.join(rank, plan_of(fp16, world, repairs=True))
+    distributed.join(rank, plan_of(fp16, world, repairs=True), torch.distributed.HashStore())
     wrappers: list[str] = []
     build, backward = trial.build, runtime.DeepSpeedEngine.backward
 

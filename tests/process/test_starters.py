@@ -97,16 +97,6 @@ def test_a_wrong_request_ends_every_rank_with_code_2_and_is_said_once(start: Sta
     assert not outcome.out.exists()
 
 
-def test_a_stale_build_lock_does_not_hang_the_next_start(start: Start, cell: Cell, data: Path, scratch: Path) -> None:
-    cell(1, "fp32")  # has built the operator
-    lock = scratch / "ops" / "deepspeed_shm_comm" / "lock"
-    lock.touch()
-    words = [*WORDS, "steps=1", "eval.every=0", "zero=1", "precision=fp32", f"data={data}", "out={out}"]
-    outcome = start("locked", [sys.executable, "launcher/train.py", *words], timeout=120)
-    assert outcome.returncode == 0, outcome.output
-    assert not lock.exists()
-
-
 def test_another_run_in_the_same_directory_is_refused_on_all_ranks(start: Start, cell: Cell, data: Path) -> None:
     there = cell(1, "bf16").out
     words = [*WORDS, "seed=1", "zero=1", "precision=bf16", f"data={data}", f"out={there}"]

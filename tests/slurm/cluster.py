@@ -1,8 +1,8 @@
 """A real SLURM cluster on one machine: two nodes in namespaces, each with its own address, name and processes.
 
 munged and slurmctld run here; every slurmd is in a network, name, process and mount namespace, joined by a bridge. A
-node is lost by killing its first process, a link is cut by taking its interface down. Needs root, slurm-wlm, munge and
-iproute2.
+node is lost by killing its first process, a link is cut by taking its interface down. Needs root, and the
+programs that `make cluster` installs.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "iptables", "mount", "unshare", "nsenter")
 NODES = ("n1", "n2")
 _CONF = """\
 ClusterName=halfstep
@@ -68,7 +68,7 @@ def missing() -> str | None:
         return "root is needed to make namespaces"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
-        return f"{', '.join(absent)} not installed (Debian: slurm-wlm munge iproute2)"
+        return f"{', '.join(absent)} not installed (Debian: `make cluster` installs them)"
     probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True)
     return None if probe.returncode == 0 else "this kernel lets nobody make namespaces"
 
@@ -205,6 +205,10 @@ class Cluster:
         pid = str(self.first_process(name))
         enter = ["nsenter", "--target", pid, "--net", "--uts", "--mount", "--pid", *words]
         return subprocess.run(enter, capture_output=True, text=True, check=False, env=self._environ())
+
+    def kill(self, name: str, pid: int) -> "subprocess.CompletedProcess[str]":
+        """Kill a process of a node by its number there; by the shell, since a small image has no program for it."""
+        return self.on(name, "bash", "-c", f"kill -9 {pid}")
 
     def call(self, *words: str) -> "subprocess.CompletedProcess[str]":
         """Run one of SLURM's commands as a user of the cluster."""

@@ -185,7 +185,7 @@ def test_a_task_of_an_array_comes_back_by_itself(cloud: Cloud) -> None:
     cloud.cluster.wait(lambda: rig.last_step(runs[1]) >= 7, "the second task to train", 90)
     [victim] = rig.heartbeats(runs[1])
     node = cloud.cluster.call("squeue", "-h", "-j", f"{job}_1", "-o", "%N").stdout.strip()
-    assert cloud.cluster.on(node, "kill", "-9", str(victim)).returncode == 0
+    assert cloud.cluster.kill(node, victim).returncode == 0
     cloud.cluster.wait(lambda: all((one / "summary.json").exists() for one in runs), "both to finish", 120)
     assert [len(list((one / "attempts").glob("0*"))) for one in runs] == [1, 2]
     assert rig.last_step(runs[1]) == 20

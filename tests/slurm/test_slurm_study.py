@@ -76,7 +76,7 @@ def test_a_study_completes_as_an_array_though_a_rank_is_killed_and_a_node_lost(
     again = cloud.halfstep(*[word for word in words if word != "--json"])
     assert "nothing to submit: every run has a result or a job" in again.stdout
     victim = rig.heartbeats(runs[0])[1]
-    assert cloud.cluster.on("n2", "kill", "-9", str(victim)).returncode == 0
+    assert cloud.cluster.kill("n2", victim).returncode == 0
     cloud.cluster.wait(lambda: len(list(runs[0].glob("attempts/0*"))) == 2, "the killed cell to come back", 180)
     cloud.cluster.wait(lambda: any(8 <= rig.last_step(one) < 20 for one in runs[1:]), "another to train", 240)
     cloud.cluster.kill_node("n2")

@@ -31,10 +31,13 @@ def words(starter: str, plan: Plan) -> list[str]:
 
 def test_each_starter_is_given_the_planned_ranks(plan: Make) -> None:
     made = plan()
-    assert words("deepspeed", made) == ["--num_gpus", "2", "--master_port", "12345", "--log_level", "error"]
-    assert words("torchrun", made) == ["--standalone", "--nproc_per_node", "2"]
+    assert words("deepspeed", made) == [
+        "--num_gpus", "2", "--master_port", "12345", "--log_level", "error", "--hostfile", "/dev/null"
+    ]  # fmt: skip
+    assert words("torchrun", made) == ["--standalone", "--nnodes", "1", "--nproc_per_node", "2"]
     assert words("accelerate", made) == [
-        "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "launch", *argv.ACCELERATE_CONFIG, "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", "12345",
     ]  # fmt: skip
 

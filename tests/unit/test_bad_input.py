@@ -115,7 +115,7 @@ def test_an_out_of_a_different_run_is_refused_before_anything_starts(
     request = load(["model=gpt2-nano", f"data={corpus}", "seed=7"])
     world = topology.describe(2, 2)
     rundir.write_plan(
-        tmp_path / "out", request, resolve(request, world, facts.read(request.spec, lambda config, trust: 1))
+        tmp_path / "out", request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
     )
     said = refuse("run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'out'}")
     assert "seed was 7 and is now 0" in said

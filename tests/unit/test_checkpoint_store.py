@@ -202,9 +202,11 @@ def test_until_the_commit_there_is_no_checkpoint(run: Path) -> None:
     folder = store.prepare(run, 7, "0001", 0)
     assert folder is not None
     assert folder.name == ".writing-step-00000007-0001"
+    files = shards.write(folder / "rank-00000.safetensors", [], lambda: None)
     entry = shards.write_json(folder / "rank-00000.json", {"pieces": {}})
     assert _steps(run) == []
-    final = store.commit(folder, saved.manifest(7, {"parameters": {}}, 1, (entry,), None))
+    model = {"name": "by hand", "config": {}, "parameters": {}}
+    final = store.commit(folder, saved.manifest(7, model, 1, (files, entry), None))
     assert final.name == "step-00000007"
     assert not folder.exists()
     assert _steps(run) == [(7, True)]

@@ -119,7 +119,7 @@ def test_invalid_utf8_is_reported_with_file_and_offset(
         ('{"body": 1}', "line 3 has no field 'text'; it has 'body'"),
         ("{}", "line 3 has no field 'text'; it has none at all"),
         ('{"text": }', "line 3 is not JSON: Expecting value at column 10"),
-        ('{"text": null}', "the field 'text' of line 3 holds NoneType, not text"),
+        ('{"text": null}', "the field 'text' of line 3 holds null, not text"),
         ("[1]", "line 3 is a JSON list, not an object with a field 'text'"),
         (
             '{"text": "\\ud800"}',
@@ -147,7 +147,9 @@ def test_invalid_utf8_in_json_lines_has_the_offset_in_the_file(tmp_path: Path) -
 
 def test_one_json_array_over_many_lines_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n {"text": "x"}\n]\n')
-    assert refusal(tmp_path / "a.json").fix == "JSON lines hold one object a line, not one array over many"
+    assert refusal(tmp_path / "a.json").fix == (
+        "JSON lines hold one object a line, not one array over many: jq -c '.[]' a.json"
+    )
 
 
 def test_bad_parquet_is_reported_with_file_or_row(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_bad_parquet_is_reported_with_file_or_row(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"texts": ["x"]}), path)
     assert refusal(path).what == "a.parquet has no field 'text'; it has 'texts'"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), path)
-    assert refusal(path).what == "the field 'text' of row 2 holds NoneType, not text"
+    assert refusal(path).what == "the field 'text' of row 2 holds null, not text"
     path.write_bytes(b"this is no parquet")
     assert refusal(path).what.startswith("a.parquet is not a readable parquet file")
 

@@ -19,6 +19,7 @@ from launcher.checkpoint.shards import Shards, probe_tokens
 from launcher.data import prepare as data_prepare
 from launcher.data import vocabulary
 from launcher.data.tokenizer import SentencePiece
+from launcher.engine.construct import construct
 from launcher.errors import RefusedError, RequestError
 from launcher.export import convert as convert_page
 from launcher.export import evaluate as evaluate_page
@@ -64,11 +65,15 @@ class Trained:
         words = [*words, f"data={corpus}", f"sequence={SEQUENCE}", f"precision={precision}"]
         request = load([*words, "eval.sequences=5", "batch.global=12"])
         world = Topology(world_size=ranks, ranks_per_node=ranks, accelerator="cpu")
-        self.plan = resolve(request, world, facts.read(request.spec, lambda config, trust: 1))
+        self.plan = resolve(request, world, facts.read(request.spec, construct))
         write_plan(self.run, request, self.plan)
         saved.rows(self.run / "metrics.jsonl", 20)
         self.model = build(self.plan.model.config, seed=3).eval()
-        self.parameters = {name: one.detach().numpy() for name, one in self.model.named_parameters()}
+        named = dict(self.model.named_parameters())
+        self.parameters = {name: one.detach().numpy() for name, one in named.items() if one.requires_grad}
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - named.keys()
+        state = self.model.state_dict().items()
+        self.buffers = {name: one.numpy() for name, one in state if name not in {*self.parameters, *tied}}
         tokens = probe_tokens(SEQUENCE, self.plan.model.vocabulary)
         with torch.no_grad():
             self.logits = self.in_precision(precision)(input_ids=torch.tensor([tokens])).logits[0].float().numpy()
@@ -88,6 +93,7 @@ class Trained:
             bounds=saved.even(self.parameters, ranks),
             config=self.plan.model.config,
             logits=more.pop("logits", self.logits),
+            buffers=more.pop("buffers", [self.buffers, *[{}] * (ranks - 1)]),
             sequence=SEQUENCE,
             precision=precision,
             identity=self.plan.identity,
@@ -160,7 +166,9 @@ def test_the_weights_are_the_masters_rounded_to_the_dtype_asked_for(dtype: str, 
     done = write_page.export(llama.run, tmp_path / "out", dtype=dtype)
     assert done.compare is not None
     assert done.compare["ok"]
-    assert 0 < done.compare["largest_difference"] < TOLERANCE[dtype] * done.compare["largest_logit"]
+    assert done.compare["largest_difference"] == 0
+    assert 0 < done.compare["rounding"] < TOLERANCE[dtype] * done.compare["largest_logit"]
+    assert f"to the bit (largest {done.compare['largest_logit']:.3g}); rounding the weights moves" in done.sentence
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == weights.DTYPES[dtype]
     for name, parameter in model.named_parameters():
@@ -256,13 +264,192 @@ def test_another_model_than_was_trained_is_refused(gpt2: Trained, tmp_path: Path
         write_page.export(tmp_path / "run", tmp_path / "out")
 
 
-def test_a_model_with_state_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
-    config = {"model_type": "deepseek_v3", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1}
-    config |= {"intermediate_size": 32, "moe_intermediate_size": 16, "q_lora_rank": 8, "kv_lora_rank": 8}
-    saved.save(tmp_path / "run", {"a": np.zeros(3, dtype=np.float32)}, config=config)
-    with pytest.raises(RefusedError, match=r"state that is no parameter, .*: .*e_score_correction_bias"):
-        write_page.export(tmp_path / "run", tmp_path / "out")
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Trained:
+    home = tmp_path_factory.mktemp("deepseek")
+    (home / "config.json").write_text(json.dumps(DEEPSEEK))
+    return Trained(home, corpus, [f"model=hf:{home}"], 2)
+
+
+def with_bias(trained: Trained, bias: list[float]) -> np.ndarray:
+    """Return the logits of a model whose router has a bias, and set it in what is saved next."""
+    value = torch.tensor(bias)
+    trained.model.get_buffer(BIAS).copy_(value)
+    trained.buffers[BIAS] = value.numpy()
+    with torch.no_grad():
+        return trained.model(input_ids=torch.tensor([probe_tokens(SEQUENCE, 512)])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_routers_bias_is_exported_with_every_bit(deepseek: Trained, tmp_path: Path, dtype: str) -> None:
+    step = {"fp32": 20, "bf16": 30, "fp16": 40}[dtype]
+    deepseek.save(step, 2, logits=with_bias(deepseek, [0.1001, -0.1002, 0.1003, 0.0]))
+    done = write_page.export(deepseek.run, tmp_path / "out", step=step, dtype=dtype)
+    assert done.compare is not None
+    assert (done.compare["ok"], done.compare["largest_difference"]) == (True, 0.0)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(model.get_buffer(BIAS), torch.tensor([0.1001, -0.1002, 0.1003, 0.0]))
+
+
+def test_a_checkpoint_of_before_buffers_were_kept_says_how_to_get_one(deepseek: Trained, tmp_path: Path) -> None:
+    deepseek.save(21, 2, buffers=None)
+    with pytest.raises(
+        RefusedError, match=f"before buffers and frozen parameters were kept, and lacks {BIAS}"
+    ) as error:
+        write_page.export(deepseek.run, tmp_path / "out", step=21)
+    assert error.value.fix == "resume the run for some steps: the checkpoint that it writes now has them"
+
+
+def test_frozen_parameters_are_exported_and_are_no_other_model(tmp_path: Path, corpus: Path) -> None:
+    config = {"model_type": "roformer", "vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, "is_decoder": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    trained = Trained(tmp_path, corpus, [f"model=hf:{tmp_path}"], 2)
+    assert list(trained.buffers) == ["roformer.encoder.embed_positions.weight"]
+    for dtype in ("bf16", "fp32"):
+        done = write_page.export(trained.run, tmp_path / dtype, step=10, dtype=dtype)
+        assert done.compare is not None
+        assert done.compare["largest_difference"] == 0
+    assert (tmp_path / "fp32" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("flipped", [1, 7, 8, 16])
+def test_a_router_that_chose_otherwise_at_some_tokens_is_told_and_not_refused(
+    deepseek: Trained, tmp_path: Path, flipped: int
+) -> None:
+    logits = with_bias(deepseek, [0.0] * 4)
+    logits[16 - flipped :] += 0.3 * np.abs(logits).max()
+    deepseek.save(100 + flipped, 2, logits=logits)
+    if flipped >= 8:
+        with pytest.raises(RefusedError, match="the export computes something else"):
+            write_page.export(deepseek.run, tmp_path / "out", step=100 + flipped)
+        return
+    done = write_page.export(deepseek.run, tmp_path / "out", step=100 + flipped)
+    assert done.compare is not None
+    assert (done.compare["ok"], done.compare["flipped"]) == (True, flipped)
+    assert f"at {flipped} of 16 tokens a router chose otherwise" in (done.sentence or "")
+
+
+def test_one_token_that_is_off_is_one_too_many_without_a_router(gpt2: Trained, tmp_path: Path) -> None:
+    logits = gpt2.logits.copy()
+    logits[3] += 0.3 * np.abs(logits).max()
+    gpt2.save(13, 2, logits=logits)
+    with pytest.raises(RefusedError, match="the export computes something else"):
+        write_page.export(gpt2.run, tmp_path / "out", step=13)
+
+
+def test_lossy_weights_are_compared_with_the_masters_bit_by_bit(
+    llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = weights._converted
+
+    def wrong(values: np.ndarray, entry: weights.Entry) -> memoryview:
+        return exact(values * (1.01 if entry.name == "model.layers.1.mlp.up_proj.weight" else 1), entry)
+
+    monkeypatch.setattr(weights, "_converted", wrong)
+    with pytest.raises(
+        RefusedError, match=r"model.layers.1.mlp.up_proj.weight in the export is not what was trained, r"
+    ):
+        write_page.export(llama.run, tmp_path / "out", step=10, dtype="bf16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_buffers_travel_with_a_conversion(deepseek: Trained, tmp_path: Path) -> None:
+    ranks = [{**deepseek.buffers, BIAS: np.array([1, 2, 3, 4], dtype=np.float32)}]
+    ranks.append({BIAS: np.array([5, 6, 7, 8], dtype=np.float32)})  # of rank 1, which has another
+    deepseek.save(50, 2, buffers=ranks)
+    for count, own in ((1, 1.0), (2, 5.0), (3, 1.0)):
+        done = convert_page.convert(deepseek.run, tmp_path / str(count), step=50, ranks=count)
+        files = Shards(done.folder, read(done.folder))
+        assert files.buffer(BIAS).tolist() == [1, 2, 3, 4]
+        assert files.buffer(BIAS, count - 1)[0] == own
+        assert files.manifest.model["buffers"][BIAS] == {"shape": [4], "dtype": "float32"}
+
+
+# --- code of its own
+
+
+@pytest.fixture
+def with_code(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An export that brings code: for the model, the configuration and the tokenizer."""
+    import shutil
+
+    folder = tmp_path / "with code"
+    shutil.copytree(exported, folder)
+    (folder / "own.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n1 / 0\n")
+    for file, classes in (
+        ("config.json", {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoModel": "own.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.T", "own.T"]}),
+    ):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, "auto_map": classes}))
+
+    def never(*_: object) -> str:
+        raise AssertionError("asked at the terminal")
+
+    monkeypatch.setattr("builtins.input", never)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return folder
+
+
+def test_an_export_with_code_of_its_own_is_used_without_it(with_code: Path, corpus: Path, tmp_path: Path) -> None:
+    assert generate_page.generate(with_code, "def ", max_new_tokens=2).new_tokens > 0
+    assert evaluate_page.evaluate(with_code, str(corpus), sequences=1).sequences == 1
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_an_export_that_needs_its_own_code_is_refused_without_a_question(
+    with_code: Path, corpus: Path, tmp_path: Path
+) -> None:
+    own = json.loads((with_code / "tokenizer_config.json").read_text())
+    (with_code / "tokenizer_config.json").write_text(json.dumps({**own, "tokenizer_class": "OwnTokenizer"}))
+    assert generate_page.generate(with_code, "def ", max_new_tokens=2).new_tokens > 0, "tokenizer.json is enough"
+    (with_code / "tokenizer.json").unlink()
+    with pytest.raises(RequestError, match=r"brings Python code of its own|tokenizer cannot be loaded"):
+        generate_page.generate(with_code, "def ", max_new_tokens=2)
+    config = json.loads((with_code / "config.json").read_text())
+    (with_code / "config.json").write_text(json.dumps({**config, "model_type": "own"}))
+    with pytest.raises(
+        RequestError, match=r"brings Python code of its own \(auto_map in config.json\), which is never"
+    ):
+        evaluate_page.evaluate(with_code, str(corpus), sequences=1)
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_an_export_names_no_code_that_is_not_in_it(tmp_path: Path, corpus: Path) -> None:
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 512, "n_positions": 64}
+    config["auto_map"] = {"AutoModelForCausalLM": "elsewhere.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    trained = Trained(tmp_path, corpus, [f"model=hf:{tmp_path}"], 1)
+    write_page.export(trained.run, tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 # --- tokenizer

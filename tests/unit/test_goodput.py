@@ -1,6 +1,7 @@
 """Goodput: the parts of a run's time add up to it, whatever its attempts left behind."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,83 @@ def test_the_parts_always_add_up(tmp_path_factory: pytest.TempPathFactory, attem
     assert found.productive_seconds + sum(found.lost_seconds.values()) == pytest.approx(found.wall_seconds, abs=1e-6)
     assert all(seconds > -1e-6 for seconds in found.lost_seconds.values())
     assert found.productive_seconds == pytest.approx(sum(sum(steps) for _, steps, lost in attempts if not lost))
+
+
+# --- a clock that somebody sets
+
+
+def test_a_clock_set_back_between_two_attempts_makes_no_time_negative(tmp_path: Path) -> None:
+    """Attempt 1 from 1000 to 1030; then the clock goes back to 500, and attempt 2 redoes step 2 and makes step 3."""
+    write(tmp_path / "attempts/0001/env.json", {"began": 1000.0, "time": 1004.0, "steps_done": 0})
+    write(tmp_path / "attempts/0002/env.json", {"began": 500.0, "time": 502.0, "steps_done": 1})
+    write(
+        tmp_path / "events.jsonl",
+        {"event": "start", "attempt": "0001", "time": 1004.0},
+        {"event": "training", "time": 1010.0},
+        {"event": "start", "attempt": "0002", "time": 502.0},
+        {"event": "training", "time": 505.0},
+    )
+    write(tmp_path / "attempts/0001/metrics-redone.jsonl", step(2, 9.0, 1029.0))
+    write(tmp_path / "metrics.jsonl", step(1, 9.0, 1020.0), step(2, 7.0, 512.0), step(3, 7.0, 519.0))
+    write(tmp_path / "attempts/0001/exit.json", {"code": 137, "time": 1030.0})
+    found = goodput.of(tmp_path, now=520.0)
+    assert found.wall_seconds == 30.0 + 20.0
+    assert found.productive_seconds == 9.0 + 7.0 + 7.0
+    assert found.lost_seconds["redone"] == 9.0
+    assert found.lost_seconds["start"] == 10.0 + 5.0
+    assert found.lost_seconds["down"] == 0.0
+    assert found.to_dict()["goodput"] == pytest.approx(23 / 50)
+
+
+def test_a_clock_set_back_within_an_attempt_of_old_records_leaves_goodput_between_0_and_1(tmp_path: Path) -> None:
+    write(tmp_path / "attempts/0001/env.json", {"began": 1000.0, "time": 1001.0})
+    write(tmp_path / "events.jsonl", {"event": "start", "time": 1001.0}, {"event": "training", "time": 990.0})
+    write(tmp_path / "metrics.jsonl", step(1, 20.0, 1010.0), step(2, 20.0, 930.0), step(3, 20.0, 950.0))
+    found = goodput.of(tmp_path, now=960.0)
+    assert found.productive_seconds == 60.0
+    assert found.wall_seconds == 60.0
+    assert found.to_dict()["goodput"] == 1.0
+    assert all(seconds >= 0 for seconds in found.lost_seconds.values())
+
+
+@given(st.lists(st.tuples(st.floats(-5000, 5000), st.lists(st.floats(0.01, 3), max_size=6)), min_size=1, max_size=5))
+def test_whatever_the_clock_does_the_parts_add_up_and_none_is_negative(
+    tmp_path_factory: pytest.TempPathFactory, attempts: list
+) -> None:
+    run, clock, done = tmp_path_factory.mktemp("run"), 1e6, 0
+    for number, (jump, steps) in enumerate(attempts, 1):
+        clock += jump
+        name = f"{number:04d}"
+        write(run / f"attempts/{name}/env.json", {"began": clock, "time": clock + 1, "steps_done": done})
+        clock += 1
+        write(run / "events.jsonl", {"event": "start", "attempt": name, "time": clock})
+        write(run / "events.jsonl", {"event": "training", "time": clock})
+        for seconds in steps:
+            clock, done = clock + seconds, done + 1
+            write(run / "metrics.jsonl", step(done, seconds, clock))
+    found = goodput.of(run, now=clock)
+    total = found.productive_seconds + sum(found.lost_seconds.values())
+    assert total == pytest.approx(found.wall_seconds, abs=1e-6)
+    assert all(seconds >= -1e-6 for seconds in found.lost_seconds.values())
+    assert found.productive_seconds == pytest.approx(sum(sum(steps) for _, steps in attempts))
+    assert 0 <= (found.to_dict()["goodput"] or 0.0) <= 1
+
+
+def test_records_that_are_damaged_count_for_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "attempts/0001/env.json", {"began": "yesterday", "time": 100.0, "steps_done": "many"})
+    write(tmp_path / "attempts/0001/exit.json", {"code": 1, "time": 1e300})
+    write(tmp_path / "events.jsonl", {"event": ["saved"], "time": 101.0}, {"event": "saved", "time": 102.0})
+    write(tmp_path / "metrics.jsonl", {"step": [1], "step_seconds": "long", "time": 103.0}, step(2, -5.0, 104.0))
+    (tmp_path / "attempts" / "0002").mkdir()
+    found = goodput.of(tmp_path, now=110.0)
+    assert (found.wall_seconds, found.productive_seconds) == (10.0, 0.0)
+
+
+def test_a_process_does_not_see_the_clock_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher import clock
+
+    before = clock.now()
+    assert before == pytest.approx(time.time(), abs=60)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert 0 <= clock.now() - before < 60
+    assert clock.since_boot(time.clock_gettime(time.CLOCK_BOOTTIME)) == pytest.approx(clock.now(), abs=1)

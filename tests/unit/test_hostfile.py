@@ -1,5 +1,6 @@
 """Hostfiles, and the command lines and environment of a launch over one."""
 
+import os
 import shlex
 import stat
 import subprocess
@@ -104,3 +105,43 @@ def test_a_dry_run_over_a_hostfile(corpus: Path, tmp_path: Path, capsys: pytest.
     assert main([*words, "nodes=3"]) == 2
     assert "2 host(s), 3 are needed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfea slots=2\n", "the hostfile is no text: it is not UTF-8 at byte 0"),
+        (b"a slots=2\x00\n", "line 1 of the hostfile"),
+        (b"a slots=" + b"9" * 5000 + b"\n", "line 1 of the hostfile"),
+        ("a slots=٣\n".encode(), "line 1 of the hostfile"),
+        (b"-oProxyCommand slots=2\n", "line 1 of the hostfile"),
+        (b"-l slots=2\n", "line 1 of the hostfile"),
+        ("ä slots=2\n".encode(), "line 1 of the hostfile"),
+        (b"\x1b[2Ja slots=2\n", "line 1 of the hostfile"),
+        (b"a slots=0\n", "a host without slots"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_a_hostfile_of_any_bytes_is_refused_with_words(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "hosts").write_bytes(content)
+    with pytest.raises(RequestError) as caught:
+        hostfile.read(tmp_path / "hosts", None, None)
+    assert said in caught.value.what
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_hostfile_that_is_a_pipe_is_not_waited_for_and_a_link_is_followed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hosts")
+    with pytest.raises(RequestError, match="no regular file"):
+        hostfile.read(tmp_path / "hosts", None, None)
+    (tmp_path / "real").write_text("a slots=2\n")
+    (tmp_path / "link").symlink_to("real")
+    assert hostfile.read(tmp_path / "link", None, None).names == ("a",)
+
+
+@pytest.mark.parametrize("name", ["HF_X;touch /tmp/here", "HF_X\ntouch", "NCCL_A b", "DS_$(id)", "HF_%%", "OMP_ä"])
+def test_a_variable_s_name_puts_no_line_into_the_environment_of_other_hosts(tmp_path: Path, name: str) -> None:
+    hostfile.write_environment(tmp_path / "environment", {name: "x", "HF_HOME": "/it's"})
+    text = (tmp_path / "environment").read_text()
+    assert text.splitlines() == ["export HF_HOME='/it'\"'\"'s'", "export HALFSTEP_REMOTE=1"]
+    assert list(hostfile.exported({name: "x"})) == []

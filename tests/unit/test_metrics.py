@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher.errors import RequestError
 from launcher.metrics import derive
 from launcher.metrics.record import StepRecord
 from launcher.metrics.sinks import JsonLines, Screen
+from launcher.plan.plan import Plan
+from launcher.rundir import RunDir
 
 RECORD = StepRecord(
     step=1, tokens=4096, loss=8.5, lr=1e-3, grad_norm=2.0, loss_scale=65536.0, overflow=False, skipped_steps=0,
@@ -60,3 +65,36 @@ def test_a_skipped_step_is_shown_at_once(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == (
         "step      3/25  loss 8.5000  lr 1.00e-03  norm not finite  scale 65536 SKIPPED  8,192 tok/s  1.00 GiB\n"
     )
+
+
+def test_what_others_wrote_is_shown_not_obeyed_by_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(steps=25, every=10, quiet=False) as screen:
+        screen.say("WARNING: checkpoint step-1 is damaged: \x1b[2J\x07\x9b31m")
+    assert capsys.readouterr().out == "WARNING: checkpoint step-1 is damaged: \\x1b[2J\\x07\\u009b31m\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": "1"}, "step = '1'"),
+        ({"loss": [1]}, "loss should be a valid number"),
+        ({"step_seconds": -1.0}, "step_seconds = -1.0"),
+        ({"time": 1e300}, "time = 1e+300"),
+        ({"overflow": 0}, "overflow = 0"),
+    ],
+)
+def test_a_resume_takes_over_no_row_that_was_not_written_by_us(
+    plan: Callable[..., Plan], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    from launcher.engine.witness import Witness
+
+    rows = [dataclasses.asdict(RECORD), {"step": 1, "eval_loss": 8.0, "perplexity": 1e300, "time": 1.0}]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({**row, "more": 1}) + "\n" for row in rows))
+    witness = Witness(RunDir(path=tmp_path, attempt=tmp_path / "attempts" / "0001"), plan(), writes=True)
+    witness.take_over()
+    assert witness.evaluated(1)
+    file.write_text(json.dumps({**rows[0], **change}) + "\n")
+    with pytest.raises(RequestError, match=r"metrics\.jsonl is damaged in line 1: ") as caught:
+        witness.take_over()
+    assert said in caught.value.what

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from models.build import build, count_parameters, initial_statistics
+from models.build import build, count_parameters, initial_statistics, skeleton
+from models.config import Unfit, positions
 from models.loss import next_token_loss
 from models.presets import PRESETS
 from models.shapes import hf_config, parameters, shape_of
@@ -131,14 +132,80 @@ def test_a_parameter_without_elements_is_refused():
         build({**config_of("gpt2-nano"), "n_positions": 0}, seed=1)
 
 
-def test_an_architecture_that_forgets_a_parameter_is_refused(monkeypatch: pytest.MonkeyPatch):
-    def forget(model: PreTrainedModel, module: torch.nn.Module) -> None:
-        if "RMSNorm" not in type(module).__name__:
+def forget(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Let Llama's own initialisation leave one class of modules alone."""
+
+    def forgetful(model: PreTrainedModel, module: torch.nn.Module) -> None:
+        if kind not in type(module).__name__:
             PreTrainedModel._init_weights(model, module)
 
-    monkeypatch.setattr("transformers.LlamaPreTrainedModel._init_weights", forget, raising=False)
-    with pytest.raises(ValueError, match=r"leaves parameters of model.layers.0 without a value"):
+    monkeypatch.setattr("transformers.LlamaPreTrainedModel._init_weights", forgetful, raising=False)
+
+
+def test_a_parameter_that_neither_initialisation_nor_constructor_sets_is_refused(monkeypatch: pytest.MonkeyPatch):
+    class Unset(torch.nn.Module):
+        def __init__(self, size: int, eps: float = 1e-6) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(size))
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm", Unset)
+    with pytest.raises(
+        Unfit, match=r"nor a constructor gives model.layers.0.input_layernorm.weight a value, nor 4 oth"
+    ):
         build(config_of("llama-nano"), seed=1)
+
+
+def test_what_the_initialisation_forgets_keeps_the_value_of_its_constructor(monkeypatch: pytest.MonkeyPatch):
+    whole = build(config_of("llama-nano"), seed=1)
+    forget(monkeypatch, "RMSNorm")
+    assert same(build(config_of("llama-nano"), seed=1), whole)  # ones, either way
+
+
+def test_values_drawn_in_a_constructor_are_decided_by_the_seed_too():
+    config = {"model_type": "openai-gpt", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 64}
+    torch.manual_seed(1)
+    model = build(config, seed=7)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert same(model, build(config, seed=7))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.are_deterministic_algorithms_enabled()
+    blocks = [block.attn.c_attn.weight for block in model.transformer.h]
+    assert not torch.equal(*blocks)
+    assert blocks[0].std().item() == pytest.approx(0.02, rel=0.1)  # Conv1D's constructor draws it so
+    assert not same(model, build(config, seed=8))
+    half = build(config, seed=7, dtype=torch.bfloat16)
+    assert torch.equal(half.transformer.h[1].attn.c_attn.weight, blocks[1].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("padding", [3, -1, None])
+def test_the_row_of_the_padding_token_is_drawn_and_trained(padding: int | None):
+    config = {**config_of("llama-nano"), "pad_token_id": padding, "tie_word_embeddings": False}
+    model = build(config, seed=1)
+    assert model.config.pad_token_id == padding, "an export says what the user said"
+    row = model.model.embed_tokens.weight[3 if padding is None else padding]
+    assert row.std().item() == pytest.approx(0.02, rel=0.5)
+    assert same(model, build({**config, "pad_token_id": None}, seed=1))
+    model(torch.arange(VOCABULARY).view(8, 64)).logits.square().sum().backward()
+    assert (model.model.embed_tokens.weight.grad.norm(dim=1) > 0).all()
+
+
+def test_loaded_weights_train_their_padding_row_as_well(tmp_path: Path):
+    config = {**config_of("llama-nano"), "pad_token_id": 0, "tie_word_embeddings": False}
+    build(config, seed=1).save_pretrained(tmp_path)
+    model = build(json.loads((tmp_path / "config.json").read_text()), seed=1, weights=str(tmp_path))
+    first_loss(model).backward()
+    assert model.model.embed_tokens.weight.grad[0].norm() > 0
+
+
+def test_positions_that_begin_after_the_padding_are_left_alone():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {"model_type": "roberta", **sizes, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 1}
+    model = build({**config, "is_decoder": True}, seed=1)
+    assert positions(model) == 30
+    assert model(torch.arange(30)[None] + 5).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.arange(31)[None] + 5)
 
 
 def test_weights_of_a_checkpoint_are_loaded_and_need_no_seed(tmp_path: Path):
@@ -152,13 +219,16 @@ def test_weights_of_a_checkpoint_are_loaded_and_need_no_seed(tmp_path: Path):
 
 def test_a_checkpoint_that_lacks_a_layer_is_refused(tmp_path: Path):
     build(config_of("llama-nano", layers=2), seed=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lack 9 parameters of the model, such as model.layers.2"):
+    with pytest.raises(Unfit, match=r"lack 9 parameters, such as model.layers.2.input_layernorm.weight, of the model"):
         build(config_of("llama-nano", layers=3), seed=1, weights=str(tmp_path))
 
 
 def test_a_checkpoint_of_another_width_is_refused(tmp_path: Path):
     build(config_of("llama-nano", width=64), seed=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    what = (
+        r"model.embed_tokens.weight is \[512, 64\] in .*model.safetensors and \[512, 128\] in the config's model, and 1"
+    )
+    with pytest.raises(Unfit, match=what):
         build(config_of("llama-nano"), seed=1, weights=str(tmp_path))
 
 
@@ -178,14 +248,14 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path):
     ],
 )
 def test_a_configuration_that_makes_no_model_is_refused_in_one_line(config: dict, words: str):
-    with pytest.raises(ValueError, match=words) as refusal:
-        count_parameters(config)
+    with pytest.raises(Unfit, match=words) as refusal:
+        skeleton(config)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_counting_on_the_meta_device_agrees_with_the_arithmetic(name: str):
-    assert count_parameters(config_of(name)) == parameters(shape_of(PRESETS[name], vocabulary=VOCABULARY))
+    assert count_parameters(skeleton(config_of(name))) == parameters(shape_of(PRESETS[name], vocabulary=VOCABULARY))
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3", "mixtral", "phi"])
@@ -193,7 +263,7 @@ def test_families_without_arithmetic_are_built_and_counted_too(family: str):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = CONFIG_MAPPING[family](**sizes, vocab_size=64, intermediate_size=48, max_position_embeddings=32).to_dict()
     model = build(config, seed=1)
-    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(skeleton(config)) == sum(parameter.numel() for parameter in model.parameters())
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -221,8 +291,9 @@ def test_code_of_a_repository_runs_only_when_it_is_trusted(tmp_path: Path, monke
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="no model_type 'own'"):
         build({**config, "_name_or_path": str(source)}, seed=1)
-    with pytest.raises(ValueError, match="_name_or_path"):
+    with pytest.raises(Unfit, match="nothing says where that code is"):
         build(config, seed=1, trust_remote_code=True)
-    model = build({**config, "_name_or_path": str(source)}, seed=1, trust_remote_code=True)
+    assert skeleton(config, source=str(source), trust_remote_code=True).config.model_type == "own"
+    model = build(config, seed=1, source=str(source), trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     assert same(model, build(config_of("llama-nano"), seed=1))

@@ -268,7 +268,7 @@ NO_LOSS = {key: value for key, value in step(2, 65536.0).items() if key != "loss
     [
         (b'{"step": 2, "lo\n', "Unterminated string"),
         (b"\n", "Expecting value"),
-        (b'{"step": \xff\n', "can't decode byte"),
+        (b'{"step": \xff\n', "it is not UTF-8 at byte"),
         (b"[2]\n", "it is no object"),
         (NO_LOSS, "it has no loss"),
     ],

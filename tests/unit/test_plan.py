@@ -154,7 +154,7 @@ def test_offload_is_added_to_an_own_config(plan: Make, tmp_path: Path) -> None:
 def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 64, "fp16": {"enabled": True}}))
-    made = plan(f"--ds-config={file}", "zero=2")
+    made = plan(f"--ds-config={file}", "zero=2", "batch.global=32", "precision=bf16")
     assert {one["rule"] for one in made.refused_by} == {"config-agrees-with-run-keys"}
     assert len(made.refused_by) == 3
     with pytest.raises(RequestError):
@@ -202,6 +202,27 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
             ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=half", "zero=2"],
             {"no-autocast-fp16"},
         ),
+        (["zero=1", "ds.zero_optimization.allgather_bucket_size=5001"], {"allgather-bucket-is-even"}),
+        (["zero=2", "ds.zero_optimization.allgather_bucket_size=0"], {"allgather-bucket-is-even"}),
+        (["ds.autotuning.enabled=true"], {"no-autotuning"}),
+        (["zero=2", "ds.prescale_gradients=true"], {"no-scaling-before-a-reduce-scatter"}),
+        (["zero=3", "ds.gradient_predivide_factor=2.0"], {"no-scaling-before-a-reduce-scatter"}),
+        (["zero=2", "ds.bf16.bf16_master_weights_and_grads=true"], {"half-masters-need-cpu-adam"}),
+        (
+            ["zero=2", "ds.bf16.bf16_optimizer_states=true", "offload=optimizer-cpu"],
+            {"half-states-need-half-masters"},
+        ),
+        (["ds.zero_optimization.legacy_stage1=true"], {"no-legacy-stage-1"}),
+        (["ds.optimizer.type=Adagrad", "zero=2"], {"adagrad-is-not-sharded"}),
+        (["ds.optimizer.type=Adagrad", "zero=1", "precision=fp16"], {"adagrad-is-not-sharded"}),
+        (["ds.optimizer.type=Adagrad", "zero=1", "precision=bf16"], set()),
+        (["ds.optimizer.type=Adagrad", "zero=3", "offload=optimizer-cpu"], set()),
+        (["ds.optimizer.type=LBFGS", "zero=0"], {"optimizer-takes-gradients-as-they-are"}),
+        (["ds.optimizer.type=SparseAdam", "zero=0"], {"optimizer-takes-gradients-as-they-are"}),
+        (["ds.hybrid_engine.enabled=true"], {"no-hybrid-engine"}),
+        (["zero=2", "ds.zero_optimization.zenflow.topk_ratio=0.1"], {"no-zenflow"}),
+        (["ds.checkpoint.writer.type=fast"], {"halfstep-saves-checkpoints"}),
+        (["ds.datastates_ckpt={}"], {"halfstep-saves-checkpoints"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -238,7 +259,7 @@ def test_every_rule_is_tripped_by_a_test() -> None:
     tripped = {
         name for rule in test_each_rule_refuses_what_it_is_for.pytestmark for case in rule.args[1] for name in case[1]
     }
-    tripped.add("nvme-unproved-on-cpu")
+    tripped |= {"nvme-unproved-on-cpu", "gpu-only", "fused-optimizers-need-a-gpu"}
     assert tripped >= {rule.name for rule in rules.RULES}
 
 
@@ -249,6 +270,38 @@ def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> Non
         "nvme-unproved-on-cpu",
         "nvme-states-are-not-saved",
     ]
+
+
+def test_what_only_gpus_can_do_is_refused_on_cpu_ranks(plan: Make) -> None:
+    words = ["zero=3", "ds.zero_optimization.zero_quantized_weights=true", "batch.global=32"]
+    (broken,) = plan(*words).refused_by
+    assert broken["rule"] == "gpu-only"
+    assert broken["where"].startswith("zero_optimization.zero_quantized_weights from ds.zero_optimization.zero_")
+    assert plan(*words, topology=GPUS).refused_by == []
+    assert plan("zero=2", *words[1:]).refused_by == [], "without effect below stage 3"
+
+
+def test_optimizers_without_a_build_for_cpu_ranks_are_refused_there(plan: Make) -> None:
+    untested = "ds.zero_allow_untested_optimizer=true"
+    for words in (["ds.optimizer.type=Lamb", untested], ["ds.optimizer.type=Lion"]):
+        assert [one["rule"] for one in plan(*words).refused_by] == ["fused-optimizers-need-a-gpu"]
+        assert plan(*words, topology=GPUS).refused_by == []
+    assert plan("ds.optimizer.type=Lion", "offload=optimizer-cpu").refused_by == []
+
+
+def test_an_optimizer_is_given_no_parameter_that_it_does_not_take(plan: Make) -> None:
+    made = plan("ds.optimizer.type=Rprop", "zero=0")
+    assert made.deepspeed["optimizer"] == {"type": "Rprop", "params": {"lr": 1e-3}}
+    assert made.refused_by == []
+    assert set(plan("ds.optimizer.type=MuAdamW").deepspeed["optimizer"]["params"]) == {"lr", "weight_decay"}
+
+
+def test_what_deepspeed_does_only_at_other_stages_is_allowed_there(plan: Make) -> None:
+    assert plan("zero=3", "ds.zero_optimization.allgather_bucket_size=5001").refused_by == []
+    assert plan("zero=1", "ds.prescale_gradients=true").refused_by == []
+    assert plan("zero=2", "ds.prescale_gradients=true", "ds.zero_optimization.reduce_scatter=false").refused_by == []
+    masters = ["ds.bf16.bf16_master_weights_and_grads=true", "ds.optimizer.params.torch_adam=false"]
+    assert plan("zero=2", "offload=optimizer-cpu", *masters).refused_by == []
 
 
 def test_half_precision_at_stage_0_is_warned_of_where_it_is_not_mended(plan: Make) -> None:
@@ -298,7 +351,7 @@ def test_peak_arithmetic_is_known_for_an_h100_and_unknown_for_a_cpu(plan: Make) 
 @pytest.mark.parametrize(("words", "what"), [
     (["sequence=200000"], "sequence=200000 is longer than the corpus, which has 100000 training tokens"),
     (["sequence=6000"], "sequence=6000 is longer than the validation split, which has 5000 tokens"),
-    (["model.vocabulary=4095"], "the data's tokenizer has 4096 tokens, the model's embedding only 4095 rows"),
+    (["model.vocabulary=99"], "the data holds token id 99, and the model's embedding has only 99 rows"),
 ])  # fmt: skip
 def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, words: list[str], what: str) -> None:
     with pytest.raises(RequestError) as caught:

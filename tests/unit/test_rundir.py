@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from launcher import rundir
-from launcher.errors import RequestError
-from launcher.lease import LEASE_STALE_SECONDS, lease
+from launcher.errors import HalfstepError, RequestError, Stalled
+from launcher.lease import LEASE_STALE_SECONDS, lease, reserved
 from launcher.plan import facts
 from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve
@@ -30,7 +30,7 @@ WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 def decide(corpus: Path) -> Callable[..., tuple[Request, Plan]]:
     def make(*words: str, world: Topology = WORLD) -> tuple[Request, Plan]:
         request = load(["model=gpt2-nano", f"data={corpus}", *words])
-        return request, resolve(request, world, facts.read(request.spec, lambda config, trust: 1))
+        return request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
 
     return make
 
@@ -218,10 +218,10 @@ def test_a_damaged_plan_is_a_sentence(tmp_path: Path, content: str) -> None:
         rundir.read_plan(tmp_path)
 
 
-def test_an_error_crosses_from_rank_to_rank_whole() -> None:
-    error = RequestError("what", where="where", fix="fix").with_more([RequestError("more", where="there", fix="that")])
-    again = pickle.loads(pickle.dumps(error))
-    assert (type(again), str(again)) == (RequestError, str(error))
+def test_an_error_crosses_from_process_to_process_whole() -> None:
+    error = Stalled("what", where="where", fix="fix").with_more([RequestError("more", where="there", fix="that")])
+    for again in (pickle.loads(pickle.dumps(error)), HalfstepError.from_dict(json.loads(json.dumps(error.to_dict())))):
+        assert (type(again), type(again.more[0]), str(again)) == (Stalled, RequestError, str(error))
 
 
 def test_the_origins_of_a_request_survive_the_directory(decide: Callable, tmp_path: Path) -> None:
@@ -273,3 +273,128 @@ def test_a_start_from_the_first_step_puts_the_old_series_and_its_checkpoints_asi
     assert not second.metrics.exists()
     assert (first.attempt / "metrics.jsonl").read_text() == rows(1, 2)
     assert (first.attempt / "checkpoints/step-00000002").is_dir()
+
+
+FILES = ("request.toml", "ds_config.json", "origins.json", "plan.json")
+
+
+@pytest.mark.parametrize("number", range(len(FILES)), ids=[f"before {name}" for name in FILES])
+@pytest.mark.parametrize("how", ["killed", "in the middle"])
+def test_a_start_that_is_killed_while_it_writes_the_plan_can_be_made_again(
+    decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, how: str
+) -> None:
+    written: list[str] = []
+    write = rundir.write_atomic
+
+    def dies(file: Path, text: str) -> None:
+        if len(written) == number:
+            if how == "in the middle":
+                file.with_name(f".{file.name}.4711").write_text(text[: len(text) // 2])
+            raise KeyboardInterrupt
+        written.append(file.name)
+        write(file, text)
+
+    monkeypatch.setattr(rundir, "write_atomic", dies)
+    monkeypatch.setattr(rundir, "write_json", lambda file, value: dies(file, json.dumps(value)))
+    with pytest.raises(KeyboardInterrupt), reserved(tmp_path / "run", "a launch"):
+        rundir.write_plan(tmp_path / "run", *decide())
+    assert tuple(written) == FILES[:number], "plan.json comes last"
+    monkeypatch.undo()
+    rundir.write_plan(tmp_path / "run", *decide())
+    assert rundir.read_plan(tmp_path / "run")[1] == decide()[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"identity": 7}'])
+def test_a_damaged_plan_is_written_again_by_the_same_words(decide: Callable, tmp_path: Path, content: bytes) -> None:
+    run = tmp_path / "run"
+    rundir.write_plan(run, *decide())
+    (run / "plan.json").write_bytes(content)
+    with pytest.raises(RequestError) as caught:
+        rundir.read_plan(run)
+    assert caught.value.fix == "start the run again with its key=value words, which write it again"
+    rundir.write_plan(run, *decide())
+    assert rundir.read_plan(run)[1] == decide()[1]
+
+
+def test_whose_a_directory_with_a_damaged_plan_is_its_last_attempt_tells(decide: Callable, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rundir.write_plan(run, *decide())
+    rundir.start_attempt(run, {}).metrics.write_text("")
+    (run / "plan.json").write_text("{")
+    with pytest.raises(RequestError, match="seed was 0 and is now 1"):
+        rundir.write_plan(run, *decide("seed=1"))
+    (run / "plan.json").unlink()
+    with pytest.raises(RequestError, match="seed was 0 and is now 1"):
+        rundir.write_plan(run, *decide("seed=1"))
+    rundir.write_plan(run, *decide())
+
+
+def test_missing_or_damaged_origins_decide_nothing_about_whose_a_directory_is(decide: Callable, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rundir.write_plan(run, *decide())
+    for spoil in (lambda file: file.unlink(), lambda file: file.write_text("{")):
+        for name in ("origins.json", "request.toml", "ds_config.json"):
+            spoil(run / name)
+        rundir.write_plan(run, *decide())
+        assert rundir.read_plan(run)[1] == decide()[1]
+
+
+def test_a_launch_reserves_a_directory_until_its_ranks_hold_it(
+    decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.delenv("HALFSTEP_LAUNCH", raising=False)
+    with reserved(run, "the first"):
+        rundir.write_plan(run, *decide())
+        for another in (lambda: reserved(run, "the second"), lambda: lease(run)):
+            with pytest.raises(RequestError, match=f"is in use by process {os.getpid()}"), another():
+                pass
+        monkeypatch.setenv("HALFSTEP_LAUNCH", "the first")
+        with lease(run), pytest.raises(RequestError, match="is in use"), reserved(run, "the second"):
+            pass
+        monkeypatch.delenv("HALFSTEP_LAUNCH")
+    with lease(run):
+        pass
+
+
+RESERVER = """
+import os, pathlib, sys
+from launcher.lease import reserved
+with reserved(pathlib.Path(sys.argv[1]), "killed"):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_launch_that_is_killed_gives_its_reservation_back(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", RESERVER, str(run)], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -9
+    assert json.loads((run / "lease").read_text())["launch"] == "killed"
+    with reserved(run, "another"):
+        pass
+
+
+def test_two_starts_in_the_same_instant_are_one_run_and_one_refusal(decide: Callable, tmp_path: Path) -> None:
+    request, plan = decide()
+    for attempt in range(20):
+        run = tmp_path / f"run-{attempt}"
+        barrier, outcomes = threading.Barrier(2), []
+
+        def begin(run: Path = run, barrier: threading.Barrier = barrier, outcomes: list = outcomes) -> None:
+            barrier.wait()
+            try:
+                with reserved(run, threading.current_thread().name):
+                    rundir.write_plan(run, request, plan)
+                    barrier.wait(5)
+                    outcomes.append("started")
+            except RequestError as error:
+                outcomes.append(error.what)
+                barrier.wait(5)
+
+        threads = [threading.Thread(target=begin, name=f"launch {number}") for number in range(2)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        assert sorted(outcomes)[1] == "started"
+        assert sorted(outcomes)[0].startswith(f"{run} is in use by ")

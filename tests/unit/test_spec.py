@@ -1,5 +1,6 @@
 """Requests: what is read from words and files, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,231 @@ trees = st.recursive(
 def test_flatten_and_unflatten_are_inverse(tree: dict) -> None:
     leaves = flatten(tree)
     assert flatten(unflatten(leaves)) == leaves
+
+
+# --- what no value may be ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "where_told"),
+    [
+        ("ds.comet.api_key=hunter2", "COMET_API_KEY"),
+        ("ds.wandb.api_key=hunter2", "WANDB_API_KEY"),
+        ("ds.wandb.some_key=hunter2", "WANDB_API_KEY"),
+        ('ds.comet={"enabled":true,"api_key":"hunter2"}', "COMET_API_KEY"),
+        ('ds.datastates_ckpt={"a":[{"password":"hunter2"}]}', "that its tool reads"),
+        ("ds.x.credentials.user=hunter2", "that its tool reads"),
+        ("ds.x.secret=12345", "that its tool reads"),
+        ("hf_token=hunter2", "HF_TOKEN"),
+        ("--api-key=hunter2", "that its tool reads"),
+        ("data=https://me:hunter2@example.org/corpus", "the environment"),
+        ("data=s3://me:hunter2@bucket/corpus", "the environment"),
+        ("out=https://hunter2@example.org/x", "the environment"),
+        ("model=hf:https://me:hunter2@huggingface.co/a/b", "the environment"),
+        ("model=hf:a/b?token=hunter2", "the environment"),
+        ("ds.tensorboard.output_path=https://x.org/?X-Amz-Signature=hunter2", "the environment"),
+        ("ds.wandb.project=hf_" + "hunter2" * 5, "the environment"),
+        ("hf_" + "hunter2" * 5, "the environment"),
+        ("model=hf:hf_" + "hunter2" * 5, "the environment"),
+    ],
+)
+def test_a_secret_is_refused_and_never_repeated(word: str, where_told: str) -> None:
+    error = refused(word)
+    assert "written into the run directory and every checkpoint" in error.what
+    assert where_told in error.fix
+    assert "hunter2" not in str(error)
+
+
+def test_a_secret_in_a_run_file_is_refused_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[ds.comet]\nenabled = true\napi_key = "hunter2"\n')
+    error = refused(str(file))
+    assert (error.what.partition(" is")[0], error.where) == ("ds.comet.api_key", str(file))
+    assert "hunter2" not in str(error)
+
+
+def test_a_run_that_was_started_with_a_secret_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "request.toml"
+    file.write_text('data = "/data"\n[model]\nname = "gpt2-nano"\n[ds.comet]\napi_key = "hunter2"\n')
+    assert load([str(file)], stored=True).spec.ds == {"comet.api_key": "hunter2"}
+
+
+def test_what_only_sounds_like_a_secret_is_no_secret() -> None:
+    words = ["tokens=1e6", "ds.comet.experiment_key=abc", "ds.data_efficiency.data_sampling.num_epochs=1"]
+    words += ["ds.data_efficiency.data_routing.random_ltd.layer_token_lr_schedule={}", "data=/mnt/hf_datasets/a@b"]
+    assert load(["model=gpt2-nano", *words], data=False).spec.tokens == 10**6
+
+
+PATHS = ("data", "out", "nvme_path", "model")
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_that_no_file_system_takes_is_refused(key: str) -> None:
+    prefix = "hf:/" if key == "model" else ""
+    assert "a name of 300 bytes is longer than a file system takes (255)" in refused(f"{key}={prefix}{'x' * 300}").what
+    assert "a name of 400 bytes" in refused(f"{key}={prefix}{'é' * 200}").what, "bytes count, not characters"
+    assert "a path of" in refused(f"{key}={prefix}{'a/' * 3000}").what
+    assert load([*BASE, f"{key}={prefix}{'x' * 255}"])
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_home_that_is_not_known_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = "hf:" if key == "model" else ""
+    error = refused(f"{key}={prefix}~nosuchuser/x")
+    assert "the home folder of a user 'nosuchuser' is not known" in error.what
+    assert error.fix == "write the path in full"
+    monkeypatch.setenv("HOME", "/home/me")
+    spec = load([*BASE, f"{key}={prefix}~/x"]).spec
+    assert getattr(spec, key) == "/home/me/x" if key != "model" else spec.model.name in ("hf:~/x", "hf:/home/me/x")
+
+
+def test_a_study_takes_its_paths_alike() -> None:
+    from launcher.study.axes import absolute
+
+    for key, value in (("out", "~nosuchuser"), ("data", "x" * 300), ("model.name", "hf:~nosuchuser/x")):
+        with pytest.raises(RequestError):
+            absolute(key, value, Path("/"))
+
+
+def test_a_current_folder_that_was_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert refused("steps=1").what == "the current folder was removed"
+
+
+@pytest.mark.parametrize("odd", ["\x1b[31m", "a\nb", "a\rb", "a\x00b", "\udcff", "\u2028", "\x9b"])
+def test_control_characters_and_broken_text_are_refused_and_shown_as_codes(odd: str, tmp_path: Path) -> None:
+    for word in (f"out={odd}", f"hardware={odd}", f"ds.wandb.project={odd}", f"k{odd}=1", odd, f"--x={odd}"):
+        error = refused(word)
+        assert "U+" in error.what
+        assert odd not in str(error)
+    if odd != "\udcff":
+        file = tmp_path / "run.toml"
+        file.write_text(f"hardware = {json.dumps(odd)}\n", encoding="utf-8")
+        assert "U+" in refused(str(file)).what
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("ds.gradient_clipping=NaN", "ds.gradient_clipping is nan, not a finite number"),
+        ("ds.gradient_clipping=-Infinity", "ds.gradient_clipping is -inf, not a finite number"),
+        ("ds.gradient_clipping=1e999", "ds.gradient_clipping is inf, not a finite number"),
+        ("ds.optimizer.params.betas=[0.9,1e999]", "ds.optimizer.params.betas[1] is inf, not a finite number"),
+        ('ds.datastates_ckpt={"a":[{"b":NaN}]}', "ds.datastates_ckpt.a[0].b is nan, not a finite number"),
+        ("ds.gradient_clipping=" + "9" * 400, "ds.gradient_clipping is a whole number of 1329 bits"),
+        ("ds.gradient_clipping=" + "9" * 5000, "ds.gradient_clipping cannot be read: Exceeds the limit"),
+        ("ds.x=" + "[" * 100_000, "ds.x is nested more than 32 levels deep"),
+        ("ds.x=" + '{"a":' * 50 + "1" + "}" * 50, "is nested more than 32 levels deep"),
+        ("ds." + "a." * 60 + "b=1", "is nested more than 32 levels deep"),
+        ("ds." + "x" * 300 + "=1", "has more than 250 characters"),
+        ("a." * 50_000 + "b=1", "has more than 250 characters"),
+        ('ds.fp16={"enabled":true,"enabled":false}', "ds.fp16 cannot be read: the key 'enabled' stands there twice"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_what_is_no_number_and_what_is_a_maze_is_refused(word: str, what: str) -> None:
+    error = refused(word)
+    assert what in error.what
+    assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("[ds]\ngradient_clipping = nan\n", "ds.gradient_clipping is nan, not a finite number"),
+        ("[ds]\ngradient_clipping = 1e999\n", "ds.gradient_clipping is inf, not a finite number"),
+        ("[ds]\nx = 2020-01-01\n", "ds.x is a date, which JSON does not have"),
+        ("steps = " + "9" * 5000, "the run file cannot be read: it is not TOML"),
+        ("steps = 0x" + "f" * 5000, "steps is a whole number of 20000 bits"),
+        ("x = " + "[" * 100_000 + "]" * 100_000, "it is nested more than 32 levels deep"),
+        ("x = " + "[" * 60 + "]" * 60, "is nested more than 32 levels deep"),
+        ("a." * 60 + "b = 1", "is nested more than 32 levels deep"),
+        ("x" * 5000 + " = 1", "has more than 250 characters"),
+        ("steps = 1\nsteps = 2", "the run file cannot be read: it is not TOML"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_run_file_is_held_to_the_same(tmp_path: Path, text: str, what: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    error = refused(str(file))
+    assert what in error.what
+    assert error.where == str(file)
+
+
+def test_a_run_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(b"\xef\xbb\xbfsteps = 7\n")
+    assert load([*BASE, str(file)]).spec.steps == 7
+
+
+def test_every_digit_of_a_whole_number_counts() -> None:
+    assert load([*BASE, "seed=9007199254740993"]).spec.seed == 2**53 + 1
+    assert load([*BASE, "tokens=1.5e3"]).spec.tokens == 1500
+
+
+def test_a_file_named_behind_the_flag_must_be_there() -> None:
+    assert refused("--ds-config").what == "--ds-config names no file"
+    assert refused("--ds-config=").what == "--ds-config names no file"
+
+
+some_keys = st.sampled_from(
+    [*run_keys(), "ds.fp16", "ds.x.y", "ds", "model", "batch", "nonsense", "", ".", "a..b", "--x"]
+)
+some_values = st.text(max_size=12) | st.sampled_from(
+    [
+        "1",
+        "-1",
+        "1e9",
+        "nan",
+        "true",
+        "~",
+        "~nobodyhere",
+        "hf:x",
+        "[1,2]",
+        '{"a":1}',
+        "[" * 2000,
+        "x" * 300,
+        "/dev/zero",
+    ]
+)
+
+
+def understood(*words: str) -> bool:
+    """Tell whether words are a request; whatever they are, nothing but an error of ours comes of them."""
+    try:
+        return load([*BASE, *words], data=False).spec.model.name != ""
+    except RequestError:
+        return False
+
+
+@given(st.lists(st.builds("{}={}".format, some_keys, some_values) | st.text(max_size=20), max_size=4))
+def test_any_words_are_a_request_or_an_error_of_ours(words: list[str]) -> None:
+    assert understood(*words) in (True, False)
+
+
+@given(
+    st.dictionaries(some_keys, some_values | st.floats() | st.booleans() | st.dates(), max_size=4), st.integers(0, 6)
+)
+def test_any_run_file_is_a_request_or_an_error_of_ours(
+    tmp_path_factory: pytest.TempPathFactory, content: dict[str, object], cut: int
+) -> None:
+    file = tmp_path_factory.mktemp("any") / "run.toml"
+    rows = [
+        f"{json.dumps(key)} = {json.dumps(value) if isinstance(value, str) else str(value).lower()}"
+        for key, value in content.items()
+    ]
+    file.write_text("\n".join(rows)[cut:], encoding="utf-8", errors="surrogatepass")
+    assert understood(str(file)) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "line", ["zero = true", "optimizer.lr = true", "fp16.initial_scale_power = false", "seed = true"]
+)
+def test_true_is_no_number(tmp_path: Path, line: str) -> None:
+    (tmp_path / "run.toml").write_text(f'model = "gpt2-nano"\ndata = "d"\n{line}\n')
+    with pytest.raises(RequestError, match="true and false are not numbers"):
+        load([str(tmp_path / "run.toml")])

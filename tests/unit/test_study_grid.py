@@ -127,7 +127,7 @@ def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
         ("exclude = [{ zero = 7 }]\n" + WHOLE, (), ["zero has no value 7"]),
         (WHOLE.replace("zero = 1,", "zero = [],"), (), ["the reference has 0 values of zero"]),
         (WHOLE, ("seed=\u00b2",), ["seeds are different whole numbers"]),
-        (WHOLE, ("out=/tmp/here",), ["out is no base key"]),
+        (WHOLE, ("out=/tmp/here",), ["a study has many", "--out /tmp/here"]),
         (HEAD + '[axes]\npolicy = [{ name = "a\\nb", zero = 3 }]\n', (), ["is no name"]),
     ],
 )

@@ -1,5 +1,6 @@
 """What a run of a study is told of the parity gate's verdict, and what the gate is asked to run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_a_cell_is_proved_when_all_its_cases_are(plan: Make, tmp_path: Path) -> 
     assert proof.needed([cell]) == []
     told = proof.tell(tmp_path, cell)
     assert (told["proved"], told["refused"], told["cases"]) == (True, None, len(runnable(cell)))
-    assert state.read_json(tmp_path / "proof.json")["conditions"]["versions"]["deepspeed"]
+    assert json.loads((tmp_path / "proof.json").read_text())["conditions"]["versions"]["deepspeed"]
     assert proof.tell(tmp_path, plan("zero=3", "precision=bf16"))["proved"] is None, "another cell is not proved by it"
 
 

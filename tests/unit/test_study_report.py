@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import studied
@@ -142,7 +143,7 @@ def test_a_run_whose_rows_were_edited_is_a_damaged_result_and_the_others_are_rep
     victim.write_text(victim.read_text().replace('"step_seconds": ', '"step_seconds": "soon", "was": ', 1))
     found = report.make(where)
     (bad,) = [one for one in found.results if one.status == "failed"]
-    assert bad.reason.startswith("damaged: its records cannot be read (ValueError: ")
+    assert bad.reason == "damaged: metrics.jsonl: step_seconds = 'soon' should be a valid number"
     assert sum(one.done for one in found.results) == len(cells) - 1
     (where / "runs" / cells[1].folder / "plan.json").write_text("{")
     assert report.make(where).verdict.reference.done
@@ -338,3 +339,93 @@ class Balanced(HTMLParser):
         if tag not in self.VOID:
             assert self.open, f"</{tag}> closes nothing"
             assert self.open.pop() == tag
+
+
+# --- what others wrote
+
+
+EVIL = "\x1b[2J\x07\x9b31m"
+
+
+def test_names_and_causes_are_shown_not_obeyed(written_study, capsys: pytest.CaptureFixture[str]) -> None:
+    where, cells = written_study
+    for cell in cells:
+        studied.finish(where, cell, 4.0)
+    run = studied.fail(where, cells[0], 1, f"it broke {EVIL}\nerror: all is well")
+    assert main(["study", "status", str(where)]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[2J\\x07\\u009b31m error: all is well" in out
+    assert main(["study", "report", str(where)]) == 0
+    out += capsys.readouterr().out
+    assert not [letter for letter in out if (ord(letter) < 32 and letter != "\n") or 0x7F <= ord(letter) < 0xA0]
+    page = (where / "report.md").read_text()
+    assert not [letter for letter in page if (ord(letter) < 32 and letter != "\n") or 0x7F <= ord(letter) < 0xA0]
+    assert run.is_dir()
+
+
+def test_a_cell_of_the_table_is_no_formula(written_study) -> None:
+    where, cells = written_study
+    for cell in cells:
+        studied.finish(where, cell, -0.5)
+    proof = where / "runs" / cells[0].folder / "proof.json"
+    proof.write_text(json.dumps({"proved": None, "refused": '=HYPERLINK("http://x")', "reason": ""}))
+    rows = list(csv.DictReader(report.as_csv(report.make(where)).splitlines()))
+    reasons = {row["reason"] for row in rows}
+    assert reasons == {'\'=HYPERLINK("http://x")', ""}
+    assert {row["policy"] for row in rows} == {"'@SUM(1)", "'+1x"}
+    assert {row["eval_loss"] for row in rows if row["status"] == "done"} == {"-0.5"}, "a number stays a number"
+
+
+@pytest.fixture
+def written_study(tmp_path: Path, corpus: Path) -> tuple[Path, list[Cell]]:
+    file = tmp_path / "odd.toml"
+    file.write_text(
+        f'[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 6\n"batch.global" = 8\nsequence = 64\n'
+        '[axes]\npolicy = [{ name = "@SUM(1)", zero = 1 }, { name = "+1x", zero = 2 }]\n[seeds]\nvalues = [0]\n'
+    )
+    _, cells = studied.started(tmp_path / "study", file)
+    return tmp_path / "study", cells
+
+
+STUDIES: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda tree: tree["cells"][0].update(run="../../etc"), "lies outside of the study"),
+    (lambda tree: tree["cells"][0].update(run="/etc/passwd"), "lies outside of the study"),
+    (lambda tree: tree["cells"][0].update(run="runs/../.."), "no plain name"),
+    (lambda tree: tree["cells"][0].update(run="runs/a\nb"), "no plain name"),
+    (lambda tree: tree["cells"][0].update(seed="0"), "cells.0.seed = '0'"),
+    (lambda tree: tree["cells"][0].update(words=["x", 1]), "cells.0.words.1 = 1"),
+    (lambda tree: tree["cells"][0].update(values={}), "cells.0 is not on the study's axes"),
+    (lambda tree: tree["cells"][0].update(values={"zero": "9", "precision": "fp32"}), "not on the study's axes"),
+    (lambda tree: tree["study"].update(price="cheap"), "study.price = 'cheap'"),
+    (lambda tree: tree["study"].update(reference={"zero": "9"}), "its reference is none of its cells"),
+    (lambda tree: tree["study"].update(axes=[]), "study.axes"),
+    (lambda tree: tree["study"].pop("name") and None, "it has no study.name"),
+    (lambda tree: tree.update(format=2), "its format is 2"),
+    (lambda tree: tree.update(cells=[]), "its reference is none of its cells"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), STUDIES, ids=[said for _, said in STUDIES])
+def test_a_study_json_that_claims_too_much_is_refused(
+    study, change: Callable[[Any], Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where, _ = study()
+    file = where / "study.json"
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+    for verb in ("status", "report"):
+        assert main(["study", verb, str(where)]) == 2
+        words = capsys.readouterr().err
+        assert "study.json is damaged" in words
+        assert said in words
+
+
+def test_rows_in_another_order_are_no_curve(study) -> None:
+    where, cells = study()
+    finish_all(where, cells)
+    victim = where / "runs" / cells[0].folder / "metrics.jsonl"
+    first, second, *rest = victim.read_text().splitlines(keepends=True)
+    victim.write_text("".join([second, first, *rest]))
+    (bad,) = [one for one in report.make(where).results if one.status == "failed"]
+    assert bad.reason == "damaged: metrics.jsonl has its steps in another order than they were made"

@@ -348,3 +348,116 @@ def test_a_node_list_is_expanded_as_slurm_does(nodelist: str, expected: list[str
     if shutil.which("scontrol") and os.environ.get("SLURM_CONF"):
         done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True)
         assert done.stdout.split() == expected
+
+
+# --- sites of others
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("slurm = 5", "slurm is a table, not a value"),
+        ("slurm = [1]", "slurm is a table, not a value"),
+        ("node = 'many'", "node = 'many'"),
+        ("[[slurm]]\ntime = '1'", "slurm is a table, not a value"),
+        ("environment = true", "environment = 'True'"),
+        ("container = 1", "container = '1'"),
+        ("a = " + "[" * 5000, "the site is not TOML: it is nested too deep"),
+        ("[slurm]\nnotice = " + "9" * 5000, "the site is not TOML"),
+        ("[slurm]\nnotice = nan", "slurm.notice = 'nan'"),
+        ("[node]\ngpus = 1.0", "node.gpus = '1.0'"),
+        ('[slurm]\npartition = "a\\u0663"', "slurm.partition"),
+        ('[environment]\nsetup = ["a\\u2028b"]', "environment.setup.0"),
+        ('[environment]\nforward = ["A\\nrm -rf /"]', "environment.forward.0"),
+        ('[environment]\nvariables = { "A;rm" = "x" }', "environment.variables.A;rm"),
+        ('[environment]\nvariables = { "A\\nB" = "x" }', "environment.variables.A\\nB"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_site_whose_tables_are_none_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(RequestError) as caught:
+        site.read(str(file))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) % 3 == 0
+
+
+@pytest.mark.parametrize("name", ["a\nrm -rf $HOME", "a;b", "a b", "$(id)", "-x", "ä"])
+def test_a_site_s_file_name_puts_no_line_into_the_script(tmp_path: Path, name: str) -> None:
+    file = tmp_path / f"{name}.toml"
+    file.write_text('description = "fine"')
+    with pytest.raises(RequestError, match="no name of a site") as caught:
+        site.read(str(file))
+    assert "rename the file" in caught.value.fix
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ('variables = { WANDB_API_KEY = "abc123def" }', "WANDB_API_KEY"),
+        ('variables = { HF_TOKEN = "hf_abc" }', "HF_TOKEN"),
+        ('variables = { MLFLOW_TRACKING_PASSWORD = "pw1" }', "MLFLOW_TRACKING_PASSWORD"),
+        ('variables = { HTTPS_PROXY = "http://me:pw1@proxy:3128" }', "HTTPS_PROXY"),
+        ('setup = ["export COMET_API_KEY=abc123"]', "COMET_API_KEY"),
+        ("setup = [\"module load x; export GITHUB_TOKEN='ghp_1'\"]", "GITHUB_TOKEN"),
+    ],
+)
+def test_a_secret_of_a_site_is_refused_and_the_way_out_is_named(tmp_path: Path, text: str, name: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f"[environment]\n{text}")
+    with pytest.raises(RequestError) as caught:
+        site.read(str(file))
+    said = str(caught.value)
+    assert name in said
+    assert "environment.forward" in said
+    assert not [secret for secret in ("abc123", "hf_abc", "pw1", "ghp_1") if secret in said]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'variables = { TOKENIZERS_PARALLELISM = "false", MAX_TOKENS = "4096", HF_TOKEN_PATH = "/home/me/.token" }',
+        'variables = { GOOGLE_APPLICATION_CREDENTIALS = "/home/me/key.json", NCCL_DEBUG = "WARN", COMPASS = "north" }',
+        'setup = ["export HF_TOKEN=$(cat ~/.token)", "source /shared/venv/bin/activate"]',
+        'forward = ["HF_TOKEN", "WANDB_API_KEY"]',
+    ],
+)
+def test_what_only_names_a_secret_is_none(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f"[environment]\n{text}")
+    site.read(str(file))
+
+
+def test_a_value_of_a_variable_is_not_printed_whatever_is_wrong_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[environment]\nvariables = { ANY = "hush\\u0007hush" }')
+    with pytest.raises(RequestError) as caught:
+        site.read(str(file))
+    assert "hush" not in str(caught.value)
+    assert "environment.variables.ANY: may not hold" in str(caught.value)
+
+
+def test_a_job_script_is_its_owner_s_alone(plan: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stat
+
+    from fakes import scheduler
+
+    from launcher.spec.load import load
+    from launcher.submit import send
+
+    partition = "PartitionName=main Default=YES MaxTime=UNLIMITED TotalNodes=9 State=UP\n"
+    scheduler.install(tmp_path / "bin", monkeypatch, sbatch="4711\n", scontrol=partition, sinfo="9999999\n")
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    one = job(plan, run=run)
+    request = load(["model=gpt2-124m", f"data={one.plan.data.path}", "batch.global=8192"])
+    assert send.send(one, [(run, request, one.plan)]) == "4711"
+    assert stat.S_IMODE((run / "job.sbatch").stat().st_mode) == 0o600
+    victim.write_text("mine")
+    (run / "jobs.jsonl").unlink()
+    (run / "jobs.jsonl").symlink_to(victim)
+    (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\n[ "$2" = --test-only ] || [ "$1" = --test-only ] || exit 1\n')
+    with pytest.raises(RequestError, match="cannot be written"):
+        send.send(one, [(run, request, one.plan)])
+    assert victim.read_text() == "mine"

@@ -78,7 +78,7 @@ def _one_rank() -> Iterator[None]:
             import transformers  # noqa: F401  its logger has to be there to be quieted
 
             quiet_deepspeed()
-            opcache.load_operators(["ShareMemCommBuilder"])
+            opcache.prepare()
             dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
             deepspeed.init_distributed(verbose=False)
         try:

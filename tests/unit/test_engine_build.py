@@ -1,0 +1,56 @@
+"""What DeepSpeed is given: the optimizer's groups, and which modules stage 3 gathers at once."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine import build
+from launcher.engine.build import parameter_groups
+
+PLAN: Any = SimpleNamespace(deepspeed={"optimizer": {"params": {"weight_decay": 0.1}}})
+
+
+def groups(model: nn.Module) -> list[tuple[float, list[tuple[int, ...]]]]:
+    made = parameter_groups(model, PLAN)
+    return [(group["weight_decay"], [tuple(parameter.shape) for parameter in group["params"]]) for group in made]
+
+
+def test_matrices_are_decayed_and_vectors_are_not() -> None:
+    assert groups(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))) == [(0.1, [(3, 2)]), (0.0, [(3,), (3,), (3,)])]
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_group_in_which_everything_is_frozen_is_left_out(frozen: str) -> None:
+    model = nn.Linear(2, 3)
+    getattr(model, frozen).requires_grad_(False)
+    assert groups(model) == ([(0.0, [(3,)])] if frozen == "weight" else [(0.1, [(3, 2)])])
+
+
+def test_a_partitioned_parameter_counts_by_its_real_shape() -> None:
+    model = nn.Linear(2, 3)
+    model.weight.data, model.weight.ds_shape = torch.empty(0), torch.Size((3, 2))
+    assert [group["weight_decay"] for group in parameter_groups(model, PLAN)] == [0.1, 0.0]
+
+
+class Experts(nn.Module):
+    def __init__(self, *children: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 3, 2))
+        self.children_ = nn.Sequential(*children)
+
+
+def leaves(experts: nn.Module) -> list[str]:
+    model = nn.Module()
+    model.mlp = nn.Module()
+    model.mlp.experts = experts
+    build._gather_experts_at_once(model)  # type: ignore[arg-type]
+    return [name for name, module in model.named_modules() if getattr(module, "_z3_leaf", False)]
+
+
+def test_experts_are_gathered_at_once_whichever_of_them_run() -> None:
+    assert leaves(Experts(nn.SiLU(), nn.Identity())) == ["mlp.experts"]
+    assert leaves(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])) == ["mlp"]
+    assert leaves(Experts(nn.Linear(2, 2))) == [], "its parts may be called one by one"
