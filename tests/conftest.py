@@ -2,13 +2,13 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fakes.pairs import write_pair
 from hypothesis import settings
 from ranks import environment
 
@@ -22,13 +22,6 @@ from launcher.topology import Topology
 # A deadline would be a test of the machine's load.
 settings.register_profile("halfstep", deadline=None)
 settings.load_profile("halfstep")
-
-
-def write_pair(prefix: Path, tokens: int) -> None:
-    """Write a Megatron pair of one document whose token ids are 0, 1, 2, ... below 100, without torch."""
-    prefix.with_suffix(".bin").write_bytes(b"".join(struct.pack("<H", n % 100) for n in range(tokens)))
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 1, 2)
-    prefix.with_suffix(".idx").write_bytes(header + struct.pack("<iqqq", tokens, 0, 0, 1))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_pair
+from fakes.pairs import write_pair
 from test_data_formats import damaged
 
 from launcher import cli, rundir, topology
