@@ -28,6 +28,7 @@ from launcher.engine import attempt as attempt_page
 from launcher.engine import distributed, restoring
 from launcher.engine.attempt import Attempt
 from launcher.engine.construct import construct
+from launcher.engine.places import file_store
 from launcher.errors import HalfstepError
 from launcher.export.generate import generate
 from launcher.export.write import export
@@ -77,11 +78,11 @@ class Sweep:
         """Run one attempt in a run directory, from its newest checkpoint if there is one; return what it left."""
         choice = restoring.choose(path, plan, self.rank.rank, lambda: None)
 
-        def start() -> RunDir:
+        def start() -> str:
             rundir.write_plan(path, request, plan)
-            return rundir.start_attempt(path, {}, steps_done=choice.step)
+            return rundir.start_attempt(path, {}, steps_done=choice.step).attempt.name
 
-        where: RunDir = distributed.on_rank_zero(start)
+        where = RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start))
         stub = SimpleNamespace(mark=lambda *_: None, touch=lambda: None, set_timeout=lambda _: None, asked=None)
         given: dict[str, Any] = {"choice": choice, "stop": stub, "heart": stub}
         try:
@@ -160,7 +161,8 @@ def main(job_file: Path) -> None:
     topology.prepare_environment(rank)
     sweep = Sweep(job, rank)
     request = load([*WORDS, "model=gpt2-nano", f"data={sweep.data}", "watch.startup=60", "watch.timeout=60"])
-    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)))
+    store = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
+    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), store)
     transformers.logging.disable_progress_bar()
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for family, chosen in job["families"]:

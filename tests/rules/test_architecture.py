@@ -135,7 +135,7 @@ MAY_IMPORT = {
         "environment",
     },
     "launcher.caches": {"watch", "errors"},
-    "launcher.trust": {"spec", "plan", "files", "errors"},
+    "launcher.trust": {"spec", "plan", "files", "foreign", "errors"},
     "launcher.verdict": {"spec", "topology", "files", "foreign", "assets", "caches"},
     "launcher.faults": {"errors"},
     "launcher.heap": set(),
