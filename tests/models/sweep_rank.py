@@ -161,8 +161,8 @@ def main(job_file: Path) -> None:
     topology.prepare_environment(rank)
     sweep = Sweep(job, rank)
     request = load([*WORDS, "model=gpt2-nano", f"data={sweep.data}", "watch.startup=60", "watch.timeout=60"])
-    store = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
-    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), store)
+    meeting = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
+    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), meeting)
     transformers.logging.disable_progress_bar()
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for family, chosen in job["families"]:
