@@ -77,7 +77,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m launcher.plan.catalogue --check
+	$(BIN)/python -m tools.catalogue --check
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -1,7 +1,7 @@
 """Measure the resident memory of real CPU runs against what the planner foretold: `make measure`.
 
 Every row is a run of two DeepSpeed ranks, started as a user starts it. It keeps the setting it was made with, so that
-`--score` works the predictions out anew, and `--fit` the constants of launcher/plan/resident.py, without running again.
+`--score` works the predictions out anew, and `--fit` the constants of forecast/memory.py, without running again.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.plan import memory, setting
-from launcher.plan.plan import Plan
-from launcher.topology import free_port
-from models.shapes import Shape
+from halfstep.launcher.forecast import memory, workload
+from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import free_port
+from halfstep.models.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory-cpu.json"
@@ -106,7 +107,7 @@ def _run(out: Path, data: Path, kind: str, size: str, words: str) -> dict[str, A
     row: dict[str, Any] = {"kind": kind, "size": size, "words": words, "seconds": round(time.time() - began, 1)}
     if done.returncode:
         return {**row, "failed": (done.stdout + done.stderr)[-300:]}
-    made = setting.of_plan(Plan.from_dict(json.loads((out / "plan.json").read_text())))
+    made = estimate.workload_of(Plan.from_dict(json.loads((out / "plan.json").read_text())))
     summary = json.loads((out / "summary.json").read_text())
     return {**row, "setting": dataclasses.asdict(made), "peak_memory_bytes": summary["peak_memory_bytes"]}
 
@@ -116,14 +117,14 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
+def settings(rows: list[dict[str, Any]]) -> list[workload.Setting]:
     """Return what every row was made with."""
     found = []
     for row in rows:
         tree = dict(row["setting"])
         scaling = tuple((key, value) for key, value in tree["shape"]["rope_scaling"])
         tree["shape"] = Shape(**{**tree["shape"], "rope_scaling": scaling})
-        found.append(setting.Setting(**tree))
+        found.append(workload.Setting(**tree))
     return found
 
 
@@ -157,7 +158,7 @@ def score() -> None:
 
 
 def fit() -> None:
-    """Print the constants of launcher/plan/resident.py that fit the chosen rows best, in relative least squares."""
+    """Print the constants of launcher/forecast/memory.py that fit the chosen rows best, in relative least squares."""
     import numpy
 
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.plan import score
+from halfstep.launcher.rundir import prediction_errors
 
 HALFSTEP = Path(sys.executable).parent / "halfstep"
 MODELS = (("gpt2-nano", 8, 128), ("llama-nano", 8, 128), ("gpt2-nano", 2, 128), ("gpt2-nano", 8, 64))
@@ -41,9 +41,9 @@ def main() -> int:
             if ended.returncode:
                 print(f"{out.name}: exit code {ended.returncode}\n{ended.stderr[-500:]}", file=sys.stderr)
                 continue
-        done.append(score.run(out))
-        print(score.table([done[-1]])[1], flush=True)
-    print("\n".join(score.table(done)))
+        done.append(prediction_errors.run(out))
+        print(prediction_errors.table([done[-1]])[1], flush=True)
+    print("\n".join(prediction_errors.table(done)))
     return 0
 
 

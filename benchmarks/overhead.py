@@ -35,7 +35,7 @@ def main() -> int:
         data = arguments.data or Path(scratch) / "data"
         if arguments.data is None:
             words = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
-            subprocess.run([sys.executable, "-m", "launcher", *words], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "-m", "halfstep", *words], cwd=ROOT, check=True)
         for precision in arguments.precision:
             result = Path(scratch) / f"{precision}.json"
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -61,15 +61,15 @@ def _report(precision: str, rounds: list[dict[str, float]]) -> None:
 
 def worker(job: dict) -> None:
     """Run the rounds on one rank; rank 0 writes the throughputs."""
-    from launcher import topology
+    from halfstep.launcher import topology
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)
-    from launcher.engine import distributed
-    from launcher.engine.places import file_store
-    from launcher.plan import facts
-    from launcher.plan.resolve import resolve
-    from launcher.spec.load import load
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.ranks.places import file_store
+    from halfstep.launcher.plan import facts
+    from halfstep.launcher.plan.resolve import resolve
 
     words = [f"model={job['model']}", f"data={job['data']}", f"zero={job['zero']}", f"precision={job['precision']}"]
     steps = job["steps"] + WARMUP
@@ -91,12 +91,12 @@ def _ours(plan, rank) -> float:
     """Return the tokens per second of Halfstep's loop, records written to a file as in a real run."""
     import tempfile as temporary
 
-    from launcher.engine import distributed
-    from launcher.engine.build import build
-    from launcher.engine.feed import Feed
-    from launcher.engine.guard import Guard
-    from launcher.engine.loop import Listeners, train
-    from launcher.metrics.sinks import JsonLines
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.feed import Feed
+    from halfstep.launcher.engine.loop import Listeners, train
+    from halfstep.launcher.engine.numerics.guard import Guard
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.metrics.sinks import JsonLines
 
     device = distributed.device(rank, plan)
     moments: list[float] = []
@@ -116,10 +116,10 @@ def _ours(plan, rank) -> float:
 
 def _plain(plan, rank) -> float:
     """Return the tokens per second of a loop with nothing in it but DeepSpeed, the model and the loss."""
-    from launcher.engine import distributed
-    from launcher.engine.build import build
-    from launcher.engine.feed import Feed
-    from models.loss import next_token_loss
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.feed import Feed
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.models.loss import next_token_loss
 
     device = distributed.device(rank, plan)
     stock = dataclasses.replace(plan, numerics=dataclasses.replace(plan.numerics, repairs=False))

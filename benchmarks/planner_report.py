@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher.plan import rows, rows_memory, score, time
-from launcher.plan.calibration import Calibration
-from launcher.plan.rows import Row
+from halfstep.launcher.forecast import step_time
+from halfstep.launcher.forecast.calibration import Calibration
+from halfstep.launcher.forecast.published import published_runs, run_memory, score
+from halfstep.launcher.forecast.published.published_runs import Row
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Known:
 def predict(row: Row, known: Calibration) -> float | None:
     """Return the logarithm of a row's tokens/s of one device."""
     assert row.device is not None
-    told = time.forecast(row.setting, row.device, layout=row.layout, stack=row.stack, known=known)
+    told = step_time.forecast(row.setting, row.device, layout=row.layout, stack=row.stack, known=known)
     return math.log(told.tokens_per_second_per_device) if told else None
 
 
@@ -85,8 +86,8 @@ def memory_report(paths: Iterable[Path]) -> list[str]:
     """Return the error of peak memory by trainer; nothing of it is fitted."""
     by: dict[str, list[float]] = {}
     for path in paths:
-        for row in rows.read(path):
-            seen, told = score.measured_memory(row.text), rows_memory.peak_gib(row)
+        for row in published_runs.read(path):
+            seen, told = score.measured_memory(row.text), run_memory.peak_gib(row)
             if seen and told:
                 by.setdefault(row.stack, []).append(100 * (told / seen - 1))
     lines = ["peak memory: rows, mean, mean absolute and median absolute error in percent"]
@@ -108,7 +109,7 @@ def scaling(known: Calibration) -> list[str]:
                                   (64, 10, "FULL_SHARD"), (128, 8, "FULL_SHARD"), (256, 8, "FULL_SHARD"),
                                   (512, 8, "FULL_SHARD")):  # fmt: skip
         more = {"n_gpus": str(devices), "micro_batch": str(micro), "global_batch": str(micro * devices)}
-        row = rows.parse({**text, **more, "precision": "amp_bf16", "sharding": f"FSDP {shard}",
+        row = published_runs.parse({**text, **more, "precision": "amp_bf16", "sharding": f"FSDP {shard}",
                           "activation_checkpointing": "none"})  # fmt: skip
         speed = math.exp(predict(row, known) or 0)
         lines.append(f"  {devices:4d} {micro:3d} {100 * speed * (6 * 6.6589e9 + 12 * 32 * 4096 * 2048) / 989e12:6.1f}")

@@ -20,15 +20,16 @@ from pathlib import Path
 import numpy as np
 from planner_report import Known, errors, memory_report, predict, report, scaling
 
-from launcher.plan import hardware, rows, score
-from launcher.plan import setting as settings
-from launcher.plan.calibration import CPU_STACK, Calibration, factor_keys
-from launcher.plan.hardware import Hardware
-from launcher.plan.layout import Layout
-from launcher.plan.plan import Plan
-from launcher.plan.rows import Row
+from halfstep.launcher.forecast import hardware
+from halfstep.launcher.forecast import workload as settings
+from halfstep.launcher.forecast.calibration import CPU_STACK, Calibration, factor_keys
+from halfstep.launcher.forecast.hardware import Hardware
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.published import published_runs, score
+from halfstep.launcher.forecast.published.published_runs import Row
+from halfstep.launcher.plan.plan import Plan
 
-TARGET = Path(__file__).resolve().parents[1] / "launcher" / "plan" / "calibration.toml"
+TARGET = Path(__file__).resolve().parents[1] / "launcher" / "forecast" / "calibration.toml"
 # How far a constant may move from where physics or a guess puts it, as the standard deviation of its logarithm.
 FREEDOM = {
     "matmul": 0.15,
@@ -87,7 +88,7 @@ def load(paths: Iterable[Path]) -> Known:
     """Read the rows; a group of n weighs as the root of n, so that no grid of one model decides."""
     found: list[tuple[Row, float]] = []
     for path in paths:
-        for row in rows.read(path):
+        for row in published_runs.read(path):
             speed = score.measured_speed(row.text)
             if speed and row.device and predict(row, Calibration()) is not None:
                 found.append((row, math.log(speed)))

@@ -38,7 +38,7 @@ def main() -> int:
         data = arguments.data or Path(scratch) / "data"
         if arguments.data is None:
             words = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
-            subprocess.run([sys.executable, "-m", "launcher", *words], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "-m", "halfstep", *words], cwd=ROOT, check=True)
         result = Path(scratch) / "result.json"
         job = {**vars(arguments), "data": str(data), "result": str(result), "scratch": scratch, "disk": None}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -63,14 +63,18 @@ def _report(rounds: list[dict[str, float]]) -> None:
 
 
 def _worker(job: dict) -> None:
-    from launcher import rundir, topology
-    from launcher.engine import distributed, guard, loop, saving
-    from launcher.engine.build import build
-    from launcher.engine.feed import Feed
-    from launcher.engine.places import file_store
-    from launcher.plan import facts
-    from launcher.plan.resolve import resolve
-    from launcher.spec.load import load
+    from halfstep.launcher import topology
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.engine import loop
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.feed import Feed
+    from halfstep.launcher.engine.numerics import guard
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.ranks.places import file_store
+    from halfstep.launcher.engine.state import saving
+    from halfstep.launcher.plan import facts
+    from halfstep.launcher.plan.resolve import resolve
+    from halfstep.launcher.rundir import run_directory
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)
@@ -84,10 +88,10 @@ def _worker(job: dict) -> None:
     where = Path(job["scratch"]) / "run"
 
     def directory() -> str:
-        rundir.write_plan(where, request, plan)
-        return rundir.start_attempt(where, {}).attempt.name
+        run_directory.write_plan(where, request, plan)
+        return run_directory.start_attempt(where, {}).attempt.name
 
-    run = rundir.RunDir(path=where, attempt=where / "attempts" / distributed.on_rank_zero(directory))
+    run = run_directory.RunDir(path=where, attempt=where / "attempts" / distributed.on_rank_zero(directory))
     engine, repairs = build(plan)
     own_guard = guard.Guard(engine, plan, repairs, lambda *_, **__: None, rank.rank)
     events: list[dict] = []

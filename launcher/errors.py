@@ -1,10 +1,9 @@
 """What Halfstep says when it stops: three lines for a person and an exit code for a program."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
-
-from launcher.terminal import printable
 
 EXIT_REQUEST = 2
 EXIT_REFUSED = 3
@@ -16,6 +15,10 @@ _LONGEST = 1000
 """Letters of an unforeseen exception's own text: some carry a stack of another language."""
 _LONGEST_LINE = 4000
 """Letters of a line: what is wrong may be a word of a million."""
+# Control characters (also the 8-bit ones, which terminals obey too), what breaks or turns a line around, and halves of
+# characters, which no terminal takes.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 class HalfstepError(Exception):
@@ -132,3 +135,13 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     score = {match: difflib.SequenceMatcher(None, match, word.lower()).ratio() for match in matches}
     # Far behind the best one, a match only shares a prefix (`optimizer.`) and would mislead.
     return [folded[match] for match in matches if score[match] > score[matches[0]] - 0.1]
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text with every character that a terminal would obey written out, such as \\x1b; those in `keep` stay."""
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _written_out(match[0]), text)
+
+
+def _written_out(letter: str) -> str:
+    # JSON knows \\u009b and no \\x9b; what JSON itself escapes is written as people know it.
+    return _SHORT.get(letter) or (f"\\x{ord(letter):02x}" if ord(letter) < 32 else f"\\u{ord(letter):04x}")

@@ -11,9 +11,9 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import TopologyError
-from launcher.limits import allow_open_files, check_numbers
-from launcher.nodelist import hosts
+from halfstep.launcher.errors import TopologyError
+from halfstep.launcher.system.limits import allow_open_files, check_numbers
+from halfstep.launcher.system.nodelist import hosts
 
 # Rank, local rank, world size, local world size, in the words of each starter. `deepspeed`, `torchrun` and
 # `accelerate launch` all use the first row; the SLURM row is what a bare `srun` sets; the last is Open MPI's.

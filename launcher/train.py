@@ -10,18 +10,20 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Started as a script, Python puts launcher/ itself on the path, where our names would shadow others' modules.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = next(str(f) for f in Path(__file__).resolve().parents if (f / "halfstep" / "__init__.py").is_file())
 
-from launcher import faults, heap, rundir, topology, trust
-from launcher.errors import HalfstepError
-from launcher.files import explained
-from launcher.plan import facts, packages
-from launcher.plan.plan import Plan
-from launcher.plan.pretrained import Network, Source
-from launcher.plan.resolve import resolve
-from launcher.spec.load import Request, load
-from launcher.watch import exits
-from launcher.watch.heart import begin
+from halfstep.launcher import fault_injection, topology
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.ds import packages
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.pretrained import Network, Source
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import exits, run_directory, trust
+from halfstep.launcher.system import heap
+from halfstep.launcher.system.files import explained
+from halfstep.launcher.watchdog.heartbeat import begin
 
 
 def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
@@ -30,15 +32,15 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     A directory that others own or may write is not read from, nor written to, without consent.
     """
     consent, words = trust.CONSENT in words, [word for word in words if word != trust.CONSENT]
-    path = rundir.named(words)
+    path = run_directory.named(words)
     if path is not None:
         trust.require_own(path, consent=consent)
-        request, plan = rundir.read_plan(path)
+        request, plan = run_directory.read_plan(path)
     else:
         request = load(words)
         world = topology.describe(rank.world_size, rank.local_world_size)
         plan = resolve(request, world, facts.read(request.spec, _construct))
-        path = rundir.location(request, plan)
+        path = run_directory.location(request, plan)
         trust.require_own(path, consent=consent)
     topology.check(rank, plan.topology.world_size, request.spec.nodes, request.spec.gpus_per_node)
     plan.require_allowed()
@@ -51,7 +53,7 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
 
 
 def _construct(source: Source, config: dict, trust_remote_code: bool) -> Network:
-    from launcher.engine.construct import construct
+    from halfstep.launcher.engine.construct import construct
 
     return construct(source, config, trust_remote_code)
 
@@ -68,10 +70,10 @@ def main(words: list[str]) -> int:
         topology.prepare_environment(rank)
         path, request, plan = decide(words, rank)
         stop, heart = begin(rank.rank, plan.watch.startup)
-        faults.hit("import", rank=rank.rank)
+        fault_injection.hit("import", rank=rank.rank)
         if plan.topology.accelerator == "cpu":
             heap.settle()
-        from launcher.engine import session  # torch and DeepSpeed from here on
+        from halfstep.launcher.engine import session  # torch and DeepSpeed from here on
 
         code = session.run(path, request, plan, rank, stop, heart)
     except KeyboardInterrupt:

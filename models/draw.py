@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
-from models.config import Unfit
-from models.ranks import gather_texts
+from halfstep.models.collective import gather_texts
+from halfstep.models.hf_config import Unfit
 
 Owned = tuple[nn.Module, PreTrainedModel]
 """A module and the (sub-)model whose `_init_weights` knows how to initialise it."""

@@ -12,12 +12,13 @@ from fakes.pairs import write_pair
 from hypothesis import settings
 from ranks import environment
 
-from launcher.plan import facts, manifest
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.plan.vocabulary import tokenizer_sha256
-from launcher.spec.load import load
-from launcher.topology import Topology
+from halfstep.launcher.config.load import load
+from halfstep.launcher.corpus import corpus_manifest
+from halfstep.launcher.corpus.vocabulary import tokenizer_sha256
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 
 # A deadline would be a test of the machine's load.
 settings.register_profile("halfstep", deadline=None)
@@ -36,8 +37,8 @@ def corpus(tmp_path: Path) -> Path:
         sizes = {ending: (folder / f"{split}.{ending}").stat().st_size for ending in ("bin", "idx")}
         splits[split] = {"tokens": tokens, "documents": 1, "prefix": split, "bytes": sizes}
     content = {
-        "format": manifest.FORMAT,
-        "kind": manifest.KIND,
+        "format": corpus_manifest.FORMAT,
+        "kind": corpus_manifest.KIND,
         "source": {"asked": "by hand"},
         "tokenizer": {
             "kind": "sentencepiece",

@@ -12,11 +12,11 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from launcher import foreign
-from launcher.errors import RequestError
-from launcher.fields import LARGEST, Count, Finite, Measured, Name, Positive, Text, checked
-from launcher.files import reason
-from launcher.spec.digest import digest
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.fields import LARGEST, Count, Finite, Measured, Name, Positive, Text, checked
+from halfstep.launcher.system.files import reason
 
 FORMAT = 1
 """Raised whenever an older Halfstep could not read what is written."""

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from launcher import foreign
-from launcher.checkpoint import layout
-from launcher.checkpoint.layout import BUFFER, MASTER, PROBE, PROBE_TOKENS
-from launcher.checkpoint.manifest import Damaged, File, Manifest, rank_name
-from launcher.files import reason as refusal
+from halfstep.launcher.checkpoint import rank_files
+from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest, rank_name
+from halfstep.launcher.checkpoint.rank_files import BUFFER, MASTER, PROBE, PROBE_TOKENS
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import reason as refusal
 
 __all__ = ("BUFFER", "MASTER", "PROBE", "Piece", "Shards", "damaged", "probe_tokens", "rank_name", "sync", "write")
 _CHUNK = 1 << 22
@@ -130,9 +130,9 @@ def damaged(folder: Path, manifest: Manifest, beat: Callable[[], None], part: in
     try:
         for rank in range(manifest.world_size):
             if f"{rank_name(rank)}.json" in names:
-                layout.check(folder, manifest, rank)
+                rank_files.check(folder, manifest, rank)
         if part == 0:
-            layout.check_whole(folder, manifest)
+            rank_files.check_whole(folder, manifest)
     except Damaged as damage:
         return str(damage)
     return None
@@ -162,11 +162,11 @@ class Shards:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.ranks = [rank_name(rank) for rank in range(manifest.world_size)]
-        self._files = {name: layout.tensors(folder, name) for name in self.ranks}
+        self._files = {name: rank_files.tensors(folder, name) for name in self.ranks}
 
     def sidecar(self, rank: int) -> dict[str, Any]:
         """Return what one rank wrote beside its tensors."""
-        return layout.sidecar(self.folder, self.manifest, rank)
+        return rank_files.sidecar(self.folder, self.manifest, rank)
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[str, int, int]]]:

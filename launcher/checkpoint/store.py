@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import faults
-from launcher.checkpoint.manifest import NAME, Damaged, Gone, Manifest, read
-from launcher.errors import RefusedError, RequestError
-from launcher.files import reason, sync_folder
+from halfstep.launcher import fault_injection
+from halfstep.launcher.checkpoint.manifest import NAME, Damaged, Gone, Manifest, read
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.system.files import reason, sync_folder
 
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _HIDDEN = (".writing-", ".pruned-")
@@ -141,13 +141,13 @@ def _unused(name: Path) -> Path:
 
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Turn a hidden folder whose files are written and synced into a checkpoint: manifest, sync, rename, sync."""
-    faults.hit("save.manifest", rank=0, step=manifest.step)
+    fault_injection.hit("save.manifest", rank=0, step=manifest.step)
     with (temporary / NAME).open("x", encoding="utf-8") as out:
         out.write(manifest.to_text())
         out.flush()
         os.fsync(out.fileno())
     sync_folder(temporary)
-    faults.hit("save.rename", rank=0, step=manifest.step)
+    fault_injection.hit("save.rename", rank=0, step=manifest.step)
     final = temporary.parent / folder_name(manifest.step)
     temporary.rename(final)
     sync_folder(final.parent)
@@ -169,7 +169,7 @@ def prune(run: Path, keep: int, keep_every: int, *, distrusted: frozenset[int] =
         shutil.rmtree(hidden, ignore_errors=True)
         one.folder.rename(hidden)  # out of sight at once: a crash from here on leaves no half of a checkpoint
         (hidden / NAME).unlink(missing_ok=True)
-        faults.hit("save.prune", rank=0, step=one.step)
+        fault_injection.hit("save.prune", rank=0, step=one.step)
         shutil.rmtree(hidden, ignore_errors=True)
     return [one.step for one in gone]
 

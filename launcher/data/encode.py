@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from launcher.data import tokenizer
-from launcher.data.readers import Piece
-from launcher.errors import RequestError
+from halfstep.launcher.data import tokenizer
+from halfstep.launcher.data.readers import Piece
+from halfstep.launcher.errors import RequestError
 
 _BATCH_CHARACTERS = 2**18
 _BATCHES_AHEAD = 3

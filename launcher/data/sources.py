@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from launcher.data import formats, readers, walk
-from launcher.data.readers import Piece
-from launcher.data.walk import LeftOut
-from launcher.errors import RequestError
+from halfstep.launcher.data import formats, readers, walk
+from halfstep.launcher.data.readers import Piece
+from halfstep.launcher.data.walk import LeftOut
+from halfstep.launcher.errors import RequestError
 
 STDLIB, FILES, HUB = "stdlib", "files", "hub"
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

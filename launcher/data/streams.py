@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.data import formats
-from launcher.data.formats import Format
-from launcher.errors import RequestError
+from halfstep.launcher.data import formats
+from halfstep.launcher.data.formats import Format
+from halfstep.launcher.errors import RequestError
 
 LONGEST_LINE = 2**28
 """Bytes; what is longer is no line of text, and would fill the memory."""

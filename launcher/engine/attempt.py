@@ -6,25 +6,27 @@ from dataclasses import dataclass
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import faults
-from launcher.engine import distributed, loop, randomness, readings, restoring, states
-from launcher.engine.build import build
-from launcher.engine.feed import Feed
-from launcher.engine.foresight import refuse_foresight
-from launcher.engine.guard import Guard
-from launcher.engine.loop import Listeners, Outside
-from launcher.engine.pace import Pace
-from launcher.engine.restoring import Choice
-from launcher.engine.saving import Saver
-from launcher.engine.witness import Witness
-from launcher.errors import NumericsError, Stopped
-from launcher.plan import fit, present
-from launcher.plan.plan import Plan
-from launcher.rundir import RunDir
-from launcher.topology import Rank
-from launcher.watch.heart import Heart
-from launcher.watch.stop import Stop
-from models.build import initial_statistics
+from halfstep.launcher import fault_injection
+from halfstep.launcher.engine import loop, readings
+from halfstep.launcher.engine.build import build
+from halfstep.launcher.engine.causal_check import refuse_foresight
+from halfstep.launcher.engine.feed import Feed
+from halfstep.launcher.engine.loop import Listeners, Outside
+from halfstep.launcher.engine.numerics.guard import Guard
+from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.ranks.stragglers import Pace
+from halfstep.launcher.engine.recorder import Witness
+from halfstep.launcher.engine.state import restoring, rng, training_state
+from halfstep.launcher.engine.state.restoring import Choice
+from halfstep.launcher.engine.state.saving import Saver
+from halfstep.launcher.errors import NumericsError, Stopped
+from halfstep.launcher.plan import cautions, present
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.topology import Rank
+from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.stop import Stop
+from halfstep.models.network import initial_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,11 @@ def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guar
     """Build the engine and fill it from the checkpoint, if there is one."""
     plan, rank, choice, heart = attempt.plan, attempt.rank.rank, attempt.choice, attempt.heart
     heart.mark("build")
-    faults.hit("init", rank=rank)
+    fault_injection.hit("init", rank=rank)
     heart.mark("build")
     engine, repairs = build(plan)
     distributed.set_timeouts(max(plan.watch.startup, plan.watch.timeout))
-    randomness.seed(plan, rank, 0)
+    rng.seed(plan, rank, 0)
     witness.event(
         "built",
         optimizer=type(engine.optimizer).__name__,
@@ -151,23 +153,23 @@ def _say_what_is_coming(witness: Witness, attempt: Attempt) -> None:
     plan, choice = attempt.plan, attempt.choice
     for line in [*present.headline(plan), f"run directory {attempt.where.path}", *present.warnings(plan)]:
         witness.screen.say(line)
-    if risk := fit.warning(plan, readings.capacity_bytes(plan)):
+    if risk := cautions.memory_warning(plan, readings.capacity_bytes(plan)):
         witness.screen.say(f"WARNING: {risk}")
     if choice.step:
         witness.take_over()
     for one in choice.damaged:
         witness.event("checkpoint_damaged", folder=one.folder.name, reason=one.reason)
         witness.screen.say(f"WARNING: checkpoint {one.folder.name} is damaged and passed over: {one.reason}")
-    if fault := faults.set_here():
+    if fault := fault_injection.set_here():
         witness.event("fault_set", fault=fault)
-        witness.screen.say(f"WARNING: {faults.VARIABLE}={fault}: this run is being broken on purpose")
+        witness.screen.say(f"WARNING: {fault_injection.VARIABLE}={fault}: this run is being broken on purpose")
 
 
 def _checksum(engine: DeepSpeedEngine, plan: Plan) -> str | None:
     """Return a checksum of the initial masters, equal at all stages and world sizes; None where they lie on NVMe."""
     if not plan.can_save:
         return None
-    return f"{sum(distributed.gather_objects(states.checksum(engine))) % 2**64:016x}"
+    return f"{sum(distributed.gather_objects(training_state.checksum(engine))) % 2**64:016x}"
 
 
 def _weights_are_finite(engine: DeepSpeedEngine) -> bool:

@@ -10,12 +10,13 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
-from launcher.engine import half, opcache
-from launcher.engine.construct import unfit
-from launcher.engine.repair import Repairs, repair
-from launcher.errors import RefusedError
-from launcher.plan.plan import Plan
-from models import build as model_build
+from halfstep.launcher.engine.construct import unfit
+from halfstep.launcher.engine.numerics import cpu_fp16
+from halfstep.launcher.engine.numerics.repair import Repairs, repair
+from halfstep.launcher.engine.ranks import opcache
+from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.models import network as model_build
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -25,7 +26,7 @@ def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
 
     Raises RequestError for a model that cannot be built.
     """
-    half.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
+    cpu_fp16.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
     model = _model(plan)
     if plan.zero == 3:
         _gather_experts_at_once(model)

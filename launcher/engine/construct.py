@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from launcher.errors import RequestError
-from launcher.plan.pretrained import Network, Source
-from models import build as model_build
-from models import config as model_config
-from models import load as pretrained
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.pretrained import Network, Source
+from halfstep.models import hf_config as model_config
+from halfstep.models import hf_weights as pretrained
+from halfstep.models import network as model_build
 
 
 def construct(source: Source, config: dict[str, Any], trust_remote_code: bool) -> Network:

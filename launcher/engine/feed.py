@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from launcher.data.order import windows_of_step
-from launcher.data.tokens import TokenFile
-from launcher.plan.plan import Plan
-from launcher.topology import Rank
+from halfstep.launcher.data.order import windows_of_step
+from halfstep.launcher.data.tokens import TokenFile
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Rank
 
 
 class Feed:

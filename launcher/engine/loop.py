@@ -8,20 +8,21 @@ from dataclasses import dataclass
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import clock, faults
-from launcher.checkpoint.store import folder_name
-from launcher.engine.distributed import gather_objects
-from launcher.engine.feed import Feed
-from launcher.engine.guard import Guard
-from launcher.engine.pace import Pace, Stragglers
-from launcher.engine.readings import Readings, StepReading, sum_over_ranks
-from launcher.engine.saving import Saver
-from launcher.engine.traffic import Traffic
-from launcher.errors import Stopped
-from launcher.metrics import derive
-from launcher.metrics.record import EvaluationRecord, StepRecord
-from launcher.plan.plan import Plan
-from models.loss import next_token_loss
+from halfstep.launcher import fault_injection
+from halfstep.launcher.checkpoint.store import folder_name
+from halfstep.launcher.engine.feed import Feed
+from halfstep.launcher.engine.numerics.guard import Guard
+from halfstep.launcher.engine.ranks.distributed import gather_objects
+from halfstep.launcher.engine.ranks.stragglers import Pace, Stragglers
+from halfstep.launcher.engine.ranks.traffic import Traffic
+from halfstep.launcher.engine.readings import Readings, StepReading, sum_over_ranks
+from halfstep.launcher.engine.state.saving import Saver
+from halfstep.launcher.errors import Stopped
+from halfstep.launcher.metrics import derive
+from halfstep.launcher.metrics.record import EvaluationRecord, StepRecord
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.system import clock
+from halfstep.models.loss import next_token_loss
 
 _COUNTED = 5
 """The step whose traffic is counted: its time is not averaged yet (metrics/derive.py), and by then stage 3 has learnt
@@ -131,20 +132,20 @@ def _forward_and_backward(
     for micro_step in range(1, plan.batch.accumulation + 1):
         mark("data", step)
         asked = time.perf_counter()
-        faults.hit("data", rank=feed.rank, step=step)
+        fault_injection.hit("data", rank=feed.rank, step=step)
         tokens = next(batches)
         waited += time.perf_counter() - asked
         mark("forward", step)
         with outside.pace.forward() if outside.pace else contextlib.nullcontext():
-            faults.hit("fwd", rank=feed.rank, step=step)
+            fault_injection.hit("fwd", rank=feed.rank, step=step)
             logits = engine(input_ids=tokens[:, :-1]).logits
         loss = next_token_loss(logits, tokens[:, 1:])
         mark("backward", step)
-        faults.hit("bwd", rank=feed.rank, step=step)
+        fault_injection.hit("bwd", rank=feed.rank, step=step)
         total += guard.backward(loss)
         mark("step", step)
         if micro_step == plan.batch.accumulation:
-            faults.hit("step", rank=feed.rank, step=step)
+            fault_injection.hit("step", rank=feed.rank, step=step)
             mark("step", step)
             guard.before_step(readings.before_step(guard.gradient_scale))
         engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
@@ -166,7 +167,7 @@ def _evaluate(engine: DeepSpeedEngine, feed: Feed, tell: Listeners, outside: Out
     loss_sum, tokens_seen = 0.0, 0
     for tokens, counted in feed.validation_batches():
         outside.mark("evaluate", step)
-        faults.hit("eval", rank=feed.rank, step=step)
+        fault_injection.hit("eval", rank=feed.rank, step=step)
         outside.mark("evaluate", step)  # again before the ranks wait for each other
         if _agreed(outside, engine.device):
             return False

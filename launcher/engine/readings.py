@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import topology
-from launcher.plan.plan import Plan
+from halfstep.launcher import topology
+from halfstep.launcher.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher import clock, faults, rundir, trust
-from launcher.checkpoint import store
-from launcher.engine import distributed, preflight, restoring, traffic
-from launcher.engine.attempt import Attempt, make
-from launcher.errors import Fault, HalfstepError, RefusedError, Stopped
-from launcher.files import explained, write_json
-from launcher.lease import lease
-from launcher.plan.plan import Plan
-from launcher.rundir import RunDir
-from launcher.spec.load import Request
-from launcher.topology import Rank
-from launcher.watch import exits
-from launcher.watch.heart import Heart
-from launcher.watch.stop import Stop
+from halfstep.launcher import fault_injection
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.config.load import Request
+from halfstep.launcher.engine.attempt import Attempt, make
+from halfstep.launcher.engine.ranks import distributed, preflight, traffic
+from halfstep.launcher.engine.state import restoring
+from halfstep.launcher.errors import Fault, HalfstepError, RefusedError, Stopped
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import exits, run_directory, trust
+from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.system import clock
+from halfstep.launcher.system.files import explained, write_json
+from halfstep.launcher.topology import Rank
+from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.stop import Stop
 
 
 def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:
@@ -36,9 +38,9 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
     with contextlib.ExitStack() as held:
 
         def open_directory() -> bool:
-            rundir.refuse_another_run(path, plan)
+            run_directory.refuse_another_run(path, plan)
             held.enter_context(lease(path))
-            done = rundir.finished(path)
+            done = run_directory.finished(path)
             if done is not None and done["run_id"] == plan.run_id:
                 return False
             store.sweep(path)
@@ -53,14 +55,14 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
         choice = restoring.choose(path, plan, rank.rank, heart.touch)
 
         def start_attempt() -> str:
-            rundir.write_plan(path, request, plan)
+            run_directory.write_plan(path, request, plan)
             about: dict[str, Any] = {"launcher": rank.source, "world_size": rank.world_size, "steps_done": choice.step}
             about["began"] = _began()
-            where = rundir.start_attempt(path, about, steps_done=choice.step)
+            where = run_directory.start_attempt(path, about, steps_done=choice.step)
             write_json(where.attempt / "preflight.json", {**met.seen, "all_reduce": reduced})
             return where.attempt.name
 
-        where = rundir.RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start_attempt))
+        where = run_directory.RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start_attempt))
         if rank.rank == 0:
             stop.look_for(where.stop_file)
         heart.set_attempt(where.attempt, rank.world_size)
@@ -69,7 +71,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
             make(Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heart=heart))
         except BaseException as error:
             return _fail(where, rank, error)
-        faults.hit("exit", rank=rank.rank, step=plan.steps)
+        fault_injection.hit("exit", rank=rank.rank, step=plan.steps)
         if rank.rank == 0:  # the others are done before rank 0 has written the summary
             exits.write_exit(where.attempt, 0, "done", rank.rank)
         distributed.leave()
@@ -78,7 +80,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
 
 def _meet(path: Path, plan: Plan, rank: Rank, stop: Stop) -> preflight.Met:
     """Hold the roll call; a start that it ends is written down for the job script."""
-    rundir.refuse_another_run(path, plan)
+    run_directory.refuse_another_run(path, plan)
     secret = trust.secret(path) if rank.world_size > 1 else b""
     try:
         met = preflight.RollCall(rank, plan, secret, lambda: stop.asked).answer()

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from launcher import foreign
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, File, Manifest
-from launcher.checkpoint.shards import BUFFER, MASTER, PROBE, Piece, Shards
-from launcher.errors import RefusedError, RequestError
-from launcher.export import source, target
-from launcher.files import pretty, write_atomic
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest
+from halfstep.launcher.checkpoint.shards import BUFFER, MASTER, PROBE, Piece, Shards
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import source, target
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import pretty, write_atomic
 
 _DESCRIPTION = ("plan.json", "ds_config.json", "request.toml", "origins.json")
 _SPARE = 1 << 20

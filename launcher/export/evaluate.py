@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from launcher.data.tokens import TokenFile
-from launcher.errors import RefusedError, RequestError
-from launcher.export import model
-from launcher.export.weights import DTYPES
-from launcher.metrics import derive
-from launcher.plan.corpus import DataFacts, read_data
-from launcher.plan.vocabulary import of_folder
-from models import config
-from models.loss import next_token_loss
+from halfstep.launcher.corpus.description import DataFacts, read_data
+from halfstep.launcher.corpus.vocabulary import of_folder
+from halfstep.launcher.data.tokens import TokenFile
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import exported
+from halfstep.launcher.export.weights import DTYPES
+from halfstep.launcher.metrics import derive
+from halfstep.models import hf_config
+from halfstep.models.loss import next_token_loss
 
 _SEQUENCE = 1024
 """Tokens, for a folder that does not say what it was trained with."""
@@ -61,7 +61,7 @@ def evaluate(
     for option, value, least in (("--batch", batch, 1), ("--sequence", sequence, 1), ("--sequences", sequences, 0)):
         if value is not None and value < least:
             raise RequestError(f"{value} is too few", where=f"{option} {value}", fix=f"{option} {least} or more")
-    told = model.note(folder) or {}
+    told = exported.note(folder) or {}
     facts = read_data(data)
     match = _match(folder, told, facts)
     prefix = facts.validation_prefix
@@ -71,14 +71,14 @@ def evaluate(
             where=f"--data {data}",
             fix="prepare one with --validation-fraction, or name a prepared folder",
         )
-    network: Any = model.load(folder, DTYPES[dtype] if dtype else "auto")
-    context = model.context(network)
+    network: Any = exported.load(folder, DTYPES[dtype] if dtype else "auto")
+    context = exported.context(network)
     length = sequence or told.get("sequence") or min(context or _SEQUENCE, _SEQUENCE)
     if context is not None and length > context:
         raise RequestError(
             f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
         )
-    file = TokenFile(prefix, vocabulary=config.vocabulary(network))
+    file = TokenFile(prefix, vocabulary=hf_config.vocabulary(network))
     count = _count(file.windows(length), sequences, told, length, facts)
     loss, tokens = _loss(network, _batches(file, count, batch, length))
     return Evaluated(
@@ -134,7 +134,7 @@ def _loss(network: Any, batches: Iterator[torch.Tensor]) -> tuple[float, int]:
         with torch.no_grad():
             for ids in batches:
                 ids = ids.to(network.device)
-                logits = model.logits(network, ids[:, :-1])
+                logits = exported.logits(network, ids[:, :-1])
                 total += float(next_token_loss(logits, ids[:, 1:].to(logits.device), reduction="sum"))
                 tokens += ids[:, 1:].numel()
     except torch.OutOfMemoryError as error:

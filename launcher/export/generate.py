@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from launcher.errors import RefusedError, RequestError
-from launcher.export import model
-from models.config import one_line
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import exported
+from halfstep.models.hf_config import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ def generate(
     Raises RequestError for settings that mean nothing and for a prompt that leaves no room in the model's context.
     """
     _check(max_new_tokens, temperature, top_k)
-    words: Any = model.tokenizer(folder)
+    words: Any = exported.tokenizer(folder)
     ids = words(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         if words.bos_token_id is None:
             raise RequestError("there is nothing to go on from", where="--prompt ''", fix="give a text")
         ids = [words.bos_token_id]
-    network: Any = model.load(folder)
+    network: Any = exported.load(folder)
     room = _room(network, len(ids), max_new_tokens, folder)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -116,7 +116,7 @@ def _check(max_new_tokens: int, temperature: float, top_k: int) -> None:
 
 def _room(network: Any, prompt_tokens: int, wanted: int, folder: Path) -> int:
     """Return how many tokens may follow: what was asked for, or what is left of the context."""
-    context = model.context(network)
+    context = exported.context(network)
     if context is None or prompt_tokens + wanted <= context:
         return wanted
     if prompt_tokens >= context:

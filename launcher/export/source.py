@@ -4,12 +4,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import foreign, records
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.store import Candidate
-from launcher.errors import RequestError
-from launcher.fields import checked
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.store import Candidate
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.rundir import records
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.fields import checked
 
 
 @dataclass(frozen=True, kw_only=True)

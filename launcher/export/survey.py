@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, Gone, Manifest, read
-from launcher.errors import HalfstepError, RequestError
-from launcher.export import source
-from launcher.files import reason as refusal
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Damaged, Gone, Manifest, read
+from halfstep.launcher.errors import HalfstepError, RequestError
+from halfstep.launcher.export import source
+from halfstep.launcher.system.files import reason as refusal
 
 GOOD, DAMAGED, SET_ASIDE, UNFINISHED, LEFTOVER = "good", "damaged", "set aside", "unfinished", "being deleted"
 _TRIES = 3

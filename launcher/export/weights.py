@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.shards import MASTER, HashingFile, Shards
-from launcher.errors import RefusedError, RequestError
-from models.build import skeleton
-from models.config import Unfit, configuration, positions
+from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.shards import MASTER, HashingFile, Shards
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.models.hf_config import Unfit, configuration, positions
+from halfstep.models.network import skeleton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {

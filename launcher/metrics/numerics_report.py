@@ -1,6 +1,6 @@
 """Say a run's numerics to a person: one line on the run, the loss scale's moves, every layer at the last reading."""
 
-from launcher.metrics.numerics import Numerics
+from halfstep.launcher.metrics.numerics_history import Numerics
 
 _SHOWN = 10
 """Moves shown from either end of a long list."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.fields import Count, Finite, Flag, Measured, Positive, Text, checked
-from launcher.metrics.record import EvaluationRecord
+from halfstep.launcher.metrics.record import EvaluationRecord
+from halfstep.launcher.system.fields import Count, Finite, Flag, Measured, Positive, Text, checked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,10 @@ from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from launcher.errors import RequestError
-from launcher.files import reason, write_atomic
-from launcher.metrics.numerics import Matrix, Numerics
-from launcher.metrics.numerics_report import percent_text, scale_text
-from launcher.terminal import printable
+from halfstep.launcher.errors import RequestError, printable
+from halfstep.launcher.metrics.numerics_history import Matrix, Numerics
+from halfstep.launcher.metrics.numerics_report import percent_text, scale_text
+from halfstep.launcher.system.files import reason, write_atomic
 
 DOTS_PER_INCH = 150
 _FAINTEST = 1e-5

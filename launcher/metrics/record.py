@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from launcher.fields import Count, Finite, Flag, Measured, Positive, checked
+from halfstep.launcher.system.fields import Count, Finite, Flag, Measured, Positive, checked
 
 
 @dataclass(frozen=True, kw_only=True)

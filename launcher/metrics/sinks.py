@@ -13,9 +13,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launcher import clock, files
-from launcher.metrics.record import EvaluationRecord, StepRecord
-from launcher.terminal import printable
+from halfstep.launcher.errors import printable
+from halfstep.launcher.metrics.record import EvaluationRecord, StepRecord
+from halfstep.launcher.system import clock, files
 
 
 class JsonLines:

@@ -4,13 +4,13 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher.errors import RequestError, nearest
-from launcher.plan.corpus import DataFacts
-from launcher.plan.facts import Facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.load import load
-from launcher.topology import Topology
+from halfstep.launcher.config.load import load
+from halfstep.launcher.corpus.description import DataFacts
+from halfstep.launcher.errors import RequestError, nearest
+from halfstep.launcher.plan.facts import Facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 
 STEPS = 20
 POISONED_STEP = 7

@@ -11,16 +11,17 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from launcher.engine import loop, states
-from launcher.engine.build import build
-from launcher.engine.guard import Guard
-from launcher.errors import NumericsError
-from launcher.metrics.record import StepRecord
-from launcher.parity.cases import POISONED_STEP
-from launcher.parity.oracle import MixedPrecisionTrainer, ParameterGroups, Scale
-from launcher.plan.plan import Plan
-from models import build as model_build
-from models.loss import next_token_loss
+from halfstep.launcher.engine import loop
+from halfstep.launcher.engine.build import build
+from halfstep.launcher.engine.numerics.guard import Guard
+from halfstep.launcher.engine.state import training_state
+from halfstep.launcher.errors import NumericsError
+from halfstep.launcher.metrics.record import StepRecord
+from halfstep.launcher.parity.cases import POISONED_STEP
+from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterGroups, Scale
+from halfstep.launcher.plan.plan import Plan
+from halfstep.models import network as model_build
+from halfstep.models.loss import next_token_loss
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -109,8 +110,8 @@ def _masters(engine: DeepSpeedEngine) -> Tensor:
     wholes: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         wholes[name] = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=engine.device)
-    for piece in states.fragments(engine):
-        held = states.tensors(engine, piece)[states.MASTER]
+    for piece in training_state.fragments(engine):
+        held = training_state.tensors(engine, piece)[training_state.MASTER]
         wholes[piece.name].narrow(0, piece.start, piece.length).copy_(held)
     flat = torch.cat(list(wholes.values()))
     if engine.zero_optimization():  # each element is held by one rank, at stage 0 by all
@@ -119,7 +120,7 @@ def _masters(engine: DeepSpeedEngine) -> Tensor:
 
 
 def _optimizer_steps(engine: DeepSpeedEngine) -> float | None:
-    counts = [states.step_count(engine, piece) for piece in states.fragments(engine)]
+    counts = [training_state.step_count(engine, piece) for piece in training_state.fragments(engine)]
     return max((count for count in counts if count is not None), default=None)
 
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.plan import dsfile, hardware
-from launcher.plan.corpus import DataFacts, read_data
-from launcher.plan.pretrained import Construct, ModelFacts, read_model
-from launcher.spec.schema import RunSpec
+from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.corpus.description import DataFacts, read_data
+from halfstep.launcher.forecast import hardware
+from halfstep.launcher.plan.ds import dsfile
+from halfstep.launcher.plan.pretrained import Construct, ModelFacts, read_model
 
 
 @dataclass(frozen=True, kw_only=True)

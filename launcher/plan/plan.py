@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from launcher.errors import RequestError
-from launcher.plan.batch import Batch
-from launcher.plan.schedule import Schedule
-from launcher.spec.digest import digest
-from launcher.topology import Topology
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.batch import Batch
+from halfstep.launcher.plan.schedule import Schedule
+from halfstep.launcher.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Show a Plan to a person."""
 
-from launcher.plan import present_memory, present_time
-from launcher.plan.plan import DataPlan, Plan
-from launcher.spec.dotted import flatten
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.forecast import memory_table, time_table
+from halfstep.launcher.plan.plan import DataPlan, Plan
 
 
 def headline(plan: Plan) -> list[str]:
@@ -36,8 +36,8 @@ def lines(plan: Plan) -> list[str]:
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}",
         f"ranks        {plan.topology.world_size} on {plan.topology.nodes} node(s), "
         f"{plan.topology.device_name or plan.topology.accelerator}",
-        *present_memory.lines(plan.memory, plan.activation_checkpointing),
-        *present_time.lines(plan.time),
+        *memory_table.lines(plan.memory, plan.activation_checkpointing),
+        *time_table.lines(plan.time),
         f"checkpoints  {_checkpoints(plan)}",
         f"run id       {plan.run_id or 'needs data='}",
         "",

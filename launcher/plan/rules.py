@@ -1,8 +1,8 @@
 """What may not be combined: a table of named rules, one sentence each, all violations reported together."""
 
-from launcher.plan import rules_deepspeed
-from launcher.plan.dsconfig import OFFLOADS, named
-from launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
+from halfstep.launcher.plan import rules_deepspeed
+from halfstep.launcher.plan.ds.dsconfig import OFFLOADS, named
+from halfstep.launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
 
 __all__ = ["RULES", "Case", "Rule", "Violation", "violations"]
 

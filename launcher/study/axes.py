@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RequestError, nearest
-from launcher.spec import legal
-from launcher.spec.dotted import flatten
-from launcher.spec.load import PATH_KEYS, local_model
-from launcher.spec.schema import run_keys
+from halfstep.launcher.config import legal
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.load import PATH_KEYS, local_model
+from halfstep.launcher.config.schema import run_keys
+from halfstep.launcher.errors import RequestError, nearest
 
 Pattern = dict[str, tuple[str, ...]]
 """By axis, the labels of the values that match."""

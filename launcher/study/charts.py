@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from launcher.study.collect import Result
-from launcher.study.judge import Summary, Verdict
-from launcher.terminal import printable
+from halfstep.launcher.errors import printable
+from halfstep.launcher.study.collect import Result
+from halfstep.launcher.study.conclusions import Summary, Verdict
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; dashes and marks differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

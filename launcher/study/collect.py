@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import foreign, records
-from launcher.metrics.record import EvaluationRecord, StepRecord, of_row
-from launcher.plan.plan import Plan, run_id_of
-from launcher.records import Damaged
-from launcher.study import state
-from launcher.submit import progress
-from launcher.submit.slurm import Queued
+from halfstep.launcher.metrics.record import EvaluationRecord, StepRecord, of_row
+from halfstep.launcher.plan.plan import Plan, run_id_of
+from halfstep.launcher.rundir import progress, records
+from halfstep.launcher.rundir.records import Damaged
+from halfstep.launcher.study import run_status
+from halfstep.launcher.submit.slurm import Queued
+from halfstep.launcher.system import foreign
 
 WARM_UP = 5
 """Steps at a start that do not count for timing, as in summary.json."""
@@ -104,7 +104,7 @@ def results(study: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) 
 
 
 def _result(cell: dict[str, Any], folder: Path, queued: Sequence[Queued]) -> Result:
-    told = state.of(cell, folder, queued)
+    told = run_status.of(cell, folder, queued)
     run = None if cell["run"] is None else folder / cell["run"]
     about: dict[str, Any] = {
         "values": cell["values"],

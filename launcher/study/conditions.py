@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.spec.dotted import flatten
-from launcher.study.collect import Result
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.study.collect import Result
 
 ABSENT = "not used"
 WHOLE = "the cell as a whole"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import HalfstepError, RefusedError, RequestError
-from launcher.plan.plan import Plan
-from launcher.spec.digest import digest
-from launcher.spec.load import Request, load
-from launcher.study.axes import Pattern, Value, word_of
-from launcher.study.file import Study
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.errors import HalfstepError, RefusedError, RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.study.axes import Pattern, Value, word_of
+from halfstep.launcher.study.study_file import Study
 
 Decide = Callable[[Request], Plan]
 """How a request is planned, for the world that the study will run in."""

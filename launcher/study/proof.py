@@ -10,15 +10,17 @@ from typing import Any
 
 if __name__ == "__main__":
     # Started as a script, Python puts launcher/study/ itself on the path, where our names would shadow others' modules.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = next(str(f) for f in Path(__file__).resolve().parents if (f / "halfstep" / "__init__.py").is_file())
 
-from launcher import foreign, rundir, topology, verdict
-from launcher.errors import EXIT_REFUSED, Fault, HalfstepError
-from launcher.files import cannot_write, write_json
-from launcher.parity import drive
-from launcher.parity.cases import Case, cases_of
-from launcher.plan.plan import Plan
-from launcher.terminal import say
+from halfstep.launcher import topology
+from halfstep.launcher.errors import EXIT_REFUSED, Fault, HalfstepError
+from halfstep.launcher.parity import gate, verdict
+from halfstep.launcher.parity.cases import Case, cases_of
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import cannot_write, write_json
+from halfstep.launcher.system.terminal import say
 
 FILE = "proof.json"
 RULE = "offload-proved-here"
@@ -46,7 +48,7 @@ def run(plans: Iterable[Plan], say: Callable[[str], None]) -> list[dict[str, Any
         what = f"zero={one.zero} {one.precision} offload={one.offload}" if cases is not plain else f"{len(cases)} cases"
         say(f"the parity gate has to run first: {what} on this hardware and these versions")
         try:
-            outcome = drive.verify(cases, repairs=True, quiet=False)
+            outcome = gate.verify(cases, repairs=True, quiet=False)
         except HalfstepError as error:
             say(f"not proved: {error.what}")
             if cases is plain or not isinstance(error, Fault):
@@ -129,7 +131,7 @@ def _failed(case: Case, why: str) -> dict[str, Any]:
 
 def main(path: Path) -> int:
     """Prove one run's cell on this host and return the exit code; 3 where the run may not start."""
-    _, plan = rundir.read_plan(path)
+    _, plan = run_directory.read_plan(path)
     found = run([plan], lambda line: say(f"--- {line}"))
     told = tell(path, plan, found)
     if told["refused"]:

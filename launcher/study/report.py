@@ -12,15 +12,14 @@ from typing import Any
 
 import jinja2
 
-from launcher.errors import HalfstepError
-from launcher.files import cannot_write, csv_cell, write_atomic
-from launcher.metrics import numerics, plots
-from launcher.study import charts, folder, state, words
-from launcher.study.collect import Result, results
-from launcher.study.conditions import Conditions, conditions
-from launcher.study.file import READY
-from launcher.study.judge import Summary, Verdict, judge
-from launcher.terminal import printable
+from halfstep.launcher.errors import HalfstepError, printable
+from halfstep.launcher.metrics import numerics_history, plots
+from halfstep.launcher.study import charts, run_status, study_folder, tables
+from halfstep.launcher.study.collect import Result, results
+from halfstep.launcher.study.conclusions import Summary, Verdict, judge
+from halfstep.launcher.study.conditions import Conditions, conditions
+from halfstep.launcher.study.study_file import READY
+from halfstep.launcher.system.files import cannot_write, csv_cell, write_atomic
 
 _LEADING = ("zero", "precision", "seed", "status", "reason", "proved")
 _MEASURED = (
@@ -53,9 +52,9 @@ class Report:
 
 def make(where: Path, price: float | None = None) -> Report:
     """Read a study's folder; `price` of a device-hour wins over the study file's."""
-    tree = folder.read(where)
+    tree = study_folder.read(where)
     about = tree["study"]
-    found = results(tree, where, state.queue(where, tree["cells"]))
+    found = results(tree, where, run_status.queue(where, tree["cells"]))
     verdict = judge(found, about["reference"])
     seen = conditions(found, about["axes"])
     return Report(
@@ -84,7 +83,7 @@ def write(report: Report) -> list[Path]:
 
 def answer(report: Report) -> list[str]:
     """Return the answer in three sentences."""
-    return words.answer(report.verdict, report.price, report.about["currency"])
+    return tables.answer(report.verdict, report.price, report.about["currency"])
 
 
 def html(report: Report, pictures: dict[str, str]) -> str:
@@ -93,9 +92,9 @@ def html(report: Report, pictures: dict[str, str]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
     )
     return environment.get_template("report.html.j2").render(
-        quality=words.QUALITY,
-        price=words.PRICE,
-        notes=words.NOTES,
+        quality=tables.QUALITY,
+        price=tables.PRICE,
+        notes=tables.NOTES,
         recommended=report.verdict.best is not None,
         pictures=[(title, picture, _caption(title)) for title, picture in pictures.items()],
         **_parts(report),
@@ -108,15 +107,15 @@ def _parts(report: Report) -> dict[str, Any]:
         "title": f"Study {about['name']}",
         "subtitle": _subtitle(report),
         "answer": answer(report),
-        "warnings": words.warnings(verdict, seen),
-        "rows": words.rows(verdict, report.price, about["currency"]),
+        "warnings": tables.warnings(verdict, seen),
+        "rows": tables.rows(verdict, report.price, about["currency"]),
         "failures": [one for one in report.results if not one.done],
-        "equality": words.equality(verdict, seen),
-        "confounders": [words.condition(one, len(verdict.cells)) for one in seen.confounders],
-        "differences": [words.condition(one, len(verdict.cells)) for one in seen.differences],
+        "equality": tables.equality(verdict, seen),
+        "confounders": [tables.condition(one, len(verdict.cells)) for one in seen.confounders],
+        "differences": [tables.condition(one, len(verdict.cells)) for one in seen.differences],
         "machines": _machines(seen),
         "again": again(report),
-        "commands": [(f"{one.name}, seed {one.seed}", words.command(one)) for one in report.results],
+        "commands": [(f"{one.name}, seed {one.seed}", tables.command(one)) for one in report.results],
     }
 
 
@@ -125,9 +124,9 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
     parts = _parts(report)
     lines = [f"# {parts['title']}", "", parts["subtitle"], "", *[f"**{one}**" for one in parts["answer"]], ""]
     lines += [line for one in parts["warnings"] for line in (f"> {one}", "")]
-    lines += ["## Quality, cell by cell", "", *_table(words.QUALITY, [row.quality for row in parts["rows"]]), ""]
-    lines += ["## Speed, memory and cost", "", *_table(words.PRICE, [row.price for row in parts["rows"]]), ""]
-    lines += [line for one in words.NOTES for line in (one, "")]
+    lines += ["## Quality, cell by cell", "", *_table(tables.QUALITY, [row.quality for row in parts["rows"]]), ""]
+    lines += ["## Speed, memory and cost", "", *_table(tables.PRICE, [row.price for row in parts["rows"]]), ""]
+    lines += [line for one in tables.NOTES for line in (one, "")]
     if parts["failures"]:
         failed = [(one.name, str(one.seed), one.status, one.reason) for one in parts["failures"]]
         lines += [
@@ -184,7 +183,7 @@ def as_json(report: Report) -> str:
     runs = [
         {"values": one.values, "seed": one.seed, "status": one.status, "reason": one.reason, "proved": one.proved}
         | {name: getattr(one, name) for name in _MEASURED}
-        | {"run": None if one.run is None else str(one.run.relative_to(report.folder)), "command": words.command(one)}
+        | {"run": None if one.run is None else str(one.run.relative_to(report.folder)), "command": tables.command(one)}
         for one in report.results
     ]
     tree = {
@@ -232,7 +231,7 @@ def _maps(report: Report) -> dict[str, str]:
         run = cell.results[0].run
         assert run is not None, "chosen because it has one"
         try:
-            read = numerics.read(run)
+            read = numerics_history.read(run)
         except HalfstepError:
             continue
         with python_warnings.catch_warnings():

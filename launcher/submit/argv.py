@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher import assets
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.topology import free_port
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import free_port
 
 Starter = Callable[[Plan, Path], list[str]]
 ACCELERATE_CONFIG = ("--config_file", str(Path(__file__).with_name("accelerate.yaml")))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import foreign
-from launcher.errors import RequestError
-from launcher.files import cannot_write, reason
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import cannot_write, reason
 
 REMOTE = "HALFSTEP_REMOTE"
 """Set for ranks that an ssh session started for us: with the end of that session they end as well."""

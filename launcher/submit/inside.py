@@ -21,10 +21,9 @@ from typing import Any
 
 if __name__ == "__main__":
     # Started as a script, Python puts launcher/submit/ itself on the path, where `site` would not be Python's.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = next(str(f) for f in Path(__file__).resolve().parents if (f / "halfstep" / "__init__.py").is_file())
 
-from launcher import files, foreign
-from launcher.errors import (
+from halfstep.launcher.errors import (
     EXIT_NUMERICS,
     EXIT_REFUSED,
     EXIT_REQUEST,
@@ -34,10 +33,11 @@ from launcher.errors import (
     RequestError,
     TopologyError,
 )
-from launcher.submit import progress
-from launcher.submit.times import seconds
-from launcher.terminal import say
-from launcher.watch.exits import read_exit, read_refusal, start_of_job
+from halfstep.launcher.rundir import progress
+from halfstep.launcher.rundir.exits import read_exit, read_refusal, start_of_job
+from halfstep.launcher.submit.times import seconds
+from halfstep.launcher.system import files, foreign
+from halfstep.launcher.system.terminal import say
 
 STUCK = 3
 """So many starts in a row may end by themselves without a newer checkpoint; of others there is no limit."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import assets, trust
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit.site import Container, Site
-from launcher.submit.times import seconds
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import trust
+from halfstep.launcher.submit.site_file import Container, Site
+from halfstep.launcher.submit.times import seconds
+from halfstep.launcher.system import assets
 
 LOG = "slurm.log"
 """In the run directory: what all jobs of the run print, one after another."""
@@ -94,8 +95,10 @@ class Job:
             "array": f"0-{len(self.array.runs) - 1}%{self.array.at_once}" if self.array else None,
             "runs": self.array and self.array.list,
             "python": self._python(on_the_batch_host=True),
-            "helper": _ours(site.container, "submit/inside.py", "launcher.submit.inside"),
-            "prove": self.array and self.array.gate and _ours(site.container, "study/proof.py", "launcher.study.proof"),
+            "helper": _ours(site.container, "submit/inside.py", "halfstep.launcher.submit.inside"),
+            "prove": self.array
+            and self.array.gate
+            and _ours(site.container, "study/proof.py", "halfstep.launcher.study.proof"),
             "ranks": self._ranks(torchrun),
             "torchrun": torchrun,
             "image": site.container if site.container and site.container.kind == "pyxis" else None,
@@ -133,13 +136,13 @@ class Job:
     def _ranks(self, torchrun: bool) -> list[str]:
         """Return the words of one task, less `run=DIR` at their end."""
         python = self._python(on_the_batch_host=False)
-        train = _ours(self.site.container, "train.py", "launcher.train")
+        train = _ours(self.site.container, "train.py", "halfstep.launcher.train")
         agreed = [trust.CONSENT] if self.trusted else []
         if not torchrun:
             return [*python, *train, *agreed]
         topology = self.plan.topology
         options = [f"--nnodes={topology.nodes}", f"--nproc-per-node={topology.ranks_per_node}"]
-        module = ["--module", "launcher.train"] if train[0] == "-m" else train
+        module = ["--module", "halfstep.launcher.train"] if train[0] == "-m" else train
         return [*python, "-m", "torch.distributed.run", *options, *module, *agreed]
 
     def check(self) -> None:

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import foreign, records
-from launcher.errors import RequestError
-from launcher.fields import Finite, Text, checked
-from launcher.files import reason
-from launcher.submit import progress, slurm
-from launcher.submit.job import LOG
-from launcher.watch.exits import damaged_exit, read_exit
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.rundir import progress, records
+from halfstep.launcher.rundir.exits import damaged_exit, read_exit
+from halfstep.launcher.submit import slurm
+from halfstep.launcher.submit.job import LOG
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.fields import Finite, Text, checked
+from halfstep.launcher.system.files import reason
 
 _TAIL = 64 * 1024
 _LIST_BYTES = 1 << 24

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from launcher import rundir
-from launcher.errors import Fault, Interrupted
-from launcher.submit.hostfile import write_environment
-from launcher.topology import prefer_cpu, usable_cores
-from launcher.trust import CONSENT_VARIABLE, SECRET_VARIABLE
-from launcher.watch import rope as rope_page
-from launcher.watch.exits import read_exit, write_exit
-from launcher.watch.processes import LAUNCHER, marked, this_process
+from halfstep.launcher.errors import Fault, Interrupted
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.exits import read_exit, write_exit
+from halfstep.launcher.rundir.trust import CONSENT_VARIABLE, SECRET_VARIABLE
+from halfstep.launcher.submit.hostfile import write_environment
+from halfstep.launcher.system.processes import LAUNCHER, marked, this_process
+from halfstep.launcher.topology import prefer_cpu, usable_cores
+from halfstep.launcher.watchdog import reaper as rope_page
 
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""
@@ -167,7 +167,7 @@ def _verdict(run: Path, attempt: Path | None, status: int) -> int:
     found = None if attempt is None else read_exit(attempt)
     if found is not None:
         return int(found["code"])
-    if status == 0 and (attempt is not None or rundir.finished(run) is None):
+    if status == 0 and (attempt is not None or run_directory.finished(run) is None):
         # The deepspeed command ends with 0 when what it started is killed (T22).
         what = "the launcher ended, and no rank wrote how the run did"
         print(Fault(what, where=str(attempt or run), fix="start the same command again"), file=sys.stderr, flush=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jinja2
 
-from launcher import assets
-from launcher.submit.job import Job
+from halfstep.launcher.submit.job import Job
+from halfstep.launcher.system import assets
 
 
 class Shell(str):

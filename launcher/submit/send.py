@@ -6,14 +6,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import rundir
-from launcher.errors import RequestError
-from launcher.files import append, cannot_write, open_append, write_atomic
-from launcher.lease import lease
-from launcher.plan.plan import Plan
-from launcher.spec.load import Request
-from launcher.submit import jobs, render, slurm
-from launcher.submit.job import Job
+from halfstep.launcher.config.load import Request
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.submit import jobs, render, slurm
+from halfstep.launcher.submit.job import Job
+from halfstep.launcher.system.files import append, cannot_write, open_append, write_atomic
 
 Decided = Sequence[tuple[Path, Request, Plan]]
 """Run directories, and what was asked and decided for each."""
@@ -25,8 +25,8 @@ def check(job: Job, decided: Decided, text: str) -> None:
     queued = slurm.queue()
     for path, _, plan in decided:
         plan.require_allowed()
-        rundir.refuse_another_run(path, plan)
-        done = rundir.finished(path)
+        run_directory.refuse_another_run(path, plan)
+        done = run_directory.finished(path)
         if done and done["run_id"] == plan.run_id and len(decided) == 1:
             raise RequestError(
                 f"{path} is finished",
@@ -40,7 +40,7 @@ def check(job: Job, decided: Decided, text: str) -> None:
                 where=f"out={path}",
                 fix=f"--after {living[0].job} queues behind it; `halfstep jobs cancel {living[0].job}` ends it",
             )
-        if job.behind and plan.to_dict() != rundir.read_plan(path)[1].to_dict():
+        if job.behind and plan.to_dict() != run_directory.read_plan(path)[1].to_dict():
             raise RequestError(
                 "what is queued behind a job of the same run has to be the same plan",
                 where=f"--after {job.behind[0]}, out={path}",
@@ -57,7 +57,7 @@ def send(job: Job, decided: Decided) -> str:
         if job.behind:
             continue  # who is before us in this directory may hold it, and has written the same
         with lease(path):
-            rundir.write_plan(path, request, plan)
+            run_directory.write_plan(path, request, plan)
     with cannot_write(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.array:

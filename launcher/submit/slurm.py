@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.errors import RefusedError, RequestError
-from launcher.files import reason
-from launcher.submit.job import COMMENT, Job
-from launcher.submit.times import clock, seconds
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.submit.job import COMMENT, Job
+from halfstep.launcher.submit.times import clock, seconds
+from halfstep.launcher.system.files import reason
 
 _SECONDS = 120
 """How long one of SLURM's commands may take; their own limits are shorter."""

@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit.argv import ACCELERATE_CONFIG, script_words, tool
-from launcher.submit.hostfile import Hosts, exported
-from launcher.topology import free_port
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.submit.argv import ACCELERATE_CONFIG, script_words, tool
+from halfstep.launcher.submit.hostfile import Hosts, exported
+from halfstep.launcher.topology import free_port
 
 BACKENDS = ("pdsh", "openmpi")
 _NODE = "@NODE@"

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from launcher import environment
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.shards import PROBE, Piece
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.shards import PROBE, Piece
+from halfstep.launcher.rundir import environment
 
 STATES = ("exp_avg", "exp_avg_sq")
 

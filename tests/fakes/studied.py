@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launcher import rundir
-from launcher.plan import facts
-from launcher.plan.pretrained import Network
-from launcher.plan.resolve import resolve
-from launcher.study import file, folder, grid
-from launcher.topology import Topology
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.pretrained import Network
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.study import grid, study_file, study_folder
+from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 
@@ -20,16 +20,16 @@ def unasked(*_: object) -> Network:
     raise AssertionError("no cell names an hf: model")
 
 
-def cells_of(study: file.Study) -> list[grid.Cell]:
+def cells_of(study: study_file.Study) -> list[grid.Cell]:
     """Plan a study's cells for two CPU ranks."""
     return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec, unasked)))
 
 
-def started(where: Path, study_file: Path, words: Sequence[str] = ()) -> tuple[file.Study, list[grid.Cell]]:
+def started(where: Path, file: Path, words: Sequence[str] = ()) -> tuple[study_file.Study, list[grid.Cell]]:
     """Make a study's folder in which nothing has run."""
-    study = file.read(str(study_file), words)
+    study = study_file.read(str(file), words)
     cells = cells_of(study)
-    folder.write(where, study, cells)
+    study_folder.write(where, study, cells)
     return study, cells
 
 
@@ -46,10 +46,10 @@ def finish(
     curve: Callable[[int], float] = lambda step: 2.0 * math.exp(-step / 8),
 ) -> Path:
     """Write what a finished run leaves: losses fall to `loss`, which is the validation loss as well."""
-    run = folder.run_of(where, cell)
+    run = study_folder.run_of(where, cell)
     assert cell.plan is not None
     steps = cell.plan.steps if steps is None else steps
-    rundir.write_plan(run, cell.request, cell.plan)
+    run_directory.write_plan(run, cell.request, cell.plan)
     scale = 65536.0 if cell.plan.precision == "fp16" else None
     rows = [
         {"step": step, "tokens": step * 64, "loss": loss + curve(step), "lr": 1e-3, "grad_norm": 1.0,

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 from ranks import environment
 
-from launcher.lease import lease
-from launcher.topology import free_port
+from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.topology import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [

@@ -145,7 +145,7 @@ def test_other_versions_are_told(launch: Callable[..., Launch], run: Path, undis
 
 def _rewrite(folder: Path, change: Callable[[dict], object]) -> None:
     """Change a manifest as its writer would: its own digest fits."""
-    from launcher.spec.digest import digest
+    from halfstep.launcher.config.digest import digest
 
     file = folder / "manifest.json"
     tree = json.loads(file.read_text())

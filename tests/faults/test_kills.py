@@ -13,7 +13,7 @@ import pytest
 from faults import rig
 from faults.rig import Launch
 
-from launcher import caches
+from halfstep.launcher.system import caches
 
 pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get("HALFSTEP_KILLS", "50"))

@@ -2,7 +2,7 @@
 
 torchrun ... tests/models/sweep_rank.py JOB.json     (rank 0 writes a line of JSON for each family)
 
-What `launcher.train` does once in a process is done here again and again; everything below it is the code that trains.
+What `launcher/train.py` does once in a process is done here again and again; below it is the code that trains.
 """
 
 import gc
@@ -21,21 +21,23 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from launcher import rundir, topology
-from launcher.checkpoint import store
-from launcher.checkpoint.manifest import read
-from launcher.engine import attempt as attempt_page
-from launcher.engine import distributed, restoring
-from launcher.engine.attempt import Attempt
-from launcher.engine.construct import construct
-from launcher.errors import HalfstepError
-from launcher.export.generate import generate
-from launcher.export.write import export
-from launcher.plan import facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.rundir import RunDir
-from launcher.spec.load import Request, load
+from halfstep.launcher import topology
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.checkpoint.manifest import read
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.engine import attempt as attempt_page
+from halfstep.launcher.engine.attempt import Attempt
+from halfstep.launcher.engine.construct import construct
+from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.state import restoring
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.export.generate import generate
+from halfstep.launcher.export.write_export import export
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.run_directory import RunDir
 
 STEPS = 3
 WORDS = ["sequence=48", "batch.global=4", "batch.micro=2", "checkpoint.every=2", "eval.every=0", "eval.sequences=2"]
@@ -78,8 +80,8 @@ class Sweep:
         choice = restoring.choose(path, plan, self.rank.rank, lambda: None)
 
         def start() -> RunDir:
-            rundir.write_plan(path, request, plan)
-            return rundir.start_attempt(path, {}, steps_done=choice.step)
+            run_directory.write_plan(path, request, plan)
+            return run_directory.start_attempt(path, {}, steps_done=choice.step)
 
         where: RunDir = distributed.on_rank_zero(start)
         stub = SimpleNamespace(mark=lambda *_: None, touch=lambda: None, set_timeout=lambda _: None, asked=None)

@@ -14,12 +14,12 @@ from fakes import saved
 from mutations import mutate
 from mutations.driver import Case, Reader, command, file_cases, same
 
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, read
-from launcher.checkpoint.shards import Shards
-from launcher.errors import HalfstepError
-from launcher.export import source, survey
-from launcher.spec.digest import digest
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Damaged, read
+from halfstep.launcher.checkpoint.shards import Shards
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.export import source, survey
 
 PARAMETERS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(7, dtype=np.float32)}
 PROBE = np.arange(32, dtype=np.float32).reshape(16, 2)

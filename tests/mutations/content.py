@@ -65,7 +65,7 @@ def _of_index(content: bytes, draw: random.Random) -> mutate.Mutation:
 
 
 def _tokens(prefix: str, count: int) -> np.ndarray:
-    from launcher.data.tokens import TokenFile
+    from halfstep.launcher.data.tokens import TokenFile
 
     file = TokenFile(prefix, vocabulary=4096)
     assert len(file) == count, f"{len(file)} tokens, the plan counts {count}"
@@ -77,7 +77,7 @@ def _hash(file: Path) -> str:
 
 
 def _corpus(folder: Path, corpus: Path) -> Reader:
-    from launcher.plan import corpus as page
+    from halfstep.launcher.corpus import description as page
 
     files = (
         (corpus / "manifest.json", mutate.of_json),
@@ -113,7 +113,7 @@ def _corpus(folder: Path, corpus: Path) -> Reader:
 
 
 def _pair(folder: Path, corpus: Path) -> Reader:
-    from launcher.plan import corpus as page
+    from halfstep.launcher.corpus import description as page
 
     prefix = folder / "pair"
     for ending in ("bin", "idx"):
@@ -188,7 +188,7 @@ def _model(folder: Path, corpus: Path) -> Reader:
 
 
 def _tokenizer(folder: Path, corpus: Path) -> Reader:
-    from launcher.data import tokenizer
+    from halfstep.launcher.data import tokenizer
 
     there = _make_model(folder / "model")
     text = "the quick brown fox, 123"
@@ -209,7 +209,7 @@ def _tokenizer(folder: Path, corpus: Path) -> Reader:
 def _sentencepiece(folder: Path, corpus: Path) -> Reader:
     import sentencepiece
 
-    from launcher.data import tokenizer
+    from halfstep.launcher.data import tokenizer
 
     text, there = folder / "text.txt", folder / "spm"
     there.mkdir()
@@ -239,8 +239,8 @@ def _sentencepiece(folder: Path, corpus: Path) -> Reader:
 
 
 def _export(folder: Path, corpus: Path) -> Reader:
-    from launcher.export.generate import generate
-    from launcher.export.model import KIND, NOTE
+    from halfstep.launcher.export.exported import KIND, NOTE
+    from halfstep.launcher.export.generate import generate
 
     there = _make_model(folder / "model")
     note = {
@@ -268,18 +268,18 @@ def _export(folder: Path, corpus: Path) -> Reader:
 def _conversion(folder: Path, corpus: Path) -> Reader:
     from fakes import saved
 
-    from launcher import rundir
-    from launcher.checkpoint import shards, store
-    from launcher.export.convert import convert
-    from launcher.plan import facts
-    from launcher.plan.resolve import resolve
-    from launcher.spec.load import load
-    from launcher.topology import Topology
+    from halfstep.launcher.checkpoint import shards, store
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.export.convert import convert
+    from halfstep.launcher.plan import facts
+    from halfstep.launcher.plan.resolve import resolve
+    from halfstep.launcher.rundir import run_directory
+    from halfstep.launcher.topology import Topology
 
     run, to = folder / "run", folder / "to"
     request = load(["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"])
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-    rundir.write_plan(run, request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented)))
+    run_directory.write_plan(run, request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented)))
     there = saved.save(run, {"a": np.arange(12, dtype=np.float32)}, bounds=[5])
     saved.rows(run / "metrics.jsonl", 12)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from mutations import mutate
 
-from launcher.cli import main
-from launcher.errors import HalfstepError
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import HalfstepError
 
 SECONDS = 10
 """A case that takes longer hangs; the slowest take a tenth of it."""

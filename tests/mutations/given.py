@@ -12,8 +12,8 @@ from typing import Any
 from mutations import mutate
 from mutations.driver import Case, Reader, command
 
-from launcher import faults, topology
-from launcher.submit import slurm, times
+from halfstep.launcher import fault_injection, topology
+from halfstep.launcher.submit import slurm, times
 
 
 def all_readers(folder: Path, corpus: Path) -> list[Reader]:
@@ -234,14 +234,14 @@ def _faults() -> Reader:
         return Case(what=what, given=content.decode("utf-8", errors="surrogateescape").replace("\0", "")[:-1])
 
     def read(case: Case) -> str | None:
-        kept = os.environ.get(faults.VARIABLE)
-        os.environ[faults.VARIABLE] = case.given
+        kept = os.environ.get(fault_injection.VARIABLE)
+        os.environ[fault_injection.VARIABLE] = case.given
         try:
-            return faults.set_here()
+            return fault_injection.set_here()
         finally:
-            os.environ.pop(faults.VARIABLE)
+            os.environ.pop(fault_injection.VARIABLE)
             if kept is not None:
-                os.environ[faults.VARIABLE] = kept
+                os.environ[fault_injection.VARIABLE] = kept
 
     def judge(case: Case, said: str | None) -> str | None:
         if not said:

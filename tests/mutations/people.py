@@ -14,15 +14,17 @@ from typing import Any
 from mutations import mutate
 from mutations.driver import Case, Reader, command, file_cases
 
-from launcher.plan import facts, hardware, score
-from launcher.plan.resolve import resolve
-from launcher.spec.dotted import flatten
-from launcher.spec.load import load
-from launcher.spec.schema import run_keys
-from launcher.study import file as study_file
-from launcher.submit import hostfile, render, site
-from launcher.submit.job import Job
-from launcher.topology import Topology
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.load import load
+from halfstep.launcher.config.schema import run_keys
+from halfstep.launcher.forecast import hardware
+from halfstep.launcher.forecast.published import score
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.study import study_file
+from halfstep.launcher.submit import hostfile, render, site_file
+from halfstep.launcher.submit.job import Job
+from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 RUN = """\
@@ -291,12 +293,12 @@ def _site(folder: Path, corpus: Path) -> Reader:
     request = load(["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"])
     plan = resolve(request, WORLD, facts.read(request.spec, lambda *_: NotImplemented))
 
-    def read(case: Case) -> tuple[site.Site, str]:
-        chosen = site.read(str(file))
+    def read(case: Case) -> tuple[site_file.Site, str]:
+        chosen = site_file.read(str(file))
         text = render.script(Job(run=Path("/runs/one"), plan=plan, site=chosen))
         return chosen, text
 
-    def judge(case: Case, pair: tuple[site.Site, str]) -> str | None:
+    def judge(case: Case, pair: tuple[site_file.Site, str]) -> str | None:
         chosen, text = pair
         tree = mutate.parsed_toml(file.read_bytes())
         if tree is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.watch import processes
+from halfstep.launcher.system import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,9 +17,9 @@ RANK = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from launcher.watch.heart import Heart
-from launcher.watch.exits import write_exit
-from launcher.watch.stop import Stop
+from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.rundir.exits import write_exit
+from halfstep.launcher.watchdog.stop import Stop
 where, rank, world, timeout = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 deeds = dict(one.split("=", 1) for one in sys.argv[5:])
 where.mkdir(parents=True, exist_ok=True)

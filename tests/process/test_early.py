@@ -81,7 +81,7 @@ def test_a_rank_whose_launcher_had_died_before_it_began_says_so() -> None:
     program = (
         "import os, subprocess, sys, time\n"
         "os.environ['TORCHELASTIC_RUN_ID'] = 'x'\n"
-        "code = 'import time; time.sleep(0.5); import sys; from launcher.watch.heart import begin; begin(0, 1.0)'\n"
+        "code = 'import time; time.sleep(0.5); from halfstep.launcher.watchdog.heartbeat import begin; begin(0, 1.0)'\n"
         "subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
     )
     done = subprocess.run(

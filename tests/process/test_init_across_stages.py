@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.engine import half
-from models.build import build, initial_statistics
-from models.loss import next_token_loss
-from models.presets import PRESETS
-from models.shapes import hf_config, shape_of
+from halfstep.launcher.engine.numerics import cpu_fp16
+from halfstep.models.loss import next_token_loss
+from halfstep.models.network import build, initial_statistics
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import hf_config, shape_of
 
 FAMILIES = ("gpt2-nano", "llama-nano")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,7 +118,7 @@ def losses(name: str, stage: int, precision: str, *, checkpointing: bool = False
     import deepspeed
 
     config = ds_config(stage, precision)
-    half.prepare(precision, "cpu", compiled=False)  # DeepSpeed refuses fp16 where the CPU has no instructions for it
+    cpu_fp16.prepare(precision, "cpu", compiled=False)  # DeepSpeed refuses fp16 on a CPU without it
     model = build(
         config_of(name), seed=SEED, zero3=config if stage == 3 else None, activation_checkpointing=checkpointing
     )

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from process.small_ranks import LAUNCHER, RANK, ROOT
 
-from launcher.watch import processes
+from halfstep.launcher.system import processes
 
 pytestmark = pytest.mark.process
 STARTER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from launcher.submit import local
+from halfstep.launcher.submit import local
 sys.exit(local.start(sys.argv[2:], Path(sys.argv[1]), 2, launch="of this test"))
 """
 

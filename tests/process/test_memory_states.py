@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from ranks import environment
 
-from launcher.plan import communication, setting, states
-from launcher.plan.layout import Layout
-from launcher.plan.plan import Plan
+from halfstep.launcher.forecast import communication, states
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.plan import Plan
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +38,9 @@ SMALL = 64 * 1024
 
 def rank_main(folder: Path) -> None:
     """Hold every case's engine once, in one start of the ranks."""
-    from launcher.engine import distributed
-    from launcher.engine.places import file_store
-    from launcher.topology import from_environment
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.ranks.places import file_store
+    from halfstep.launcher.topology import from_environment
 
     rank = from_environment()
     plans = [Plan.from_dict(tree) for tree in json.loads((folder / "plans.json").read_text())]
@@ -54,8 +55,8 @@ def held(plan: Plan) -> dict[str, int]:
     """Return the bytes of tensors that live between micro-steps, before the step and after it."""
     import torch
 
-    from launcher.engine.build import build
-    from launcher.engine.traffic import Traffic
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.ranks.traffic import Traffic
 
     gc.collect()
     gc.freeze()  # what is there already is not looked at again: walking over all that was imported takes long
@@ -82,7 +83,7 @@ def _train(engine: Any, plan: Plan, repairs: Any, look: Callable[[str], None]) -
     """Train one optimizer step."""
     import torch
 
-    from models.loss import next_token_loss
+    from halfstep.models.loss import next_token_loss
 
     tokens = torch.arange(plan.sequence + 1)[None] % plan.model.vocabulary
     for micro_step in range(1, plan.batch.accumulation + 1):
@@ -165,7 +166,7 @@ def test_every_byte_that_a_step_sends_is_foretold(ranks: Callable[..., Any], pla
     wrong = []
     for rank, found in enumerate(ranks(plans)):
         for case, made, seen in zip(CASES, plans, found, strict=True):
-            expected = communication.volume(setting.of_plan(made), Layout()).total_bytes
+            expected = communication.volume(estimate.workload_of(made), Layout()).total_bytes
             more = seen["sent"] - expected
             allowed = 64 if made.zero < 3 else 0.01 * expected  # norms and flags; padding and small tensors that stay
             if not abs(more) <= allowed or (made.zero < 3 and more < 0):
@@ -182,7 +183,7 @@ def _plans(plan: Callable[..., Plan]) -> list[Plan]:
 
 
 def _expected(plan: Plan, rank: int) -> dict[str, int]:
-    made = setting.of_plan(plan)
+    made = estimate.workload_of(plan)
     one = states.states(made, rank)
     bucket = 4 * made.reduce_bucket
     built = one.weights + one.masters + one.resting_gradients + (bucket if made.zero == 3 else 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from process.small_ranks import Launch
 
-from launcher.watch import processes
+from halfstep.launcher.system import processes
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Launch]

@@ -299,7 +299,7 @@ def test_a_node_that_cannot_be_reached_is_named(cloud: Cloud) -> None:
 
 
 def test_a_node_with_other_code_or_without_the_data_is_named_before_anything_is_built(cloud: Cloud) -> None:
-    ours = Path(__file__).parents[2] / "launcher" / "files.py"
+    ours = Path(__file__).parents[2] / "launcher" / "system" / "files.py"
     other = cloud.folder / "files.py"
     other.write_text(ours.read_text() + "\n# another version\n")
     for mount, said in (

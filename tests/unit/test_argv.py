@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import assets, topology
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit import argv
-from launcher.topology import Topology
+from halfstep.launcher import topology
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.submit import argv
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
 RUN = Path("/runs/it's one")

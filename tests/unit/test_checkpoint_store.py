@@ -10,11 +10,11 @@ from fakes import saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import FORMAT, Damaged, Manifest, read
-from launcher.checkpoint.shards import Piece, Shards
-from launcher.errors import RefusedError, RequestError
-from launcher.spec.digest import digest
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import FORMAT, Damaged, Manifest, read
+from halfstep.launcher.checkpoint.shards import Piece, Shards
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RefusedError, RequestError
 
 SIZES = {"first": (3, 4), "second": (7,), "third": (2, 3, 2)}
 PARAMETERS = {

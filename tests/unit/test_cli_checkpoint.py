@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fakes import saved
 
-from launcher.checkpoint import store
-from launcher.cli import main
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {
@@ -132,7 +132,7 @@ def test_a_checkpoint_under_another_name_is_damaged(run: Path, capsys: pytest.Ca
 
 
 def test_a_newer_halfsteps_checkpoint_does_not_hide_the_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from launcher.spec.digest import digest
+    from halfstep.launcher.config.digest import digest
 
     file = store.home(run) / "step-00000030" / "manifest.json"
     tree = {**json.loads(file.read_text()), "format": 99}
@@ -201,7 +201,7 @@ def test_generate_and_eval_on_a_run_say_how_to_export_it(run: Path, capsys: pyte
 @pytest.mark.parametrize("verb", ["list", "verify"])
 def test_looking_at_checkpoints_never_loads_torch(verb: str, run: Path) -> None:
     program = (
-        "import sys\nfrom launcher.cli import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom halfstep.launcher.cli.main import main\ncode = main(sys.argv[1:])\n"
         "heavy = sorted(set(sys.modules) & {'torch', 'deepspeed', 'transformers', 'datasets'})\n"
         "assert not code and not heavy, (code, heavy)"
     )

@@ -16,10 +16,10 @@ import pyarrow.parquet
 import pytest
 from test_data_sources import documents, refusal, write_rows
 
-from launcher import cli
-from launcher.data import formats, readers, rows, sources, streams
-from launcher.data.prepare import prepare
-from launcher.errors import RequestError
+from halfstep.launcher.cli import main
+from halfstep.launcher.data import formats, readers, sources, streams, text_rows
+from halfstep.launcher.data.prepare import prepare
+from halfstep.launcher.errors import RequestError
 
 ROWS = [{"id": 1, "text": "first é"}, {"id": 2, "text": "second\nof two lines"}]
 TEXTS = [row["text"] for row in ROWS]
@@ -335,7 +335,7 @@ def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(tmp_path: Path
     assert tally.bad_examples[0] == f"{path}, line 1: the field 'text' of line 1 holds null, not text"
     assert len(tally.bad_examples) == 5
     error = refusal(path)
-    assert (error.where, error.fix) == (f"{path}, line 1", rows.SKIP)
+    assert (error.where, error.fix) == (f"{path}, line 1", text_rows.SKIP)
 
 
 def test_null_rows_of_parquet_and_odd_rows_of_csv_are_skipped_too(tmp_path: Path) -> None:
@@ -506,12 +506,12 @@ def test_the_command_takes_every_format_and_no_other(tmp_path: Path, capsys: pyt
     (tmp_path / "a.dat").write_bytes(JSON_LINES * 200)
     words = ["data", "prepare", "--source", str(tmp_path / "a.dat"), "--out", str(tmp_path / "out"), "--vocab-size"]
     with pytest.raises(SystemExit):
-        cli.main([*words, "300", "--format", "nothing"])
+        main.main([*words, "300", "--format", "nothing"])
     said = capsys.readouterr().err
     assert all(repr(choice) in said or choice in said for choice in formats.CHOICES)
     with pytest.raises(RequestError, match="there is no format 'nothing'"):
         sources.find(str(tmp_path / "a.dat"), format="nothing")
-    assert cli.main([*words, "290", "--format", "jsonl", "--workers", "1", "--json"]) == 0
+    assert main.main([*words, "290", "--format", "jsonl", "--workers", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["source"]["documents"] == 400
 
 
@@ -524,9 +524,9 @@ def test_what_is_left_out_stands_in_the_manifest_and_is_printed(
     (source / "b.jsonl").symlink_to("a.jsonl")
     (source / "gone\x1b[31m.txt").symlink_to("nowhere")
     words = ["data", "prepare", "--source", str(source), "--out", str(tmp_path / "out"), "--vocab-size", "290"]
-    assert cli.main([*words, "--workers", "1"]) == 2
+    assert main.main([*words, "--workers", "1"]) == 2
     assert "or leave such rows out: --skip-bad" in capsys.readouterr().err
-    assert cli.main([*words, "--workers", "1", "--skip-bad"]) == 0
+    assert main.main([*words, "--workers", "1", "--skip-bad"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:5] == [
         "left out    3 empty documents",

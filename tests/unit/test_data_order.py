@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.order import permute, windows_of_step
+from halfstep.launcher.data.order import permute, windows_of_step
 
 seeds = st.integers(0, 2**64 - 1)
 

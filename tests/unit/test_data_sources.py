@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data import readers, sources
-from launcher.errors import RequestError
+from halfstep.launcher.data import readers, sources
+from halfstep.launcher.errors import RequestError
 
 
 def documents(source: str | Path, field: str = "text") -> tuple[list[str], sources.Tally]:

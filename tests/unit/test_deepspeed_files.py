@@ -11,14 +11,15 @@ from fakes.deepspeed_files import REAL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import cli
-from launcher.errors import HalfstepError, RequestError
-from launcher.plan import dsconfig, dsfile, facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.dotted import flatten
-from launcher.spec.load import load
-from launcher.topology import Topology
+from halfstep.launcher.cli import main
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.load import load
+from halfstep.launcher.errors import HalfstepError, RequestError
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.ds import dsconfig, dsfile
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 
 GPUS = Topology(
     world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3"
@@ -609,13 +610,13 @@ def test_the_search_tries_only_what_the_file_leaves_open(tmp_path: Path, capsys:
     file = tmp_path / "mine.json"
     file.write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
     words = ["plan", "--search", "--json", "model=gpt2-1.5b", "hardware=H100", "nodes=1,2", "gpus=8"]
-    assert cli.main([*words, "--ds-config", str(file)]) == 0
+    assert main.main([*words, "--ds-config", str(file)]) == 0
     candidates = json.loads(capsys.readouterr().out)["candidates"]
     assert {candidate["zero"] for candidate in candidates} == {2}
     assert {candidate["offload"] for candidate in candidates} == {"none", "optimizer-cpu"}
     assert {candidate["micro"] * candidate["accumulation"] * candidate["ranks"] for candidate in candidates} == {64}
     file.write_text('{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}')
-    assert cli.main([*words, "--ds-config", str(file)]) == 0
+    assert main.main([*words, "--ds-config", str(file)]) == 0
     candidates = json.loads(capsys.readouterr().out)["candidates"]
     assert {(candidate["micro"], candidate["accumulation"]) for candidate in candidates} == {(4, 1)}
 

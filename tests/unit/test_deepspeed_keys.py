@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launcher.plan import dskeys
+from halfstep.launcher.plan.ds import dskeys
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "launcher" / "plan" / "deepspeed_keys.json"
+TABLE = ROOT / "launcher" / "plan" / "ds" / "deepspeed_keys.json"
 RAW = json.loads(TABLE.read_text(encoding="utf-8"))
 PARAMS = {f"optimizer.params.{name}": entry for name, entry in RAW["optimizers"]["adamw"].items()}
 EVERY_KEY = dict(dskeys.KEYS) | PARAMS
@@ -69,13 +69,13 @@ def is_deprecated(path: str) -> bool:
 def test_the_table_is_what_the_generator_prints_for_the_installed_deepspeed_and_stdout_holds_nothing_else():
     # Left to find the accelerator itself, DeepSpeed announces it on stdout.
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    command = [sys.executable, "-m", "launcher.engine.dskeys"]
+    command = [sys.executable, "-m", "tools.dskeys_table"]
     printed = subprocess.run(
         command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     ).stdout
     assert printed == TABLE.read_text(encoding="utf-8"), (
         "the installed DeepSpeed (or torch) reads other keys than launcher/plan/deepspeed_keys.json says; "
-        "read the difference, then accept it with: python -m launcher.engine.dskeys --write"
+        "read the difference, then accept it with: python -m tools.dskeys_table --write"
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launcher.engine import distributed
-from launcher.errors import HalfstepError, RefusedError, TopologyError
+from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.errors import HalfstepError, RefusedError, TopologyError
 
 
 @pytest.fixture

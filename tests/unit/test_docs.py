@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, cli_plan
-from launcher.spec.load import load
+from halfstep.launcher.cli import main, planning
+from halfstep.launcher.config.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md"]
@@ -26,12 +26,12 @@ def _commands() -> list[str]:
 def test_a_documented_command_is_understood(command: str) -> None:
     words = [word for word in shlex.split(command) if "=" not in word or not word.startswith("DS_")]
     if words[0].endswith("halfstep"):
-        arguments, extra = cli._parser().parse_known_args(words[1:])
+        arguments, extra = main._parser().parse_known_args(words[1:])
         words = [] if words[1] == "jobs" else [*getattr(arguments, "words", []), *extra]
         if words[:1] == ["score"]:
             return
         if getattr(arguments, "search", False):
-            words, _ = cli_plan._axes(words)
+            words, _ = planning._axes(words)
         if words and all(word.endswith(".toml") or "=" in word for word in words):
             words = ["model=gpt2-nano", "data=/data"] + [word for word in words if not word.endswith(".toml")]
     else:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine import build
-from launcher.engine.build import parameter_groups
+from halfstep.launcher.engine import build
+from halfstep.launcher.engine.build import parameter_groups
 
 PLAN: Any = SimpleNamespace(deepspeed={"optimizer": {"params": {"weight_decay": 0.1}}})
 

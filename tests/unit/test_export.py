@@ -14,27 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.checkpoint.manifest import read
-from launcher.checkpoint.shards import Shards, probe_tokens
-from launcher.data import prepare as data_prepare
-from launcher.data import vocabulary
-from launcher.data.tokenizer import SentencePiece
-from launcher.engine.construct import construct
-from launcher.errors import RefusedError, RequestError
-from launcher.export import convert as convert_page
-from launcher.export import evaluate as evaluate_page
-from launcher.export import generate as generate_page
-from launcher.export import tokenizer as tokenizer_page
-from launcher.export import weights
-from launcher.export import write as write_page
-from launcher.export.compare import TOLERANCE
-from launcher.plan import facts
-from launcher.plan.corpus import read_data
-from launcher.plan.resolve import resolve
-from launcher.rundir import write_plan
-from launcher.spec.load import load
-from launcher.topology import Topology
-from models.build import build
+from halfstep.launcher.checkpoint.manifest import read
+from halfstep.launcher.checkpoint.shards import Shards, probe_tokens
+from halfstep.launcher.config.load import load
+from halfstep.launcher.corpus.description import read_data
+from halfstep.launcher.data import prepare as data_prepare
+from halfstep.launcher.data import train_tokenizer
+from halfstep.launcher.data.tokenizer import SentencePiece
+from halfstep.launcher.engine.construct import construct
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import convert as convert_page
+from halfstep.launcher.export import evaluate as evaluate_page
+from halfstep.launcher.export import generate as generate_page
+from halfstep.launcher.export import tokenizer_files as tokenizer_page
+from halfstep.launcher.export import weights
+from halfstep.launcher.export import write_export as write_page
+from halfstep.launcher.export.compare import TOLERANCE
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir.run_directory import write_plan
+from halfstep.launcher.topology import Topology
+from halfstep.models.network import build
 
 STDLIB = Path(os.__file__).parent
 SEQUENCE = 32
@@ -482,7 +482,7 @@ def test_any_text_gets_the_same_ids(sentencepiece: SentencePiece, text: str) -> 
 
 def test_a_tokenizer_that_differs_is_found() -> None:
     text = (STDLIB / "random.py").read_text()
-    one, other = vocabulary.train([text], 400), vocabulary.train([text], 401)
+    one, other = train_tokenizer.train([text], 400), train_tokenizer.train([text], 401)
 
     class Other:
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
@@ -582,8 +582,8 @@ def test_a_run_directory_is_answered_with_the_command_that_exports_it(gpt2: Trai
 
 
 def test_evaluation_reads_the_windows_that_training_reads(exported: Path, gpt2: Trained, corpus: Path) -> None:
-    from launcher.data.tokens import TokenFile
-    from models.loss import next_token_loss
+    from halfstep.launcher.data.tokens import TokenFile
+    from halfstep.models.loss import next_token_loss
 
     tokens = TokenFile(corpus / "validation").batch(range(5), SEQUENCE)
     with torch.no_grad():
@@ -639,7 +639,7 @@ def test_random_states_are_kept_where_they_fit(llama: Trained, tmp_path: Path) -
 
 
 def test_a_converted_run_goes_on_under_its_own_name(gpt2: Trained, tmp_path: Path) -> None:
-    from launcher.rundir import read_plan
+    from halfstep.launcher.rundir.run_directory import read_plan
 
     convert_page.convert(gpt2.run, tmp_path / "new", step=10)
     request, plan = read_plan(tmp_path / "new")

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from launcher import fields, files, foreign, terminal
-from launcher.errors import Fault, HalfstepError, RefusedError, RequestError
-from launcher.metrics.sinks import JsonLines
-from launcher.watch import exits
+from halfstep.launcher.errors import Fault, HalfstepError, RefusedError, RequestError
+from halfstep.launcher.metrics.sinks import JsonLines
+from halfstep.launcher.rundir import exits
+from halfstep.launcher.system import fields, files, foreign, terminal
 
 # --- reading
 
@@ -277,7 +277,7 @@ def test_a_record_that_cannot_be_written_ends_with_words(
 
 def test_a_limit_on_the_size_of_files_ends_with_words(tmp_path: Path) -> None:
     program = (
-        "import resource, sys\nfrom pathlib import Path\nfrom launcher.metrics.sinks import JsonLines\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom halfstep.launcher.metrics.sinks import JsonLines\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "rows = JsonLines(Path(sys.argv[1]))\n"
         "try:\n    [rows.write({'step': n}) for n in range(50)]\nexcept Exception as error:\n    print(error)\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine.forensics import GradientWatch, first_of, layer_of, merged_statistics
+from halfstep.launcher.engine.numerics.forensics import GradientWatch, first_of, layer_of, merged_statistics
 
 
 @pytest.mark.parametrize(

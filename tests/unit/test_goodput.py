@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.metrics import goodput
+from halfstep.launcher.rundir import goodput
 
 
 def write(file: Path, *rows: dict[str, Any], torn: str = "") -> None:
@@ -201,7 +201,7 @@ def test_records_that_are_damaged_count_for_nothing(tmp_path: Path) -> None:
 
 
 def test_a_process_does_not_see_the_clock_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher import clock
+    from halfstep.launcher.system import clock
 
     before = clock.now()
     assert before == pytest.approx(time.time(), abs=60)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.cli import main
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit import hostfile, spread
-from launcher.topology import Topology
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.submit import hostfile, spread
+from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
 FOUR = Topology(world_size=4, ranks_per_node=2, accelerator="cpu")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from fakes import saved, scheduler
 
-from launcher.cli import main
-from launcher.errors import HalfstepError, RequestError
-from launcher.submit import inside, jobs, progress, slurm
-from launcher.terminal import of_log
-from launcher.watch import exits
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import HalfstepError, RequestError
+from halfstep.launcher.rundir import exits, progress
+from halfstep.launcher.submit import inside, jobs, slurm
+from halfstep.launcher.system.terminal import of_log
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\rgone"
 SHOWN = "\\x1b[2J\\x1b]0;title\\x07\\u009b31m\\rgone"

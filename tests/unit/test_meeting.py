@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.engine import meeting
-from launcher.engine.meeting import Connection, GoneError, Server, StrangerError, connect
+from halfstep.launcher.engine.ranks import meeting
+from halfstep.launcher.engine.ranks.meeting import Connection, GoneError, Server, StrangerError, connect
 
 SECRET = b"a secret of one launch"
 Held = contextlib.ExitStack

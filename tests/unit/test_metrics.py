@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import RequestError
-from launcher.metrics import derive
-from launcher.metrics.record import StepRecord
-from launcher.metrics.sinks import JsonLines, Screen
-from launcher.plan.plan import Plan
-from launcher.rundir import RunDir
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.metrics import derive
+from halfstep.launcher.metrics.record import StepRecord
+from halfstep.launcher.metrics.sinks import JsonLines, Screen
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.run_directory import RunDir
 
 RECORD = StepRecord(
     step=1, tokens=4096, loss=8.5, lr=1e-3, grad_norm=2.0, loss_scale=65536.0, overflow=False, skipped_steps=0,
@@ -86,7 +86,7 @@ def test_what_others_wrote_is_shown_not_obeyed_by_the_screen(capsys: pytest.Capt
 def test_a_resume_takes_over_no_row_that_was_not_written_by_us(
     plan: Callable[..., Plan], tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    from launcher.engine.witness import Witness
+    from halfstep.launcher.engine.recorder import Witness
 
     rows = [dataclasses.asdict(RECORD), {"step": 1, "eval_loss": 8.0, "perplexity": 1e300, "time": 1.0}]
     file = tmp_path / "metrics.jsonl"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from models.build import build, count_parameters, initial_statistics, skeleton
-from models.config import Unfit, positions
-from models.loss import next_token_loss
-from models.presets import PRESETS
-from models.shapes import hf_config, parameters, shape_of
+from halfstep.models.hf_config import Unfit, positions
+from halfstep.models.loss import next_token_loss
+from halfstep.models.network import build, count_parameters, initial_statistics, skeleton
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import hf_config, parameters, shape_of
 
 FAMILIES = ["gpt2-nano", "llama-nano"]
 VOCABULARY = 512

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from models import loss as loss_module
-from models.loss import next_token_loss
+from halfstep.models import loss as loss_module
+from halfstep.models.loss import next_token_loss
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from launcher.engine.scaling import LossScale
-from launcher.parity.oracle import MixedPrecisionTrainer, ParameterGroups, Scale
+from halfstep.launcher.engine.numerics.loss_scale import LossScale
+from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterGroups, Scale
 
 
 def sgd(groups: ParameterGroups) -> torch.optim.Optimizer:

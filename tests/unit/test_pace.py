@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.engine.pace import Pace, Stragglers
+from halfstep.launcher.engine.ranks.stragglers import Pace, Stragglers
 
 
 def noise(generator: np.random.Generator, sigma: float, steps: int, world: int) -> np.ndarray:

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import assets
-from launcher.errors import RequestError
-from launcher.plan import batch, catalogue, dsconfig, rules, schedule
-from launcher.plan.plan import Plan
-from launcher.spec.dotted import flatten
-from launcher.topology import Topology
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan import batch, rules, schedule
+from halfstep.launcher.plan.ds import dsconfig
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import Topology
+from tools import catalogue
 
 Make = Callable[..., Plan]
 GPUS = Topology(

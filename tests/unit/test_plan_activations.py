@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from launcher.plan.activations import activations
-from launcher.plan.setting import Setting
-from models import shapes
-from models.build import build
-from models.presets import PRESETS
-from models.shapes import Shape
+from halfstep.launcher.forecast.activations import activations
+from halfstep.launcher.forecast.workload import Setting
+from halfstep.models import shapes
+from halfstep.models.network import build
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import Shape
 
 
 def make(shape: Shape, **more: object) -> Setting:

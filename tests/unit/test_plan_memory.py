@@ -10,17 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import measure_memory
-from launcher import cli, topology
-from launcher.errors import EXIT_REFUSED, RefusedError, RequestError
-from launcher.plan import facts, fit, hardware, present, states, tensors
-from launcher.plan.memory import FITS, TIGHT, TOO_LARGE, forecast
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.plan.setting import Setting
-from launcher.spec.load import load
-from launcher.topology import Topology
-from models import shapes
-from models.presets import PRESETS
+from halfstep.launcher import topology
+from halfstep.launcher.cli import main
+from halfstep.launcher.config.load import load
+from halfstep.launcher.errors import EXIT_REFUSED, RefusedError, RequestError
+from halfstep.launcher.forecast import fit, hardware, states, tensors
+from halfstep.launcher.forecast.memory import FITS, TIGHT, TOO_LARGE, forecast
+from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.plan import cautions, estimate, facts, present
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
+from halfstep.models import shapes
+from halfstep.models.presets import PRESETS
 
 Make = Callable[..., Plan]
 GPUS = Topology(
@@ -161,17 +163,17 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
 def test_what_fits_is_started_and_what_cannot_is_refused_with_what_to_change(plan: Make) -> None:
     small = plan("model=gpt2-124m", topology=GPUS)
     assert small.memory["verdict"] == FITS
-    fit.require_fit(small)
+    estimate.require_fit(small)
     large = plan("model=gpt3-6.7b", "zero=1", "sequence=1024", "batch.micro=4", topology=GPUS)
     assert large.memory["verdict"] == TOO_LARGE
     with pytest.raises(RefusedError) as caught:
-        fit.require_fit(large)
+        estimate.require_fit(large)
     assert caught.value.exit_code == EXIT_REFUSED
     assert str(caught.value).count("\n") == 2
     assert "--force" in caught.value.fix
     assert "zero=3" in caught.value.fix
     assert all(one["verdict"] in (FITS, TIGHT, TOO_LARGE) for one in large.memory["changes"])
-    fit.require_fit(large, force=True)
+    estimate.require_fit(large, force=True)
 
 
 def test_run_and_submit_refuse_before_anything_is_written(
@@ -187,24 +189,24 @@ def test_run_and_submit_refuse_before_anything_is_written(
         f"data={corpus}",
         f"out={tmp_path / 'run'}",
     ]
-    assert cli.main(words) == EXIT_REFUSED
+    assert main.main(words) == EXIT_REFUSED
     told = capsys.readouterr().err
     assert told.count("\n") == 3
     assert "it cannot fit" in told
     assert "framework" in told
     assert not (tmp_path / "run").exists()
-    assert cli.main([*words, "--force", "--dry-run"]) == 0
+    assert main.main([*words, "--force", "--dry-run"]) == 0
     gpus = ["submit", "--site", "gpu", "--dry-run", "model=gpt3-175b", "zero=0", "gpus_per_node=8", "hardware=h100"]
     gpus += ["sequence=1024", f"data={corpus}", f"out={tmp_path / 'job'}"]
-    assert cli.main(gpus) == EXIT_REFUSED
+    assert main.main(gpus) == EXIT_REFUSED
     assert "zero=3" in capsys.readouterr().err
-    assert cli.main([*gpus, "--force"]) == 0
+    assert main.main([*gpus, "--force"]) == 0
 
 
 def test_nothing_is_refused_where_the_capacity_is_not_known(plan: Make) -> None:
     made = plan("model=gpt3-175b", "sequence=1024")
     assert (made.memory["capacity_bytes"], made.memory["verdict"]) == (None, None)
-    fit.require_fit(made)
+    estimate.require_fit(made)
 
 
 def test_the_hosts_memory_changes_the_verdict_and_not_the_run(corpus: Path) -> None:
@@ -216,9 +218,9 @@ def test_the_hosts_memory_changes_the_verdict_and_not_the_run(corpus: Path) -> N
     ]
     assert [one.memory["verdict"] for one in plans] == [None, TOO_LARGE, FITS]
     assert len({one.run_id for one in plans}) == 1
-    assert fit.warning(plans[0], None) is None
-    assert "does not fit" in (fit.warning(plans[0], 2**27) or "")
-    assert fit.warning(plans[0], 2**40) is None
+    assert cautions.memory_warning(plans[0], None) is None
+    assert "does not fit" in (cautions.memory_warning(plans[0], 2**27) or "")
+    assert cautions.memory_warning(plans[0], 2**40) is None
 
 
 def test_a_plan_shows_its_memory_and_survives_json(plan: Make) -> None:
@@ -243,7 +245,7 @@ def test_175b_on_1024_gpus_is_planned(plan: Make) -> None:
 
 
 def test_a_sequence_beyond_the_positions_of_a_models_config_is_refused(tmp_path: Path, corpus: Path) -> None:
-    from launcher.engine.construct import construct
+    from halfstep.launcher.engine.construct import construct
 
     config = shapes.hf_config(shapes.shape_of(PRESETS["llama-nano"], vocabulary=4096))
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))

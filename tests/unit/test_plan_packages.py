@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, rundir, train
-from launcher.errors import RequestError
-from launcher.plan import packages
-from launcher.plan.plan import Plan
-from launcher.spec.load import load
-from launcher.topology import Topology
-from launcher.watch import exits
+from halfstep.launcher import train
+from halfstep.launcher.cli import main
+from halfstep.launcher.config.load import load
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.ds import packages
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import exits, run_directory
+from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
 
@@ -90,7 +91,7 @@ def test_every_door_says_so_in_three_lines(
     verb: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", "ds.wandb.enabled=true"]
-    assert (train.main(words) if verb == "train" else cli.main([verb, *words])) == 2
+    assert (train.main(words) if verb == "train" else main.main([verb, *words])) == 2
     printed = capsys.readouterr()
     said = printed.out if verb == "plan" else printed.err
     assert "wandb.enabled needs the package wandb, which is not installed here" in said
@@ -105,7 +106,7 @@ def test_a_rank_of_a_planned_run_writes_down_why_it_refuses(
 ) -> None:
     words = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
     made = plan("ds.wandb.enabled=true", topology=Topology(world_size=1, ranks_per_node=1, accelerator="cpu"))
-    rundir.write_plan(tmp_path / "run", load(words), made)
+    run_directory.write_plan(tmp_path / "run", load(words), made)
     assert train.main([f"run={tmp_path / 'run'}"]) == 2
     assert "needs the package wandb" in capsys.readouterr().err
     refusal = exits.read_refusal(tmp_path / "run")
@@ -118,4 +119,4 @@ def test_a_job_is_planned_where_the_package_is_not_because_its_nodes_may_have_it
     corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
-    assert cli.main(["submit", "--site", "gpu", "--dry-run", *words]) == 0
+    assert main.main(["submit", "--site", "gpu", "--dry-run", *words]) == 0

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import main
-from launcher.plan import hardware, present_time, search, setting, time
-from launcher.plan.calibration import Calibration
-from launcher.plan.plan import Plan
-from launcher.plan.search import Start
-from launcher.plan.setting import Setting
-from launcher.topology import Topology
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.forecast import hardware, search, step_time, time_table
+from halfstep.launcher.forecast.calibration import Calibration
+from halfstep.launcher.forecast.search import Start
+from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "search-gpt2-1.5b.txt"
@@ -43,7 +44,7 @@ def starts(plan: Make) -> list[Start]:
     found = []
     for zero in (1, 2, 3):
         one = plan("model=gpt2-1.5b", "batch.global=256", f"zero={zero}", topology=TWO_NODES)
-        found.append(Start(nodes=2, offload="none", setting=setting.of_plan(one)))
+        found.append(Start(nodes=2, offload="none", setting=estimate.workload_of(one)))
     return found
 
 
@@ -80,9 +81,9 @@ def test_without_a_capacity_nothing_is_said_to_fit_or_not(plan: Make) -> None:
 
 def test_the_table_of_a_search_is_the_recorded_one(plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     # The shipped numbers move with every calibration; the unfitted ones do not.
-    monkeypatch.setattr(time, "shipped", lambda accelerator: Calibration())
+    monkeypatch.setattr(step_time, "shipped", lambda accelerator: Calibration())
     found = search.search(starts(plan), H100, 40 * 2**30, needs)
-    text = "\n".join(present_time.found(found)) + "\n"
+    text = "\n".join(time_table.found(found)) + "\n"
     if os.environ.get("ACCEPT_GOLDEN"):
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text()

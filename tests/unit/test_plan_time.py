@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.errors import RequestError
-from launcher.plan import communication, compute, hardware, outlook, time
-from launcher.plan.calibration import Calibration, factor_keys, shipped
-from launcher.plan.communication import Group
-from launcher.plan.hardware import Hardware
-from launcher.plan.layout import Layout
-from launcher.plan.plan import Plan
-from launcher.plan.setting import Setting
-from launcher.topology import Topology
-from models.presets import PRESETS
-from models.shapes import parameters, shape_of
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.forecast import communication, compute, hardware, run_estimate, step_time
+from halfstep.launcher.forecast.calibration import Calibration, factor_keys, shipped
+from halfstep.launcher.forecast.communication import Group
+from halfstep.launcher.forecast.hardware import Hardware
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Topology
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import parameters, shape_of
 
 Make = Callable[..., Plan]
 H100 = hardware.find("H100")
@@ -54,7 +54,7 @@ def setting(**changes: object) -> Setting:
 
 
 def step(one: Setting, device: Hardware = H100, **more: object) -> float:
-    told = time.forecast(one, device, **more)  # type: ignore[arg-type]
+    told = step_time.forecast(one, device, **more)  # type: ignore[arg-type]
     assert told is not None
     return told.step_seconds
 
@@ -186,8 +186,8 @@ def test_a_pipeline_waits_for_its_bubble() -> None:
     known = dataclasses.replace(IDEAL, pipeline_latency=0.0, optimizer=0.0)
     one = setting(shape=shape, ranks=1, accumulation=8)
     infinite = dataclasses.replace(H100, link=math.inf)
-    flat = time.forecast(one, infinite, known=known)
-    piped = time.forecast(one, infinite, layout=Layout(pipeline=4), known=known)
+    flat = step_time.forecast(one, infinite, known=known)
+    piped = step_time.forecast(one, infinite, layout=Layout(pipeline=4), known=known)
     assert flat is not None
     assert piped is not None
     stage = compute.stage(one, Layout(pipeline=4), infinite, known).seconds
@@ -196,7 +196,7 @@ def test_a_pipeline_waits_for_its_bubble() -> None:
 
 
 def test_terms_add_up_and_derived_numbers_follow() -> None:
-    told = time.forecast(setting(), H100)
+    told = step_time.forecast(setting(), H100)
     assert told is not None
     tree = told.to_dict()
     assert sum(tree["terms"].values()) == pytest.approx(told.step_seconds)
@@ -209,9 +209,9 @@ def test_terms_add_up_and_derived_numbers_follow() -> None:
 
 
 def test_what_is_not_known_has_no_time() -> None:
-    assert time.forecast(setting(shape=None), H100) is None
+    assert step_time.forecast(setting(shape=None), H100) is None
     untold = dataclasses.replace(hardware.find("B200"), fp32=None)
-    assert time.forecast(setting(precision="fp32"), untold) is None
+    assert step_time.forecast(setting(precision="fp32"), untold) is None
 
 
 @given(
@@ -283,17 +283,21 @@ def test_the_time_of_a_plan_is_no_part_of_its_name(plan: Make) -> None:
 
 
 def test_jobs_and_money_by_hand() -> None:
-    work = outlook.Work(steps=1000, evaluations=0, evaluation_sequences=0, checkpoints=0)
-    told = outlook.of(setting(), H100, "", work, outlook.Terms(limit_seconds=900, notice_seconds=300, price=2.5))
+    work = run_estimate.Work(steps=1000, evaluations=0, evaluation_sequences=0, checkpoints=0)
+    told = run_estimate.of(
+        setting(), H100, "", work, run_estimate.Terms(limit_seconds=900, notice_seconds=300, price=2.5)
+    )
     seconds = 1000 * told["step_seconds"]
     assert told["jobs"] == math.ceil(seconds / 600)
     assert told["price"] == pytest.approx(seconds / 3600 * 8 * 2.5)
-    saved = outlook.of(setting(), dataclasses.replace(H100, storage=1e9), "", dataclasses.replace(work, checkpoints=2))
+    saved = run_estimate.of(
+        setting(), dataclasses.replace(H100, storage=1e9), "", dataclasses.replace(work, checkpoints=2)
+    )
     assert saved["checkpoint_seconds"] == pytest.approx(2 * setting().parameters * 14 / 1e9)
-    assert outlook.of(setting(), H100, "", dataclasses.replace(work, checkpoints=2))["checkpoint_seconds"] is None
+    assert run_estimate.of(setting(), H100, "", dataclasses.replace(work, checkpoints=2))["checkpoint_seconds"] is None
 
 
 @pytest.mark.parametrize("text", ["cheap", "", "-1", "nan", "inf"])
 def test_a_price_that_is_no_price_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="is not a price"):
-        outlook.price(text)
+        run_estimate.price(text)

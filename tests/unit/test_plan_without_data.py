@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, train
+from halfstep.launcher import train
+from halfstep.launcher.cli import main
 
 BIG = ["model=gpt3-175b", "nodes=128", "gpus_per_node=8", "hardware=H100", "zero=3", "batch.global=1024"]
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.main(["plan", *words]) == 0
+    assert main.main(["plan", *words]) == 0
     return capsys.readouterr().out
 
 
@@ -46,7 +47,7 @@ def test_its_json_has_the_same_keys_with_null_for_what_is_not_known(
 def test_a_preset_that_takes_its_vocabulary_from_data_asks_for_one_of_the_two(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["plan", "model=gpt2-nano"]) == 2
+    assert main.main(["plan", "model=gpt2-nano"]) == 2
     said = capsys.readouterr().err
     assert "gpt2-nano takes the vocabulary of the data's tokenizer, and no data was named" in said
     assert "give data=DIR, or model.vocabulary=N" in said
@@ -68,7 +69,7 @@ def test_the_search_needs_none_either(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("words", [["run"], ["run", "--dry-run"], ["submit", "--dry-run"], None], ids=str)
 def test_whatever_starts_something_needs_data(words: list[str] | None, capsys: pytest.CaptureFixture[str]) -> None:
-    code = train.main(["model=gpt2-124m"]) if words is None else cli.main([*words, "model=gpt2-124m"])
+    code = train.main(["model=gpt2-124m"]) if words is None else main.main([*words, "model=gpt2-124m"])
     assert code == 2
     said = capsys.readouterr().err
     assert "error: data is missing" in said

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from launcher.engine.meeting import Connection, GoneError
-from launcher.engine.preflight import RollCall
-from launcher.engine.reports import Report, different, summary
-from launcher.errors import Fault, HalfstepError, Stalled, Stopped, TopologyError
-from launcher.plan.plan import Plan
-from launcher.topology import Rank, free_port
+from halfstep.launcher.engine.ranks.meeting import Connection, GoneError
+from halfstep.launcher.engine.ranks.preflight import RollCall
+from halfstep.launcher.engine.ranks.reports import Report, different, summary
+from halfstep.launcher.errors import Fault, HalfstepError, Stalled, Stopped, TopologyError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Rank, free_port
 
 
 def report(rank: int = 0, host: str = "n1", **more: Any) -> Report:

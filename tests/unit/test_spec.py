@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.errors import RequestError
-from launcher.spec.dotted import flatten, unflatten
-from launcher.spec.load import load
-from launcher.spec.schema import run_keys
+from halfstep.launcher.config.dotted import flatten, unflatten
+from halfstep.launcher.config.load import load
+from halfstep.launcher.config.schema import run_keys
+from halfstep.launcher.errors import RequestError
 
 BASE = ["model=gpt2-nano", "data=/data"]
 
@@ -272,7 +272,7 @@ def test_a_home_that_is_not_known_is_refused(key: str, monkeypatch: pytest.Monke
 
 
 def test_a_study_takes_its_paths_alike() -> None:
-    from launcher.study.axes import absolute
+    from halfstep.launcher.study.axes import absolute
 
     for key, value in (("out", "~nosuchuser"), ("data", "x" * 300), ("model.name", "hf:~nosuchuser/x")):
         with pytest.raises(RequestError):

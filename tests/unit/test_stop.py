@@ -7,19 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.errors import HalfstepError
-from launcher.watch import processes, stalls
-from launcher.watch.exits import death, read_exit, write_exit, write_follow_up
-from launcher.watch.heart import Heart
-from launcher.watch.pulse import Beat
-from launcher.watch.stop import Stop
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.rundir.exits import read_exit, write_exit, write_follow_up
+from halfstep.launcher.system import processes
+from halfstep.launcher.watchdog import stalls
+from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.shared_page import Beat
+from halfstep.launcher.watchdog.stalls import death
+from halfstep.launcher.watchdog.stop import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from launcher.watch.stop import Stop
+from halfstep.launcher.watchdog.stop import Stop
 stop = Stop()
 stop.install()
 """
@@ -112,7 +114,7 @@ print(stop.asked)
 
 def test_marking_progress_costs_less_than_five_microseconds() -> None:
     text = """
-from launcher.watch.heart import Heart
+from halfstep.launcher.watchdog.heartbeat import Heart
 heart = Heart(0, stop)
 heart.start()
 best = 1e9
@@ -203,11 +205,11 @@ def test_launchers_are_known_by_their_command_lines() -> None:
         "/v/bin/python3 /v/bin/deepspeed --num_gpus 2 train.py": "deepspeed",
         "python -u -m deepspeed.launcher.launch --world_info=x train.py": "launch.py of deepspeed.launcher",
         "python3.11 -X dev -m torch.distributed.run train.py": "run.py of torch.distributed",
-        "python -m launcher run model=x": "launcher.py",
+        "python -m halfstep run model=x": "halfstep.py",
         "python /v/bin/halfstep run": "halfstep",
     }.items():
         assert processes.launcher_name(line.split()) == (name, True)
-    for line in ("python my.py deepspeed", "slurmstepd: [12.0]", "bash", "python -m launchers.x", "vim deepspeed"):
+    for line in ("python my.py deepspeed", "slurmstepd: [12.0]", "bash", "python -m halfsteps.x", "vim deepspeed"):
         assert not processes.launcher_name(line.split())[1]
     assert processes.launcher_name([]) == ("a process", False)
 

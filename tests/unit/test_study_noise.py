@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.study.noise import between_seeds, t95
+from halfstep.launcher.study.noise import between_seeds, t95
 
 
 def test_cells_that_scatter_alike_are_pooled() -> None:

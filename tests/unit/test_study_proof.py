@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import topology, verdict
-from launcher.parity import drive
-from launcher.parity.cases import Case, cases_of, default_cases
-from launcher.plan.plan import Plan
-from launcher.study import proof, state
+from halfstep.launcher import topology
+from halfstep.launcher.parity import gate, verdict
+from halfstep.launcher.parity.cases import Case, cases_of, default_cases
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.study import proof, run_status
 
 Make = Callable[..., Plan]
 
@@ -67,7 +67,7 @@ def test_offload_runs_only_where_the_gate_holds_for_it(plan: Make, tmp_path: Pat
     refused = proof.tell(tmp_path, cell)["refused"]
     assert refused.startswith("offload-proved-here: offload=optimizer-cpu is not proved")
     row = {"run": ".", "refused": None}
-    assert (state.of(row, tmp_path).status, state.of(row, tmp_path).reason) == ("refused", refused)
+    assert (run_status.of(row, tmp_path).status, run_status.of(row, tmp_path).reason) == ("refused", refused)
     know(runnable(cell))
     assert proof.tell(tmp_path, cell)["refused"] is None
 
@@ -77,12 +77,12 @@ def test_the_gate_runs_what_is_missing_and_keeps_what_it_finds(
 ) -> None:
     asked: list[list[Case]] = []
 
-    def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> drive.Outcome:
+    def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> gate.Outcome:
         asked.append(cases)
         found = [{**vars(case), "ok": case.offload == "none"} for case in cases]
-        return drive.Outcome(cells=found, not_run=[], seconds=1.0, repairs=repairs)
+        return gate.Outcome(cells=found, not_run=[], seconds=1.0, repairs=repairs)
 
-    monkeypatch.setattr(drive, "verify", verify)
+    monkeypatch.setattr(gate, "verify", verify)
     cells = [plan("zero=1", "precision=fp32"), plan("zero=2", "precision=fp32", "offload=optimizer-cpu")]
     said: list[str] = []
     proof.run(cells, said.append)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from fakes import studied
 
-from launcher.cli import main
-from launcher.lease import lease
-from launcher.study import report, state
-from launcher.study.grid import Cell
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.study import report, run_status
+from halfstep.launcher.study.grid import Cell
 
 HEAD = '[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 20\nsequence = 32\nbatch.global = 8\n'
 GRID = '[axes]\nzero = [0, 1]\nprecision = ["fp32", "bf16"]\n[seeds]\nvalues = [0, 1, 2]\n'
@@ -186,12 +186,12 @@ def test_how_a_run_ended_is_what_was_written_last(study) -> None:
     where, cells = study()
     run = studied.fail(where, cells[0], 137, "killed")
     row = {"run": f"runs/{cells[0].folder}", "refused": None}
-    assert state.of(row, where).reason == "crashed (137): killed"
+    assert run_status.of(row, where).reason == "crashed (137): killed"
     refused = {"code": 2, "cause": "n2 has no data", "time": 2e9}
     (run / "refused.json").write_text(json.dumps(refused))
-    assert state.of(row, where).reason == "request: n2 has no data"
+    assert run_status.of(row, where).reason == "request: n2 has no data"
     (run / "outcome.json").write_text(json.dumps({"code": 124, "cause": "slow", "time": 3e9}))
-    assert state.of(row, where).reason == "timed out: slow"
+    assert run_status.of(row, where).reason == "timed out: slow"
 
 
 def test_other_hardware_and_versions_are_said(study) -> None:

@@ -13,28 +13,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import assets
-from launcher.cli import main
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit import inside, render, site, slurm, times
-from launcher.submit.job import Array, Job
-from launcher.topology import Topology, hosts
-from launcher.watch import exits
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import exits
+from halfstep.launcher.submit import inside, render, site_file, slurm, times
+from halfstep.launcher.submit.job import Array, Job
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import Topology, hosts
 
 Make = Callable[..., Plan]
 GOLDEN = Path(__file__).parents[1] / "golden"
 SITES = ("cpu", "gpu", "container")
 
 
-def world(chosen: site.Site, nodes: int = 2) -> Topology:
+def world(chosen: site_file.Site, nodes: int = 2) -> Topology:
     ranks = chosen.node.gpus or 2
     kind = "cuda" if chosen.node.gpus else "cpu"
     return Topology(world_size=nodes * ranks, ranks_per_node=ranks, accelerator=kind, fused_adam=kind == "cuda")
 
 
 def job(plan: Make, name: str = "gpu", **more: Any) -> Job:
-    chosen = more.pop("site", None) or site.read(name, environ={})
+    chosen = more.pop("site", None) or site_file.read(name, environ={})
     made = plan("model=gpt2-124m", "batch.global=8192", topology=world(chosen, more.pop("nodes", 2)))
     return Job(run=more.pop("run", Path("/scratch/me/runs/one")), plan=made, site=chosen, **more)
 
@@ -107,7 +107,7 @@ def test_what_is_wrong_in_a_site_is_named(tmp_path: Path, text: str, said: str) 
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert said in str(caught.value)
     assert str(file) in str(caught.value)
 
@@ -117,12 +117,12 @@ def test_an_unknown_site_names_the_known_ones(tmp_path: Path) -> None:
     own.mkdir(parents=True)
     (own / "mine.toml").write_text('description = "mine"')
     with pytest.raises(RequestError, match="known sites: container, cpu, gpu, mine"):
-        site.read("gpus", environ={"XDG_CONFIG_HOME": str(tmp_path)})
-    assert site.read("mine", environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "mine"
+        site_file.read("gpus", environ={"XDG_CONFIG_HOME": str(tmp_path)})
+    assert site_file.read("mine", environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "mine"
     (own / "default.toml").write_text('description = "default"')
-    assert site.read(None, environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "default"
+    assert site_file.read(None, environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "default"
     named = {"XDG_CONFIG_HOME": str(tmp_path), "HALFSTEP_SITE": "mine"}
-    assert site.read(None, environ=named).description == "mine"
+    assert site_file.read(None, environ=named).description == "mine"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_plan_must_fit_the_site(plan: Make) -> None:
     with pytest.raises(RequestError, match="8 ranks on a node of 4 GPUs"):
         Job(run=one.run, plan=one.plan, site=four).check()
     with pytest.raises(RequestError, match="told to stop 300 s before a limit of 300 s"):
-        Job(run=one.run, plan=one.plan, site=site.read("gpu", {"time": "5"}, environ={})).check()
+        Job(run=one.run, plan=one.plan, site=site_file.read("gpu", {"time": "5"}, environ={})).check()
     shared = one.site.model_copy(
         update={"environment": one.site.environment.model_copy(update={"shared": ["/home", one.plan.data.path]})}
     )
@@ -378,7 +378,7 @@ def test_a_site_whose_tables_are_none_is_named(tmp_path: Path, text: str, said: 
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) % 3 == 0
 
@@ -388,7 +388,7 @@ def test_a_site_s_file_name_puts_no_line_into_the_script(tmp_path: Path, name: s
     file = tmp_path / f"{name}.toml"
     file.write_text('description = "fine"')
     with pytest.raises(RequestError, match="no name of a site") as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert "rename the file" in caught.value.fix
     assert len(str(caught.value).splitlines()) == 3
 
@@ -408,7 +408,7 @@ def test_a_secret_of_a_site_is_refused_and_the_way_out_is_named(tmp_path: Path, 
     file = tmp_path / "mine.toml"
     file.write_text(f"[environment]\n{text}")
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     said = str(caught.value)
     assert name in said
     assert "environment.forward" in said
@@ -427,14 +427,14 @@ def test_a_secret_of_a_site_is_refused_and_the_way_out_is_named(tmp_path: Path, 
 def test_what_only_names_a_secret_is_none(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(f"[environment]\n{text}")
-    site.read(str(file))
+    site_file.read(str(file))
 
 
 def test_a_value_of_a_variable_is_not_printed_whatever_is_wrong_with_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('[environment]\nvariables = { ANY = "hush\\u0007hush" }')
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert "hush" not in str(caught.value)
     assert "environment.variables.ANY: may not hold" in str(caught.value)
 
@@ -444,8 +444,8 @@ def test_a_job_script_is_its_owner_s_alone(plan: Make, tmp_path: Path, monkeypat
 
     from fakes import scheduler
 
-    from launcher.spec.load import load
-    from launcher.submit import send
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.submit import send
 
     partition = "PartitionName=main Default=YES MaxTime=UNLIMITED TotalNodes=9 State=UP\n"
     scheduler.install(tmp_path / "bin", monkeypatch, sbatch="4711\n", scontrol=partition, sinfo="9999999\n")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launcher import topology
-from launcher.errors import TopologyError
+from halfstep.launcher import topology
+from halfstep.launcher.errors import TopologyError
 
 
 def test_nobody_numbered_this_process() -> None:

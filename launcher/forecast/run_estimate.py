@@ -1,0 +1,162 @@
+"""What a whole run takes: hours, SLURM jobs, device-hours, money; from the forecast of one step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from halfstep.launcher.config.legal import shown
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.forecast import communication, step_time
+from halfstep.launcher.forecast.hardware import Hardware
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.step_time import TimeForecast
+from halfstep.launcher.forecast.workload import Setting
+
+_CHECKPOINT_BYTES = {"adamw": 14, "sgd": 6}
+"""A parameter's 16-bit weight, fp32 master and moments; SGD with momentum keeps one more number of 4 bytes."""
+
+
+_HIGHEST_PRICE = 1e12
+"""Of a device-hour, in any money."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much a run does."""
+
+    steps: int
+    evaluations: int | None
+    """None where no data is named."""
+    evaluation_sequences: int
+    """Read at each."""
+    checkpoints: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a user asks besides: the limit of a job, and what a device costs."""
+
+    limit_seconds: int | None = None
+    notice_seconds: int = 300
+    """Of the limit, kept for the last save."""
+    price: float | None = None
+    """Of one device-hour, in the user's money."""
+
+
+def of(
+    setting: Setting, hardware: Hardware | None, device: str, work: Work, terms: Terms | None = None
+) -> dict[str, Any]:
+    """Return the plan's `time`: a step and the run; where that is not known only what a step sends, and why."""
+    if hardware is None:
+        if setting.accelerator == "cpu":
+            return _unknown(setting, "this machine was not measured; `halfstep doctor --measure` does that once")
+        named = f"the device {device!r} is not in the table" if device else "the device is not known"
+        return _unknown(setting, f"{named}; name it with hardware=NAME")
+    told = step_time.forecast(setting, hardware)
+    if told is None:
+        why = (
+            "arithmetic of the model's family" if setting.shape is None else f"{setting.precision} speed of the device"
+        )
+        return _unknown(setting, f"the {why} is not known")
+    return {
+        "unknown": None,
+        "hardware": hardware.name,
+        **told.to_dict(),
+        **_run(told, setting, hardware, work, terms or Terms()),
+    }
+
+
+def price(text: str) -> float:
+    """Read a price of a device-hour; raises RequestError where it is no number from zero on."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= _HIGHEST_PRICE:
+        raise RequestError(
+            f"--price {shown(text)!r} is not a price",
+            where="the command line",
+            fix="give a number, such as --price 2.50",
+        )
+    return number
+
+
+def _run(told: TimeForecast, setting: Setting, hardware: Hardware, work: Work, terms: Terms) -> dict[str, Any]:
+    training = work.steps * told.step_seconds
+    evaluating = None
+    if work.evaluations is not None:
+        evaluating = work.evaluations * _evaluation(told, setting, work.evaluation_sequences)
+    saving = _saving(setting, hardware, work.checkpoints)
+    seconds = training + (evaluating or 0.0) + (saving or 0.0)
+    device_hours = seconds / 3600 * told.devices
+    jobs = None
+    if terms.limit_seconds is not None:
+        jobs = math.ceil(seconds / max(1, terms.limit_seconds - terms.notice_seconds))
+    return {
+        "steps": work.steps,
+        "devices": told.devices,
+        "training_seconds": training,
+        "evaluation_seconds": evaluating,
+        "checkpoint_seconds": saving,
+        "hours": seconds / 3600,
+        "days": seconds / 86400,
+        "device_hours": device_hours,
+        "jobs": jobs,
+        "time_limit_seconds": terms.limit_seconds,
+        "price_per_device_hour": terms.price,
+        "price": None if terms.price is None else device_hours * terms.price,
+    }
+
+
+def _evaluation(told: TimeForecast, setting: Setting, sequences: int) -> float:
+    """Return the seconds of one evaluation: forward passes, a third of computing without recomputation."""
+    one = told.terms
+    computing = (
+        one.matmul + one.attention + one.memory_bound + one.host_bound + one.tensor_parallel
+    ) / setting.accumulation
+    passes = 4 if setting.activation_checkpointing else 3
+    return computing / passes * math.ceil(sequences / (setting.micro * setting.ranks))
+
+
+def _saving(setting: Setting, hardware: Hardware, checkpoints: int) -> float | None:
+    """Return the seconds of all saves, None where the speed of the nodes' storage is not known."""
+    storage = hardware.storage
+    if checkpoints == 0:
+        return 0.0
+    if storage is None:
+        return None
+    each = _CHECKPOINT_BYTES["sgd" if setting.optimizer.lower() == "sgd" else "adamw"]
+    nodes = max(1, setting.ranks // setting.ranks_per_node)
+    return checkpoints * setting.parameters * each / (storage * (1 if setting.zero == 0 else nodes))
+
+
+_FIELDS = (
+    "hardware",
+    "step_seconds",
+    "low_seconds",
+    "high_seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "mfu",
+    "flops_convention",
+    "communication_bytes_per_rank",
+    "hidden_communication_seconds",
+    "terms",
+    "steps",
+    "devices",
+    "training_seconds",
+    "evaluation_seconds",
+    "checkpoint_seconds",
+    "hours",
+    "days",
+    "device_hours",
+    "jobs",
+    "time_limit_seconds",
+    "price_per_device_hour",
+    "price",
+)
+
+
+def _unknown(setting: Setting, why: str) -> dict[str, Any]:
+    sent = communication.volume(setting, Layout()).total_bytes
+    return {"unknown": why, **dict.fromkeys(_FIELDS), "communication_bytes_per_rank": sent}

@@ -1,0 +1,91 @@
+"""Show forecasts of time to a person: a plan's step and run, and what a search found."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from halfstep.launcher.forecast.search import Candidate, frontier
+
+_GIB = 2**30
+_BAR = 24
+_NAMES = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "memory_bound": "memory-bound kernels",
+    "host_bound": "waiting for the host",
+    "tensor_parallel": "sending inside layers",
+    "pipeline": "pipeline",
+    "communication": "gradients and weights",
+    "optimizer": "optimizer step",
+}
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """Return a plan's `time` as lines: a step by term with bars, then the run."""
+    if not told:
+        return []
+    if told["unknown"]:
+        return [f"time         not known: {told['unknown']}"]
+    step = told["step_seconds"]
+    text = [
+        f"time         {seconds(step)} a step ({seconds(told['low_seconds'])} to {seconds(told['high_seconds'])}), "
+        f"{told['tokens_per_second']:,.0f} tokens/s, {told['tokens_per_second_per_gpu']:,.0f} a device",
+        f"             MFU {100 * told['mfu']:.1f} % ({told['flops_convention']}: 6 (N - V h) + 6 L h s); "
+        f"{told['communication_bytes_per_rank'] / 1e9:,.2f} GB sent a rank and step, "
+        f"{seconds(told['hidden_communication_seconds'])} of that hidden",
+    ]
+    for name, value in told["terms"].items():
+        share = value / step if step else 0.0
+        if share >= 0.0005:
+            bar = "#" * round(_BAR * share)
+            text.append(f"               {_NAMES[name]:<22} {seconds(value):>10} {100 * share:5.1f} %  {bar}")
+    text.append(f"             {_run(told)}")
+    return text
+
+
+def seconds(value: float) -> str:
+    """Return a duration as a person says it."""
+    if value < 0.9995:
+        return f"{1000 * value:.3g} ms"
+    if value < 300:
+        return f"{value:.3g} s"
+    return f"{value / 60:.0f} min" if value < 3 * 3600 else f"{value / 3600:.1f} h"
+
+
+def _run(told: dict[str, Any]) -> str:
+    length = f"{told['days']:.1f} days" if told["hours"] >= 48 else f"{told['hours']:.2f} hours"
+    missing = [
+        *(["saving"] if told["checkpoint_seconds"] is None else []),
+        *(["evaluation, which needs data="] if told["evaluation_seconds"] is None else []),
+    ]
+    unsaid = f" without the time of {' and of '.join(missing)}" if missing else ""
+    parts = [f"whole run {length}{unsaid}, {told['device_hours']:,.1f} device-hours"]
+    if told["jobs"] is not None:
+        limit = told["time_limit_seconds"] / 3600
+        parts.append(f"{told['jobs']:,} job{'s' * (told['jobs'] != 1)} of {limit:g} h")
+    if told["price"] is not None:
+        parts.append(f"costs {told['price']:,.2f} at {told['price_per_device_hour']:g} a device-hour")
+    return ", ".join(parts)
+
+
+def found(candidates: Sequence[Candidate], shown: int = 12) -> list[str]:
+    """Return a search as a table of its fastest, those on the frontier marked, and the frontier's own rows."""
+    best = frontier(candidates)
+    listed = [one for one in candidates if one.fits][:shown]
+    text = ["  nodes ranks zero offload        micro x acc  checkpointing    step  tokens/s   MFU    memory"]
+    text += [_candidate(one, one in best) for one in listed]
+    rest = [one for one in best if one not in listed]
+    if rest:
+        text += ["further down the frontier: less memory or fewer devices for more time"]
+        text += [_candidate(one, True) for one in rest[:shown]]
+    if rest[shown:]:
+        text += [f"  and {len(rest[shown:])} more, all in --json"]
+    return text
+
+
+def _candidate(one: Candidate, best: bool) -> str:
+    how = one.setting
+    return (
+        f"{'*' if best else ' '} {one.nodes:5d} {how.ranks:5d} {how.zero:4d} {one.offload:<13} {how.micro:6d} x "
+        f"{how.accumulation:<5d} {'yes' if how.activation_checkpointing else 'no':<13} {seconds(one.step_seconds):>8} "
+        f"{one.tokens_per_second:9,.0f} {100 * one.mfu:5.1f} {one.peak_bytes / _GIB:7.2f} GiB"
+    )
