@@ -11,8 +11,8 @@ from halfstep.launcher.forecast.workload import Setting
 from halfstep.launcher.system.heap import MAPPED
 
 # What a rank's memory is beyond its tensors: libraries, allocators, CUDA and its communicators. The constants of CPU
-# ranks are fitted by `benchmarks/measure_memory.py --fit` to runs of its own; those of GPUs are published ranges and not
-# measured by this project (docs/planner.md, Memory).
+# ranks are fitted by `benchmarks/measure_memory.py --fit` to runs of its own; those of GPUs are published ranges
+# and not measured by this project (docs/planner.md, Memory).
 MIB = 1 << 20
 
 CPU_RANK = 409 * MIB
