@@ -20,23 +20,25 @@ import tiny
 import torch
 import torch.distributed as dist
 import transformers
-from launcher.export.write import export
-from launcher.spec.load import Request, load
 
+from halfstep.launcher import topology
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.checkpoint.manifest import read
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.engine import attempt as attempt_page
+from halfstep.launcher.engine.attempt import Attempt
 from halfstep.launcher.engine.construct import construct
+from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.ranks.places import file_store
+from halfstep.launcher.engine.state import restoring
 from halfstep.launcher.errors import HalfstepError
-from launcher import topology
-from launcher.checkpoint import store
-from launcher.checkpoint.manifest import read
-from launcher.engine import attempt as attempt_page
-from launcher.engine import distributed, restoring
-from launcher.engine.attempt import Attempt
-from launcher.export.generate import generate
-from launcher.plan import facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.rundir import RunDir
+from halfstep.launcher.export.generate import generate
+from halfstep.launcher.export.write_export import export
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.run_directory import RunDir
 
 STEPS = 3
 WORDS = ["sequence=48", "batch.global=4", "batch.micro=2", "checkpoint.every=2", "eval.every=0", "eval.sequences=2"]
@@ -161,8 +163,8 @@ def main(job_file: Path) -> None:
     topology.prepare_environment(rank)
     sweep = Sweep(job, rank)
     request = load([*WORDS, "model=gpt2-nano", f"data={sweep.data}", "watch.startup=60", "watch.timeout=60"])
-    store = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
-    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), store)
+    meeting = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
+    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), meeting)
     transformers.logging.disable_progress_bar()
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for family, chosen in job["families"]:
