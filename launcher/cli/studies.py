@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher import topology
 from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import EXIT_REFUSED, RequestError
 from halfstep.launcher.plan import estimate
@@ -112,13 +113,13 @@ def _prepared(dry: bool) -> Path:
                 where="[base] data",
                 fix=f"halfstep data prepare --source stdlib --out {_DATA} --vocab-size {_VOCABULARY}",
             )
-        from halfstep.launcher.cli.main import main
+        topology.prefer_cpu()  # DeepSpeed's dataset format brings DeepSpeed's accelerator with it
+        from halfstep.launcher.data.prepare import prepare
+        from halfstep.launcher.data.show import render
 
-        words = ["data", "prepare", "--source", "stdlib", "--out", str(folder), "--vocab-size", str(_VOCABULARY)]
         say(f"the study names no data: preparing {_DATA}, once", error=True)
         with contextlib.redirect_stdout(sys.stderr):  # what is asked for as JSON comes alone
-            if code := main(words):
-                raise SystemExit(code)
+            say(*render(prepare("stdlib", folder, vocab_size=_VOCABULARY)))
     return folder
 
 

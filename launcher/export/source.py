@@ -8,9 +8,8 @@ from halfstep.launcher.checkpoint import shards, store
 from halfstep.launcher.checkpoint.manifest import Manifest
 from halfstep.launcher.checkpoint.store import Candidate
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.rundir import records
-from halfstep.launcher.system import foreign
-from halfstep.launcher.system.fields import checked
+from halfstep.launcher.rundir.records import Damaged
+from halfstep.launcher.rundir.run_reader import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +85,8 @@ def _damaged(run: Path, chosen: Candidate, reason: str, found: list[Candidate], 
 
 
 def losses(run: Path) -> dict[int, float | None]:
-    """Return the training loss of every step that the run's metrics.jsonl tells of; lines that cannot be read are
-    left out.
-    """
-    found: dict[int, float | None] = {}
-    for row in foreign.objects(run / "metrics.jsonl"):
-        try:
-            reached = checked(records.Reached, row) if "loss" in row else None
-        except ValueError:
-            continue  # not one of ours
-        if reached is not None:
-            found[reached.step] = reached.loss
-    return found
+    """Return the training loss of every step that the run's metrics.jsonl has; none where that is damaged."""
+    try:
+        return {record.step: record.loss for record in Run(run).steps()}
+    except Damaged:
+        return {}

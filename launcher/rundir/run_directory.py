@@ -17,14 +17,14 @@ from typing import Any
 import tomli_w
 
 from halfstep.launcher.config.dotted import flatten, unflatten
-from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.plan.plan import Plan, run_id_of
-from halfstep.launcher.rundir import environment
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import environment, layout
 from halfstep.launcher.rundir.lease import LEASE_FILES
-from halfstep.launcher.rundir.trust import SECRET_FILE, beyond_request
+from halfstep.launcher.rundir.trust import SECRET_FILE
 from halfstep.launcher.system import foreign
-from halfstep.launcher.system.files import append, cannot_write, reason, write_atomic, write_json
+from halfstep.launcher.system.files import append, cannot_write, write_atomic, write_json
 
 _WRITTEN_FIRST = ("plan.json", "request.toml", "ds_config.json", "origins.json", "refused.json")
 
@@ -98,42 +98,6 @@ def write_plan(path: Path, request: Request, plan: Plan) -> None:
         write_json(path / "plan.json", plan.to_dict())
 
 
-def read_plan(path: Path) -> tuple[Request, Plan]:
-    """Read a run directory that `write_plan` made; raises RequestError where its files are not as they were written."""
-    try:
-        tree = foreign.read_object(path / "plan.json")
-        plan, run_id = Plan.from_dict(tree), run_id_of(tree)
-        origins = foreign.read_object(path / "origins.json")["request"]
-        request = Request(spec=load([str(path / "request.toml")], stored=True).spec, origins=dict(origins))
-    except OSError as error:
-        raise RequestError(
-            f"{path} is not a run directory: {Path(str(error.filename)).name} cannot be read: {reason(error)}",
-            where=f"--run {path}",
-            fix="name a directory made by `halfstep run` or `launcher/train.py`",
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _changed(path, f"plan.json or origins.json is damaged: {_reason(error)}") from None
-    if run_id != plan.run_id:
-        raise _changed(path, "plan.json was changed after it was written: its run id does not fit")
-    if beyond := beyond_request(request.spec, plan):
-        raise _changed(path, f"plan.json does what request.toml does not ask for: {beyond}")
-    return request, plan
-
-
-def _changed(path: Path, what: str) -> RequestError:
-    return RequestError(
-        what, where=f"run directory {path}", fix="start the run again with its key=value words, which write it again"
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's first sentence; a missing key is all that a KeyError says."""
-    text = str(error).strip()
-    if isinstance(error, KeyError):
-        return f"it has no {text}"
-    return " ".join(text.split())[:200] or type(error).__name__
-
-
 def refuse_another_run(path: Path, plan: Plan) -> None:
     """Raise RequestError where a directory belongs to a different run, or is something else.
 
@@ -173,7 +137,7 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
 
 def _planned(path: Path) -> dict[str, Any] | None:
     """Return the plan of the run in a directory, with what makes it this run; None where nothing in it says so."""
-    for file in (path / "plan.json", *sorted((path / "attempts").glob("[0-9]*/plan.json"), reverse=True)):
+    for file in (path / "plan.json", *(folder / "plan.json" for folder in reversed(layout.attempts(path)))):
         with contextlib.suppress(OSError, ValueError):
             tree = foreign.read_object(file)
             if isinstance(tree.get("identity"), dict) and isinstance(tree.get("data"), dict):
@@ -230,12 +194,3 @@ def _truncate(metrics: Path, steps: int, redone: Path) -> None:
     if cut:
         append(redone, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in cut))
         write_atomic(metrics, b"".join(kept))
-
-
-def finished(path: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that is done, else None."""
-    try:
-        summary = foreign.read_object(path / "summary.json")
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("status") == "done" else None

@@ -17,7 +17,7 @@ from halfstep.launcher.errors import EXIT_REFUSED, Fault, HalfstepError
 from halfstep.launcher.parity import gate, verdict
 from halfstep.launcher.parity.cases import Case, cases_of
 from halfstep.launcher.plan.plan import Plan
-from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import foreign
 from halfstep.launcher.system.files import cannot_write, write_json
 from halfstep.launcher.system.terminal import say
@@ -131,7 +131,7 @@ def _failed(case: Case, why: str) -> dict[str, Any]:
 
 def main(path: Path) -> int:
     """Prove one run's cell on this host and return the exit code; 3 where the run may not start."""
-    _, plan = run_directory.read_plan(path)
+    _, plan = Run(path).require_as_asked()
     found = run([plan], lambda line: say(f"--- {line}"))
     told = tell(path, plan, found)
     if told["refused"]:

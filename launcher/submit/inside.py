@@ -33,8 +33,8 @@ from halfstep.launcher.errors import (
     RequestError,
     TopologyError,
 )
-from halfstep.launcher.rundir import progress
-from halfstep.launcher.rundir.exits import read_exit, read_refusal, start_of_job
+from halfstep.launcher.rundir import layout
+from halfstep.launcher.rundir.exits import attempt_of_this_start, read_exit, read_refusal, start_of_job
 from halfstep.launcher.submit.times import seconds
 from halfstep.launcher.system import files, foreign
 from halfstep.launcher.system.terminal import say
@@ -80,19 +80,19 @@ def free_port(job: int, index: int) -> int:
 
 def end(run: Path, status: int, told: str = "") -> int:
     """Return what the job has to do after its ranks have ended with `status`, and say why."""
-    attempt = _attempt(run)
-    found = read_refusal(run) or (read_exit(attempt) if attempt else None)
-    code = found["code"] if found else status
+    attempt = attempt_of_this_start(run)
+    ending = read_refusal(run) or (read_exit(attempt) if attempt else None)
+    code = ending.code if ending else status
     if code == 0 and not (run / "summary.json").is_file():
         code = 1  # the ranks never began
-    why = f"{found['cause']} (exit code {code})" if found else f"the ranks ended with exit code {code}"
+    why = f"{ending.cause} (exit code {code})" if ending else f"the ranks ended with exit code {code}"
     if code in _FOR_GOOD:
         say("--- the run is done" if code == 0 else f"--- the run ends: {why}")
         return code
     if told and not _limit_reached(told):
         say(f"--- {why}; the job was cancelled, or SLURM puts it back by itself")
         return 128 + signal.SIGTERM
-    newest = progress.newest_checkpoint(run) or 0
+    newest = layout.newest_checkpoint(run) or 0
     starts = [*_starts(run), {**start_of_job(), "newest": newest, "code": code, "time": time.time()}]
     with contextlib.suppress(OSError):
         files.append(run / _STARTS, json.dumps(starts[-1]) + "\n")
@@ -139,19 +139,6 @@ def _limit_reached(told: str) -> bool:
         return seconds(used) >= seconds(limit)
     except ValueError:  # UNLIMITED, or nothing
         return False
-
-
-def _attempt(run: Path) -> Path | None:
-    """Return the attempt that this start of the job has made, if its ranks came so far."""
-    attempts = progress.attempts(run)
-    try:
-        about = foreign.read_object(attempts[-1] / "env.json").get("environment")
-    except (OSError, ValueError, IndexError):
-        return None
-    if not isinstance(about, dict):
-        return None
-    made_by = {"job": about.get("SLURM_JOB_ID", ""), "start": about.get("SLURM_RESTART_COUNT", "0")}
-    return attempts[-1] if made_by == start_of_job() else None
 
 
 def main(words: list[str]) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.rundir import progress, records
-from halfstep.launcher.rundir.exits import damaged_exit, read_exit
+from halfstep.launcher.rundir.exits import Exit
+from halfstep.launcher.rundir.records import Damaged
+from halfstep.launcher.rundir.run_reader import Attempt, Run
 from halfstep.launcher.submit import slurm
 from halfstep.launcher.submit.job import LOG
 from halfstep.launcher.system import foreign
@@ -177,26 +178,28 @@ def runs_of(job: slurm.Queued) -> list[Path]:
     return [runs[int(task)]] if re.fullmatch("[0-9]{1,9}", task) and int(task) < len(runs) else runs
 
 
-def _row(run: Path, living: list[slurm.Queued]) -> Row:
+def _row(path: Path, living: list[slurm.Queued]) -> Row:
     job = living[0] if living else None
-    damage: list[str] = []
+    run, damage = Run(path), []
 
-    def read(what: Callable[[], Any]) -> Any:
+    def read(what: str) -> Any:
         try:
-            return what()
-        except records.Damaged as error:
-            damage.append(str(error))
+            return getattr(run, what)
+        except Damaged as error:
+            damage.append(error.what)
             return None
 
-    last: records.Reached | None = read(lambda: records.reached(run / "metrics.jsonl"))
-    plan: records.PlannedSteps | None = read(lambda: records.read(run / "plan.json", records.PlannedSteps))
-    summary: records.Summary | None = read(lambda: records.read(run / "summary.json", records.Summary))
-    starts = progress.attempts(run)
-    state, why = (job.state.lower(), job.reason) if job else _ending(starts, summary)
+    last, plan, summary = read("reached"), read("planned"), read("summary")
+    if job:
+        state, why = job.state.lower(), job.reason
+    elif summary is not None and summary.status == "done":
+        state, why = "done", ""
+    else:
+        state, why = _ending(run.attempts, read("exit"))
     if damage:
         state, why = state if job else "damaged", "; ".join(damage)
     return Row(
-        run=_short(run),
+        run=_short(path),
         job=job.job if job else None,
         state=state,
         reason="" if why == "None" else why,
@@ -204,21 +207,16 @@ def _row(run: Path, living: list[slurm.Queued]) -> Row:
         steps=plan.steps if plan else None,
         loss=last.loss if last else None,
         tokens_per_second=last.tokens_per_second if last else None,
-        checkpoint=progress.newest_checkpoint(run),
-        attempts=len(starts),
+        checkpoint=run.newest_checkpoint,
+        attempts=len(run.attempts),
         left=job.left if job and not job.waits else None,
     )
 
 
-def _ending(starts: list[Path], summary: records.Summary | None) -> tuple[str, str]:
-    if summary is not None and summary.status == "done":
-        return "done", ""
-    if not starts:
+def _ending(attempts: Sequence[Attempt], end: Exit | None) -> tuple[str, str]:
+    if not attempts:
         return "ended", "before its ranks began"
-    end = read_exit(starts[-1])
-    if end is None and damaged_exit(starts[-1]):
-        return "damaged", "exit.json is damaged"
-    return ("ended", f"{end['cause']} ({end['code']})") if end else ("lost", "nobody wrote how it ended")
+    return ("ended", f"{end.cause} ({end.code})") if end else ("lost", "nobody wrote how it ended")
 
 
 def _short(run: Path) -> str:

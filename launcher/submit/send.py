@@ -11,6 +11,7 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import run_directory
 from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.submit import jobs, render, slurm
 from halfstep.launcher.submit.job import Job
 from halfstep.launcher.system.files import append, cannot_write, open_append, write_atomic
@@ -26,8 +27,8 @@ def check(job: Job, decided: Decided, text: str) -> None:
     for path, _, plan in decided:
         plan.require_allowed()
         run_directory.refuse_another_run(path, plan)
-        done = run_directory.finished(path)
-        if done and done["run_id"] == plan.run_id and len(decided) == 1:
+        done = Run(path).finished
+        if done and done.run_id == plan.run_id and len(decided) == 1:
             raise RequestError(
                 f"{path} is finished",
                 where=f"out={path}",
@@ -40,7 +41,7 @@ def check(job: Job, decided: Decided, text: str) -> None:
                 where=f"out={path}",
                 fix=f"--after {living[0].job} queues behind it; `halfstep jobs cancel {living[0].job}` ends it",
             )
-        if job.behind and plan.to_dict() != run_directory.read_plan(path)[1].to_dict():
+        if job.behind and plan.to_dict() != Run(path).plan.to_dict():
             raise RequestError(
                 "what is queued behind a job of the same run has to be the same plan",
                 where=f"--after {job.behind[0]}, out={path}",

@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 from process.conftest import BIN, WORDS, Outcome
 
-from halfstep.launcher.metrics.record import StepRecord
+from halfstep.launcher.rundir.metric_rows import StepRecord
 
 pytestmark = pytest.mark.process
 Cell = Callable[[int, str], Outcome]

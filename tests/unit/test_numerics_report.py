@@ -28,7 +28,8 @@ SKIPPED = {"grad_norm": None, "overflow": True}
 
 def step(number: int, scale: float | None, skipped: int = 0, **others: Any) -> dict[str, Any]:
     row = {"step": number, "loss": 4.0 - number / 10, "loss_scale": scale, "overflow": False, "skipped_steps": skipped}
-    return {**row, "grad_norm": 1.5, "lr": 1e-3, **others}
+    timing = {"step_seconds": 0.5, "data_seconds": 0.1, "tokens_per_second": 100.0, "mfu": None, "time": 0.0}
+    return {**row, "grad_norm": 1.5, "lr": 1e-3, "tokens": number, "peak_memory_bytes": 1, **timing, **others}
 
 
 def evaluation(number: int, loss: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import exits, run_directory
 from halfstep.launcher.rundir.lease import LEASE_STALE_SECONDS, lease, reserved
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
@@ -45,7 +46,7 @@ def test_a_run_directory_holds_request_plan_config_and_origins(decide: Callable,
     assert "seed" not in asked, "a default was not asked for"
     assert json.loads((out / "ds_config.json").read_text()) == plan.deepspeed
     assert json.loads((out / "origins.json").read_text())["deepspeed"] == plan.origins
-    again, same = run_directory.read_plan(out)
+    again, same = Run(out).require_as_asked()
     assert (again.spec, same) == (request.spec, plan)
 
 
@@ -68,7 +69,7 @@ def test_a_run_goes_on_in_its_directory_when_only_these_change(
     run_directory.write_plan(
         tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu"))
     )
-    there = run_directory.read_plan(tmp_path / "run")[1]
+    there = Run(tmp_path / "run").plan
     assert there.topology.world_size == 4, "the last one asked for stands"
 
 
@@ -216,7 +217,7 @@ def test_a_lease_of_another_host_counts_until_it_is_stale(tmp_path: Path) -> Non
 def test_a_damaged_plan_is_a_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(RequestError):
-        run_directory.read_plan(tmp_path)
+        Run(tmp_path).require_as_asked()
 
 
 def test_an_error_crosses_from_process_to_process_whole() -> None:
@@ -227,10 +228,10 @@ def test_an_error_crosses_from_process_to_process_whole() -> None:
 
 def test_the_origins_of_a_request_survive_the_directory(decide: Callable, tmp_path: Path) -> None:
     run_directory.write_plan(tmp_path / "run", *decide("zero=3"))
-    request, plan = run_directory.read_plan(tmp_path / "run")
+    request, plan = Run(tmp_path / "run").require_as_asked()
     assert request.origins["zero"] == "the command line"
     run_directory.write_plan(tmp_path / "run", request, plan)
-    assert run_directory.read_plan(tmp_path / "run")[0].origins == request.origins
+    assert Run(tmp_path / "run").request.origins == request.origins
 
 
 def test_an_own_config_is_known_by_its_content_not_its_place(decide: Callable, tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def test_a_start_that_is_killed_while_it_writes_the_plan_can_be_made_again(
     assert tuple(written) == FILES[:number], "plan.json comes last"
     monkeypatch.undo()
     run_directory.write_plan(tmp_path / "run", *decide())
-    assert run_directory.read_plan(tmp_path / "run")[1] == decide()[1]
+    assert Run(tmp_path / "run").plan == decide()[1]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"identity": 7}'])
@@ -311,10 +312,10 @@ def test_a_damaged_plan_is_written_again_by_the_same_words(decide: Callable, tmp
     run_directory.write_plan(run, *decide())
     (run / "plan.json").write_bytes(content)
     with pytest.raises(RequestError) as caught:
-        run_directory.read_plan(run)
+        Run(run).require_as_asked()
     assert caught.value.fix == "start the run again with its key=value words, which write it again"
     run_directory.write_plan(run, *decide())
-    assert run_directory.read_plan(run)[1] == decide()[1]
+    assert Run(run).plan == decide()[1]
 
 
 def test_whose_a_directory_with_a_damaged_plan_is_its_last_attempt_tells(decide: Callable, tmp_path: Path) -> None:
@@ -337,7 +338,7 @@ def test_missing_or_damaged_origins_decide_nothing_about_whose_a_directory_is(de
         for name in ("origins.json", "request.toml", "ds_config.json"):
             spoil(run / name)
         run_directory.write_plan(run, *decide())
-        assert run_directory.read_plan(run)[1] == decide()[1]
+        assert Run(run).plan == decide()[1]
 
 
 def test_a_launch_reserves_a_directory_until_its_ranks_hold_it(

@@ -143,7 +143,7 @@ def test_a_run_whose_rows_were_edited_is_a_damaged_result_and_the_others_are_rep
     victim.write_text(victim.read_text().replace('"step_seconds": ', '"step_seconds": "soon", "was": ', 1))
     found = report.make(where)
     (bad,) = [one for one in found.results if one.status == "failed"]
-    assert bad.reason == "damaged: metrics.jsonl: step_seconds = 'soon' should be a valid number"
+    assert bad.reason == "metrics.jsonl is damaged in line 1: step_seconds = 'soon' should be a valid number"
     assert sum(one.done for one in found.results) == len(cells) - 1
     (where / "runs" / cells[1].folder / "plan.json").write_text("{")
     assert report.make(where).verdict.reference.done
@@ -254,7 +254,7 @@ def test_a_plan_that_was_changed_by_hand_is_no_result(study) -> None:
     tree["deepspeed"]["gradient_clipping"] = 7.0
     file.write_text(json.dumps(tree))
     (bad,) = [one for one in report.make(where).results if one.status == "failed"]
-    assert bad.reason == "damaged: plan.json was changed: it is not the plan of this run"
+    assert bad.reason == "plan.json was changed after it was written: its run id does not fit"
 
 
 def test_the_four_files_stand_by_themselves(study) -> None:
@@ -428,4 +428,4 @@ def test_rows_in_another_order_are_no_curve(study) -> None:
     first, second, *rest = victim.read_text().splitlines(keepends=True)
     victim.write_text("".join([second, first, *rest]))
     (bad,) = [one for one in report.make(where).results if one.status == "failed"]
-    assert bad.reason == "damaged: metrics.jsonl has its steps in another order than they were made"
+    assert bad.reason == "metrics.jsonl is damaged: it has its steps in another order than they were made"

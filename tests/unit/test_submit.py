@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.launcher.cli.main import main
-from halfstep.launcher.errors import RequestError
+from halfstep.launcher.errors import Fault, RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import exits
 from halfstep.launcher.submit import inside, render, site_file, slurm, times
@@ -302,8 +302,8 @@ def test_a_refusal_of_this_start_counts_whatever_srun_returns(
     run = _run(tmp_path, code=75, newest=10)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    exits.write_refusal(run, 2, "n2 has another torch")
-    exits.write_refusal(run, 1, "what came of it")
+    exits.write_refusal(run, RequestError("n2 has another torch", where="n2", fix="install it"))
+    exits.write_refusal(run, Fault("what came of it", where="n1", fix="look"))
     assert inside.main(["end", str(run), "137", ""]) == 2
     assert "n2 has another torch (exit code 2)" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
