@@ -2,7 +2,7 @@
 
 request.toml plan.json ds_config.json origins.json      what was asked and decided
 metrics.jsonl events.jsonl summary.json                  what was seen
-checkpoints/step-00000100/                               what a start goes on from
+checkpoints/step-00000100/                               what a start resumes from
 attempts/0001/{env.json,rank-0.log,exit.json}            every start, on what, and how it ended
 lease                                                    held by the launch that is running
 """
@@ -66,14 +66,16 @@ def location(request: Request, plan: Plan) -> Path:
     return Path(request.spec.out) if request.spec.out else Path.cwd() / "runs" / plan.run_id
 
 
-def named(words: Sequence[str]) -> Path | None:
+def named(arguments: Sequence[str]) -> Path | None:
     """Return the directory that `run=DIR` or `--run DIR` names, or None where the words are a request of their own."""
-    words = [f"run={words[1]}", *words[2:]] if words[:1] == ["--run"] and len(words) > 1 else words
-    if not words or not words[0].startswith(("run=", "--run")):
+    arguments = (
+        [f"run={arguments[1]}", *arguments[2:]] if arguments[:1] == ["--run"] and len(arguments) > 1 else arguments
+    )
+    if not arguments or not arguments[0].startswith(("run=", "--run")):
         return None
-    directory = words[0].partition("=")[2]
-    if len(words) > 1 or not directory:
-        said = " ".join(words)
+    directory = arguments[0].partition("=")[2]
+    if len(arguments) > 1 or not directory:
+        said = " ".join(arguments)
         raise RequestError("--run takes one run directory and no key=value words", where=said, fix="--run DIR")
     return Path(directory).absolute()
 
@@ -126,9 +128,9 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
     new = plan.identity
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if changed:
-        told = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
+        changes = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
         raise RequestError(
-            f"{path} belongs to a different run: {told}"
+            f"{path} belongs to a different run: {changes}"
             + (f", and {len(changed) - 4} more" if len(changed) > 4 else ""),
             where=f"out={path}",
             fix="choose another out (or none), or ask for the same run again",
@@ -151,7 +153,7 @@ def _is_ours(name: str) -> bool:
 
 
 def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) -> RunDir:
-    """Make the next attempts/NNNN with its env.json, and leave of the last attempt's results what goes on from here.
+    """Make the next attempts/NNNN with its env.json, and leave of the last attempt's results what it resumes from.
 
     Nothing is lost: rows of steps that will be done again, and a result that will be replaced, move into the folder of
     the attempt that made them. A start from step 1 also puts checkpoints out of the way, which would belong to another
@@ -160,7 +162,7 @@ def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) 
     attempts = path / "attempts"
     with cannot_write(path):
         attempts.mkdir(exist_ok=True)
-        names = (one.name for one in attempts.iterdir())
+        names = (folder.name for folder in attempts.iterdir())
         number = 1 + max((int(name) for name in names if re.fullmatch(r"[0-9]{4,9}", name)), default=0)
         attempt = attempts / f"{number:04d}"
         attempt.mkdir()

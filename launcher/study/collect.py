@@ -46,7 +46,7 @@ class Result:
     values: dict[str, str]
     """By axis, the value's label."""
     seed: int
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     run: Path | None
     status: str
     reason: str
@@ -117,7 +117,7 @@ def _result(cell: dict[str, Any], folder: Path, queued: Sequence[Queued]) -> Res
     about: dict[str, Any] = {
         "values": cell["values"],
         "seed": cell["seed"],
-        "words": tuple(cell["words"]),
+        "arguments": tuple(cell["words"]),
         "run": path,
         "status": state.status,
         "reason": state.reason,
@@ -164,8 +164,8 @@ def _planned(plan: Plan, shown: records.Planned) -> dict[str, Any]:
     }
 
 
-def _cell_of(words: Sequence[str]) -> dict[str, Any]:
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+def _cell_of(arguments: Sequence[str]) -> dict[str, Any]:
+    given = {key: value for key, _, value in (word.partition("=") for word in arguments)}
     zero = given.get("zero", "1")
     return {"zero": int(zero) if zero in ("0", "1", "2", "3") else None, "precision": given.get("precision", "bf16")}
 

@@ -65,18 +65,18 @@ def run(
         allowed = [cell for cell in order(cells, study.seeds) if cell.plan is not None and cell.refused is None]
         before = {cell.folder: now(cell) for cell in allowed}
         waiting = [cell for cell in allowed if before[cell.folder].to_do(retry=retry, gate=gate)]
-        found = _prove(allowed, waiting, folder, say) if gate else []
+        verdicts = _prove(allowed, waiting, folder, say) if gate else []
         counts = {"done": 0, "failed": 0, "refused": 0}
         for number, cell in enumerate(waiting, 1):
-            code, words = _one(cell, folders.run_of(folder, cell), starter, study.limit, found)
-            told = now(cell)
-            say(f"[{number}/{len(waiting)}] {cell.name} seed={cell.seed}: {told.status}, {words or told.reason}")
+            code, outcome = _run_cell(cell, folders.run_of(folder, cell), starter, study.limit, verdicts)
+            state = now(cell)
+            say(f"[{number}/{len(waiting)}] {cell.name} seed={cell.seed}: {state.status}, {outcome or state.reason}")
             if code in (EXIT_STOPPED, Interrupted.exit_code):
                 break
-            counts[told.status] = counts.get(told.status, 0) + 1
+            counts[state.status] = counts.get(state.status, 0) + 1
         else:
             code = 0
-        kept = sum(one.status in ("done", "failed") for one in before.values()) - sum(
+        kept = sum(state.status in ("done", "failed") for state in before.values()) - sum(
             before[cell.folder].status == "failed" for cell in waiting
         )
     return Done(ran=counts["done"] + counts["failed"], failed=counts["failed"], kept=kept, code=code)
@@ -91,14 +91,16 @@ def _prove(
         for cell in allowed
         if cell not in waiting and cell.plan and proof.can_be_told_again(folders.run_of(folder, cell), cell.plan)
     ]
-    found = proof.run([cell.plan for cell in (*waiting, *late) if cell.plan], say)
+    verdicts = proof.run([cell.plan for cell in (*waiting, *late) if cell.plan], say)
     for cell in late:
         if cell.plan is not None:
-            proof.tell(folders.run_of(folder, cell), cell.plan, found)
-    return found
+            proof.tell(folders.run_of(folder, cell), cell.plan, verdicts)
+    return verdicts
 
 
-def _one(cell: Cell, path: Path, starter: str, limit: float, found: Sequence[dict[str, Any]]) -> tuple[int, str]:
+def _run_cell(
+    cell: Cell, path: Path, starter: str, limit: float, verdicts: Sequence[dict[str, Any]]
+) -> tuple[int, str]:
     """Run one cell and return its exit code and, where it is done, what is said of it."""
     plan = cell.plan
     assert plan is not None, "what could not be planned is not run"
@@ -107,7 +109,7 @@ def _one(cell: Cell, path: Path, starter: str, limit: float, found: Sequence[dic
     try:
         with reserved(path, launch):
             run_directory.write_plan(path, cell.request, plan)
-            if proof.tell(path, plan, found)["refused"]:
+            if proof.tell(path, plan, verdicts)["refused"]:
                 return 0, ""
             with cannot_write(path):
                 (path / run_status.OUTCOME).unlink(missing_ok=True)

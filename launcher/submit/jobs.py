@@ -80,12 +80,12 @@ def submitted(run: Path) -> list[str]:
 def alive(run: Path, queued: Sequence[slurm.Queued] | None = None) -> list[slurm.Queued]:
     """Return the jobs of a run or of an array's folder that wait or run, whoever submitted them, oldest first."""
     wanted = run.absolute()
-    found = []
-    for one in slurm.queue() if queued is None else queued:
-        named = Path(one.run)
-        if (wanted == named.parent and named.suffix == ".txt") or wanted in runs_of(one):
-            found.append(one)
-    return sorted(found, key=lambda one: [int(part) for part in re.findall(r"[0-9]+", one.job)])
+    living = []
+    for job in slurm.queue() if queued is None else queued:
+        named = Path(job.run)
+        if (wanted == named.parent and named.suffix == ".txt") or wanted in runs_of(job):
+            living.append(job)
+    return sorted(living, key=lambda job: [int(part) for part in re.findall(r"[0-9]+", job.job)])
 
 
 def survey(places: Iterable[Path]) -> list[Row]:
@@ -98,7 +98,7 @@ def survey(places: Iterable[Path]) -> list[Row]:
             f"a folder cannot be read: {reason(error)}", where=str(error.filename), fix="check its permissions"
         ) from None
     if not named:
-        named = [run for one in queued for run in runs_of(one)]
+        named = [run for job in queued for run in runs_of(job)]
         named += [run for run in _runs(Path("runs")) if submitted(run)]
     return [_row(run, alive(run, queued)) for run in dict.fromkeys(run.absolute() for run in named)]
 
@@ -110,17 +110,17 @@ def find(word: str) -> tuple[Path, list[str]]:
     """
     path = Path(word)
     if path.is_dir():
-        return path.absolute(), [one.job for one in alive(path)]
-    found = slurm.queue(word) if slurm.is_job(word) else []
-    if not found:
+        return path.absolute(), [job.job for job in alive(path)]
+    queued = slurm.queue(word) if slurm.is_job(word) else []
+    if not queued:
         raise RequestError(
             f"{word} is neither a run directory nor a job of a run",
             where="the command line",
             fix="`halfstep jobs` lists both",
         )
-    runs = runs_of(found[0])
-    one_run = len(found) == 1 and len(runs) == 1
-    return (runs[0] if one_run else Path(found[0].run).parent), [one.job for one in found]
+    runs = runs_of(queued[0])
+    one_run = len(queued) == 1 and len(runs) == 1
+    return (runs[0] if one_run else Path(queued[0].run).parent), [job.job for job in queued]
 
 
 def log_of(run: Path) -> Path:
@@ -162,7 +162,7 @@ def _runs(place: Path) -> Iterator[Path]:
     if (place / "plan.json").is_file():
         yield place
     elif place.is_dir():
-        yield from sorted(one.parent for one in place.glob("*/plan.json"))
+        yield from sorted(plan.parent for plan in place.glob("*/plan.json"))
 
 
 def runs_of(job: slurm.Queued) -> list[Path]:

@@ -19,13 +19,13 @@ from halfstep.launcher.rundir.trust import CONSENT_VARIABLE, SECRET_VARIABLE
 from halfstep.launcher.submit.hostfile import write_environment
 from halfstep.launcher.system.processes import LAUNCHER, marked, this_process
 from halfstep.launcher.topology import prefer_cpu, usable_cores
-from halfstep.launcher.watchdog import reaper as rope_page
+from halfstep.launcher.watchdog import reaper as reaper_page
 
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LEAVING_SECONDS = 15.0
-"""How long what the launcher leaves behind may take to end; the ranks' wardens need ten at most."""
+"""How long what the launcher leaves behind may take to end; the ranks' watchdogs need ten at most."""
 
 
 def start(
@@ -61,11 +61,11 @@ def start(
         environment[CONSENT_VARIABLE] = str(run)
     environment[SECRET_VARIABLE] = secrets.token_hex(32)
     environment[LAUNCHER] = this_process()
-    rope = None
+    reaper = None
     if remote is not None:
         write_environment(remote, environment)
-        tied = [sys.executable, "-S", "-P", rope_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={launch}"]
-        rope = subprocess.Popen(tied, stdin=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-S", "-P", reaper_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={launch}"]
+        reaper = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     stop, end = run / STOP_FILE, time.monotonic() + limit
     with _output(log) as out, _heard() as signals, subprocess.Popen(
         argv, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
@@ -94,9 +94,9 @@ def start(
                 stop.unlink(missing_ok=True)
             if remote is not None:
                 remote.unlink(missing_ok=True)
-            if rope is not None:
-                rope.kill()
-                rope.wait()
+            if reaper is not None:
+                reaper.kill()
+                reaper.wait()
     return _verdict(run, _newest(run, before), status)
 
 
@@ -115,14 +115,14 @@ def _heard() -> Iterator[list[int]]:
     """Collect signals instead of being ended by them."""
     heard: list[int] = []
     try:
-        former = {one: signal.signal(one, lambda number, _: heard.append(number)) for one in _SIGNALS}
+        former = {number: signal.signal(number, lambda caught, _: heard.append(caught)) for number in _SIGNALS}
     except ValueError:  # not the main thread: whoever started this hears the signals
         former = {}
     try:
         yield heard
     finally:
-        for one, handler in former.items():
-            signal.signal(one, signal.SIG_DFL if handler is None else handler)
+        for number, handler in former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _ask(stop: Path, number: int) -> bool:

@@ -32,9 +32,9 @@ def check(job: Job, decided: Decided, text: str) -> None:
             raise RequestError(
                 f"{path} is finished",
                 where=f"out={path}",
-                fix="its summary.json has the result; another out starts anew",
+                fix="its summary.json has the result; another out starts from scratch",
             )
-        living = [one for one in jobs.alive(path, queued) if one.job not in job.behind]
+        living = [queued_job for queued_job in jobs.alive(path, queued) if queued_job.job not in job.behind]
         if living:
             raise RequestError(
                 f"job {living[0].job} is for this run already, and is {living[0].state.lower()}",
@@ -62,7 +62,7 @@ def send(job: Job, decided: Decided) -> str:
     with cannot_write(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.array:
-            write_atomic(job.array.list, "".join(f"{one}\n" for one in job.array.runs))
+            write_atomic(job.array.list, "".join(f"{run}\n" for run in job.array.runs))
         write_atomic(job.script, text, mode=0o600)  # a site's variables and set-up are nobody else's
         for path, _, _ in decided:
             os.close(open_append(path / "jobs.jsonl"))  # what cannot be written down is not queued

@@ -28,8 +28,8 @@ WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 
 @pytest.fixture
 def decide(corpus: Path) -> Callable[..., tuple[Request, Plan]]:
-    def make(*words: str, world: Topology = WORLD) -> tuple[Request, Plan]:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+    def make(*arguments: str, world: Topology = WORLD) -> tuple[Request, Plan]:
+        request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
         return request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
 
     return make
@@ -59,13 +59,13 @@ def test_without_out_the_directory_is_named_by_the_run_id(
 
 
 @pytest.mark.parametrize(
-    "words", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
+    "arguments", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
 )
 def test_a_run_goes_on_in_its_directory_when_only_these_change(
-    decide: Callable, tmp_path: Path, words: list[str]
+    decide: Callable, tmp_path: Path, arguments: list[str]
 ) -> None:
     run_directory.write_plan(tmp_path / "run", *decide())
-    run_directory.write_plan(tmp_path / "run", *decide(*words))
+    run_directory.write_plan(tmp_path / "run", *decide(*arguments))
     run_directory.write_plan(
         tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu"))
     )
@@ -74,7 +74,7 @@ def test_a_run_goes_on_in_its_directory_when_only_these_change(
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("arguments", "what"),
     [
         (["seed=1"], "seed was 0 and is now 1"),
         (["optimizer.lr=1e-5"], "optimizer.lr was None and is now 1e-05"),
@@ -83,12 +83,12 @@ def test_a_run_goes_on_in_its_directory_when_only_these_change(
     ],
 )
 def test_a_directory_of_a_different_run_is_refused(
-    decide: Callable, tmp_path: Path, words: list[str], what: str
+    decide: Callable, tmp_path: Path, arguments: list[str], what: str
 ) -> None:
     run_directory.write_plan(tmp_path / "run", *decide())
     before = (tmp_path / "run" / "plan.json").read_bytes()
     with pytest.raises(RequestError) as caught:
-        run_directory.write_plan(tmp_path / "run", *decide(*words))
+        run_directory.write_plan(tmp_path / "run", *decide(*arguments))
     assert what in caught.value.what
     assert (tmp_path / "run" / "plan.json").read_bytes() == before
 
@@ -124,7 +124,7 @@ def test_every_start_is_a_new_attempt_with_its_environment(
         attempts.append(run_directory.start_attempt(tmp_path / "run", {"world_size": 2}))
         attempts[-1].metrics.write_text(measured)
     assert (attempts[0].attempt / "metrics.jsonl").read_text() == "first", "what an attempt measured is kept"
-    assert [one.attempt.name for one in attempts] == ["0001", "0002"]
+    assert [attempt.attempt.name for attempt in attempts] == ["0001", "0002"]
     text = (attempts[0].attempt / "env.json").read_text()
     environment = json.loads(text)
     assert environment["environment"]["SLURM_JOB_ID"] == "77"
@@ -187,8 +187,8 @@ def test_a_job_outlives_the_lease_of_its_dead_predecessor(tmp_path: Path, monkey
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with lease(tmp_path):
-        found = json.loads((tmp_path / "lease").read_text())
-    assert (found["job"], found["start"]) == ("7", "1")
+        holder = json.loads((tmp_path / "lease").read_text())
+    assert (holder["job"], holder["start"]) == ("7", "1")
 
 
 def test_a_job_does_not_wait_for_a_lease_whose_holder_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,9 +394,9 @@ def test_two_starts_in_the_same_instant_are_one_run_and_one_refusal(decide: Call
                 barrier.wait(5)
 
         threads = [threading.Thread(target=begin, name=f"launch {number}") for number in range(2)]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
+        for started in threads:
+            started.start()
+        for thread in threads:
+            thread.join()
         assert sorted(outcomes)[1] == "started"
         assert sorted(outcomes)[0].startswith(f"{run} is in use by ")

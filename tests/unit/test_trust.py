@@ -22,8 +22,8 @@ Decide = Callable[..., tuple[Request, Plan]]
 
 @pytest.fixture
 def decide(corpus: Path) -> Decide:
-    def make(*words: str) -> tuple[Request, Plan]:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+    def make(*arguments: str) -> tuple[Request, Plan]:
+        request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
         return request, resolve(request, WORLD, facts.read(request.spec, lambda *_: NotImplemented))
 
     return make
@@ -80,8 +80,12 @@ def test_a_forged_plan_with_a_fitting_run_id_does_nothing_beyond_its_request(
 
 
 def test_what_the_request_names_itself_is_taken(decide: Decide, tmp_path: Path) -> None:
-    words = ["ds.csv_monitor.enabled=true", "ds.csv_monitor.output_path=/logs/of mine", "ds.csv_monitor.job_name=../x"]
-    run_directory.write_plan(tmp_path / "run", *decide(*words))
+    arguments = [
+        "ds.csv_monitor.enabled=true",
+        "ds.csv_monitor.output_path=/logs/of mine",
+        "ds.csv_monitor.job_name=../x",
+    ]
+    run_directory.write_plan(tmp_path / "run", *decide(*arguments))
     assert Run(tmp_path / "run").plan.deepspeed["csv_monitor"]["job_name"] == "../x"
 
 
