@@ -1,5 +1,6 @@
 """Choose the checkpoint that something is made of, and make sure that it is what was written."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from halfstep.launcher.checkpoint import shards, store
 from halfstep.launcher.checkpoint.manifest import Manifest
 from halfstep.launcher.checkpoint.store import Candidate
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.rundir.records import Damaged
-from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.rundir import records
+from halfstep.launcher.rundir.run_reader import rows
+from halfstep.launcher.system.fields import checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,11 @@ def _damaged(run: Path, chosen: Candidate, reason: str, found: list[Candidate], 
 
 
 def losses(run: Path) -> dict[int, float | None]:
-    """Return the training loss of every step that the run's metrics.jsonl has; none where that is damaged."""
-    try:
-        return {record.step: record.loss for record in Run(run).steps()}
-    except Damaged:
-        return {}
+    """Return the training loss of every step that metrics.jsonl has; lines that cannot be read are left out."""
+    losses: dict[int, float | None] = {}
+    for row in rows(run / "metrics.jsonl"):
+        with contextlib.suppress(ValueError):  # not one of ours
+            if "loss" in row:
+                reached = checked(records.Reached, row)
+                losses[reached.step] = reached.loss
+    return losses

@@ -100,7 +100,7 @@ def test_a_kill_at_a_point_of_a_save_leaves_the_old_checkpoint_or_the_new(
     record(f"kill -9 at {point}", injected=len(worst), survived=len(worst), worst_redone=max(worst))
 
 
-def test_a_kill_while_loading_and_another_while_that_is_mended(
+def test_a_kill_while_loading_and_another_while_it_recovers(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path], record: Callable[..., None]
 ) -> None:
     cell = ("zero=2", "precision=fp16")

@@ -92,7 +92,7 @@ RESHAPES = {
 
 @pytest.mark.parametrize("what", RESHAPES)
 @pytest.mark.parametrize("precision", ["fp32"])
-def test_a_reshaped_run_goes_on_as_the_unchanged_one(
+def test_a_reshaped_run_resumes_as_the_unchanged_one(
     launch: Callable[..., Launch],
     undisturbed: Callable[..., Path],
     what: str,

@@ -1,4 +1,4 @@
-"""Asked to stop, in every phase of a run: one checkpoint at one step on all ranks, exit code 75; then it goes on."""
+"""Asked to stop, in every phase of a run: one checkpoint at one step on all ranks, exit code 75; then it resumes."""
 
 import json
 import signal
@@ -153,7 +153,7 @@ def test_a_rank_that_ends_ends_the_others_and_the_first_cause_is_named(
     record(f"rank ends with {action}", injected=1, survived=1, detect=[gone])
 
 
-def test_halfstep_run_stops_at_ctrl_c_and_goes_on(
+def test_halfstep_run_stops_at_ctrl_c_and_resumes(
     scratch: Path, data: Path, undisturbed: Callable[..., Path], record: Callable[..., None]
 ) -> None:
     out = scratch / "faults" / "ctrl-c"

@@ -76,7 +76,7 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ended(launch: Callable[..
     assert "most recent call first" in (stalled.out / "attempts/0001/rank-0.log").read_text(), "stacks are dumped"
 
 
-def test_a_run_goes_on_with_another_world_stage_and_precision(
+def test_a_run_resumes_with_another_world_stage_and_precision(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path]
 ) -> None:
     arguments = ("model.dropout=0", "eval.every=0")

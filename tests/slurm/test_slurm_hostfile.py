@@ -97,7 +97,7 @@ def test_a_launch_that_is_killed_leaves_nothing_on_any_host(cloud: Cloud, starte
     assert rig.exit_of(out)["code"] != 0
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(cloud: Cloud) -> None:
+def test_ctrl_c_saves_and_the_same_command_resumes(cloud: Cloud) -> None:
     out = cloud.folder / "asked"
     process = start(cloud, out, *CELL, "steps=2000", options=STARTERS["deepspeed over pdsh"])
     cloud.cluster.wait(lambda: rig.last_step(out) >= 5, "step 5", 90)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.process
 CELL = ("zero=2", "precision=fp16", "model.dropout=0.1")
 
 
-def test_a_job_on_two_nodes_is_requeued_and_goes_on_to_the_bit(
+def test_a_job_on_two_nodes_is_requeued_and_resumes_to_the_bit(
     cloud: Cloud, undisturbed: Callable[..., Path], tmp_path: Path
 ) -> None:
     reference = undisturbed(*CELL)
@@ -28,7 +28,7 @@ def test_a_job_on_two_nodes_is_requeued_and_goes_on_to_the_bit(
     assert job.until_state("COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", job.log
     rig.assert_same(job.run, reference)
     assert job.attempts == ["0001", "0002"]
-    assert rig.events(job.run, "resumed"), "it went on, it did not start anew"
+    assert rig.events(job.run, "resumed"), "it resumed, it did not start from scratch"
     assert job.log.count(f"--- job {job.job}, start") == 2, "one log"
     seen = json.loads((job.run / "attempts/0001/preflight.json").read_text())
     assert [row["host"] for row in seen["hosts"]] == ["n1", "n2"]

@@ -61,7 +61,7 @@ def test_without_out_the_directory_is_named_by_the_run_id(
 @pytest.mark.parametrize(
     "arguments", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
 )
-def test_a_run_goes_on_in_its_directory_when_only_these_change(
+def test_a_run_resumes_in_its_directory_when_only_these_change(
     decide: Callable, tmp_path: Path, arguments: list[str]
 ) -> None:
     run_directory.write_plan(tmp_path / "run", *decide())

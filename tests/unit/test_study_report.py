@@ -204,7 +204,7 @@ def test_other_hardware_and_versions_are_said(study) -> None:
     assert "did not all run on the same device: another, a processor" in page
 
 
-def test_a_study_that_runs_is_left_alone_and_one_that_is_damaged_is_written_anew(study, capsys) -> None:
+def test_a_study_that_runs_is_left_alone_and_one_that_is_damaged_is_written_again(study, capsys) -> None:
     where, cells = study()
     finish_all(where, cells)
     file = where.parent / "mine.toml"

@@ -253,7 +253,7 @@ def test_the_third_start_that_gets_nowhere_ends_the_job(tmp_path: Path, capsys: 
     assert "error: 3 starts in a row came no further than step 10: the cause" in capsys.readouterr().out
 
 
-def test_a_job_that_is_submitted_again_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_submitted_again_counts_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(tmp_path)
     assert [inside.main(["end", str(run), "1", ""]) for _ in range(3)] == [75, 75, 76]
     monkeypatch.setenv("SLURM_JOB_ID", "8")
