@@ -138,3 +138,8 @@ def test_the_kind_is_written_and_one_of_a_newer_version_is_that_of_the_code(tmp_
     end = exits.read_exit(tmp_path)
     assert end is not None
     assert end.kind is Kind.NUMERICS
+
+
+def test_the_page_names_every_kind() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reliability.md").read_text()
+    assert [kind for kind in Kind if f"`{kind}`" not in page] == []
