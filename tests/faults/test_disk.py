@@ -37,6 +37,7 @@ def test_a_full_disk_is_found_before_the_save_and_the_last_checkpoint_stands(
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\0" * (os.statvfs(small_disk).f_bavail * 4096 - (2 << 20)))
     assert launched.wait(timeout=40) == [3, 3], launched.output
+    assert rig.exit_of(launched.out)["kind"] == "disk-full"
     assert "and 2.0 MiB are free" in launched.output or "MiB are free; the last good one is of step" in launched.output
     assert launched.output.count("error:") == 1
     saved = rig.steps_saved(launched.out)[-1]
@@ -56,6 +57,7 @@ def test_a_disk_that_fills_up_in_mid_save_stops_all_ranks_with_the_old_checkpoin
     assert launched.wait(timeout=40) == [3, 3], launched.output
     assert "the checkpoint of step 20 could not be written (rank " in launched.output
     assert "No space left on device); the last good one is of step 10" in launched.output
+    assert rig.exit_of(launched.out)["kind"] == "disk-full"
     assert rig.steps_saved(launched.out) == [10]
     assert not list((launched.out / "checkpoints").glob(".*")), "what was half-written is gone"
     with rig.nothing_left(launched.out):
