@@ -85,6 +85,18 @@ class RefusedError(HalfstepError):
     exit_code = EXIT_REFUSED
 
 
+class OutOfDeviceMemory(RefusedError):
+    """It does not fit into a device: exit code 3."""
+
+
+class OutOfHostMemory(RefusedError):
+    """It does not fit into the host's memory: exit code 3."""
+
+
+class DiskFull(RefusedError):
+    """No space is left to write to: exit code 3."""
+
+
 class NumericsError(HalfstepError):
     """The run cannot make progress: exit code 76."""
 

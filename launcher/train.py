@@ -21,6 +21,7 @@ from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.pretrained import Network, Source
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import exits, run_directory, trust
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import heap
 from halfstep.launcher.system.files import explained
 from halfstep.launcher.watchdog.heartbeat import begin
@@ -35,7 +36,7 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     path = run_directory.named(words)
     if path is not None:
         trust.require_own(path, consent=consent)
-        request, plan = run_directory.read_plan(path)
+        request, plan = Run(path).require_as_asked()
     else:
         request = load(words)
         world = topology.describe(rank.world_size, rank.local_world_size)
@@ -47,7 +48,7 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     try:
         packages.require(plan.deepspeed, plan.origins)  # a host that planned for others does not know what they have
     except HalfstepError as error:
-        exits.write_refusal(path, error.exit_code, error.what)  # torchrun and accelerate turn every code into 1
+        exits.write_refusal(path, error)  # torchrun and accelerate turn every code into 1
         raise
     return path, request, plan
 

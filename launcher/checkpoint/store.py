@@ -16,7 +16,7 @@ from pathlib import Path
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint.manifest import NAME, Damaged, Gone, Manifest, read
-from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.errors import DiskFull, RefusedError, RequestError
 from halfstep.launcher.system.files import reason, sync_folder
 
 _NAME = re.compile(r"step-([0-9]{8,18})")
@@ -88,7 +88,7 @@ def prepare(run: Path, step: int, attempt: str, needed: int, *, distrusted: bool
     """Make the hidden folder that a step is written to; None where a good checkpoint of this step stands already.
 
     A damaged one of this step, or one whose content was found to be (`distrusted`), is renamed, not overwritten.
-    Raises RefusedError where `needed` bytes are not free or the folder cannot be written.
+    Raises DiskFull where `needed` bytes are not free, and RefusedError where the folder cannot be written.
     """
     try:
         return _prepare(home(run), step, attempt, needed, distrusted)
@@ -111,7 +111,7 @@ def _prepare(there: Path, step: int, attempt: str, needed: int, distrusted: bool
         final.rename(_unused(there / f"{final.name}.bad-{attempt}"))
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise RefusedError(
+        raise DiskFull(
             f"the checkpoint of step {step} needs {_size(needed)}, and {_size(free)} are free",
             where=str(there),
             fix="free some space (folders named .bad-* are of no use to a run), or take a smaller checkpoint.keep; "

@@ -29,14 +29,14 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(verb=_jobs)
 
 
-def _jobs(arguments: argparse.Namespace, words: list[str]) -> int:
-    if words[:1] == ["logs"]:
-        return _logs(arguments, words[1:])
-    if words[:1] == ["cancel"]:
-        return _cancel(words[1:])
+def _jobs(arguments: argparse.Namespace, operands: list[str]) -> int:
+    if operands[:1] == ["logs"]:
+        return _logs(arguments, operands[1:])
+    if operands[:1] == ["cancel"]:
+        return _cancel(operands[1:])
     from halfstep.launcher.submit import jobs
 
-    rows = jobs.survey(Path(one) for one in words)
+    rows = jobs.survey(Path(word) for word in operands)
     if arguments.json:
         say_json([row.to_dict() for row in rows])
         return 0
@@ -56,26 +56,26 @@ def _jobs(arguments: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _logs(arguments: argparse.Namespace, words: list[str]) -> int:
+def _logs(arguments: argparse.Namespace, operands: list[str]) -> int:
     from halfstep.launcher.submit import jobs
 
-    if len(words) != 1:
+    if len(operands) != 1:
         raise RequestError("whose log?", where="halfstep jobs logs", fix="halfstep jobs logs RUN, or a job's number")
-    run, _ = jobs.find(words[0])
+    run, _ = jobs.find(operands[0])
     jobs.follow(jobs.log_of(run), lambda text: say_text(of_log(text)), lines=arguments.lines, follow=arguments.follow)
     return 0
 
 
-def _cancel(words: list[str]) -> int:
+def _cancel(operands: list[str]) -> int:
     from halfstep.launcher.submit import jobs, slurm
 
-    if not words:
+    if not operands:
         raise RequestError("cancel what?", where="halfstep jobs cancel", fix="name run directories or jobs")
-    found = [(word, *jobs.find(word)) for word in words]
-    for word, run, numbers in found:
+    chosen = [(word, *jobs.find(word)) for word in operands]
+    for word, run, numbers in chosen:
         if not numbers:
             raise RequestError(f"{word} has no job", where=str(run), fix="`halfstep jobs` lists them")
-    for _, run, numbers in found:
+    for _, run, numbers in chosen:
         slurm.cancel(numbers)
-        say(f"job {', '.join(numbers)} cancelled; {run} goes on from its newest checkpoint when submitted again")
+        say(f"job {', '.join(numbers)} cancelled; {run} resumes from its newest checkpoint when submitted again")
     return 0

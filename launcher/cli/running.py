@@ -21,6 +21,7 @@ from halfstep.launcher.plan.pretrained import Network, Source
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import run_directory, trust
 from halfstep.launcher.rundir.lease import reserved
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.submit import argv, hostfile, local, spread
 from halfstep.launcher.submit.job import STARTERS, Array, Job
 from halfstep.launcher.submit.site_file import Site
@@ -226,7 +227,7 @@ def _before(words: list[str], own: set[Path], *, asking: bool) -> tuple[tuple[st
             after.append(word)
             continue
         run, numbers = jobs.find(word)
-        if not numbers and run_directory.finished(run) is None:
+        if not numbers and Run(run).finished is None:
             raise RequestError(
                 f"{word} has no job that could still end well",
                 where="--after",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher import topology
 from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import EXIT_REFUSED, RequestError
 from halfstep.launcher.plan import estimate
@@ -27,35 +28,37 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     from halfstep.launcher.study.study_file import ready
 
     text = "run a grid of ZeRO stages, precisions or anything else under controlled conditions, and report on it"
-    listed = (
-        f"ready studies: {', '.join(ready())}; key=value overrides its [base], AXIS=A,B names an axis's values anew"
-    )
+    listed = f"ready studies: {', '.join(ready())}; key=value overrides its [base], AXIS=A,B replaces an axis's values"
     parser = verbs.add_parser("study", help=text, description=text, epilog=listed)
     inner = parser.add_subparsers(required=True, metavar="VERB")
     for name, verb, said in (
         ("run", _run, "run here what has no result yet, one cell after another"),
         ("submit", _submit, "send what has no result yet to SLURM, as an array"),
     ):
-        one = inner.add_parser(name, help=said, description=said, epilog=listed, parents=[common])
-        one.add_argument("study", metavar="STUDY", help="a ready study's name, or a study file (.toml)")
-        one.add_argument("words", nargs="*", metavar="key=value")
-        one.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (default: studies/NAME)")
-        one.add_argument("--retry", action="store_true", help="run again what failed")
-        one.add_argument("--dry-run", action="store_true", help="print the cells and start nothing")
-        one.add_argument("--force", action="store_true", help="also cells that are predicted not to fit")
-        one.add_argument("--json", action="store_true", help="print what was done as JSON")
-        one.set_defaults(verb=verb)
+        subparser = inner.add_parser(name, help=said, description=said, epilog=listed, parents=[common])
+        subparser.add_argument("study", metavar="STUDY", help="a ready study's name, or a study file (.toml)")
+        subparser.add_argument("words", nargs="*", metavar="key=value")
+        subparser.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (default: studies/NAME)")
+        subparser.add_argument("--retry", action="store_true", help="run again what failed")
+        subparser.add_argument("--dry-run", action="store_true", help="print the cells and start nothing")
+        subparser.add_argument("--force", action="store_true", help="also cells that are predicted not to fit")
+        subparser.add_argument("--json", action="store_true", help="print what was done as JSON")
+        subparser.set_defaults(verb=verb)
         if name == "run":
-            one.add_argument(
+            subparser.add_argument(
                 "--with", dest="starter", choices=argv.STARTERS, default="deepspeed", help="what starts ranks"
             )
-            one.add_argument("--no-gate", action="store_true", help="do not run the parity gate: cells stay unproved")
+            subparser.add_argument(
+                "--no-gate", action="store_true", help="do not run the parity gate: cells stay unproved"
+            )
         else:
-            one.add_argument("--site", metavar="NAME", help="the cluster, as for `halfstep submit`")
+            subparser.add_argument("--site", metavar="NAME", help="the cluster, as for `halfstep submit`")
             for option in ("time", "partition", "account", "qos", "constraint", "memory"):
-                one.add_argument(f"--{option}", metavar=option.upper(), help="instead of the site's")
-            one.add_argument("--with", dest="starter", choices=STARTERS, default="srun", help="what starts ranks")
-            one.add_argument("--at-once", type=int, metavar="N", default=0, help="how many cells may run at a time")
+                subparser.add_argument(f"--{option}", metavar=option.upper(), help="instead of the site's")
+            subparser.add_argument("--with", dest="starter", choices=STARTERS, default="srun", help="what starts ranks")
+            subparser.add_argument(
+                "--at-once", type=int, metavar="N", default=0, help="how many cells may run at a time"
+            )
     status = inner.add_parser("status", help="show how far every run is", parents=[common])
     status.add_argument("study", metavar="STUDY | DIR", help="the study's folder, or its name where it was started")
     status.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again until all have ended")
@@ -69,13 +72,13 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _read(
-    arguments: argparse.Namespace, words: list[str], world: Callable[[Request], Topology]
+    arguments: argparse.Namespace, overrides: list[str], world: Callable[[Request], Topology]
 ) -> tuple[Any, Any, Path]:
     """Return the study, its cells and its folder; what is kept and what is new is said first."""
     from halfstep.launcher.cli.running import decide
     from halfstep.launcher.study import grid, study_file, study_folder
 
-    study = study_file.read(arguments.study, words)
+    study = study_file.read(arguments.study, overrides)
     if "data" not in study.base and not any(axis.name == "data" for axis in study.axes):
         study.base["data"] = str(_prepared(arguments.dry_run))
 
@@ -112,21 +115,21 @@ def _prepared(dry: bool) -> Path:
                 where="[base] data",
                 fix=f"halfstep data prepare --source stdlib --out {_DATA} --vocab-size {_VOCABULARY}",
             )
-        from halfstep.launcher.cli.main import main
+        topology.prefer_cpu()  # DeepSpeed's dataset format brings DeepSpeed's accelerator with it
+        from halfstep.launcher.data.prepare import prepare
+        from halfstep.launcher.data.show import render
 
-        words = ["data", "prepare", "--source", "stdlib", "--out", str(folder), "--vocab-size", str(_VOCABULARY)]
         say(f"the study names no data: preparing {_DATA}, once", error=True)
         with contextlib.redirect_stdout(sys.stderr):  # what is asked for as JSON comes alone
-            if code := main(words):
-                raise SystemExit(code)
+            say(*render(prepare("stdlib", folder, vocab_size=_VOCABULARY)))
     return folder
 
 
-def _run(arguments: argparse.Namespace, words: list[str]) -> int:
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from halfstep.launcher.cli.running import here
     from halfstep.launcher.study import run_cells
 
-    study, cells, where = _read(arguments, words, here)
+    study, cells, where = _read(arguments, overrides, here)
     if arguments.dry_run:
         return _show(study, cells, as_json=arguments.json)
 
@@ -151,7 +154,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     return EXIT_REFUSED if refused else done.code
 
 
-def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
+def _submit(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import shlex
 
     from halfstep.launcher.cli.running import there
@@ -160,7 +163,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
 
     names = ("time", "partition", "account", "qos", "constraint", "memory")
     chosen = site_file.read(arguments.site, {name: getattr(arguments, name) for name in names})
-    study, cells, where = _read(arguments, words, lambda request: there(request, chosen))
+    study, cells, where = _read(arguments, overrides, lambda request: there(request, chosen))
     sent = job_array.submit(
         study,
         cells,
@@ -172,17 +175,18 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         dry=arguments.dry_run,
     )
     if arguments.json:
-        told = [
-            {"job": one.number, "script": str(one.job.script), "runs": [str(run) for run in one.runs]} for one in sent
+        listed = [
+            {"job": array.number, "script": str(array.job.script), "runs": [str(run) for run in array.runs]}
+            for array in sent
         ]
-        say_json({"folder": str(where), "arrays": told})
+        say_json({"folder": str(where), "arrays": listed})
         return 0
-    for one in sent:
-        line = shlex.join(slurm.sbatch_line(one.job))
+    for array in sent:
+        line = shlex.join(slurm.sbatch_line(array.job))
         if arguments.dry_run:
-            say_text(f"{job_array.script(one)}\n$ {line}\n")
+            say_text(f"{job_array.script(array)}\n$ {line}\n")
         else:
-            say(f"$ {line}", f"job {one.number}: {len(one.cells)} runs, {one.job.folder}")
+            say(f"$ {line}", f"job {array.number}: {len(array.cells)} runs, {array.job.folder}")
     if not sent:
         say("nothing to submit: every run has a result or a job")
     elif not arguments.dry_run:
@@ -193,7 +197,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
 def _show(study: Any, cells: Any, *, as_json: bool) -> int:
     if as_json:
         listed = [
-            {"cell": cell.values, "seed": cell.seed, "words": cell.words, "refused": cell.refused} for cell in cells
+            {"cell": cell.values, "seed": cell.seed, "words": cell.arguments, "refused": cell.refused} for cell in cells
         ]
         say_json({"study": study.name, "cells": listed})
         return 0
@@ -202,7 +206,7 @@ def _show(study: Any, cells: Any, *, as_json: bool) -> int:
     return 0
 
 
-def _status(arguments: argparse.Namespace, words: list[str]) -> int:
+def _status(arguments: argparse.Namespace, operands: list[str]) -> int:
     from halfstep.launcher.study import collect, job_array, run_status, study_folder
 
     where = study_folder.find(arguments.study)
@@ -211,25 +215,25 @@ def _status(arguments: argparse.Namespace, words: list[str]) -> int:
         queued = run_status.queue(where, cells)
         now = [(cell, run_status.of(cell, where, queued)) for cell in cells]
         if arguments.json:
-            told = [
-                {"cell": cell["values"], "seed": cell["seed"], "run": cell["run"], **vars(one)} for cell, one in now
+            listed = [
+                {"cell": cell["values"], "seed": cell["seed"], "run": cell["run"], **vars(state)} for cell, state in now
             ]
-            say_json(told)
+            say_json(listed)
         else:
-            rows = [(collect.name_of(cell["values"]), cell["seed"], one) for cell, one in now]
+            rows = [(collect.name_of(cell["values"]), cell["seed"], state) for cell, state in now]
             say(*job_array.table(rows))
             counts: dict[str, int] = {}
-            for _, one in now:
-                counts[one.status] = counts.get(one.status, 0) + 1
+            for _, state in now:
+                counts[state.status] = counts.get(state.status, 0) + 1
             say(", ".join(f"{count} {status}" for status, count in counts.items()))
         if arguments.watch is not None and arguments.watch <= 0:
             raise RequestError(f"--watch {arguments.watch:g} is no time", where="the command line", fix="--watch 5")
-        if not arguments.watch or all(one.status in ("done", "failed", "refused") for _, one in now):
+        if not arguments.watch or all(state.status in ("done", "failed", "refused") for _, state in now):
             return 0
         time.sleep(arguments.watch)
 
 
-def _report(arguments: argparse.Namespace, words: list[str]) -> int:
+def _report(arguments: argparse.Namespace, operands: list[str]) -> int:
     from halfstep.launcher.study import report, study_file, study_folder
 
     price = study_file.price(arguments.price, "--price")

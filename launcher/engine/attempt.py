@@ -15,7 +15,7 @@ from halfstep.launcher.engine.loop import Listeners, Outside
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.ranks.stragglers import Pace
-from halfstep.launcher.engine.recorder import Witness
+from halfstep.launcher.engine.recorder import Recorder
 from halfstep.launcher.engine.state import restoring, rng, training_state
 from halfstep.launcher.engine.state.restoring import Choice
 from halfstep.launcher.engine.state.saving import Saver
@@ -52,7 +52,7 @@ def make(attempt: Attempt) -> None:
     where, plan, rank = attempt.where, attempt.plan, attempt.rank.rank
     distributed.quiet_deepspeed(where.rank_log(rank))
     engine: DeepSpeedEngine | None = None
-    with Witness(where, plan, writes=rank == 0, steps_done=attempt.choice.step) as witness:
+    with Recorder(where, plan, writes=rank == 0, steps_done=attempt.choice.step) as witness:
         try:
             _say_what_is_coming(witness, attempt)
             _stop_if_asked(attempt, "before the model was built")
@@ -82,7 +82,7 @@ def _stop_if_asked(attempt: Attempt, when: str) -> None:
         raise Stopped(f"{reasons[0]}, {when}", where=state, fix="start the same command again to go on")
 
 
-def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guard, Saver | None]:
+def _assemble(attempt: Attempt, witness: Recorder) -> tuple[DeepSpeedEngine, Guard, Saver | None]:
     """Build the engine and fill it from the checkpoint, if there is one."""
     plan, rank, choice, heart = attempt.plan, attempt.rank.rank, attempt.choice, attempt.heart
     heart.mark("build")
@@ -123,7 +123,7 @@ def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guar
     return engine, guard, saver if plan.can_save else None
 
 
-def _train(attempt: Attempt, witness: Witness, engine: DeepSpeedEngine, guard: Guard, saver: Saver | None) -> None:
+def _train(attempt: Attempt, witness: Recorder, engine: DeepSpeedEngine, guard: Guard, saver: Saver | None) -> None:
     plan, rank, done = attempt.plan, attempt.rank, attempt.choice.step
     evaluated = all(distributed.gather_objects(witness.evaluated(done)))
     witness.event("training", first_step=done + 1)
@@ -149,20 +149,20 @@ def _mark_of(attempt: Attempt) -> Callable[[str, int], None]:
     return mark
 
 
-def _say_what_is_coming(witness: Witness, attempt: Attempt) -> None:
+def _say_what_is_coming(witness: Recorder, attempt: Attempt) -> None:
     plan, choice = attempt.plan, attempt.choice
     for line in [*present.headline(plan), f"run directory {attempt.where.path}", *present.warnings(plan)]:
-        witness.screen.say(line)
+        witness.say(line)
     if risk := cautions.memory_warning(plan, readings.capacity_bytes(plan)):
-        witness.screen.say(f"WARNING: {risk}")
+        witness.say(f"WARNING: {risk}")
     if choice.step:
         witness.take_over()
     for one in choice.damaged:
         witness.event("checkpoint_damaged", folder=one.folder.name, reason=one.reason)
-        witness.screen.say(f"WARNING: checkpoint {one.folder.name} is damaged and passed over: {one.reason}")
+        witness.say(f"WARNING: checkpoint {one.folder.name} is damaged and passed over: {one.reason}")
     if fault := fault_injection.set_here():
         witness.event("fault_set", fault=fault)
-        witness.screen.say(f"WARNING: {fault_injection.VARIABLE}={fault}: this run is being broken on purpose")
+        witness.say(f"WARNING: {fault_injection.VARIABLE}={fault}: this run is being broken on purpose")
 
 
 def _checksum(engine: DeepSpeedEngine, plan: Plan) -> str | None:

@@ -19,8 +19,8 @@ from halfstep.launcher.engine.readings import Readings, StepReading, sum_over_ra
 from halfstep.launcher.engine.state.saving import Saver
 from halfstep.launcher.errors import Stopped
 from halfstep.launcher.metrics import derive
-from halfstep.launcher.metrics.record import EvaluationRecord, StepRecord
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
 from halfstep.launcher.system import clock
 from halfstep.models.loss import next_token_loss
 

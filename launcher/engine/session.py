@@ -16,11 +16,12 @@ from halfstep.launcher.config.load import Request
 from halfstep.launcher.engine.attempt import Attempt, make
 from halfstep.launcher.engine.ranks import distributed, preflight, traffic
 from halfstep.launcher.engine.state import restoring
-from halfstep.launcher.errors import Fault, HalfstepError, RefusedError, Stopped
+from halfstep.launcher.errors import Fault, HalfstepError, OutOfDeviceMemory, OutOfHostMemory, Stopped
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import exits, run_directory, trust
 from halfstep.launcher.rundir.lease import lease
 from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import clock
 from halfstep.launcher.system.files import explained, write_json
 from halfstep.launcher.topology import Rank
@@ -40,8 +41,8 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
         def open_directory() -> bool:
             run_directory.refuse_another_run(path, plan)
             held.enter_context(lease(path))
-            done = run_directory.finished(path)
-            if done is not None and done["run_id"] == plan.run_id:
+            done = Run(path).finished
+            if done is not None and done.run_id == plan.run_id:
                 return False
             store.sweep(path)
             return True
@@ -90,7 +91,7 @@ def _meet(path: Path, plan: Plan, rank: Rank, stop: Stop) -> preflight.Met:
         met = preflight.RollCall(rank, plan, secret, lambda: stop.asked).answer()
     except HalfstepError as error:
         if not error.said_elsewhere and not isinstance(error, Fault | Stopped):
-            exits.write_refusal(path, error.exit_code, error.what)
+            exits.write_refusal(path, error)
         raise
     for stranger in met.seen.get("strangers", []):
         print(f"WARNING: sent away {stranger}", file=sys.stderr, flush=True)
@@ -122,7 +123,8 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     told = _explain(error, log)
     # A connection that broke is what a rank's death looks like to the others: whoever knows of it comes first.
     write = exits.write_follow_up if isinstance(error, dist.DistError | RuntimeError) else exits.write_exit
-    cause = write(where.attempt, told.exit_code, told.what, rank.rank)
+    kind = exits.Kind.LOST_RANK if isinstance(error, dist.DistError) else exits.kind_of_error(told)
+    cause = write(where.attempt, told.exit_code, told.what, rank.rank, kind)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     # Where nothing can be written any more, none is first: then the rank says it that is meant to.
@@ -135,14 +137,14 @@ def _explain(error: BaseException, log: Path) -> HalfstepError:
     if isinstance(error, HalfstepError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        return RefusedError(
+        return OutOfDeviceMemory(
             f"out of device memory: {str(error).splitlines()[0]}",
             where=str(log),
             fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",
         )
     # torch's allocator for the host has no error type of its own (c10/core/impl/alloc_cpu.cpp).
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
-        return RefusedError(
+        return OutOfHostMemory(
             f"out of host memory: {(str(error).splitlines() or ['MemoryError'])[0]}",
             where=str(log),
             fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",

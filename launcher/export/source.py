@@ -1,5 +1,6 @@
 """Choose the checkpoint that something is made of, and make sure that it is what was written."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from halfstep.launcher.checkpoint.manifest import Manifest
 from halfstep.launcher.checkpoint.store import Candidate
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.rundir import records
-from halfstep.launcher.system import foreign
+from halfstep.launcher.rundir.run_reader import rows
 from halfstep.launcher.system.fields import checked
 
 
@@ -86,15 +87,11 @@ def _damaged(run: Path, chosen: Candidate, reason: str, found: list[Candidate], 
 
 
 def losses(run: Path) -> dict[int, float | None]:
-    """Return the training loss of every step that the run's metrics.jsonl tells of; lines that cannot be read are
-    left out.
-    """
-    found: dict[int, float | None] = {}
-    for row in foreign.objects(run / "metrics.jsonl"):
-        try:
-            reached = checked(records.Reached, row) if "loss" in row else None
-        except ValueError:
-            continue  # not one of ours
-        if reached is not None:
-            found[reached.step] = reached.loss
-    return found
+    """Return the training loss of every step that metrics.jsonl has; lines that cannot be read are left out."""
+    losses: dict[int, float | None] = {}
+    for row in rows(run / "metrics.jsonl"):
+        with contextlib.suppress(ValueError):  # not one of ours
+            if "loss" in row:
+                reached = checked(records.Reached, row)
+                losses[reached.step] = reached.loss
+    return losses

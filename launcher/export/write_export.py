@@ -17,8 +17,8 @@ from halfstep.launcher.export import compare, source, target, tokenizer_files, w
 from halfstep.launcher.export.compare import Comparison
 from halfstep.launcher.export.exported import KIND, NOTE
 from halfstep.launcher.export.source import Source
-from halfstep.launcher.rundir import environment
-from halfstep.launcher.system import foreign
+from halfstep.launcher.rundir import environment, records
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system.files import write_json
 
 _SPARE = 1 << 24
@@ -174,6 +174,7 @@ def _note(
 def _evaluation_sequences(run: Path) -> int | None:
     """Return how many validation sequences the run's own evaluations read; None where its plan has gone."""
     try:
-        return int(foreign.read_object(run / "plan.json")["data"]["validation_windows"])
-    except (OSError, ValueError, KeyError, TypeError):
+        planned = Run(run).planned
+    except records.Damaged:
         return None
+    return planned.data.validation_windows if planned else None

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.metrics.numerics_rows import Described, Model, Step, event_of, row_of
-from halfstep.launcher.metrics.record import EvaluationRecord
-from halfstep.launcher.rundir.json_lines import parse, unreadable
-from halfstep.launcher.system import foreign
-from halfstep.launcher.system.fields import checked
+from halfstep.launcher.rundir.metric_rows import StepRecord
+from halfstep.launcher.rundir.records import Planned, Summary
+from halfstep.launcher.rundir.run_reader import Run
 
 Matrix = list[list[float | None]]
 """One row a layer, in model order; one column a reading, steps increasing; None where there is nothing to tell."""
@@ -78,7 +76,7 @@ class Numerics:
     precision: str | None
     zero: int | None
     planned_steps: int | None
-    steps: list[Step]
+    steps: list[StepRecord]
     """Never empty."""
     evaluations: list[tuple[int, float | None]]
     """Steps done before it, and the validation loss."""
@@ -91,43 +89,54 @@ class Numerics:
     @property
     def scaled(self) -> bool:
         """Whether the loss was scaled at all."""
-        return any(one.loss_scale is not None for one in self.steps)
+        return any(row.loss_scale is not None for row in self.steps)
 
 
 def read(path: Path) -> Numerics:
     """Read a run directory; RequestError where it is none, has no step yet, or holds a damaged line."""
-    plan = _plan(path)
-    file = path / "metrics.jsonl"
+    run, file = Run(path), path / "metrics.jsonl"
+    if run.planned is None and run.summary is None and not file.exists():
+        raise RequestError(
+            f"{path} is not a run directory" + ("" if path.is_dir() else ": there is no such folder"),
+            where=f"halfstep numerics {path}",
+            fix="name a directory made by `halfstep run` or `launcher/train.py`",
+        )
     if not file.exists():
         raise RequestError(
             f"{path} has no metrics.jsonl: its training has not begun",
             where=str(file),
             fix="look again once the run has made a step",
         )
-    rows = parse(file, row_of)
-    steps = [row for row in rows if isinstance(row, Step)]
-    evaluations = [(row.step, row.eval_loss) for row in rows if isinstance(row, EvaluationRecord)]
+    steps = run.steps()
     if not steps:
         raise RequestError(
             f"{path} has not made a step yet", where=str(file), fix="look again once the run has made one"
         )
-    events = parse(path / "events.jsonl", event_of) if (path / "events.jsonl").exists() else []
     by_kind: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
-        by_kind.setdefault(event["event"], []).append(event)
+    for event in run.events():
+        by_kind.setdefault(event.kind, []).append(event.row)
+    about, model = _described(run)
     return Numerics(
         path=path,
-        model=plan.model.name if isinstance(plan.model, Model) else plan.model,
-        precision=plan.precision,
-        zero=plan.zero,
-        planned_steps=plan.steps,
+        model=model,
+        precision=about.precision,
+        zero=about.zero,
+        planned_steps=about.steps,
         steps=steps,
-        evaluations=evaluations,
-        repairs=[name for event in by_kind.get("repaired", []) for name in event["repairs"]],
+        evaluations=[(row.step, row.eval_loss) for row in run.evaluations()],
+        repairs=[name for row in by_kind.get("repaired", []) for name in row["repairs"]],
         diverged="diverged" in by_kind,
         moves=_moves(steps, by_kind),
         gradients=_gradients(by_kind.get("numerics", [])),
     )
+
+
+def _described(run: Run) -> tuple[Planned | Summary, str | None]:
+    """Return what says how a run was planned, and its model's name; nothing for a folder with metrics.jsonl alone."""
+    if run.planned is not None:
+        return run.planned, run.planned.model.name
+    summary = run.summary or Summary()
+    return summary, summary.model
 
 
 def to_dict(run: Numerics) -> dict[str, Any]:
@@ -149,33 +158,33 @@ def to_dict(run: Numerics) -> dict[str, Any]:
     }
 
 
-def _moves(steps: list[Step], by_kind: dict[str, list[dict[str, Any]]]) -> list[Move]:
+def _moves(steps: list[StepRecord], by_kind: dict[str, list[dict[str, Any]]]) -> list[Move]:
     overflows = {event["step"]: event for event in by_kind.get("overflow", [])}
     lost = {event["step"]: event for event in by_kind.get("loss_not_finite", [])}
-    found = []
-    for one, following in zip(steps, [*steps[1:], None], strict=True):
-        before, after = one.loss_scale, following and following.loss_scale
+    moves = []
+    for row, following in zip(steps, [*steps[1:], None], strict=True):
+        before, after = row.loss_scale, following and following.loss_scale
         moved = following is not None and before != after
-        if not (one.overflow or one.loss is None or moved):
+        if not (row.overflow or row.loss is None or moved):
             continue
-        overflow, not_finite = overflows.get(one.step), lost.get(one.step)
-        why = [_overflow_text(overflow)] if one.overflow else []
-        why += [_not_finite_text(not_finite)] if one.loss is None else []
+        overflow, not_finite = overflows.get(row.step), lost.get(row.step)
+        why = [_overflow_text(overflow)] if row.overflow else []
+        why += [_not_finite_text(not_finite)] if row.loss is None else []
         # A scale that shrinks without an overflow is nobody's rule; it is told, not explained.
         why = why or ["grown" if (after or 0) > (before or 0) else "lowered"]
-        found.append(
+        moves.append(
             Move(
-                step=one.step,
+                step=row.step,
                 before=before,
                 after=after,
-                skipped=one.overflow,
-                loss_finite=one.loss is not None,
+                skipped=row.overflow,
+                loss_finite=row.loss is not None,
                 why="; ".join(why),
                 overflow=overflow,
                 loss_not_finite=not_finite,
             )
         )
-    return found
+    return moves
 
 
 def _overflow_text(event: dict[str, Any] | None) -> str:
@@ -203,8 +212,8 @@ def _gradients(events: list[dict[str, Any]]) -> Gradients | None:
     elements = {name: layer["elements"] for event in events for name, layer in event["layers"].items()}
 
     def matrix(field: str) -> Matrix:
-        found = [[event["layers"].get(name, {}) for event in events] for name in elements]
-        return [[one[field] if one.get("grad_max") is not None else None for one in row] for row in found]
+        cells = [[event["layers"].get(name, {}) for event in events] for name in elements]
+        return [[cell[field] if cell.get("grad_max") is not None else None for cell in row] for row in cells]
 
     return Gradients(
         steps=[event["step"] for event in events],
@@ -216,25 +225,3 @@ def _gradients(events: list[dict[str, Any]]) -> Gradients | None:
         underflow_unscaled=matrix("underflow_unscaled"),
         underflow_scaled=matrix("underflow_scaled"),
     )
-
-
-def _plan(path: Path) -> Described:
-    """Return what plan.json says, else summary.json, else nothing for a directory with metrics.jsonl alone."""
-    for name in ("plan.json", "summary.json"):
-        try:
-            return checked(Described, foreign.read_object(path / name))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise unreadable(path / name, error) from None
-        except ValueError as error:
-            raise RequestError(
-                f"{name} is damaged: {error}", where=str(path / name), fix="restore the file, or start the run again"
-            ) from None
-    if not (path / "metrics.jsonl").exists():
-        raise RequestError(
-            f"{path} is not a run directory" + ("" if path.is_dir() else ": there is no such folder"),
-            where=f"halfstep numerics {path}",
-            fix="name a directory made by `halfstep run` or `launcher/train.py`",
-        )
-    return Described()

@@ -16,10 +16,10 @@ from halfstep.launcher.engine.build import build
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.state import training_state
 from halfstep.launcher.errors import NumericsError
-from halfstep.launcher.metrics.record import StepRecord
 from halfstep.launcher.parity.cases import POISONED_STEP
 from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterGroups, Scale
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.metric_rows import StepRecord
 from halfstep.models import network as model_build
 from halfstep.models.loss import next_token_loss
 

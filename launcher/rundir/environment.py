@@ -52,11 +52,11 @@ def describe() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a run's numbers depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def code_revision() -> str | None:

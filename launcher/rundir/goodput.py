@@ -5,15 +5,14 @@ was killed left its rows and events, and what it did not leave is the time until
 only goes forward (launcher/system/clock.py); a clock that was set back between two of them makes that time zero.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher.rundir.json_lines import from_start
-from halfstep.launcher.system import foreign
+from halfstep.launcher.rundir import exits
+from halfstep.launcher.rundir import run_reader as reader
 
 CAUSES = ("start", "load", "evaluate", "save", "skipped", "redone", "down", "other")
 """What takes time and makes no progress.
@@ -51,7 +50,7 @@ class Goodput:
 class _Attempt:
     """One attempt's own rows and events, and when it was there."""
 
-    name: str
+    number: int
     began: float
     """Start of its first process."""
     held: float
@@ -65,16 +64,16 @@ class _Attempt:
 
     def spent(self) -> dict[str, float]:
         """Return the seconds that are accounted for, by what they were spent on."""
-        found: dict[str, float] = dict.fromkeys(("productive", "skipped", "redone", "evaluate", "save", "load"), 0.0)
+        spent: dict[str, float] = dict.fromkeys(("productive", "skipped", "redone", "evaluate", "save", "load"), 0.0)
         for row in self.standing:
-            found["skipped" if row.get("overflow") else "productive"] += _seconds(row, "step_seconds")
-        found["redone"] += sum(_seconds(row, "step_seconds") for row in self.gone)
+            spent["skipped" if row.get("overflow") else "productive"] += _seconds(row, "step_seconds")
+        spent["redone"] += sum(_seconds(row, "step_seconds") for row in self.gone)
         names = {"saved": "save", "evaluated": "evaluate", "resumed": "load"}
         for event in self.events:
             if cause := names.get(str(event.get("event"))):
-                found[cause] += _seconds(event, "seconds") + _seconds(event, "verify_seconds")
+                spent[cause] += _seconds(event, "seconds") + _seconds(event, "verify_seconds")
         training = next((event["time"] for event in self.events if event.get("event") == "training"), self.ended)
-        return {**found, "start": max(0.0, training - self.began - found["load"])}
+        return {**spent, "start": max(0.0, training - self.began - spent["load"])}
 
 
 def of(run: Path, now: float | None = None) -> Goodput:
@@ -82,11 +81,11 @@ def of(run: Path, now: float | None = None) -> Goodput:
     attempts = _attempts(run, now)
     lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
     productive = wall = 0.0
-    for number, one in enumerate(attempts):
-        spent = one.spent()
+    for place, attempt in enumerate(attempts):
+        spent = attempt.spent()
         # What was measured by a stopwatch counts where the clock says that there was less time.
-        length = max(one.ended - one.began, sum(spent.values()))
-        down = max(0.0, one.began - attempts[number - 1].ended) if number else 0.0
+        length = max(attempt.ended - attempt.began, sum(spent.values()))
+        down = max(0.0, attempt.began - attempts[place - 1].ended) if place else 0.0
         lost["down"] += down
         lost["other"] += length - sum(spent.values())
         wall += down + length
@@ -97,41 +96,44 @@ def of(run: Path, now: float | None = None) -> Goodput:
 
 
 def _attempts(run: Path, now: float | None) -> list[_Attempt]:
-    found = [one for folder in sorted((run / "attempts").glob("[0-9]*")) if (one := _begun(folder)) is not None]
-    if not found:
+    folders = reader.Run(run).attempts
+    attempts = [begun for attempt in folders if (begun := _begun(attempt)) is not None]
+    if not attempts:
         return []
-    for row in _rows(run / "metrics.jsonl"):
-        _maker(found, row).standing.append(row)
-    gone: dict[tuple[Any, float], tuple[dict[str, Any], str]] = {}
-    for file in sorted((run / "attempts").glob("*/metrics*.jsonl")):
-        # An attempt may cut rows of several before it; an end between two writes leaves a row in both files.
-        gone.update({_key(row): (row, file.parent.name) for row in _rows(file)})
-    kept = {_key(row) for one in found for row in one.standing}
+    for row in _timed(run / "metrics.jsonl"):
+        _maker(attempts, row).standing.append(row)
+    gone: dict[tuple[Any, float], tuple[dict[str, Any], int]] = {}
+    for attempt in folders:
+        for file in sorted(attempt.folder.glob("metrics*.jsonl")):
+            # An attempt may cut rows of several before it; an end between two writes leaves a row in both files.
+            gone.update({_key(row): (row, attempt.number) for row in _timed(file)})
+    kept = {_key(row) for attempt in attempts for row in attempt.standing}
     for key, (row, last) in gone.items():
         if key not in kept:
-            _maker([one for one in found if one.name <= last] or found, row).gone.append(row)
-    _deal_events(found, run / "events.jsonl")
-    for number, one in enumerate(found):
-        signs = [row["time"] for row in [*one.standing, *one.gone, *one.events]]
-        before = found[number - 1].ended if number else one.began
-        if one.held >= before:
+            _maker([attempt for attempt in attempts if attempt.number <= last] or attempts, row).gone.append(row)
+    _deal_events(attempts, run / "events.jsonl")
+    for place, attempt in enumerate(attempts):
+        signs = [row["time"] for row in [*attempt.standing, *attempt.gone, *attempt.events]]
+        before = attempts[place - 1].ended if place else attempt.began
+        if attempt.held >= before:
             # Ranks may outlive their launcher by seconds, in which the next start is already waking up.
-            one.began = max(one.began, before)
-        one.ended = max([one.began, one.held, one.ended, *signs])
+            attempt.began = max(attempt.began, before)
+        attempt.ended = max([attempt.began, attempt.held, attempt.ended, *signs])
     if now is not None:
-        found[-1].ended = max(now, found[-1].began)
-    return found
+        attempts[-1].ended = max(now, attempts[-1].began)
+    return attempts
 
 
-def _begun(folder: Path) -> _Attempt | None:
+def _begun(attempt: reader.Attempt) -> _Attempt | None:
     """Return an attempt without its rows; None for a folder in which nothing began."""
-    env, end = _json(folder / "env.json"), _json(folder / "exit.json")
-    if not (folder / "env.json").exists():
+    if not (attempt.folder / "env.json").exists():
         return None
+    # One value of a record that is damaged does not spoil the others.
+    env, end = reader.record(attempt.folder / "env.json"), reader.record(attempt.folder / exits.EXIT)
     held = _time(env, "time", _time(env, "began", 0.0))
     done = env.get("steps_done")
     return _Attempt(
-        name=folder.name,
+        number=attempt.number,
         began=_time(env, "began", held),
         held=held,
         ended=_time(end, "time", held),
@@ -151,16 +153,16 @@ def _maker(attempts: list[_Attempt], row: dict[str, Any]) -> _Attempt:
 
 def _deal_events(attempts: list[_Attempt], file: Path) -> None:
     """Give every event to the attempt whose start stands before it in the file."""
-    by_name = {attempt.name: attempt for attempt in attempts}
+    by_name = {f"{attempt.number:04d}": attempt for attempt in attempts}
     current: _Attempt | None = None
-    for event in _rows(file):
+    for event in _timed(file):
         if event.get("event") == "start":
             current = by_name.get(str(event.get("attempt"))) or _of_its_time(attempts, event)
         (current or _of_its_time(attempts, event)).events.append(event)
 
 
 def _of_its_time(attempts: list[_Attempt], row: dict[str, Any]) -> _Attempt:
-    return next((one for one in reversed(attempts) if one.held <= row["time"]), attempts[0])
+    return next((attempt for attempt in reversed(attempts) if attempt.held <= row["time"]), attempts[0])
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, float]:
@@ -168,14 +170,9 @@ def _key(row: dict[str, Any]) -> tuple[Any, float]:
     return step if isinstance(step, int) else None, row["time"]
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows that stand and have a time; one that an end cut short has none."""
-    with contextlib.suppress(OSError):
-        for line in foreign.lines(file):
-            with contextlib.suppress(ValueError):
-                row = foreign.loads(from_start(line)[0])
-                if isinstance(row, dict) and _number(row.get("time")) is not None:
-                    yield row
+def _timed(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows that have a time; one that an end cut short has none."""
+    return (row for row in reader.rows(file) if _number(row.get("time")) is not None)
 
 
 def _seconds(row: dict[str, Any], key: str) -> float:
@@ -192,10 +189,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _FAR:
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return foreign.read_object(file)
-    except (OSError, ValueError):
-        return {}

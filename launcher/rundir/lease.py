@@ -111,12 +111,12 @@ def _start() -> str:
 def holder(path: Path) -> dict[str, Any] | None:
     """Return who holds a run directory, as far as it can be seen from this host; None where nobody who lives does."""
     file = path / _LEASE
-    found, touched = _read_holder(file), _touched(file)
-    if not found or touched is None:
+    holding, touched = _read_holder(file), _touched(file)
+    if not holding or touched is None:
         return None
-    if found.get("host") == socket.gethostname():
-        return found if _lives(found) else None
-    return found if time.time() - touched < LEASE_STALE_SECONDS else None
+    if holding.get("host") == socket.gethostname():
+        return holding if _lives(holding) else None
+    return holding if time.time() - touched < LEASE_STALE_SECONDS else None
 
 
 def _lives(holder: dict[str, Any]) -> bool:
@@ -137,14 +137,14 @@ def _outlive(path: Path, file: Path, holder: dict[str, Any], limit: float, *, wa
 
     Whoever lives touches its lease, and that ends the waiting.
     """
-    seen, told = _touched(file), False
+    seen, announced = _touched(file), False
     while (at := _touched(file)) is not None and time.time() - at < limit:
         if not waits or at != seen:
             raise _held(path, holder)
-        if not told:
+        if not announced:
             who = f"process {holder.get('pid')} on {holder.get('host')}"
             print(f"{who} held this run directory; waiting to see whether it lives", flush=True)
-            told = True
+            announced = True
         time.sleep(min(1.0, limit / 10))
 
 

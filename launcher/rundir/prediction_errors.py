@@ -4,12 +4,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.rundir import records
+from halfstep.launcher.rundir.records import damaged
+from halfstep.launcher.rundir.run_reader import Run
 
-_Record = TypeVar("_Record")
+_FIX = "name the directory of a run that has ended"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,27 +32,32 @@ class Comparison:
 
     @property
     def step_error(self) -> float | None:
-        """Prediction over measurement, less one."""
+        """Prediction over measurement, less comparison."""
         return _error(self.predicted_step_seconds, self.measured_step_seconds)
 
     @property
     def peak_error(self) -> float | None:
-        """Prediction over measurement, less one."""
+        """Prediction over measurement, less comparison."""
         return _error(self.predicted_peak_bytes, self.measured_peak_bytes)
 
     @property
     def sent_error(self) -> float | None:
-        """Prediction over measurement, less one."""
+        """Prediction over measurement, less comparison."""
         return _error(self.predicted_sent_bytes, self.measured_sent_bytes)
 
 
-def _error(told: float | None, measured: float | None) -> float | None:
-    return told / measured - 1 if told and measured else None
+def _error(predicted: float | None, measured: float | None) -> float | None:
+    return predicted / measured - 1 if predicted and measured else None
 
 
 def run(path: Path) -> Comparison:
     """Compare a run directory's plan with its summary; raises RequestError where either is missing or damaged."""
-    plan, summary = _read(path / "plan.json", records.Planned), _read(path / "summary.json", records.Summary)
+    plan, summary = Run(path).planned, Run(path).summary
+    if plan is None or summary is None:
+        missing = "plan.json" if plan is None else "summary.json"
+        raise RequestError(f"there is no {missing}", where=str(path / missing), fix=_FIX)
+    if plan.zero is None or plan.precision is None:
+        raise damaged(path / "plan.json", "it has no " + ("zero" if plan.zero is None else "precision"))
     speed, memory = plan.time or records.Predicted(), plan.memory or records.Needed()
     return Comparison(
         run=str(path),
@@ -70,21 +76,21 @@ def table(compared: Sequence[Comparison]) -> list[str]:
     """Return comparisons as text, with the mean of their errors."""
     each = " ".join(f"{name:>8} {'told':>8} {'off':>7}  " for name in ("step s", "GiB", "MiB sent"))
     text = [f"{'run':<32} {'cell':<24} {each}".rstrip()]
-    for one in compared:
+    for comparison in compared:
         values = (
-            (one.measured_step_seconds, one.predicted_step_seconds, 1.0, one.step_error),
-            (one.measured_peak_bytes, one.predicted_peak_bytes, 2**30, one.peak_error),
-            (one.measured_sent_bytes, one.predicted_sent_bytes, 2**20, one.sent_error),
+            (comparison.measured_step_seconds, comparison.predicted_step_seconds, 1.0, comparison.step_error),
+            (comparison.measured_peak_bytes, comparison.predicted_peak_bytes, 2**30, comparison.peak_error),
+            (comparison.measured_sent_bytes, comparison.predicted_sent_bytes, 2**20, comparison.sent_error),
         )
         each = " ".join(f"{_cell(a, unit)} {_cell(b, unit)} {_percent(error)}  " for a, b, unit, error in values)
-        text.append(f"{one.run[-32:]:<32} {one.cell:<24} {each}".rstrip())
+        text.append(f"{comparison.run[-32:]:<32} {comparison.cell:<24} {each}".rstrip())
     for name, errors in (
-        ("step time", [one.step_error for one in compared if one.step_error is not None]),
-        ("peak memory", [one.peak_error for one in compared if one.peak_error is not None]),
-        ("bytes sent", [one.sent_error for one in compared if one.sent_error is not None]),
+        ("step time", [comparison.step_error for comparison in compared if comparison.step_error is not None]),
+        ("peak memory", [comparison.peak_error for comparison in compared if comparison.peak_error is not None]),
+        ("bytes sent", [comparison.sent_error for comparison in compared if comparison.sent_error is not None]),
     ):
         if errors:
-            mean = statistics.mean(abs(one) for one in errors)
+            mean = statistics.mean(abs(error) for error in errors)
             text.append(f"{name}: mean error {100 * mean:.1f} % over {len(errors)} run(s)")
     return text
 
@@ -95,14 +101,3 @@ def _cell(value: float | None, unit: float) -> str:
 
 def _percent(error: float | None) -> str:
     return f"{'-' if error is None else f'{100 * error:+.1f} %':>7}"
-
-
-def _read(path: Path, kind: type[_Record]) -> _Record:
-    fix = "name the directory of a run that has ended"
-    try:
-        record = records.read(path, kind)
-    except records.Damaged as error:
-        raise RequestError(f"a record is damaged: {error}", where=str(path), fix=fix) from None
-    if record is None:
-        raise RequestError(f"there is no {path.name}", where=str(path), fix=fix)
-    return record

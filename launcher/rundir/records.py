@@ -8,15 +8,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from halfstep.launcher.errors import RequestError
 from halfstep.launcher.system import foreign
 from halfstep.launcher.system.fields import Count, Finite, Flag, Measured, Positive, Text, checked
 from halfstep.launcher.system.files import reason
 
 _Kind = TypeVar("_Kind")
+_FIX = "restore the file, or start the run again with its key=value words, which write it again"
 
 
-class Damaged(Exception):
-    """A record is not what was written; its text names the file and says why."""
+class Damaged(RequestError):
+    """A record of a run is not what was written."""
+
+
+def damaged(file: Path, why: str, line: int | None = None) -> Damaged:
+    """Return what to say of a file, or of a line in it, that is not what was written."""
+    if line is None:
+        return Damaged(f"{file.name} is damaged: {why}", where=str(file), fix=_FIX)
+    fix = "restore the file from a copy, or delete that line"
+    return Damaged(f"{file.name} is damaged in line {line}: {why}", where=f"{file}:{line}", fix=fix)
+
+
+def unreadable(file: Path, error: OSError) -> Damaged:
+    """Return what to say of a file that cannot be read."""
+    return Damaged(f"{file} cannot be read: {reason(error)}", where=str(file), fix="check its permissions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +40,10 @@ class Summary:
 
     status: Text = ""
     run_id: Text = ""
+    model: Text | None = None
+    zero: Count | None = None
+    precision: Text | None = None
+    steps: Count | None = None
     loss: Finite | None = None
     eval_loss: Finite | None = None
     tokens_per_second: Measured | None = None
@@ -63,22 +82,31 @@ class Needed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """Of plan.json, what is shown of it."""
+class PlannedModel:
+    """Of a plan, the network."""
 
-    steps: Positive
-    zero: Count
-    precision: Text
-    topology: PlannedTopology = PlannedTopology()
-    time: Predicted | None = None
-    memory: Needed | None = None
+    name: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedSteps:
-    """Of plan.json, how long the run is."""
+class PlannedData:
+    """Of a plan, what is read."""
+
+    validation_windows: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Of plan.json, what is shown of it; the whole is a `Plan`."""
 
     steps: Positive
+    zero: Count | None = None
+    precision: Text | None = None
+    model: PlannedModel = PlannedModel()
+    data: PlannedData = PlannedData()
+    topology: PlannedTopology = PlannedTopology()
+    time: Predicted | None = None
+    memory: Needed | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +130,6 @@ class Proof:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How something ended: exit.json, refused.json, and a study's outcome.json."""
-
-    code: Count
-    cause: Text = ""
-    time: Finite = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Reached:
     """Of a row of metrics.jsonl, how far the run is."""
 
@@ -126,9 +145,9 @@ def read(file: Path, kind: type[_Kind]) -> _Kind | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise Damaged(f"{file.name} cannot be read: {reason(error)}") from None
+        raise unreadable(file, error) from None
     except ValueError as error:
-        raise Damaged(f"{file.name}: {error}") from None
+        raise damaged(file, str(error)) from None
 
 
 def reached(metrics: Path) -> Reached | None:
@@ -140,4 +159,4 @@ def reached(metrics: Path) -> Reached | None:
     try:
         return None if row is None else checked(Reached, row)
     except ValueError as error:
-        raise Damaged(f"{metrics.name}: {error}") from None
+        raise damaged(metrics, str(error)) from None

@@ -2,7 +2,7 @@
 
 request.toml plan.json ds_config.json origins.json      what was asked and decided
 metrics.jsonl events.jsonl summary.json                  what was seen
-checkpoints/step-00000100/                               what a start goes on from
+checkpoints/step-00000100/                               what a start resumes from
 attempts/0001/{env.json,rank-0.log,exit.json}            every start, on what, and how it ended
 lease                                                    held by the launch that is running
 """
@@ -17,14 +17,14 @@ from typing import Any
 import tomli_w
 
 from halfstep.launcher.config.dotted import flatten, unflatten
-from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.plan.plan import Plan, run_id_of
-from halfstep.launcher.rundir import environment
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import environment, layout
 from halfstep.launcher.rundir.lease import LEASE_FILES
-from halfstep.launcher.rundir.trust import SECRET_FILE, beyond_request
+from halfstep.launcher.rundir.trust import SECRET_FILE
 from halfstep.launcher.system import foreign
-from halfstep.launcher.system.files import append, cannot_write, reason, write_atomic, write_json
+from halfstep.launcher.system.files import append, cannot_write, write_atomic, write_json
 
 _WRITTEN_FIRST = ("plan.json", "request.toml", "ds_config.json", "origins.json", "refused.json")
 
@@ -66,14 +66,16 @@ def location(request: Request, plan: Plan) -> Path:
     return Path(request.spec.out) if request.spec.out else Path.cwd() / "runs" / plan.run_id
 
 
-def named(words: Sequence[str]) -> Path | None:
+def named(arguments: Sequence[str]) -> Path | None:
     """Return the directory that `run=DIR` or `--run DIR` names, or None where the words are a request of their own."""
-    words = [f"run={words[1]}", *words[2:]] if words[:1] == ["--run"] and len(words) > 1 else words
-    if not words or not words[0].startswith(("run=", "--run")):
+    arguments = (
+        [f"run={arguments[1]}", *arguments[2:]] if arguments[:1] == ["--run"] and len(arguments) > 1 else arguments
+    )
+    if not arguments or not arguments[0].startswith(("run=", "--run")):
         return None
-    directory = words[0].partition("=")[2]
-    if len(words) > 1 or not directory:
-        said = " ".join(words)
+    directory = arguments[0].partition("=")[2]
+    if len(arguments) > 1 or not directory:
+        said = " ".join(arguments)
         raise RequestError("--run takes one run directory and no key=value words", where=said, fix="--run DIR")
     return Path(directory).absolute()
 
@@ -96,42 +98,6 @@ def write_plan(path: Path, request: Request, plan: Plan) -> None:
         write_json(path / "ds_config.json", plan.deepspeed)
         write_json(path / "origins.json", {"request": request.origins, "deepspeed": plan.origins})
         write_json(path / "plan.json", plan.to_dict())
-
-
-def read_plan(path: Path) -> tuple[Request, Plan]:
-    """Read a run directory that `write_plan` made; raises RequestError where its files are not as they were written."""
-    try:
-        tree = foreign.read_object(path / "plan.json")
-        plan, run_id = Plan.from_dict(tree), run_id_of(tree)
-        origins = foreign.read_object(path / "origins.json")["request"]
-        request = Request(spec=load([str(path / "request.toml")], stored=True).spec, origins=dict(origins))
-    except OSError as error:
-        raise RequestError(
-            f"{path} is not a run directory: {Path(str(error.filename)).name} cannot be read: {reason(error)}",
-            where=f"--run {path}",
-            fix="name a directory made by `halfstep run` or `launcher/train.py`",
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _changed(path, f"plan.json or origins.json is damaged: {_reason(error)}") from None
-    if run_id != plan.run_id:
-        raise _changed(path, "plan.json was changed after it was written: its run id does not fit")
-    if beyond := beyond_request(request.spec, plan):
-        raise _changed(path, f"plan.json does what request.toml does not ask for: {beyond}")
-    return request, plan
-
-
-def _changed(path: Path, what: str) -> RequestError:
-    return RequestError(
-        what, where=f"run directory {path}", fix="start the run again with its key=value words, which write it again"
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's first sentence; a missing key is all that a KeyError says."""
-    text = str(error).strip()
-    if isinstance(error, KeyError):
-        return f"it has no {text}"
-    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def refuse_another_run(path: Path, plan: Plan) -> None:
@@ -162,9 +128,9 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
     new = plan.identity
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if changed:
-        told = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
+        changes = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
         raise RequestError(
-            f"{path} belongs to a different run: {told}"
+            f"{path} belongs to a different run: {changes}"
             + (f", and {len(changed) - 4} more" if len(changed) > 4 else ""),
             where=f"out={path}",
             fix="choose another out (or none), or ask for the same run again",
@@ -173,7 +139,7 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
 
 def _planned(path: Path) -> dict[str, Any] | None:
     """Return the plan of the run in a directory, with what makes it this run; None where nothing in it says so."""
-    for file in (path / "plan.json", *sorted((path / "attempts").glob("[0-9]*/plan.json"), reverse=True)):
+    for file in (path / "plan.json", *(folder / "plan.json" for folder in reversed(layout.attempts(path)))):
         with contextlib.suppress(OSError, ValueError):
             tree = foreign.read_object(file)
             if isinstance(tree.get("identity"), dict) and isinstance(tree.get("data"), dict):
@@ -187,7 +153,7 @@ def _is_ours(name: str) -> bool:
 
 
 def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) -> RunDir:
-    """Make the next attempts/NNNN with its env.json, and leave of the last attempt's results what goes on from here.
+    """Make the next attempts/NNNN with its env.json, and leave of the last attempt's results what it resumes from.
 
     Nothing is lost: rows of steps that will be done again, and a result that will be replaced, move into the folder of
     the attempt that made them. A start from step 1 also puts checkpoints out of the way, which would belong to another
@@ -196,7 +162,7 @@ def start_attempt(path: Path, extra: Mapping[str, Any], *, steps_done: int = 0) 
     attempts = path / "attempts"
     with cannot_write(path):
         attempts.mkdir(exist_ok=True)
-        names = (one.name for one in attempts.iterdir())
+        names = (folder.name for folder in attempts.iterdir())
         number = 1 + max((int(name) for name in names if re.fullmatch(r"[0-9]{4,9}", name)), default=0)
         attempt = attempts / f"{number:04d}"
         attempt.mkdir()
@@ -230,12 +196,3 @@ def _truncate(metrics: Path, steps: int, redone: Path) -> None:
     if cut:
         append(redone, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in cut))
         write_atomic(metrics, b"".join(kept))
-
-
-def finished(path: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that is done, else None."""
-    try:
-        summary = foreign.read_object(path / "summary.json")
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("status") == "done" else None

@@ -57,13 +57,13 @@ class Summary:
     @property
     def done(self) -> bool:
         """Whether all its seeds ran to their end."""
-        return all(one.done for one in self.results)
+        return all(result.done for result in self.results)
 
     @property
     def proved(self) -> bool | None:
         """Whether the gate holds for it wherever it ran; None where that is not known of every run."""
-        told = [one.proved for one in self.results]
-        return False if False in told else None if None in told else True
+        verdicts = [result.proved for result in self.results]
+        return False if False in verdicts else None if None in verdicts else True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ class Verdict:
         if not cell.speeds or not other.speeds:
             return None
         apart = statistics.fmean(map(math.log, cell.speeds)) - statistics.fmean(map(math.log, other.speeds))
-        known = [self.speed_noise[one.name] for one in (cell, other) if one.name in self.speed_noise]
-        widest = max((one.interval(1) for one in known), default=0.0)
+        known = [self.speed_noise[side.name] for side in (cell, other) if side.name in self.speed_noise]
+        widest = max((noise.interval(1) for noise in known), default=0.0)
         half = widest * math.sqrt(1 / len(cell.speeds) + 1 / len(other.speeds))
         return math.exp(apart), math.exp(apart - half), math.exp(apart + half)
 
@@ -110,22 +110,24 @@ class Verdict:
         """Return the usable cells whose speed cannot be told from the fastest one's."""
         if self.fastest is None or not self.speed_noise:
             return ()
-        found = []
-        for one in self.usable:
-            ratio = self.ratio(one, self.fastest)
-            if one is not self.fastest and ratio is not None and ratio[2] >= 1:
-                found.append(one)
-        return tuple(found)
+        cells = []
+        for cell in self.usable:
+            ratio = self.ratio(cell, self.fastest)
+            if cell is not self.fastest and ratio is not None and ratio[2] >= 1:
+                cells.append(cell)
+        return tuple(cells)
 
 
 def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
     """Summarise every cell, compare it with the reference, and choose."""
     groups: dict[str, list[Result]] = {}
-    for one in results:
-        groups.setdefault(one.name, []).append(one)
+    for result in results:
+        groups.setdefault(result.name, []).append(result)
     theirs = groups[name_of(reference)]
     paired = {name: _paired(own, theirs) for name, own in groups.items()}
-    noise = _by_precision(groups, {name: one for name, one in paired.items() if name != name_of(reference)})
+    noise = _by_precision(
+        groups, {name: differences for name, differences in paired.items() if name != name_of(reference)}
+    )
     cells = tuple(_summary(own, theirs, paired[name], noise.get(name)) for name, own in groups.items())
     (chosen,) = [cell for cell in cells if cell.values == reference]
     usable = tuple(cell for cell in cells if _usable(cell, chosen))
@@ -133,10 +135,10 @@ def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
     return Verdict(
         cells=cells,
         reference=chosen,
-        seeds=len({one.seed for one in results}),
-        freedom=min((one.freedom for one in compared), default=0),
+        seeds=len({result.seed for result in results}),
+        freedom=min((cell.freedom for cell in compared), default=0),
         compared=len(compared),
-        speed_noise=between_seeds({cell.name: [math.log(one) for one in cell.speeds] for cell in cells}),
+        speed_noise=between_seeds({cell.name: [math.log(speed) for speed in cell.speeds] for cell in cells}),
         usable=usable,
         fastest=_least(usable, lambda cell: -cell.tokens_per_second),
         smallest=_least(usable, lambda cell: cell.peak_memory_bytes),
@@ -147,11 +149,11 @@ def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
 
 def _paired(own: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
     """Return the differences in quality, seed by seed."""
-    reference = {one.seed: one.quality for one in theirs if one.done}
+    reference = {result.seed: result.quality for result in theirs if result.done}
     return [
-        one.quality - there
-        for one in own
-        if one.done and one.quality is not None and (there := reference.get(one.seed)) is not None
+        result.quality - there
+        for result in own
+        if result.done and result.quality is not None and (there := reference.get(result.seed)) is not None
     ]
 
 
@@ -160,33 +162,39 @@ def _by_precision(groups: dict[str, list[Result]], paired: dict[str, list[float]
 
     A cell that does the same arithmetic as the reference differs by nothing, and tells nothing of noise.
     """
-    found: dict[str, Noise] = {}
+    noise: dict[str, Noise] = {}
     for precision in {own[0].precision for own in groups.values()}:
-        alike = {name: one for name, one in paired.items() if any(one) and groups[name][0].precision == precision}
-        found |= between_seeds(alike)
-    return found
+        alike = {
+            name: differences
+            for name, differences in paired.items()
+            if any(differences) and groups[name][0].precision == precision
+        }
+        noise |= between_seeds(alike)
+    return noise
 
 
 def _summary(own: Sequence[Result], theirs: Sequence[Result], paired: Sequence[float], noise: Noise | None) -> Summary:
-    done = [one for one in own if one.done]
-    qualities = [one.quality for one in done if one.quality is not None]
-    middle = _median([one.step_seconds for one in done])
+    done = [result for result in own if result.done]
+    qualities = [result.quality for result in done if result.quality is not None]
+    middle = _median([result.step_seconds for result in done])
     spans = [
-        one.step_seconds_high - one.step_seconds_low for one in done if one.step_seconds_high and one.step_seconds_low
+        result.step_seconds_high - result.step_seconds_low
+        for result in done
+        if result.step_seconds_high and result.step_seconds_low
     ]
-    speed = _median([one.tokens_per_second for one in done])
-    devices = max((one.devices or 1 for one in done), default=1)
+    speed = _median([result.tokens_per_second for result in done])
+    devices = max((result.devices or 1 for result in done), default=1)
     about: dict[str, Any] = {
         "values": own[0].values,
         "results": tuple(own),
         "quality": statistics.fmean(qualities) if qualities else None,
         "band": 2 * statistics.stdev(qualities) if len(qualities) > 1 else None,
         "tokens_per_second": speed,
-        "speeds": tuple(one.tokens_per_second for one in done if one.tokens_per_second),
+        "speeds": tuple(result.tokens_per_second for result in done if result.tokens_per_second),
         "step_seconds": middle,
         "step_spread": statistics.median(spans) / middle if spans and middle else None,
-        "peak_memory_bytes": _median([one.peak_memory_bytes for one in done]),
-        "wall_seconds": _median([one.wall_seconds for one in done]),
+        "peak_memory_bytes": _median([result.peak_memory_bytes for result in done]),
+        "wall_seconds": _median([result.wall_seconds for result in done]),
         "device_seconds_per_token": devices / speed if speed else None,
     }
     if own[0].values == theirs[0].values:
@@ -219,7 +227,7 @@ def _usable(cell: Summary, reference: Summary) -> bool:
 
 
 def _rounding(results: Sequence[Result]) -> float:
-    return max(_ROUNDING.get(one.precision or "", 3e-4) for one in results)
+    return max(_ROUNDING.get(result.precision or "", 3e-4) for result in results)
 
 
 def _least(cells: Sequence[Summary], key: Any) -> Summary | None:
@@ -228,15 +236,15 @@ def _least(cells: Sequence[Summary], key: Any) -> Summary | None:
 
 
 def _frontier(cells: Sequence[Summary]) -> tuple[Summary, ...]:
-    found, least = [], math.inf
+    frontier, least = [], math.inf
     known = [cell for cell in cells if cell.tokens_per_second and cell.peak_memory_bytes]
-    for cell in sorted(known, key=lambda one: (-(one.tokens_per_second or 0.0), one.peak_memory_bytes or 0.0)):
+    for cell in sorted(known, key=lambda cell: (-(cell.tokens_per_second or 0.0), cell.peak_memory_bytes or 0.0)):
         if (cell.peak_memory_bytes or math.inf) < least:
-            found.append(cell)
+            frontier.append(cell)
             least = cell.peak_memory_bytes or math.inf
-    return tuple(found)
+    return tuple(frontier)
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    known = [one for one in values if one is not None]
+    known = [value for value in values if value is not None]
     return statistics.median(known) if known else None

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.launcher.errors import EXIT_STOPPED, HalfstepError, Interrupted
-from halfstep.launcher.rundir import progress, records, run_directory
-from halfstep.launcher.rundir.exits import read_exit
+from halfstep.launcher.rundir import layout, run_directory
+from halfstep.launcher.rundir.exits import kind_of_code, kind_of_error, read_exit
 from halfstep.launcher.rundir.lease import lease, reserved
+from halfstep.launcher.rundir.records import Damaged
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.study import proof, run_status
 from halfstep.launcher.study import study_folder as folders
 from halfstep.launcher.study.grid import Cell, order
@@ -63,18 +65,18 @@ def run(
         allowed = [cell for cell in order(cells, study.seeds) if cell.plan is not None and cell.refused is None]
         before = {cell.folder: now(cell) for cell in allowed}
         waiting = [cell for cell in allowed if before[cell.folder].to_do(retry=retry, gate=gate)]
-        found = _prove(allowed, waiting, folder, say) if gate else []
+        verdicts = _prove(allowed, waiting, folder, say) if gate else []
         counts = {"done": 0, "failed": 0, "refused": 0}
         for number, cell in enumerate(waiting, 1):
-            code, words = _one(cell, folders.run_of(folder, cell), starter, study.limit, found)
-            told = now(cell)
-            say(f"[{number}/{len(waiting)}] {cell.name} seed={cell.seed}: {told.status}, {words or told.reason}")
+            code, outcome = _run_cell(cell, folders.run_of(folder, cell), starter, study.limit, verdicts)
+            state = now(cell)
+            say(f"[{number}/{len(waiting)}] {cell.name} seed={cell.seed}: {state.status}, {outcome or state.reason}")
             if code in (EXIT_STOPPED, Interrupted.exit_code):
                 break
-            counts[told.status] = counts.get(told.status, 0) + 1
+            counts[state.status] = counts.get(state.status, 0) + 1
         else:
             code = 0
-        kept = sum(one.status in ("done", "failed") for one in before.values()) - sum(
+        kept = sum(state.status in ("done", "failed") for state in before.values()) - sum(
             before[cell.folder].status == "failed" for cell in waiting
         )
     return Done(ran=counts["done"] + counts["failed"], failed=counts["failed"], kept=kept, code=code)
@@ -89,34 +91,36 @@ def _prove(
         for cell in allowed
         if cell not in waiting and cell.plan and proof.can_be_told_again(folders.run_of(folder, cell), cell.plan)
     ]
-    found = proof.run([cell.plan for cell in (*waiting, *late) if cell.plan], say)
+    verdicts = proof.run([cell.plan for cell in (*waiting, *late) if cell.plan], say)
     for cell in late:
         if cell.plan is not None:
-            proof.tell(folders.run_of(folder, cell), cell.plan, found)
-    return found
+            proof.tell(folders.run_of(folder, cell), cell.plan, verdicts)
+    return verdicts
 
 
-def _one(cell: Cell, path: Path, starter: str, limit: float, found: Sequence[dict[str, Any]]) -> tuple[int, str]:
+def _run_cell(
+    cell: Cell, path: Path, starter: str, limit: float, verdicts: Sequence[dict[str, Any]]
+) -> tuple[int, str]:
     """Run one cell and return its exit code and, where it is done, what is said of it."""
     plan = cell.plan
     assert plan is not None, "what could not be planned is not run"
-    started, load, before = time.time(), os.getloadavg(), set(progress.attempts(path))
+    started, load, before = time.time(), os.getloadavg(), set(layout.attempts(path))
     launch = uuid.uuid4().hex
     try:
         with reserved(path, launch):
             run_directory.write_plan(path, cell.request, plan)
-            if proof.tell(path, plan, found)["refused"]:
+            if proof.tell(path, plan, verdicts)["refused"]:
                 return 0, ""
             with cannot_write(path):
                 (path / run_status.OUTCOME).unlink(missing_ok=True)
                 os.close(open_append(path / LOG))
             command, ranks = argv.STARTERS[starter](plan, path), plan.topology.ranks_per_node
             code = local.start(command, path, ranks, launch=launch, log=path / LOG, limit=limit)
-        cause = "" if code == 0 else _last_words(path / LOG)
+        cause, kind = "" if code == 0 else _last_words(path / LOG), kind_of_code(code)
     except HalfstepError as error:  # of this run; the others are none the worse for it
-        code, cause = error.exit_code, error.what
+        code, cause, kind = error.exit_code, error.what, kind_of_error(error)
     ended = time.time()
-    about: dict[str, Any] = {"code": code, "cause": cause, "seconds": ended - started, "started": started}
+    about: dict[str, Any] = {"code": code, "cause": cause, "kind": kind, "seconds": ended - started, "started": started}
     about |= {"load_before": load, "load_after": os.getloadavg(), "starter": starter}
     # Whoever was there wrote the cause before this, and knows it better.
     about["time"] = started if _has_ended(path, before) else ended
@@ -124,22 +128,24 @@ def _one(cell: Cell, path: Path, starter: str, limit: float, found: Sequence[dic
         write_json(path / run_status.OUTCOME, about)
     if code:
         return code, cause
-    return 0, ", ".join(_figures(path / "summary.json")) + f" ({ended - started:.0f} s)"
+    return 0, ", ".join(_figures(path)) + f" ({ended - started:.0f} s)"
 
 
 def _has_ended(path: Path, before: set[Path]) -> bool:
     """Tell whether an attempt that was not there before wrote how it ended."""
-    return any(read_exit(one) is not None for one in set(progress.attempts(path)) - before)
+    return any(read_exit(attempt) is not None for attempt in set(layout.attempts(path)) - before)
 
 
-def _figures(file: Path) -> list[str]:
+def _figures(path: Path) -> list[str]:
     try:
-        summary = records.read(file, records.Summary) or records.Summary()
-    except records.Damaged as error:
-        return [str(error)]
+        summary = Run(path).summary
+    except Damaged as error:
+        return [error.what]
+    if summary is None:
+        return []
     loss, speed = summary.loss if summary.eval_loss is None else summary.eval_loss, summary.tokens_per_second
-    found = [] if loss is None else [f"loss {loss:.4f}"]
-    return found if speed is None else [*found, f"{speed:,.0f} tok/s"]
+    figures = [] if loss is None else [f"loss {loss:.4f}"]
+    return figures if speed is None else [*figures, f"{speed:,.0f} tok/s"]
 
 
 def _last_words(log: Path) -> str:

@@ -6,23 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher.errors import (
-    EXIT_NUMERICS,
-    EXIT_REFUSED,
-    EXIT_REQUEST,
-    EXIT_STALLED,
-    EXIT_STOPPED,
-    Interrupted,
-    RefusedError,
-)
-from halfstep.launcher.rundir import lease, progress, records
+from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.rundir import lease
+from halfstep.launcher.rundir.exits import REFUSAL, Kind
+from halfstep.launcher.rundir.records import Damaged
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.submit import jobs, slurm
-from halfstep.launcher.submit.local import TIMED_OUT
 from halfstep.launcher.submit.slurm import Queued
 
 OUTCOME = "outcome.json"
 """In the run directory: how a launch ended that the study started itself."""
-_MEMORY = ("the host is out of memory", "out of device memory", "out of host memory")
+_FAILURES = {
+    Kind.OUT_OF_DEVICE_MEMORY: "out of memory",
+    Kind.OUT_OF_HOST_MEMORY: "out of memory",
+    Kind.DISK_FULL: "disk full",
+    Kind.NUMERICS: "diverged",
+    Kind.STALL: "stalled",
+    Kind.TIMED_OUT: "timed out",
+    Kind.REFUSED: "refused",
+    Kind.REQUEST: "request",
+}
+"""What a report calls them; the others have crashed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ class State:
     """One run, now."""
 
     status: str
-    """`refused`, `missing`, `queued`, `running`, `stopped` (to be gone on with), `done` or `failed`."""
+    """`refused`, `missing`, `queued`, `running`, `stopped` (to be resumed), `done` or `failed`."""
     reason: str = ""
     step: int | None = None
     steps: int | None = None
@@ -50,55 +54,43 @@ def of(cell: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) -> Sta
     if cell["refused"] is not None or run is None:
         return State(status="refused", reason=cell["refused"] or "it could not be planned")
     try:
-        return _of(run, queued)
-    except records.Damaged as error:
-        return State(status="failed", reason=f"damaged: {error}")
+        return _of(Run(run), queued)
+    except Damaged as error:
+        return State(status="failed", reason=error.what)
 
 
-def _of(run: Path, queued: Sequence[Queued]) -> State:
-    proof = records.read(run / "proof.json", records.Proof)
-    if proof is not None and proof.refused:
-        return State(status="refused", reason=proof.refused, by_proof=True)
-    last, plan = records.reached(run / "metrics.jsonl"), records.read(run / "plan.json", records.PlannedSteps)
-    summary = records.read(run / "summary.json", records.Summary)
+def _of(run: Run, queued: Sequence[Queued]) -> State:
+    if run.proof is not None and run.proof.refused:
+        return State(status="refused", reason=run.proof.refused, by_proof=True)
+    reached, planned = run.reached, run.planned
     seen: dict[str, Any] = {
-        "step": last and last.step,
-        "steps": plan and plan.steps,
-        "loss": last and last.loss,
+        "step": reached and reached.step,
+        "steps": planned and planned.steps,
+        "loss": reached and reached.loss,
     }
-    if summary is not None and summary.status == "done":
+    if run.summary is not None and run.summary.status == "done":
         return State(status="done", **seen)
-    living = jobs.alive(run, queued) if queued else []
+    living = jobs.alive(run.path, queued) if queued else []
     if living and living[0].waits:
         return State(status="queued", reason=living[0].reason, **seen)
-    if living or lease.holder(run) is not None:
+    if living or lease.holder(run.path) is not None:
         return State(status="running", reason=living[0].reason if living else "", **seen)
     return _ended(run, seen)
 
 
-def _ended(run: Path, seen: dict[str, Any]) -> State:
+def _ended(run: Run, seen: dict[str, Any]) -> State:
     """Return how a run ended by what was written last: by a rank, by a start that was refused, or by the study."""
-    starts = progress.attempts(run)
-    files = [*(one / "exit.json" for one in starts[-1:]), run / "refused.json", run / OUTCOME]
-    written = [end for file in files if (end := records.read(file, records.Outcome)) is not None]
+    written = [end for end in (run.exit, run.ending(REFUSAL), run.ending(OUTCOME)) if end is not None]
     ends = [end for end in written if end.code]
     if not ends:
-        why = "summary.json is missing" if written else "nobody wrote how it ended" if starts else ""
-        return State(status="stopped" if starts else "missing", reason=why, **seen)
+        why = "summary.json is missing" if written else "nobody wrote how it ended" if run.attempts else ""
+        return State(status="stopped" if run.attempts else "missing", reason=why, **seen)
     last = max(ends, key=lambda end: end.time)
-    code, cause = last.code, " ".join(last.cause.split())
-    if code in (EXIT_STOPPED, Interrupted.exit_code):
+    cause = " ".join(last.cause.split())
+    if last.kind in (Kind.STOPPED, Kind.INTERRUPTED):
         return State(status="stopped", reason=cause, **seen)
-    return State(status="failed", reason=f"{kind(code, cause)}: {cause}" if cause else kind(code, cause), **seen)
-
-
-def kind(code: int, cause: str) -> str:
-    """Return in a word or three why a run failed."""
-    if any(word in cause for word in _MEMORY):
-        return "out of memory"
-    known = {EXIT_NUMERICS: "diverged", EXIT_STALLED: "stalled", TIMED_OUT: "timed out", EXIT_REFUSED: "refused"}
-    known[EXIT_REQUEST] = "request"
-    return known.get(code, f"crashed ({code})")
+    failure = _FAILURES.get(last.kind, f"crashed ({last.code})")
+    return State(status="failed", reason=f"{failure}: {cause}" if cause else failure, **seen)
 
 
 def queue(folder: Path, cells: Sequence[dict[str, Any]]) -> Sequence[Queued]:

@@ -41,7 +41,7 @@ class Study:
     currency: str
     limit: float
     """Seconds that a cell may take, here; 0 = no limit."""
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     """What the command line said beside the file."""
 
 
@@ -50,8 +50,8 @@ def ready() -> list[str]:
     return sorted(file.stem for file in READY.glob("*.toml"))
 
 
-def read(name: str, words: Sequence[str] = ()) -> Study:
-    """Read a study by the name of a ready one or by its file; `words` override [base], or name an axis's values anew.
+def read(name: str, overrides: Sequence[str] = ()) -> Study:
+    """Read a study by the name of a ready one or by its file; `overrides` replace keys of [base], or an axis's values.
 
     Raises RequestError, three lines, for whatever is wrong with it.
     """
@@ -64,7 +64,7 @@ def read(name: str, words: Sequence[str] = ()) -> Study:
             f"a study has no [{unknown[0]}]", where=str(file), fix=f"did you mean [{'] or ['.join(close)}]?"
         )
     for key in ("exclude", "only"):
-        if not isinstance(tree.get(key, []), list) or not all(isinstance(one, dict) for one in tree.get(key, [])):
+        if not isinstance(tree.get(key, []), list) or not all(isinstance(table, dict) for table in tree.get(key, [])):
             raise RequestError(f"{key} is no list of tables", where=str(file), fix=f"{key} = [{{ zero = 0 }}, ...]")
     base = {long_name(key): value for key, value in flatten(_table(tree, "base", file)).items()}
     base = {key: absolute(key, value, file.absolute().parent) for key, value in base.items()}
@@ -73,7 +73,7 @@ def read(name: str, words: Sequence[str] = ()) -> Study:
     seeds_table = _table(tree, "seeds", file)
     _only_these(seeds_table, ("values",), "seeds", file)
     seeds = seeds_table.get("values", [0])
-    for word in words:
+    for word in overrides:
         key, value = _word(word)
         if key == "out":
             raise RequestError(
@@ -82,9 +82,9 @@ def read(name: str, words: Sequence[str] = ()) -> Study:
                 fix=f"--out {shlex.quote(str(value))}, for the study's folder",
             )
         if key == "seed":
-            seeds = [_number(one) for one in str(value).split(",")]
+            seeds = [_number(number) for number in str(value).split(",")]
         elif key in axes:
-            labels = [one.label for one in axes[key].values]
+            labels = [allowed.label for allowed in axes[key].values]
             axes[key] = chosen(axes[key], [value] if value in labels else str(value).split(","))
         else:
             base[key] = absolute(key, value, Path.cwd())
@@ -105,7 +105,7 @@ def read(name: str, words: Sequence[str] = ()) -> Study:
         price=price(compare.get("price"), f"compare.price in {file}"),
         currency=str(compare.get("currency", "USD")),
         limit=_limit(limits.get("seconds", 0), file),
-        words=tuple(words),
+        overrides=tuple(overrides),
     )
 
 
@@ -135,10 +135,10 @@ def _file(name: str) -> Path:
 
 
 def _table(tree: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
-    found = tree.get(name, {})
-    if not isinstance(found, dict):
+    table = tree.get(name, {})
+    if not isinstance(table, dict):
         raise RequestError(f"{name} is a table, not a value", where=str(file), fix=f"write [{name}] above its keys")
-    return found
+    return table
 
 
 def _only_these(table: dict[str, Any], known: Sequence[str], name: str, file: Path) -> None:
@@ -165,7 +165,7 @@ def _check_base(base: dict[str, Any], file: Path) -> None:
 
 
 def _seeds(given: Any, file: Path) -> tuple[int, ...]:
-    whole = isinstance(given, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in given)
+    whole = isinstance(given, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in given)
     if not whole or not given or min(given) < 0 or len(set(given)) < len(given):
         raise RequestError(
             f"seeds are different whole numbers from 0, not {given!r}", where=str(file), fix="[seeds] values = [0, 1]"
@@ -187,25 +187,25 @@ def _reference(compare: dict[str, Any], axes: dict[str, Axis], file: Path) -> di
             fix='reference = { zero = 1, precision = "fp32" }',
         )
     (pattern,) = patterns([given], axes, f"compare.reference in {file}")
-    found = {}
+    reference = {}
     for name, there in axes.items():
-        one = pattern.get(name, (there.values[0].label,))
-        if len(one) != 1:
+        labels = pattern.get(name, (there.values[0].label,))
+        if len(labels) != 1:
             raise RequestError(
-                f"the reference has {len(one)} values of {name}",
+                f"the reference has {len(labels)} values of {name}",
                 where=f"compare.reference in {file}",
                 fix=f"reference = {{ {name} = {there.values[0].label} }}",
             )
-        value = one[0]
-        if value not in [one.label for one in there.values]:
-            has = ", ".join(one.label for one in there.values)
+        value = labels[0]
+        if value not in [allowed.label for allowed in there.values]:
+            has = ", ".join(allowed.label for allowed in there.values)
             raise RequestError(
                 f"the reference {name}={value} is not in the grid",
                 where=f"compare.reference in {file}",
                 fix=f"{name} has {has}",
             )
-        found[name] = value
-    return found
+        reference[name] = value
+    return reference
 
 
 def _limit(given: Any, file: Path) -> float:

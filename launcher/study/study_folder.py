@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.rundir.lease import LEASE_FILES
@@ -42,15 +44,15 @@ def run_of(folder: Path, cell: Cell) -> Path:
 def compare(folder: Path, cells: Sequence[Cell]) -> Change:
     """Return what a folder keeps for these cells; raises RequestError where it is something else's."""
     ours = not folder.exists() or (folder / _FILE).is_file()
-    if not ours and (not folder.is_dir() or any(one.name not in LEASE_FILES for one in folder.iterdir())):
+    if not ours and (not folder.is_dir() or any(file.name not in LEASE_FILES for file in folder.iterdir())):
         raise RequestError(
             f"{folder} exists and is not a study's folder", where="--out", fix="choose one that does not exist yet"
         )
     try:
-        before = {one["run"] for one in read(folder)["cells"] if one["run"] is not None}
+        before = {cell["run"] for cell in read(folder)["cells"] if cell["run"] is not None}
     except RequestError:  # there is none yet, or it is damaged: the directories are what there is
-        before = {f"runs/{one.name}" for one in (folder / "runs").glob("*")}
-    before = {one for one in before if (folder / one).is_dir()}
+        before = {f"runs/{run.name}" for run in (folder / "runs").glob("*")}
+    before = {run for run in before if (folder / run).is_dir()}
     now = {f"runs/{cell.folder}" for cell in cells if cell.plan is not None and cell.refused is None}
     return Change(kept=len(now & before), new=len(now - before), left=tuple(sorted(before - now)))
 
@@ -61,13 +63,14 @@ def write(folder: Path, study: Study, cells: Sequence[Cell]) -> None:
         {
             "values": cell.values,
             "seed": cell.seed,
-            "words": cell.words,
+            "words": cell.arguments,
             "run": f"runs/{cell.folder}" if cell.plan is not None else None,
             "refused": cell.refused,
         }
         for cell in cells
     ]
-    about = {**asdict(study), "axes": {axis.name: [one.label for one in axis.values] for axis in study.axes}}
+    about = {**asdict(study), "axes": {axis.name: [value.label for value in axis.values] for axis in study.axes}}
+    about["words"] = about.pop("overrides")
     with cannot_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _FILE, {"format": _FORMAT, "time": time.time(), "study": about, "cells": listed})
@@ -77,8 +80,8 @@ def read(folder: Path) -> dict[str, Any]:
     """Return study.json; raises RequestError where there is none, or it is damaged."""
     file = folder / _FILE
     try:
-        found = foreign.read_object(file)
-        _check(checked(_Tree, found))
+        tree = foreign.read_object(file)
+        _check(checked(_Tree, tree))
     except FileNotFoundError:
         raise RequestError(
             f"{folder} is not a study's folder", where=str(file), fix="name one that `halfstep study run` made"
@@ -90,14 +93,14 @@ def read(folder: Path) -> dict[str, Any]:
             where=str(file),
             fix="start `halfstep study run` with the study's file again: it writes it from that",
         ) from None
-    return found
+    return tree
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
     values: dict[Text, Text]
     seed: Whole
-    words: list[Text]
+    arguments: Annotated[list[Text], Field(alias="words")]
     run: Text | None
     refused: Text | None
 
@@ -111,7 +114,7 @@ class _About:
     seeds: list[Whole]
     currency: Text
     price: Measured | None = None
-    words: list[Text] = field(default_factory=list)
+    overrides: Annotated[list[Text], Field(alias="words", default_factory=list)]
 
 
 @dataclass(frozen=True, kw_only=True)

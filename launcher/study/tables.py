@@ -43,47 +43,47 @@ class Row:
 
 def rows(verdict: Verdict, price: float | None, currency: str) -> list[Row]:
     """Return a row for each cell, in the study's order."""
-    found = []
+    shown = []
     for cell in verdict.cells:
         kind = "best" if cell is verdict.best else "" if cell in verdict.usable else "off"
-        found.append(
+        shown.append(
             Row(kind=kind, quality=_quality_of(verdict, cell), price=_price_of(verdict, cell, price, currency))
         )
-    return found
+    return shown
 
 
 def _quality_of(verdict: Verdict, cell: Summary) -> tuple[str, ...]:
-    done = [one for one in cell.results if one.done]
+    done = [result for result in cell.results if result.done]
     return (
         cell.name,
         f"{len(done)}/{len(cell.results)}",
-        number(_mean([one.loss for one in done]), ".4f"),
-        number(_mean([one.eval_loss for one in done]), ".4f"),
+        number(_mean([result.loss for result in done]), ".4f"),
+        number(_mean([result.eval_loss for result in done]), ".4f"),
         _signed(cell.band, "±.4f"),
         _signed(cell.difference, "+.5f"),
         _signed(cell.noise, "±.5f"),
         verdict_text(verdict, cell),
-        ", ".join(dict.fromkeys(number(one.skipped_steps, ",d") for one in done)) or "-",
-        ", ".join(dict.fromkeys(number(one.loss_scale, ",g") for one in done)) or "-",
+        ", ".join(dict.fromkeys(number(result.skipped_steps, ",d") for result in done)) or "-",
+        ", ".join(dict.fromkeys(number(result.loss_scale, ",g") for result in done)) or "-",
         {True: "proved", False: "NOT PROVED", None: "not run"}[cell.proved],
     )
 
 
 def _price_of(verdict: Verdict, cell: Summary, price: float | None, currency: str) -> tuple[str, ...]:
-    done = [one for one in cell.results if one.done]
+    done = [result for result in cell.results if result.done]
     reference, predicted = verdict.reference.tokens_per_second, cell.results[0].predicted_memory_bytes
     ratio = cell.tokens_per_second / reference if cell.tokens_per_second and reference else None
     return (
         cell.name,
         number(cell.tokens_per_second, ",.0f"),
         number(ratio, ".2f", "x"),
-        number(_mean([one.mfu for one in done], 100.0), ".1f", " %"),
+        number(_mean([result.mfu for result in done], 100.0), ".1f", " %"),
         number(cell.step_seconds and cell.step_seconds * 1000, ",.1f"),
         number(cell.step_spread and cell.step_spread * 100, ".0f", " %"),
         number(cell.peak_memory_bytes and cell.peak_memory_bytes / _GIB, ".3f"),
         number(predicted and predicted / _GIB, ".3f"),
         number(cell.wall_seconds, ",.1f"),
-        number(_mean([one.load for one in done]), ".1f"),
+        number(_mean([result.load for result in done]), ".1f"),
         cost(cell, price, currency),
     )
 
@@ -100,7 +100,7 @@ def verdict_text(verdict: Verdict, cell: Summary) -> str:
 
 def cost(cell: Summary, price: float | None, currency: str) -> str:
     """Return what one run of a cell costs, start included."""
-    devices = max((one.devices or 1 for one in cell.results), default=1)
+    devices = max((result.devices or 1 for result in cell.results), default=1)
     if price is None or cell.wall_seconds is None:
         return "-"
     return f"{price * devices * cell.wall_seconds / 3600:,.4g} {currency}"
@@ -128,88 +128,94 @@ def answer(verdict: Verdict, price: float | None, currency: str) -> list[str]:
 
 def warnings(verdict: Verdict, conditions: Conditions) -> list[str]:
     """Return what a reader has to know before believing the answer."""
-    found = []
+    sentences = []
     unproved = [cell for cell in verdict.cells if cell.done and cell.proved is not True]
     if unproved:
         reasons = dict.fromkeys(
-            one.unproved_because for cell in unproved for one in cell.results if one.unproved_because
+            result.unproved_because for cell in unproved for result in cell.results if result.unproved_because
         )
         names = ", ".join(cell.name for cell in unproved)
-        found.append(
+        sentences.append(
             f"Not proved, and left out of the recommendation: {names} ({'; '.join(reasons) or 'the gate was not run'})."
         )
-    ended = [one for cell in verdict.cells for one in cell.results if not one.done]
+    ended = [result for cell in verdict.cells for result in cell.results if not result.done]
     if ended:
         kinds: dict[str, int] = {}
-        for one in ended:
-            kinds[one.status] = kinds.get(one.status, 0) + 1
-        found.append("Not every run is done: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + ".")
+        for result in ended:
+            kinds[result.status] = kinds.get(result.status, 0) + 1
+        sentences.append(
+            "Not every run is done: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + "."
+        )
     if verdict.seeds == 1:
-        found.append(
+        sentences.append(
             "One seed: no noise is known, so that no difference can be called real. Give [seeds] two values or more."
         )
     noisy = [cell.name for cell in verdict.cells if cell.noisy]
     if noisy:
-        found.append(
+        sentences.append(
             f"Scatters between seeds far more than the other cells, and is judged by itself: {', '.join(noisy)}."
         )
     if 0 < verdict.freedom < 3:
-        found.append(
+        sentences.append(
             f"The noise band rests on {verdict.freedom} degree(s) of freedom and is wide: more seeds narrow it."
         )
     for what, seen in conditions.mixed.items():
-        found.append(f"The cells did not all run on the same {what}: {', '.join(seen)}.")
+        sentences.append(f"The cells did not all run on the same {what}: {', '.join(seen)}.")
     if conditions.weights:
-        found.append("Initial weights differ where they should not: " + "; ".join(conditions.weights) + ".")
-    loads = [one.load for cell in verdict.cells for one in cell.results if one.load is not None]
+        sentences.append("Initial weights differ where they should not: " + "; ".join(conditions.weights) + ".")
+    loads = [result.load for cell in verdict.cells for result in cell.results if result.load is not None]
     if loads and max(loads) > 3 * max(min(loads), 0.7):
-        found.append(f"The machine's load was between {min(loads):.1f} and {max(loads):.1f}: compare times with care.")
-    return found
+        sentences.append(
+            f"The machine's load was between {min(loads):.1f} and {max(loads):.1f}: compare times with care."
+        )
+    return sentences
 
 
 def equality(verdict: Verdict, conditions: Conditions) -> list[str]:
     """Return in sentences how equal the conditions were."""
-    found = []
-    runs = [one for cell in verdict.cells for one in cell.results if one.plan]
-    summed = [one for one in runs if one.checksum]
+    sentences = []
+    runs = [result for cell in verdict.cells for result in cell.results if result.plan]
+    summed = [result for result in runs if result.checksum]
     if summed and not conditions.weights:
         whose = "all runs" if len(summed) == len(runs) else f"the {len(summed)} of {len(runs)} runs that began"
-        found.append(
+        sentences.append(
             f"Initial weights: the same in {whose} of one seed, precision and number of parameters, by a checksum "
             "of all fp32 masters that does not depend on stage or ranks (half precision begins with the same draw, "
             "rounded to its type)."
         )
     if not conditions.other_data:
-        found.append("Data: which sequences make up a batch depends on seed and step alone, in all cells alike.")
+        sentences.append("Data: which sequences make up a batch depends on seed and step alone, in all cells alike.")
     else:
-        found.append(f"Data: the cells do not read the same batches, because they differ in {conditions.other_data}.")
-    odd = [one.name for one in conditions.unexplained]
-    whole = [one.name for one in conditions.differences if one.follows_from == WHOLE]
+        sentences.append(
+            f"Data: the cells do not read the same batches, because they differ in {conditions.other_data}."
+        )
+    odd = [condition.name for condition in conditions.unexplained]
+    whole = [condition.name for condition in conditions.differences if condition.follows_from == WHOLE]
     if odd:
-        found.append("Differs between runs of one cell: " + ", ".join(odd) + ".")
+        sentences.append("Differs between runs of one cell: " + ", ".join(odd) + ".")
     if whole:
-        found.append("Differs from cell to cell, and follows from no axis alone: " + ", ".join(whole) + ".")
+        sentences.append("Differs from cell to cell, and follows from no axis alone: " + ", ".join(whole) + ".")
     if not odd and not whole:
-        found.append("Every key of the DeepSpeed configs that differs between two cells follows from one axis.")
-    return found
+        sentences.append("Every key of the DeepSpeed configs that differs between two cells follows from one axis.")
+    return sentences
 
 
-def condition(one: Condition, cells: int) -> dict[str, str]:
+def condition(seen: Condition, cells: int) -> dict[str, str]:
     """Return a condition as a row of a table."""
     parts = []
-    for value, names in one.values.items():
+    for value, names in seen.values.items():
         parts.append(
             value
-            if len(one.values) == 1
+            if len(seen.values) == 1
             else f"{value}: {', '.join(names) if len(names) <= 4 else f'{len(names)} of {cells} cells'}"
         )
-    why = "same everywhere" if len(one.values) == 1 else "same wherever it is used" if one.pinned else ""
-    return {"name": one.name, "text": "; ".join(parts), "why": why or one.follows_from or "NO AXIS"}
+    why = "same everywhere" if len(seen.values) == 1 else "same wherever it is used" if seen.pinned else ""
+    return {"name": seen.name, "text": "; ".join(parts), "why": why or seen.follows_from or "NO AXIS"}
 
 
-def command(one: Result) -> str:
+def command(result: Result) -> str:
     """Return what runs one cell by itself."""
-    return shlex.join(["halfstep", "run", *one.words])
+    return shlex.join(["halfstep", "run", *result.arguments])
 
 
 def number(value: Any, form: str, unit: str = "") -> str:
@@ -224,7 +230,7 @@ def _signed(value: float | None, form: str) -> str:
 
 
 def _mean(values: Sequence[float | None], factor: float = 1.0) -> float | None:
-    known = [one for one in values if one is not None]
+    known = [value for value in values if value is not None]
     return factor * sum(known) / len(known) if known else None
 
 
@@ -241,7 +247,7 @@ def _bands(verdict: Verdict) -> str:
 
 
 def _as_fast(verdict: Verdict) -> str:
-    names = [one.name for one in verdict.as_fast]
+    names = [cell.name for cell in verdict.as_fast]
     if not names:
         return ""
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -278,4 +284,4 @@ def _why_none(verdict: Verdict) -> str:
             reasons.append("not proved")
         else:
             reasons.append("of another quality than the reference" if cell.difference is not None else "not comparable")
-    return ", ".join(f"{reasons.count(one)} {one}" for one in dict.fromkeys(reasons))
+    return ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))

@@ -52,7 +52,7 @@ class Job:
     after: tuple[str, ...] = ()
     """Jobs of other runs that must have ended well before this one begins."""
     behind: tuple[str, ...] = ()
-    """Jobs of the same run, which this one goes on from however they end."""
+    """Jobs of the same run, which this one resumes however they end."""
     array: Array | None = None
     trusted: bool = False
     """Whether the run directory is taken as it is, whoever may write it."""
@@ -125,7 +125,7 @@ class Job:
         if box is None:
             return [own]
         if box.kind == "apptainer":
-            mounts = [word for one in box.mounts for word in ("--bind", one)]
+            mounts = [word for mount in box.mounts for word in ("--bind", mount)]
             return ["apptainer", "exec", *box.options, *mounts, box.image, own]
         if not on_the_batch_host:
             return [own]
@@ -151,7 +151,7 @@ class Job:
         self._check_folders()
         if plan.checkpoint.resume == "never":
             raise RequestError(
-                "a job that never resumes would begin anew at every start",
+                "a job that never resumes would begin from scratch at every start",
                 where="checkpoint.resume=never",
                 fix="leave it out, and choose an out that does not exist yet",
             )
@@ -184,13 +184,13 @@ class Job:
             )
 
     def _check_folders(self) -> None:
-        shared = [Path(one) for one in self.site.environment.shared]
+        shared = [Path(folder) for folder in self.site.environment.shared]
         needed = {"out": self.folder, "data": Path(self.plan.data.path)}
         for path in (self.folder, *(self.array.runs if self.array else ())):
             if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(path)):
                 raise RequestError(f"{str(path)!r} holds a control character", where="out", fix="choose another out")
         for key, path in needed.items():
-            if shared and not any(path.absolute().is_relative_to(one) for one in shared):
+            if shared and not any(path.absolute().is_relative_to(folder) for folder in shared):
                 raise RequestError(
                     f"{path} cannot be seen from the compute nodes",
                     where=f"{key}, and environment.shared of site {self.site.name}: {', '.join(map(str, shared))}",

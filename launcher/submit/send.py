@@ -11,6 +11,7 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import run_directory
 from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.submit import jobs, render, slurm
 from halfstep.launcher.submit.job import Job
 from halfstep.launcher.system.files import append, cannot_write, open_append, write_atomic
@@ -26,21 +27,21 @@ def check(job: Job, decided: Decided, text: str) -> None:
     for path, _, plan in decided:
         plan.require_allowed()
         run_directory.refuse_another_run(path, plan)
-        done = run_directory.finished(path)
-        if done and done["run_id"] == plan.run_id and len(decided) == 1:
+        done = Run(path).finished
+        if done and done.run_id == plan.run_id and len(decided) == 1:
             raise RequestError(
                 f"{path} is finished",
                 where=f"out={path}",
-                fix="its summary.json has the result; another out starts anew",
+                fix="its summary.json has the result; another out starts from scratch",
             )
-        living = [one for one in jobs.alive(path, queued) if one.job not in job.behind]
+        living = [queued_job for queued_job in jobs.alive(path, queued) if queued_job.job not in job.behind]
         if living:
             raise RequestError(
                 f"job {living[0].job} is for this run already, and is {living[0].state.lower()}",
                 where=f"out={path}",
                 fix=f"--after {living[0].job} queues behind it; `halfstep jobs cancel {living[0].job}` ends it",
             )
-        if job.behind and plan.to_dict() != run_directory.read_plan(path)[1].to_dict():
+        if job.behind and plan.to_dict() != Run(path).plan.to_dict():
             raise RequestError(
                 "what is queued behind a job of the same run has to be the same plan",
                 where=f"--after {job.behind[0]}, out={path}",
@@ -61,7 +62,7 @@ def send(job: Job, decided: Decided) -> str:
     with cannot_write(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.array:
-            write_atomic(job.array.list, "".join(f"{one}\n" for one in job.array.runs))
+            write_atomic(job.array.list, "".join(f"{run}\n" for run in job.array.runs))
         write_atomic(job.script, text, mode=0o600)  # a site's variables and set-up are nobody else's
         for path, _, _ in decided:
             os.close(open_append(path / "jobs.jsonl"))  # what cannot be written down is not queued

@@ -166,11 +166,11 @@ def folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
 
 def known(environ: Mapping[str, str] = os.environ) -> dict[str, Path]:
     """Return the sites that can be named, the user's own before those that ship."""
-    found: dict[str, Path] = {}
+    sites: dict[str, Path] = {}
     for folder in folders(environ):
         for file in sorted(folder.glob("*.toml")):
-            found.setdefault(file.stem, file)
-    return found
+            sites.setdefault(file.stem, file)
+    return sites
 
 
 def read(name: str | None, given: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> Site:
@@ -208,12 +208,12 @@ def read(name: str | None, given: Mapping[str, Any] | None = None, environ: Mapp
         slurm = {**slurm, **own}
         return Site.model_validate({**tree, "slurm": slurm, "name": file.stem})
     except ValidationError as error:
-        problems = [_problem(file, own, one) for one in error.errors()]
+        problems = [_problem(file, own, details) for details in error.errors()]
         raise problems[0].with_more(problems[1:]) from None
 
 
 def _problem(file: Path, own: dict[str, Any], error: Any) -> RequestError:
-    path = [str(one) for one in error["loc"] if one != "[key]"]
+    path = [str(part) for part in error["loc"] if part != "[key]"]
     key = ".".join(path)
     if path == ["name"]:
         return RequestError(

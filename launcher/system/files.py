@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher.errors import Fault, HalfstepError, RefusedError, RequestError
+from halfstep.launcher.errors import DiskFull, Fault, HalfstepError, RefusedError, RequestError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What it is when a disk is full."""
 _NAMES = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
 """What is wrong with a name that somebody gave."""
 _FIXES = {
@@ -165,8 +166,8 @@ def explained(error: Exception, where: str) -> HalfstepError:
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError) or error.errno is None:
         return Fault.of(error, where=where)
     place = str(error.filename) if error.filename is not None else where
-    if error.errno in _FULL:
-        return RefusedError("the disk is full", where=place, fix="free some space, or write elsewhere: out=DIR")
+    if error.errno in FULL:
+        return DiskFull("the disk is full", where=place, fix="free some space, or write elsewhere: out=DIR")
     if error.errno in _NAMES:
         return RequestError(f"no such file can be used: {reason(error)}", where=place, fix="check the path")
     fix = _FIXES.get(error.errno, "check that it may be read and written")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.launcher.errors import Stalled
+from halfstep.launcher.rundir.exits import Kind
 from halfstep.launcher.system import files, foreign
 from halfstep.launcher.watchdog.shared_page import ALONE, Beat
 
@@ -119,8 +120,8 @@ def replace_json(file: Path, value: object) -> None:
     files.write_atomic(file, json.dumps(value) + "\n", sync=False)
 
 
-def death(rank: int, beat: Beat, status: int | None, *, starved: bool) -> tuple[int, str, str]:
-    """Return the exit code, the cause and the remedy for a rank that is gone and did not say why.
+def death(rank: int, beat: Beat, status: int | None, *, starved: bool) -> tuple[int, str, str, Kind]:
+    """Return the exit code, the cause, the remedy and the kind of the end of a rank that is gone and did not say why.
 
     `status` is as waitpid has it, None where nobody could see it; `starved` is whether the kernel has just killed for
     want of memory.
@@ -128,15 +129,17 @@ def death(rank: int, beat: Beat, status: int | None, *, starved: bool) -> tuple[
     where = f"in phase {beat.phase}" + (f" of step {beat.step}" if beat.step else "")
     fix = "start the same command again"
     if status is None:
-        return 1, f"rank {rank} was gone {where}, and nobody saw how", fix
+        return 1, f"rank {rank} was gone {where}, and nobody saw how", fix, Kind.LOST_RANK
     number = status & 0x7F
     if not number:
         code = (status >> 8) & 0xFF
-        return code or 1, f"rank {rank} ended with exit code {code} {where} without saying why", fix
+        return code or 1, f"rank {rank} ended with exit code {code} {where} without saying why", fix, Kind.FAILED
     name = signal.Signals(number).name if number in list(signal.Signals) else "of real time"
     if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
-        return 128 + number, f"rank {rank} crashed ({name}) {where}", fix
+        return 128 + number, f"rank {rank} crashed ({name}) {where}", fix, Kind.SIGNAL
     cause = f"rank {rank} was killed by signal {number} ({name}) {where}"
     if number == signal.SIGKILL and starved:
-        return 128 + number, f"{cause}: the host is out of memory", "take a smaller batch.micro, or more memory"
-    return 128 + number, cause + (": by hand, by the system, or out of memory" if number == signal.SIGKILL else ""), fix
+        fix = "take a smaller batch.micro, or more memory"
+        return 128 + number, f"{cause}: the host is out of memory", fix, Kind.OUT_OF_HOST_MEMORY
+    cause += ": by hand, by the system, or out of memory" if number == signal.SIGKILL else ""
+    return 128 + number, cause, fix, Kind.SIGNAL

@@ -146,7 +146,7 @@ class Warden:
         found = None if self.attempt is None else _beside(exits.read_exit, self.attempt)
         if found is None or self.reported:
             return
-        self.reported, code = True, found["code"]
+        self.reported, code = True, found.code
         if code == EXIT_STALLED:
             self._dump_stacks()
             self._condemn(code, None, now, now + 1.5)
@@ -260,8 +260,8 @@ class Warden:
         if self.attempt is None or self.pulse.get("ended"):
             return
         starved = processes.out_of_memory_kills() > self.memory_kills
-        code, cause, fix = stalls.death(self.rank, self.pulse.beat(), self.child.status(), starved=starved)
-        if _beside(exits.write_exit, self.attempt, code, cause, self.rank) is None:
+        code, cause, fix, kind = stalls.death(self.rank, self.pulse.beat(), self.child.status(), starved=starved)
+        if _beside(exits.write_exit, self.attempt, code, cause, self.rank, kind) is None:
             exits.say(Fault(cause, where=self.log, fix=fix))
 
     def _heartbeat(self, now: float, *, at_end: bool = False) -> None:

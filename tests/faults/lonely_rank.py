@@ -32,6 +32,6 @@ if __name__ == "__main__":
             dist.all_reduce(torch.ones(1), group=group)
             print(f"group {name}: joined?", flush=True)
         except RuntimeError as error:
-            told = "timed out" if "imed out" in str(error) else str(error)
-            print(f"group {name}: {told} after {time.monotonic() - began:.1f} s", flush=True)
+            reason = "timed out" if "imed out" in str(error) else str(error)
+            print(f"group {name}: {reason} after {time.monotonic() - began:.1f} s", flush=True)
     time.sleep(8 * rank.rank)  # rank 1 lives until rank 0 has given up on both

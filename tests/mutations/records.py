@@ -15,7 +15,8 @@ from mutations.driver import Case, Reader, command, file_cases, same
 
 from halfstep.launcher.metrics import numerics_history, numerics_report
 from halfstep.launcher.parity import verdict
-from halfstep.launcher.rundir import exits, goodput, lease, prediction_errors, run_directory
+from halfstep.launcher.rundir import exits, goodput, lease, prediction_errors
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.study import report
 from halfstep.launcher.submit import inside, jobs, slurm
 from halfstep.launcher.topology import Topology
@@ -168,7 +169,7 @@ def _of_run(run: Path) -> list[Reader]:
         ),
         Reader(
             name="read_plan",
-            read=lambda case: run_directory.read_plan(run)[1].to_dict(),
+            read=lambda case: Run(run).require_as_asked()[1].to_dict(),
             cases=planned,
             judge=lambda case, tree: _judge_plan(run, tree),
             count=500,
@@ -305,7 +306,7 @@ def _judge_exit(run: Path, pair: tuple[Any, Any]) -> str | None:
         if value is None:
             continue
         tree = _record(file)
-        if tree is None or (value["code"], value["cause"]) != (tree["code"], tree.get("cause", "")):
+        if tree is None or (value.code, value.cause) != (tree["code"], tree.get("cause", "")):
             return f"{file.name} says {tree!r}, not {value!r}"
     return None
 

@@ -119,7 +119,7 @@ def test_buffers_that_every_rank_writes_to_are_restored_to_the_bit(
     again = without_last_step(whole, scratch / "runs" / f"own{zero}-again")
     resumed = train(start, again.name, own, data, *keys)
     assert resumed.returncode == 0, resumed.output
-    assert "goes on after step 2" in resumed.output
+    assert "resumes after step 2" in resumed.output
     assert hashes(again) == hashes(whole.out)
 
 

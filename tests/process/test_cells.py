@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 from process.conftest import BIN, WORDS, Outcome
 
-from halfstep.launcher.metrics.record import StepRecord
+from halfstep.launcher.rundir.metric_rows import StepRecord
 
 pytestmark = pytest.mark.process
 Cell = Callable[[int, str], Outcome]
@@ -126,7 +126,7 @@ def test_a_run_records_what_was_mended_in_deepspeed(cell: Cell, precision: str, 
     outcome = cell(0, precision)
     assert outcome.json("summary.json")["repairs"] == repairs
     assert [event["repairs"] for event in outcome.events if event["event"] == "repaired"] == [repairs] * bool(repairs)
-    assert ("mended in DeepSpeed at stage 0: " + ", ".join(repairs) in outcome.output) == bool(repairs)
+    assert ("repaired in DeepSpeed at stage 0: " + ", ".join(repairs) in outcome.output) == bool(repairs)
     assert cell(1, precision).json("summary.json")["repairs"] == []
 
 

@@ -21,7 +21,7 @@ ROOMS = {
     "train": "config errors fault_injection plan rundir system topology watchdog",
     "study": "config errors metrics parity plan rundir submit system topology",
     # The proof that every cell trains the same model.
-    "parity": "config corpus engine errors fault_injection metrics models plan system topology",
+    "parity": "config corpus engine errors fault_injection models plan rundir system topology",
     # What a machine has and how fast it is.
     "doctor": "engine errors forecast system topology",
     # The work: DeepSpeed, the loop, the training state.

@@ -31,6 +31,7 @@ from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.topology import Rank
 
 MANIFEST = "manifest.json"
@@ -192,9 +193,9 @@ def test_a_run_of_an_earlier_version_resumes(copy: Path, tmp_path: Path) -> None
     tree = json.loads((out / "plan.json").read_text())
     del tree["data"]["tokens_digest"]
     (out / "plan.json").write_text(json.dumps(tree))
-    assert run_directory.read_plan(out)[1].data.tokens_digest is None
+    assert Run(out).plan.data.tokens_digest is None
     run_directory.write_plan(out, *planned(copy))
-    assert run_directory.read_plan(out)[1].data.tokens_digest == plan.data.tokens_digest
+    assert Run(out).plan.data.tokens_digest == plan.data.tokens_digest
 
 
 def test_what_was_passed_over_makes_no_other_corpus(tmp_path: Path) -> None:

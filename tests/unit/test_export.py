@@ -639,10 +639,10 @@ def test_random_states_are_kept_where_they_fit(llama: Trained, tmp_path: Path) -
 
 
 def test_a_converted_run_goes_on_under_its_own_name(gpt2: Trained, tmp_path: Path) -> None:
-    from halfstep.launcher.rundir.run_directory import read_plan
+    from halfstep.launcher.rundir.run_reader import Run
 
     convert_page.convert(gpt2.run, tmp_path / "new", step=10)
-    request, plan = read_plan(tmp_path / "new")
+    request, plan = Run(tmp_path / "new").require_as_asked()
     assert request.spec.out == str(tmp_path / "new")
     assert plan == gpt2.plan
     rows = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]

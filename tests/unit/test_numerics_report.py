@@ -28,7 +28,8 @@ SKIPPED = {"grad_norm": None, "overflow": True}
 
 def step(number: int, scale: float | None, skipped: int = 0, **others: Any) -> dict[str, Any]:
     row = {"step": number, "loss": 4.0 - number / 10, "loss_scale": scale, "overflow": False, "skipped_steps": skipped}
-    return {**row, "grad_norm": 1.5, "lr": 1e-3, **others}
+    timing = {"step_seconds": 0.5, "data_seconds": 0.1, "tokens_per_second": 100.0, "mfu": None, "time": 0.0}
+    return {**row, "grad_norm": 1.5, "lr": 1e-3, "tokens": number, "peak_memory_bytes": 1, **timing, **others}
 
 
 def evaluation(number: int, loss: float) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def layer(unscaled: float, scaled: float, *, elements: int = 100, **others: Any)
 
 
 def reading(number: int, scale: float, **layers: dict[str, Any]) -> dict[str, Any]:
-    named = {f"transformer.{name.replace('_', '.', 1)}": one for name, one in layers.items()}
+    named = {f"transformer.{name.replace('_', '.', 1)}": shares for name, shares in layers.items()}
     return event("numerics", step=number, scale=scale, layers=named)
 
 
@@ -105,7 +106,7 @@ def make(tmp_path: Path) -> MakeRun:
         (path / "plan.json").write_text(json.dumps(decided))
         for file, rows in (("metrics.jsonl", steps), ("events.jsonl", events)):
             if rows is not None:
-                content = (one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n" for one in rows)
+                content = (row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows)
                 (path / file).write_bytes(b"".join(content))
         return path
 
@@ -116,8 +117,8 @@ def make(tmp_path: Path) -> MakeRun:
 def show(capsys: pytest.CaptureFixture[str]) -> Show:
     """Return a function that runs the verb and returns its exit code, what it printed, and its errors."""
 
-    def run(*words: Any) -> tuple[int, str, str]:
-        code = main.main(["numerics", *map(str, words)])
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = main.main(["numerics", *map(str, arguments)])
         return code, *capsys.readouterr()
 
     return run
@@ -185,8 +186,8 @@ def test_without_readings_it_is_told_how_to_get_them(make: MakeRun) -> None:
 def test_of_many_moves_the_first_and_the_last_ten_are_shown(make: MakeRun) -> None:
     # The scale grows after step 15; every other step is skipped.
     steps = [step(n, 8.0 if n <= 15 else 16.0, **({} if n == 15 else SKIPPED)) for n in range(1, 31)]
-    told = numerics_report.lines(numerics_history.read(make(steps, planned=30)))[2:-2]
-    assert told == [
+    lines = numerics_report.lines(numerics_history.read(make(steps, planned=30)))[2:-2]
+    assert lines == [
         "step  scale      next  why",
         *(f"{n:>4}      8  ->     8  overflow" for n in range(1, 11)),
         "... 10 more, 9 of them skipped ...",
@@ -217,7 +218,7 @@ def test_a_diverged_run_is_told(make: MakeRun) -> None:
 
 def test_only_what_is_zero_reads_zero() -> None:
     shares = [0.0, 1e-9, 0.00009, 0.0001, 0.5, 1.0, None]
-    assert [numerics_report.percent_text(one) for one in shares] == [
+    assert [numerics_report.percent_text(share) for share in shares] == [
         "0",
         "<0.01",
         "<0.01",
@@ -305,10 +306,10 @@ def test_a_damaged_event_is_named_by_its_line_in_the_whole_file(make: MakeRun, d
 
 def test_json_holds_every_move_and_every_reading(make: MakeRun, show: Show) -> None:
     path = make(FP16_STEPS, FP16_EVENTS)
-    code, told, _ = show(path, "--json")
+    code, printed, _ = show(path, "--json")
     assert code == 0
     no_event = {"overflow": None, "loss_not_finite": None}
-    assert json.loads(told) == {
+    assert json.loads(printed) == {
         "run": str(path),
         "model": "gpt2-nano",
         "precision": "fp16",
@@ -362,8 +363,8 @@ def test_json_holds_every_move_and_every_reading(make: MakeRun, show: Show) -> N
 
 
 def test_json_of_a_run_without_readings_has_null_for_them(make: MakeRun) -> None:
-    found = numerics_history.to_dict(numerics_history.read(make([step(1, None)], precision="fp32")))
-    assert (found["gradients"], found["moves"], found["loss_scale_first"]) == (None, [], None)
+    tree = numerics_history.to_dict(numerics_history.read(make([step(1, None)], precision="fp32")))
+    assert (tree["gradients"], tree["moves"], tree["loss_scale_first"]) == (None, [], None)
 
 
 def size_of(picture: bytes) -> tuple[int, int]:
@@ -376,8 +377,8 @@ def test_the_picture_is_a_png_for_a_page_and_shorter_without_maps(make: MakeRun,
     assert show(make(FP16_STEPS, FP16_EVENTS))[0] == 0
     assert size_of((tmp_path / "demo" / "numerics.png").read_bytes()) == (1500, 1350)
     other = tmp_path / "elsewhere.PNG"
-    code, told, _ = show(make(FP16_STEPS, name="off"), "--out", other)
-    assert (code, told.splitlines()[-1]) == (0, f"picture {other}")
+    code, printed, _ = show(make(FP16_STEPS, name="off"), "--out", other)
+    assert (code, printed.splitlines()[-1]) == (0, f"picture {other}")
     assert size_of(other.read_bytes()) == (1500, 675)
     assert not (tmp_path / "off" / "numerics.png").exists()
 
@@ -403,12 +404,12 @@ def test_the_picture_does_not_depend_on_somebody_s_style_nor_change_it(make: Mak
 
 
 def map_of(panel: Axes) -> QuadMesh:
-    (mesh,) = (one for one in panel.collections if isinstance(one, QuadMesh))
+    (mesh,) = (drawn for drawn in panel.collections if isinstance(drawn, QuadMesh))
     return mesh
 
 
 def line_of(panel: Axes, label: str) -> Line2D:
-    (line,) = (one for one in panel.lines if str(one.get_label()).startswith(label))
+    (line,) = (drawn for drawn in panel.lines if str(drawn.get_label()).startswith(label))
     return line
 
 
@@ -417,7 +418,7 @@ def points_of(panel: Axes, label: str) -> list[tuple[float, float]]:
 
 
 def labels_of(panel: Axes) -> list[str]:
-    return [one.get_text() for one in panel.get_yticklabels()]
+    return [label.get_text() for label in panel.get_yticklabels()]
 
 
 def test_the_scale_is_a_staircase_with_its_skipped_steps_on_it(make: MakeRun) -> None:
@@ -508,7 +509,7 @@ def test_zero_is_white_small_is_not_and_what_is_not_known_is_hatched(make: MakeR
 def test_the_colour_bar_is_in_percent_and_shows_zero(make: MakeRun) -> None:
     bar = plots.draw(numerics_history.read(make(FP16_STEPS, FP16_EVENTS))).axes[4]
     assert labels_of(bar) == ["0.001", "0.01", "0.1", "1", "10", "100"]
-    assert [one.get_text() for one in bar.texts] == ["0"]
+    assert [text.get_text() for text in bar.texts] == ["0"]
     assert bar.get_ylabel() == "percent of the layer's gradient elements"
 
 
@@ -534,8 +535,8 @@ def three_lines(said: str) -> list[str]:
 
 
 def test_a_folder_that_is_no_run_is_refused(show: Show, tmp_path: Path) -> None:
-    code, told, said = show(tmp_path)
-    assert (code, told) == (2, "")
+    code, printed, said = show(tmp_path)
+    assert (code, printed) == (2, "")
     fix = "name a directory made by `halfstep run` or `launcher/train.py`"
     assert three_lines(said) == [f"{tmp_path} is not a run directory", f"halfstep numerics {tmp_path}", fix]
     missing = tmp_path / "missing"
@@ -547,8 +548,8 @@ def test_a_folder_that_is_no_run_is_refused(show: Show, tmp_path: Path) -> None:
 def test_a_run_without_metrics_or_steps_is_told_to_wait_for(make: MakeRun, show: Show) -> None:
     for name, rows in (("empty", []), ("evaluated", [evaluation(0, 8.0)]), ("writing", [b'{"step": 1, "lo'])):
         path = make(rows, name=name)
-        code, told, said = show(path)
-        assert (code, told) == (2, "")
+        code, printed, said = show(path)
+        assert (code, printed) == (2, "")
         assert three_lines(said) == [
             f"{path} has not made a step yet",
             str(path / "metrics.jsonl"),
@@ -586,16 +587,16 @@ def test_a_file_that_cannot_be_read_is_named(make: MakeRun, show: Show, name: st
 def test_a_picture_that_cannot_be_written_leaves_the_rest_told(make: MakeRun, show: Show) -> None:
     path = make(FP16_STEPS, FP16_EVENTS)
     (path / "numerics.png").mkdir()  # as good as a directory that nobody may write to, for root too
-    code, told, said = show(path)
+    code, printed, said = show(path)
     assert code == 2
-    assert told.splitlines() == numerics_report.lines(numerics_history.read(path))
+    assert printed.splitlines() == numerics_report.lines(numerics_history.read(path))
     assert three_lines(said) == [
         "the picture cannot be written: Is a directory",
         str(path / "numerics.png"),
         "name another file: --out FILE.png",
     ]
-    code, told, _ = show(path, "--json")
-    assert (code, json.loads(told)["picture"]) == (2, None)
+    code, printed, _ = show(path, "--json")
+    assert (code, json.loads(printed)["picture"]) == (2, None)
 
 
 def test_a_picture_of_another_kind_is_refused(make: MakeRun, show: Show, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_rank_of_a_planned_run_writes_down_why_it_refuses(
     assert "needs the package wandb" in capsys.readouterr().err
     refusal = exits.read_refusal(tmp_path / "run")
     assert refusal is not None
-    assert (refusal["code"], refusal["cause"][:13]) == (2, "wandb.enabled")
+    assert (refusal.code, refusal.cause[:13]) == (2, "wandb.enabled")
 
 
 @pytest.mark.usefixtures("bare")

@@ -20,6 +20,7 @@ from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import exits, run_directory
 from halfstep.launcher.rundir.lease import LEASE_STALE_SECONDS, lease, reserved
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
@@ -27,8 +28,8 @@ WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 
 @pytest.fixture
 def decide(corpus: Path) -> Callable[..., tuple[Request, Plan]]:
-    def make(*words: str, world: Topology = WORLD) -> tuple[Request, Plan]:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+    def make(*arguments: str, world: Topology = WORLD) -> tuple[Request, Plan]:
+        request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
         return request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
 
     return make
@@ -45,7 +46,7 @@ def test_a_run_directory_holds_request_plan_config_and_origins(decide: Callable,
     assert "seed" not in asked, "a default was not asked for"
     assert json.loads((out / "ds_config.json").read_text()) == plan.deepspeed
     assert json.loads((out / "origins.json").read_text())["deepspeed"] == plan.origins
-    again, same = run_directory.read_plan(out)
+    again, same = Run(out).require_as_asked()
     assert (again.spec, same) == (request.spec, plan)
 
 
@@ -58,22 +59,22 @@ def test_without_out_the_directory_is_named_by_the_run_id(
 
 
 @pytest.mark.parametrize(
-    "words", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
+    "arguments", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
 )
-def test_a_run_goes_on_in_its_directory_when_only_these_change(
-    decide: Callable, tmp_path: Path, words: list[str]
+def test_a_run_resumes_in_its_directory_when_only_these_change(
+    decide: Callable, tmp_path: Path, arguments: list[str]
 ) -> None:
     run_directory.write_plan(tmp_path / "run", *decide())
-    run_directory.write_plan(tmp_path / "run", *decide(*words))
+    run_directory.write_plan(tmp_path / "run", *decide(*arguments))
     run_directory.write_plan(
         tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu"))
     )
-    there = run_directory.read_plan(tmp_path / "run")[1]
+    there = Run(tmp_path / "run").plan
     assert there.topology.world_size == 4, "the last one asked for stands"
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("arguments", "what"),
     [
         (["seed=1"], "seed was 0 and is now 1"),
         (["optimizer.lr=1e-5"], "optimizer.lr was None and is now 1e-05"),
@@ -82,12 +83,12 @@ def test_a_run_goes_on_in_its_directory_when_only_these_change(
     ],
 )
 def test_a_directory_of_a_different_run_is_refused(
-    decide: Callable, tmp_path: Path, words: list[str], what: str
+    decide: Callable, tmp_path: Path, arguments: list[str], what: str
 ) -> None:
     run_directory.write_plan(tmp_path / "run", *decide())
     before = (tmp_path / "run" / "plan.json").read_bytes()
     with pytest.raises(RequestError) as caught:
-        run_directory.write_plan(tmp_path / "run", *decide(*words))
+        run_directory.write_plan(tmp_path / "run", *decide(*arguments))
     assert what in caught.value.what
     assert (tmp_path / "run" / "plan.json").read_bytes() == before
 
@@ -123,7 +124,7 @@ def test_every_start_is_a_new_attempt_with_its_environment(
         attempts.append(run_directory.start_attempt(tmp_path / "run", {"world_size": 2}))
         attempts[-1].metrics.write_text(measured)
     assert (attempts[0].attempt / "metrics.jsonl").read_text() == "first", "what an attempt measured is kept"
-    assert [one.attempt.name for one in attempts] == ["0001", "0002"]
+    assert [attempt.attempt.name for attempt in attempts] == ["0001", "0002"]
     text = (attempts[0].attempt / "env.json").read_text()
     environment = json.loads(text)
     assert environment["environment"]["SLURM_JOB_ID"] == "77"
@@ -186,8 +187,8 @@ def test_a_job_outlives_the_lease_of_its_dead_predecessor(tmp_path: Path, monkey
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with lease(tmp_path):
-        found = json.loads((tmp_path / "lease").read_text())
-    assert (found["job"], found["start"]) == ("7", "1")
+        holder = json.loads((tmp_path / "lease").read_text())
+    assert (holder["job"], holder["start"]) == ("7", "1")
 
 
 def test_a_job_does_not_wait_for_a_lease_whose_holder_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +217,7 @@ def test_a_lease_of_another_host_counts_until_it_is_stale(tmp_path: Path) -> Non
 def test_a_damaged_plan_is_a_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(RequestError):
-        run_directory.read_plan(tmp_path)
+        Run(tmp_path).require_as_asked()
 
 
 def test_an_error_crosses_from_process_to_process_whole() -> None:
@@ -227,10 +228,10 @@ def test_an_error_crosses_from_process_to_process_whole() -> None:
 
 def test_the_origins_of_a_request_survive_the_directory(decide: Callable, tmp_path: Path) -> None:
     run_directory.write_plan(tmp_path / "run", *decide("zero=3"))
-    request, plan = run_directory.read_plan(tmp_path / "run")
+    request, plan = Run(tmp_path / "run").require_as_asked()
     assert request.origins["zero"] == "the command line"
     run_directory.write_plan(tmp_path / "run", request, plan)
-    assert run_directory.read_plan(tmp_path / "run")[0].origins == request.origins
+    assert Run(tmp_path / "run").request.origins == request.origins
 
 
 def test_an_own_config_is_known_by_its_content_not_its_place(decide: Callable, tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def test_a_start_that_is_killed_while_it_writes_the_plan_can_be_made_again(
     assert tuple(written) == FILES[:number], "plan.json comes last"
     monkeypatch.undo()
     run_directory.write_plan(tmp_path / "run", *decide())
-    assert run_directory.read_plan(tmp_path / "run")[1] == decide()[1]
+    assert Run(tmp_path / "run").plan == decide()[1]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"identity": 7}'])
@@ -311,10 +312,10 @@ def test_a_damaged_plan_is_written_again_by_the_same_words(decide: Callable, tmp
     run_directory.write_plan(run, *decide())
     (run / "plan.json").write_bytes(content)
     with pytest.raises(RequestError) as caught:
-        run_directory.read_plan(run)
+        Run(run).require_as_asked()
     assert caught.value.fix == "start the run again with its key=value words, which write it again"
     run_directory.write_plan(run, *decide())
-    assert run_directory.read_plan(run)[1] == decide()[1]
+    assert Run(run).plan == decide()[1]
 
 
 def test_whose_a_directory_with_a_damaged_plan_is_its_last_attempt_tells(decide: Callable, tmp_path: Path) -> None:
@@ -337,7 +338,7 @@ def test_missing_or_damaged_origins_decide_nothing_about_whose_a_directory_is(de
         for name in ("origins.json", "request.toml", "ds_config.json"):
             spoil(run / name)
         run_directory.write_plan(run, *decide())
-        assert run_directory.read_plan(run)[1] == decide()[1]
+        assert Run(run).plan == decide()[1]
 
 
 def test_a_launch_reserves_a_directory_until_its_ranks_hold_it(
@@ -393,9 +394,9 @@ def test_two_starts_in_the_same_instant_are_one_run_and_one_refusal(decide: Call
                 barrier.wait(5)
 
         threads = [threading.Thread(target=begin, name=f"launch {number}") for number in range(2)]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
+        for started in threads:
+            started.start()
+        for thread in threads:
+            thread.join()
         assert sorted(outcomes)[1] == "started"
         assert sorted(outcomes)[0].startswith(f"{run} is in use by ")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from halfstep.launcher.errors import HalfstepError
-from halfstep.launcher.rundir.exits import read_exit, write_exit, write_follow_up
+from halfstep.launcher.rundir.exits import Kind, read_exit, write_exit, write_follow_up
 from halfstep.launcher.system import processes
 from halfstep.launcher.watchdog import stalls
 from halfstep.launcher.watchdog.heartbeat import Heart
@@ -80,9 +80,9 @@ os.kill(os.getpid(), signal.SIGINT)
 time.sleep(20)
 """
     assert run(text, str(tmp_path)) == (130, "")
-    found = read_exit(tmp_path)
-    assert found is not None
-    assert (found["code"], found["cause"]) == (130, "interrupted")
+    end = read_exit(tmp_path)
+    assert end is not None
+    assert (end.code, end.cause, end.kind) == (130, "interrupted", Kind.INTERRUPTED)
 
 
 def test_the_grace_ends_a_process_with_its_last_word_even_if_that_hangs() -> None:
@@ -151,9 +151,9 @@ def test_the_first_to_write_how_an_attempt_ended_wins(tmp_path: Path) -> None:
 
 def test_a_follow_up_failure_waits_for_the_cause_but_not_for_ever(tmp_path: Path) -> None:
     assert write_follow_up(tmp_path, 1, "connection closed", 0, patience=0.1) is None
-    found = read_exit(tmp_path)
-    assert found is not None
-    assert found["cause"] == "connection closed"
+    end = read_exit(tmp_path)
+    assert end is not None
+    assert end.cause == "connection closed"
 
 
 def test_a_death_is_told_by_its_status() -> None:

@@ -17,9 +17,9 @@ WHOLE = HEAD + GRID + '[compare]\nreference = { zero = 1, precision = "fp32" }\n
 @pytest.fixture
 def written(tmp_path: Path, corpus: Path):
     def write(text: str) -> Path:
-        found = tmp_path / "mine.toml"
-        found.write_text(text.replace("{corpus}", str(corpus)))
-        return found
+        file = tmp_path / "mine.toml"
+        file.write_text(text.replace("{corpus}", str(corpus)))
+        return file
 
     return write
 
@@ -71,9 +71,9 @@ def test_values_of_an_axis_may_set_several_keys(written) -> None:
 
 
 def test_a_command_line_overrides_the_base_and_the_axes(written) -> None:
-    words = ["steps=9", "precision=bf16,fp16", "zero=1", "seed=5"]
+    arguments = ["steps=9", "precision=bf16,fp16", "zero=1", "seed=5"]
     text = WHOLE.replace('[compare]\nreference = { zero = 1, precision = "fp32" }\n', "")
-    cells = studied.cells_of(study_file.read(str(written(text)), words))
+    cells = studied.cells_of(study_file.read(str(written(text)), arguments))
     assert [(cell.name, cell.seed, cell.plan.steps) for cell in cells] == [
         ("zero=1 precision=bf16", 5, 9),
         ("zero=1 precision=fp16", 5, 9),
@@ -95,7 +95,7 @@ def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "said"),
+    ("text", "arguments", "said"),
     [
         (HEAD + "[axes]\nzreo = [0, 1]\n", (), ["'zreo' is no run key", "did you mean zero?"]),
         (HEAD + "[axes]\nzero = []\n", (), ["axis zero has no values"]),
@@ -132,13 +132,13 @@ def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_three_lines(
-    written, text: str, words: Sequence[str], said: list[str]
+    written, text: str, arguments: Sequence[str], said: list[str]
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        studied.cells_of(study_file.read(str(written(text)), words))
+        studied.cells_of(study_file.read(str(written(text)), arguments))
     assert len(str(caught.value).splitlines()) == 3
-    for one in said:
-        assert one in str(caught.value)
+    for sentence in said:
+        assert sentence in str(caught.value)
 
 
 def test_names_that_come_to_one_folder_are_told_apart(written) -> None:
@@ -162,8 +162,8 @@ def test_an_unknown_study_names_the_ready_ones() -> None:
 
 @pytest.mark.parametrize("name", study_file.ready())
 def test_a_ready_study_plans_its_cells_for_a_tiny_model_and_for_a_real_one(name: str, corpus: Path) -> None:
-    for words in ([], ["model=gpt2-124m"]):
-        cells = studied.cells_of(study_file.read(name, [f"data={corpus}", *words]))
+    for arguments in ([], ["model=gpt2-124m"]):
+        cells = studied.cells_of(study_file.read(name, [f"data={corpus}", *arguments]))
         legal = [cell for cell in cells if not cell.refused]
         assert len(legal) >= 3
         assert len({cell.plan.batch.global_ for cell in legal}) == 1, "the global batch is constant"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.launcher.cli.main import main
-from halfstep.launcher.errors import RequestError
+from halfstep.launcher.errors import Fault, RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import exits
 from halfstep.launcher.submit import inside, render, site_file, slurm, times
@@ -134,23 +134,23 @@ def test_slurm_times(limit: str, seconds: int) -> None:
 
 
 def test_a_plan_must_fit_the_site(plan: Make) -> None:
-    one = job(plan)
-    four = one.site.model_copy(update={"node": one.site.node.model_copy(update={"gpus": 4})})
+    made = job(plan)
+    four = made.site.model_copy(update={"node": made.site.node.model_copy(update={"gpus": 4})})
     with pytest.raises(RequestError, match="8 ranks on a node of 4 GPUs"):
-        Job(run=one.run, plan=one.plan, site=four).check()
+        Job(run=made.run, plan=made.plan, site=four).check()
     with pytest.raises(RequestError, match="told to stop 300 s before a limit of 300 s"):
-        Job(run=one.run, plan=one.plan, site=site_file.read("gpu", {"time": "5"}, environ={})).check()
-    shared = one.site.model_copy(
-        update={"environment": one.site.environment.model_copy(update={"shared": ["/home", one.plan.data.path]})}
+        Job(run=made.run, plan=made.plan, site=site_file.read("gpu", {"time": "5"}, environ={})).check()
+    shared = made.site.model_copy(
+        update={"environment": made.site.environment.model_copy(update={"shared": ["/home", made.plan.data.path]})}
     )
     with pytest.raises(RequestError, match="cannot be seen from the compute nodes"):
-        Job(run=one.run, plan=one.plan, site=shared).check()
+        Job(run=made.run, plan=made.plan, site=shared).check()
 
 
 def test_the_same_script_serves_again_when_what_it_waited_for_is_over(plan: Make) -> None:
-    one = job(plan, after=("12",), behind=("13", "14"))
-    assert slurm.sbatch_line(one)[2:4] == ["--dependency=afterok:12,afterany:13:14", "--kill-on-invalid-dep=yes"]
-    assert "dependency" not in render.script(one)
+    made = job(plan, after=("12",), behind=("13", "14"))
+    assert slurm.sbatch_line(made)[2:4] == ["--dependency=afterok:12,afterany:13:14", "--kill-on-invalid-dep=yes"]
+    assert "dependency" not in render.script(made)
 
 
 def test_two_arrays_in_one_folder_have_lists_of_their_own() -> None:
@@ -162,10 +162,10 @@ def test_two_arrays_in_one_folder_have_lists_of_their_own() -> None:
 
 @pytest.mark.parametrize("word", ["checkpoint.resume=never", "out=/tmp/a\nb"])
 def test_what_a_job_cannot_do_is_refused(corpus: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["submit", "--dry-run", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", word]
-    assert main(words) == 2
+    arguments = ["submit", "--dry-run", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", word]
+    assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "begin anew at every start" in said or "control character" in said
+    assert "begin from scratch at every start" in said or "control character" in said
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_what_a_job_cannot_do_is_refused(corpus: Path, word: str, capsys: pytest
 def test_a_wrong_submit_ends_with_2_and_writes_nothing(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    words = ["submit", "--dry-run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", *options]
-    assert main(words) == 2
+    arguments = ["submit", "--dry-run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", *options]
+    assert main(arguments) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -195,10 +195,10 @@ def test_without_slurm_a_submit_says_so_and_a_dry_run_works(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    words = ["submit", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
-    assert main(words) == 3
+    arguments = ["submit", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
+    assert main(arguments) == 3
     assert "this is no host that submits to SLURM" in capsys.readouterr().err
-    assert main([*words, "--dry-run", "--json"]) == 0
+    assert main([*arguments, "--dry-run", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["command"] == ["sbatch", "--parsable", f"{tmp_path}/run/job.sbatch"]
     assert "\n#SBATCH --nodes=1\n" in shown["text"]
@@ -253,7 +253,7 @@ def test_the_third_start_that_gets_nowhere_ends_the_job(tmp_path: Path, capsys: 
     assert "error: 3 starts in a row came no further than step 10: the cause" in capsys.readouterr().out
 
 
-def test_a_job_that_is_submitted_again_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_submitted_again_counts_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(tmp_path)
     assert [inside.main(["end", str(run), "1", ""]) for _ in range(3)] == [75, 75, 76]
     monkeypatch.setenv("SLURM_JOB_ID", "8")
@@ -271,7 +271,7 @@ def test_what_becomes_of_a_job_follows_from_how_the_run_ended(
 
 
 @pytest.mark.parametrize(
-    ("told", "ends"),
+    ("used", "ends"),
     [
         ("", 75),
         ("2:00:00 2:00:00", 75),
@@ -282,9 +282,9 @@ def test_what_becomes_of_a_job_follows_from_how_the_run_ended(
         ("INVALID INVALID", 143),
     ],
 )
-def test_told_to_end_before_its_limit_a_job_leaves_it_to_slurm(tmp_path: Path, told: str, ends: int) -> None:
+def test_told_to_end_before_its_limit_a_job_leaves_it_to_slurm(tmp_path: Path, used: str, ends: int) -> None:
     run = _run(tmp_path, code=75)
-    assert inside.main(["end", str(run), "75", told]) == ends
+    assert inside.main(["end", str(run), "75", used]) == ends
     assert (run / "starts.jsonl").exists() == (ends == 75), "a preemption is no failure of the run's"
 
 
@@ -302,8 +302,8 @@ def test_a_refusal_of_this_start_counts_whatever_srun_returns(
     run = _run(tmp_path, code=75, newest=10)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    exits.write_refusal(run, 2, "n2 has another torch")
-    exits.write_refusal(run, 1, "what came of it")
+    exits.write_refusal(run, RequestError("n2 has another torch", where="n2", fix="install it"))
+    exits.write_refusal(run, Fault("what came of it", where="n1", fix="look"))
     assert inside.main(["end", str(run), "137", ""]) == 2
     assert "n2 has another torch (exit code 2)" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
@@ -450,14 +450,14 @@ def test_a_job_script_is_its_owner_s_alone(plan: Make, tmp_path: Path, monkeypat
     partition = "PartitionName=main Default=YES MaxTime=UNLIMITED TotalNodes=9 State=UP\n"
     scheduler.install(tmp_path / "bin", monkeypatch, sbatch="4711\n", scontrol=partition, sinfo="9999999\n")
     run, victim = tmp_path / "run", tmp_path / "victim"
-    one = job(plan, run=run)
-    request = load(["model=gpt2-124m", f"data={one.plan.data.path}", "batch.global=8192"])
-    assert send.send(one, [(run, request, one.plan)]) == "4711"
+    made = job(plan, run=run)
+    request = load(["model=gpt2-124m", f"data={made.plan.data.path}", "batch.global=8192"])
+    assert send.send(made, [(run, request, made.plan)]) == "4711"
     assert stat.S_IMODE((run / "job.sbatch").stat().st_mode) == 0o600
     victim.write_text("mine")
     (run / "jobs.jsonl").unlink()
     (run / "jobs.jsonl").symlink_to(victim)
     (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\n[ "$2" = --test-only ] || [ "$1" = --test-only ] || exit 1\n')
     with pytest.raises(RequestError, match="cannot be written"):
-        send.send(one, [(run, request, one.plan)])
+        send.send(made, [(run, request, made.plan)])
     assert victim.read_text() == "mine"

@@ -13,6 +13,7 @@ from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.plan import Plan, run_id_of
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import run_directory, trust
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
@@ -21,8 +22,8 @@ Decide = Callable[..., tuple[Request, Plan]]
 
 @pytest.fixture
 def decide(corpus: Path) -> Decide:
-    def make(*words: str) -> tuple[Request, Plan]:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+    def make(*arguments: str) -> tuple[Request, Plan]:
+        request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
         return request, resolve(request, WORLD, facts.read(request.spec, lambda *_: NotImplemented))
 
     return make
@@ -51,7 +52,7 @@ def test_a_plan_that_was_changed_is_refused_even_by_a_single_number(run: Path) -
     text = (run / "plan.json").read_text()
     (run / "plan.json").write_text(text.replace('"seed": 0', '"seed": 1'))
     with pytest.raises(RequestError, match=r"plan\.json was changed after it was written"):
-        run_directory.read_plan(run)
+        Run(run).require_as_asked()
 
 
 @pytest.mark.parametrize(
@@ -74,14 +75,18 @@ def test_a_forged_plan_with_a_fitting_run_id_does_nothing_beyond_its_request(
 ) -> None:
     forge(run, **changes)
     with pytest.raises(RequestError) as caught:
-        run_directory.read_plan(run)
+        Run(run).require_as_asked()
     assert caught.value.what == f"plan.json does what request.toml does not ask for: {what}"
 
 
 def test_what_the_request_names_itself_is_taken(decide: Decide, tmp_path: Path) -> None:
-    words = ["ds.csv_monitor.enabled=true", "ds.csv_monitor.output_path=/logs/of mine", "ds.csv_monitor.job_name=../x"]
-    run_directory.write_plan(tmp_path / "run", *decide(*words))
-    assert run_directory.read_plan(tmp_path / "run")[1].deepspeed["csv_monitor"]["job_name"] == "../x"
+    arguments = [
+        "ds.csv_monitor.enabled=true",
+        "ds.csv_monitor.output_path=/logs/of mine",
+        "ds.csv_monitor.job_name=../x",
+    ]
+    run_directory.write_plan(tmp_path / "run", *decide(*arguments))
+    assert Run(tmp_path / "run").plan.deepspeed["csv_monitor"]["job_name"] == "../x"
 
 
 @pytest.mark.parametrize("name", ["", "plan.json", "request.toml", "origins.json"])

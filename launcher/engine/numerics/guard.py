@@ -14,8 +14,8 @@ from halfstep.launcher.engine.numerics.loss_scale import LossScale
 from halfstep.launcher.engine.numerics.repair import Repairs, unscale_and_clip
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.errors import NumericsError
-from halfstep.launcher.metrics.record import StepRecord
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.metric_rows import StepRecord
 
 _SCALE_IN_OTHER_PRECISIONS = 2.0**16
 """For which loss scale underflow in fp16 is reported where there is none: the default that fp16 starts from."""

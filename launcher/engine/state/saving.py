@@ -23,10 +23,11 @@ from halfstep.launcher.checkpoint.manifest import File, Manifest
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, training_state
-from halfstep.launcher.errors import HalfstepError, RefusedError
+from halfstep.launcher.errors import DiskFull, HalfstepError, RefusedError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
 from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.system.files import FULL
 
 _SPARE = 1 << 20
 """Bytes a rank needs besides its tensors: headers, sidecar, manifest."""
@@ -42,6 +43,8 @@ class _Pending:
     """Without its files; rank 0's."""
     synced: "Future[list[File]] | None" = None
     error: str | None = None
+    full: bool = False
+    """Whether the error is that the disk is full."""
     stalled: float = 0.0
 
 
@@ -113,7 +116,7 @@ class Saver:
         try:
             files = self._write(folder, step, pieces)
         except OSError as error:
-            self._pending.error = error.strerror or str(error)
+            self._pending.error, self._pending.full = error.strerror or str(error), error.errno in FULL
         else:
             self._pending.synced = self._pool.submit(self._sync, folder, step, files)
         self._mark(step)  # whoever hangs in its own part is a mark behind those that wait for it
@@ -130,7 +133,7 @@ class Saver:
             try:
                 files = pending.synced.result()
             except OSError as error:
-                pending.error = error.strerror or str(error)
+                pending.error, pending.full = error.strerror or str(error), error.errno in FULL
         self._mark(pending.step)
         outcome = distributed.gather_objects([pending.error, [asdict(file) for file in files]])
         reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(outcome) if reason]
@@ -161,6 +164,7 @@ class Saver:
             self._sync_records()  # the rows of the steps that the checkpoint has behind it must not be lost after it
             store.commit(pending.folder, replace(pending.manifest, files=files))
         except OSError as error:
+            pending.full = error.errno in FULL
             return [f"rank 0: {error.strerror or error}"]
         self._damaged -= {pending.step}
         self._prune()
@@ -177,7 +181,8 @@ class Saver:
     def _lost(self, pending: _Pending, reasons: list[str]) -> None:
         if self._rank == 0:
             shutil.rmtree(pending.folder, ignore_errors=True)
-        error = RefusedError(
+        full = any(distributed.gather_objects(pending.full))
+        error = (DiskFull if full else RefusedError)(
             f"the checkpoint of step {pending.step} could not be written ({'; '.join(reasons[:3])})",
             where=str(pending.folder.parent),
             fix="mend that and start the same command again; checkpoint.on_failure=continue trains on without",

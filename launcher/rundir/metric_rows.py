@@ -1,11 +1,21 @@
 """The rows of metrics.jsonl: the same fields, of the same type, in every (stage, precision) cell."""
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+import functools
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Annotated, Any, Optional, TypeVar
 
 from pydantic import Field
 
 from halfstep.launcher.system.fields import Count, Finite, Flag, Measured, Positive, checked
+
+_Record = TypeVar("_Record")
+_ALWAYS = frozenset(
+    (
+        *("step", "tokens", "loss", "lr", "grad_norm", "loss_scale", "overflow", "skipped_steps", "step_seconds"),
+        *("data_seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "time", "eval_loss", "perplexity"),
+    )
+)
+"""In every row since the first release, so that a row without one of them is damaged; never add to these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,4 +68,27 @@ class EvaluationRecord:
 
 def of_row(row: dict[str, Any]) -> StepRecord | EvaluationRecord:
     """Return a row of metrics.jsonl; raises ValueError for one that was not written by us."""
-    return checked(EvaluationRecord if "eval_loss" in row else StepRecord, row)
+    return read_as(EvaluationRecord if "eval_loss" in row else StepRecord, row)
+
+
+def read_as(kind: type[_Record], row: dict[str, Any]) -> _Record:
+    """Return a row as one kind of record; raises ValueError for one that was not written by us.
+
+    A field that was added later is its default in rows of older runs, and None where it has no default.
+    """
+    return kind(**vars(checked(_lenient(kind), row)))
+
+
+@functools.cache
+def _lenient(kind: Any) -> type[Any]:
+    """Return a record's fields as they may be missing from a row."""
+    return make_dataclass(
+        kind.__name__,
+        [
+            (item.name, Optional[item.type], field(default=None))  # noqa: UP045 (a type at run time)
+            if item.name not in _ALWAYS and item.default is MISSING
+            else (item.name, item.type, field(default=item.default))
+            for item in fields(kind)
+        ],
+        kw_only=True,
+    )

@@ -1,4 +1,4 @@
-"""What lies in a run directory of its starts and its checkpoints; standard library only, since jobs ask it too."""
+"""Where the attempts and the checkpoints of a run lie; standard library only, since jobs ask it too."""
 
 import contextlib
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def attempts(run: Path) -> list[Path]:
-    """Return the folders of a run's starts, oldest first."""
+    """Return the folders of a run's attempts, oldest first."""
     return [folder for _, folder in sorted(_numbered(run / "attempts", r"(\d{1,18})"))]
 
 
