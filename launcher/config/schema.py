@@ -111,12 +111,14 @@ class OptimizerKeys(_Section):
 class ScheduleKeys(_Section):
     """`schedule.*`: the learning rate as a pure function of the step."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up; wsd: the peak, and at the end of the run a linear decay."""
     warmup: CountOrZero | None = None
     """Steps of linear warm-up; unset: a tenth of the run, at most 2000."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end as a fraction of the peak."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the run in which wsd decays; the other kinds pay no heed to it."""
 
 
 class Fp16Keys(_Section):

@@ -9,12 +9,9 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import communication, step_time
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.states import FULL, optimizer_bytes
 from halfstep.launcher.forecast.step_time import TimeForecast
 from halfstep.launcher.forecast.workload import Setting
-
-_CHECKPOINT_BYTES = {"adamw": 14, "sgd": 6}
-"""A parameter's 16-bit weight, fp32 master and moments; SGD with momentum keeps one more number of 4 bytes."""
-
 
 _HIGHEST_PRICE = 1e12
 """Of a device-hour, in any money."""
@@ -125,7 +122,7 @@ def _saving(setting: Setting, hardware: Hardware, checkpoints: int) -> float | N
         return 0.0
     if storage is None:
         return None
-    each = _CHECKPOINT_BYTES["sgd" if setting.optimizer.lower() == "sgd" else "adamw"]
+    each = 2 + FULL + optimizer_bytes(setting)  # a 16-bit weight, its fp32 master, the optimizer's states
     nodes = max(1, setting.ranks // setting.ranks_per_node)
     return checkpoints * setting.parameters * each / (storage * (1 if setting.zero == 0 else nodes))
 

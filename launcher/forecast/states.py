@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.forecast import tensors as cuts
 from halfstep.launcher.forecast.tensors import Tensors
 from halfstep.launcher.forecast.workload import Setting
 
 FULL = 4
 """Bytes of an fp32 element."""
-
-# Tensors of a parameter's size that an optimizer keeps beside it; torch's and DeepSpeed's own implementations.
-_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "muon": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +57,9 @@ def uses_bf16_optimizer(setting: Setting) -> bool:
     )
 
 
-def moments_per_element(setting: Setting) -> int:
-    """Return how many fp32 numbers the optimizer keeps for each parameter; of an unknown one, two as of Adam."""
-    if setting.optimizer.lower() == "sgd":
-        return int(setting.momentum > 0)
-    return _MOMENTS.get(setting.optimizer.lower(), 2)
+def optimizer_bytes(setting: Setting) -> int:
+    """Return the bytes that the optimizer keeps for each element of a master."""
+    return optimizers.state_bytes(setting.optimizer, {"momentum": setting.momentum})
 
 
 def states(setting: Setting, rank: int | None = None) -> States:
@@ -77,7 +73,7 @@ def states(setting: Setting, rank: int | None = None) -> States:
     whole, shard = _elements(setting, every)
     compute, fp32 = setting.element_bytes, setting.precision == "fp32"
     masters = 0 if setting.zero == 0 and fp32 else FULL * shard
-    moments = FULL * moments_per_element(setting) * shard
+    moments = optimizer_bytes(setting) * shard
     weights = compute * (shard if setting.zero == 3 else whole)
     kept = compute * cuts.persistent(every, setting.persistence_threshold) if setting.zero == 3 else 0
     gradients, resting, reduced = _gradients(setting, every, whole, shard, rank)

@@ -69,7 +69,7 @@ def every_case() -> list[Case]:
         )
         for family, optimizer, clip, accumulation, world_size, precision, zero in itertools.product(
             ("gpt2", "llama"),
-            ("adamw", "sgd"),
+            _OPTIMIZERS,
             (BINDING_CLIP, 0.0),
             (1, 2),
             (1, 2),

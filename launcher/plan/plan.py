@@ -240,6 +240,8 @@ def run_id_of(tree: dict[str, Any]) -> str:
     }.items():
         for key in keys:
             kept[section].pop(key, None)
+    if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
+        kept["schedule"].pop("decay", None)
     for section in kept["deepspeed"]["zero_optimization"].values():
         if isinstance(section, dict):
             section.pop("nvme_path", None)

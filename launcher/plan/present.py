@@ -33,7 +33,8 @@ def lines(plan: Plan) -> list[str]:
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
         f"data         {_data(data)}",
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
-        f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}",
+        f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}"
+        + (f" in the last {plan.schedule.decay} steps" if plan.schedule.decay else ""),
         f"ranks        {plan.topology.world_size} on {plan.topology.nodes} node(s), "
         f"{plan.topology.device_name or plan.topology.accelerator}",
         *memory_table.lines(plan.memory, plan.activation_checkpointing),

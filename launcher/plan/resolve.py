@@ -55,6 +55,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         warmup=schedule.default_warmup(steps) if spec.schedule.warmup is None else spec.schedule.warmup,
         steps=steps,
         min_ratio=spec.schedule.min_ratio,
+        decay=max(1, round(spec.schedule.decay * steps)) if spec.schedule.kind == "wsd" else 0,
     )
     demanded = dsconfig.demanded_by_run_keys(spec, batch, learning_rate, topology)
     case = rules.Case(

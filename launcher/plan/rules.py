@@ -1,5 +1,6 @@
 """What may not be combined: a table of named rules, one sentence each, all violations reported together."""
 
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.plan import rules_deepspeed
 from halfstep.launcher.plan.ds.dsconfig import OFFLOADS, named
 from halfstep.launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
@@ -110,7 +111,7 @@ RULES: tuple[Rule, ...] = (
         sentence="at ZeRO 1 to 3 DeepSpeed takes Adam, AdamW, Adagrad, Lion and Muon only, unless told otherwise",
         broken=lambda c: (
             c.spec.zero > 0
-            and str(c.leaves.get("optimizer.type")).lower() not in ("adam", "adamw", "adagrad", "lion", "muon")
+            and not optimizers.of(str(c.leaves.get("optimizer.type"))).tested_with_zero
             and not c.leaves.get("zero_allow_untested_optimizer")
         ),
         where=set_by("optimizer.type"),

@@ -1,20 +1,25 @@
 """Plans: the batch equation, the learning rate, the DeepSpeed config and its origins, rules and run ids."""
 
+import dataclasses
 import itertools
 import json
 import os
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.schema import OptimizerKeys, ScheduleKeys
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.plan import batch, rules, schedule
+from halfstep.launcher.plan import batch, present, rules, schedule
 from halfstep.launcher.plan.ds import dsconfig
-from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.plan import Plan, run_id_of
 from halfstep.launcher.system import assets
 from halfstep.launcher.topology import Topology
 from tools import catalogue
@@ -46,11 +51,11 @@ def test_a_batch_that_does_not_divide_is_explained_with_ones_that_do(plan: Make)
     assert caught.value.fix == "take batch.global=30 or 40, or batch.micro=2, 4 or 8"
 
 
-@given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1))
+@given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(sorted(schedule.SHAPES)), st.floats(0, 1))
 def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(
     warmup: int, steps: int, kind: str, ratio: float
 ) -> None:
-    curve = schedule.Schedule(kind=kind, peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio)
+    curve = schedule.Schedule(kind=kind, peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio, decay=1)
     rates = [curve.learning_rate(step) for step in range(1, steps + 1)]
     assert rates[max(warmup, 1) - 1] == 1.0
     assert all(a < b for a, b in itertools.pairwise(rates[:warmup]))
@@ -61,6 +66,69 @@ def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(
 def test_five_steps_of_the_learning_rate_by_hand() -> None:
     curve = schedule.Schedule(kind="linear", peak=8.0, warmup=2, steps=6, min_ratio=0.0)
     assert [curve.learning_rate(step) for step in range(1, 7)] == [4.0, 8.0, 6.0, 4.0, 2.0, 0.0]
+
+
+def test_warm_up_stable_and_decay_by_hand() -> None:
+    curve = schedule.Schedule(kind="wsd", peak=8.0, warmup=2, steps=10, min_ratio=0.0, decay=4)
+    rates = [curve.learning_rate(step) for step in range(1, 11)]
+    assert rates == [4.0, 8.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0, 0.0]
+    assert curve.learning_rate(12) == 0.0
+    long = dataclasses.replace(curve, warmup=8, min_ratio=0.5)  # the warm-up takes precedence over the decay
+    assert [long.learning_rate(step) for step in (8, 9, 10)] == [8.0, 6.0, 4.0]
+
+
+@given(st.integers(0, 50), st.integers(51, 400), st.integers(1, 400), st.floats(0, 1))
+def test_wsd_stays_at_the_peak_until_it_falls_by_equal_amounts(
+    warmup: int, steps: int, decay: int, ratio: float
+) -> None:
+    curve = schedule.Schedule(kind="wsd", peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio, decay=decay)
+    start = max(warmup, steps - decay, 1)
+    rates = [curve.learning_rate(step) for step in range(start, steps + 1)]
+    assert {curve.learning_rate(step) for step in range(max(warmup, 1), start + 1)} == {1.0}
+    falls = [before - after for before, after in itertools.pairwise(rates)]
+    assert falls == pytest.approx([(1 - ratio) / (steps - start)] * (steps - start), abs=1e-12)
+
+
+def test_a_run_of_another_schedule_knows_nothing_of_the_decay(plan: Make) -> None:
+    for kind in ("cosine", "linear", "constant"):
+        made = plan(f"schedule.kind={kind}")
+        assert made.run_id == plan(f"schedule.kind={kind}", "schedule.decay=0.5").run_id
+        assert "schedule.decay" not in made.identity
+        assert made.schedule.decay == 0
+        tree = made.to_dict()
+        del tree["schedule"]["decay"]  # as it was written before there was one
+        assert run_id_of(tree) == made.run_id
+        assert Plan.from_dict(tree) == made
+    made = plan("schedule.kind=wsd", "steps=100")
+    assert made.schedule.decay == 20
+    assert made.run_id != plan("schedule.kind=wsd", "steps=100", "schedule.decay=0.5").run_id
+    assert made.identity["schedule.decay"] == 0.2
+    assert [line for line in present.lines(made) if line.startswith("schedule")] == [
+        "schedule     wsd, peak 0.001, 10 steps of warm-up, down to 0.0001 in the last 20 steps"
+    ]
+
+
+def test_every_schedule_and_optimizer_that_can_be_asked_for_has_a_row() -> None:
+    assert set(typing.get_args(ScheduleKeys.model_fields["kind"].annotation)) == set(schedule.SHAPES)
+    assert set(typing.get_args(OptimizerKeys.model_fields["kind"].annotation)) == set(optimizers.BY_KIND)
+    for row in optimizers.BY_KIND.values():
+        for run_keys in row.parameters.values():
+            assert set(run_keys) <= OptimizerKeys.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("type_", "parameters", "bytes_"),
+    [
+        ("AdamW", {}, 8),
+        ("adam", {}, 8),
+        ("SGD", {}, 0),
+        ("SGD", {"momentum": 0.9}, 4),
+        ("Lion", {}, 4),
+        ("NAdam", {}, 8),
+    ],
+)
+def test_the_bytes_an_optimizer_keeps_of_each_element(type_: str, parameters: dict[str, Any], bytes_: int) -> None:
+    assert optimizers.state_bytes(type_, parameters) == bytes_
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
