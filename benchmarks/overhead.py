@@ -75,7 +75,7 @@ def worker(job: dict) -> None:
     steps = job["steps"] + WARMUP
     request = load([*words, f"steps={steps}", "schedule.kind=constant", "eval.every=0"])
     world = topology.describe(rank.world_size, rank.local_world_size)
-    plan = resolve(request, world, facts.read(request.spec, lambda config, trust: 0))
+    plan = resolve(request, world, facts.read(request.spec))
     distributed.join(rank, plan, file_store(Path(f"{job['result']}.store"), rank))
     rounds = []
     for number in range(job["rounds"]):

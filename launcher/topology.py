@@ -224,6 +224,12 @@ def describe(world_size: int, ranks_per_node: int, environ: Mapping[str, str] = 
     )
 
 
+def local_topology(nodes: int | None, ranks_per_node: int | None, environ: Mapping[str, str] = os.environ) -> Topology:
+    """Describe the ranks that a request names, on nodes like this one; what it leaves open is as it is started here."""
+    ranks_per_node = ranks_per_node or default_ranks_per_node(environ)
+    return describe((nodes or 1) * ranks_per_node, ranks_per_node, environ)
+
+
 def prefer_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
     """Tell DeepSpeed that there is no GPU, where there is none; left to itself it looks for other devices first."""
     if gpu_count(environ) == 0:

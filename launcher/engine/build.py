@@ -11,11 +11,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
 from halfstep.launcher.config import optimizers
-from halfstep.launcher.engine.construct import unfit
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
 from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.plan.construct import unfit
 from halfstep.launcher.plan.plan import Plan
 from halfstep.models import network as model_build
 

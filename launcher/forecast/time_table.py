@@ -67,25 +67,26 @@ def _run(told: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def found(candidates: Sequence[Candidate], shown: int = 12) -> list[str]:
+def candidates(tried: Sequence[Candidate], shown: int = 12) -> list[str]:
     """Return a search as a table of its fastest, those on the frontier marked, and the frontier's own rows."""
-    best = frontier(candidates)
-    listed = [one for one in candidates if one.fits][:shown]
+    best = frontier(tried)
+    listed = [candidate for candidate in tried if candidate.fits][:shown]
     text = ["  nodes ranks zero offload        micro x acc  checkpointing    step  tokens/s   MFU    memory"]
-    text += [_candidate(one, one in best) for one in listed]
-    rest = [one for one in best if one not in listed]
+    text += [_candidate(candidate, candidate in best) for candidate in listed]
+    rest = [candidate for candidate in best if candidate not in listed]
     if rest:
         text += ["further down the frontier: less memory or fewer devices for more time"]
-        text += [_candidate(one, True) for one in rest[:shown]]
+        text += [_candidate(candidate, True) for candidate in rest[:shown]]
     if rest[shown:]:
         text += [f"  and {len(rest[shown:])} more, all in --json"]
     return text
 
 
-def _candidate(one: Candidate, best: bool) -> str:
-    how = one.setting
+def _candidate(candidate: Candidate, best: bool) -> str:
+    how = candidate.setting
+    mark, checkpointing = "*" if best else " ", "yes" if how.activation_checkpointing else "no"
     return (
-        f"{'*' if best else ' '} {one.nodes:5d} {how.ranks:5d} {how.zero:4d} {one.offload:<13} {how.micro:6d} x "
-        f"{how.accumulation:<5d} {'yes' if how.activation_checkpointing else 'no':<13} {seconds(one.step_seconds):>8} "
-        f"{one.tokens_per_second:9,.0f} {100 * one.mfu:5.1f} {one.peak_bytes / _GIB:7.2f} GiB"
+        f"{mark} {candidate.nodes:5d} {how.ranks:5d} {how.zero:4d} {candidate.offload:<13} {how.micro:6d} x "
+        f"{how.accumulation:<5d} {checkpointing:<13} {seconds(candidate.step_seconds):>8} "
+        f"{candidate.tokens_per_second:9,.0f} {100 * candidate.mfu:5.1f} {candidate.peak_bytes / _GIB:7.2f} GiB"
     )

@@ -35,7 +35,7 @@ def planned(tmp_path: Path) -> Callable[..., Plan]:
         file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         request = load(["model=gpt2-nano", "model.vocabulary=4096", f"--ds-config={file}", *words], data=False)
         world = topology or Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-        return resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
+        return resolve(request, world, facts.read(request.spec))
 
     return make
 
@@ -162,7 +162,7 @@ def test_no_content_of_a_file_ends_in_anything_but_a_plan_or_an_error_of_ours(
     request = load(["model=gpt2-nano", "model.vocabulary=64", f"--ds-config={file}"], data=False)
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
     with contextlib.suppress(HalfstepError):
-        resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
+        resolve(request, world, facts.read(request.spec))
 
 
 @pytest.mark.parametrize(("text", "expected"), REAL.values(), ids=REAL)

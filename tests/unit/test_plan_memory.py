@@ -212,10 +212,7 @@ def test_nothing_is_refused_where_the_capacity_is_not_known(plan: Make) -> None:
 def test_the_hosts_memory_changes_the_verdict_and_not_the_run(corpus: Path) -> None:
     request = load(["model=gpt2-nano", f"data={corpus}"])
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-    plans = [
-        resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented, memory))
-        for memory in (None, 2**30 // 4, 2**40)
-    ]
+    plans = [resolve(request, world, facts.read(request.spec, memory)) for memory in (None, 2**30 // 4, 2**40)]
     assert [one.memory["verdict"] for one in plans] == [None, TOO_LARGE, FITS]
     assert len({one.run_id for one in plans}) == 1
     assert cautions.memory_warning(plans[0], None) is None
@@ -245,14 +242,13 @@ def test_175b_on_1024_gpus_is_planned(plan: Make) -> None:
 
 
 def test_a_sequence_beyond_the_positions_of_a_models_config_is_refused(tmp_path: Path, corpus: Path) -> None:
-    from halfstep.launcher.engine.construct import construct
 
     config = shapes.hf_config(shapes.shape_of(PRESETS["llama-nano"], vocabulary=4096))
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     request = load([f"model=hf:{tmp_path}", f"data={corpus}", "sequence=65"])
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
     with pytest.raises(RequestError, match="longer than the model's 64 positions"):
-        resolve(request, world, facts.read(request.spec, construct))
+        resolve(request, world, facts.read(request.spec))
 
 
 def test_the_memory_of_a_device_is_what_its_name_says_or_the_table() -> None:

@@ -83,7 +83,7 @@ def test_the_table_of_a_search_is_the_recorded_one(plan: Make, monkeypatch: pyte
     # The shipped numbers move with every calibration; the unfitted ones do not.
     monkeypatch.setattr(step_time, "shipped", lambda accelerator: Calibration())
     found = search.search(starts(plan), H100, 40 * 2**30, needs)
-    text = "\n".join(time_table.found(found)) + "\n"
+    text = "\n".join(time_table.candidates(found)) + "\n"
     if os.environ.get("ACCEPT_GOLDEN"):
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text()
