@@ -1,6 +1,6 @@
 """Measure the resident memory of real CPU runs against what the planner foretold: `make measure`.
 
-Every row is a run of two DeepSpeed ranks, started as a user starts it. It keeps the setting it was made with, so that
+Every row is a run of two DeepSpeed ranks, started as a user starts it. It keeps the workload it was made with, so that
 `--score` works the predictions out anew, and `--fit` the constants of forecast/memory.py, without running again.
 """
 
@@ -117,14 +117,14 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def settings(rows: list[dict[str, Any]]) -> list[workload.Setting]:
+def settings(rows: list[dict[str, Any]]) -> list[workload.Workload]:
     """Return what every row was made with."""
     found = []
     for row in rows:
         tree = dict(row["setting"])
         scaling = tuple((key, value) for key, value in tree["shape"]["rope_scaling"])
         tree["shape"] = Shape(**{**tree["shape"], "rope_scaling": scaling})
-        found.append(workload.Setting(**tree))
+        found.append(workload.Workload(**tree))
     return found
 
 
@@ -164,7 +164,7 @@ def fit() -> None:
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
     left, right = [], []
     for row, made in zip(rows, settings(rows), strict=True):
-        seen, tensors = row["peak_memory_bytes"], max(one.bytes for one in memory.moments_on(made))
+        seen, tensors = row["peak_memory_bytes"], max(one.bytes for one in memory.phases_on(made))
         left.append([value / seen for value in (1, made.zero > 0, memory.heap_bytes(made))])
         right.append((seen - tensors) / seen)
     found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)

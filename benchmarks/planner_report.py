@@ -32,7 +32,7 @@ class Known:
 def predict(row: Row, known: Calibration) -> float | None:
     """Return the logarithm of a row's tokens/s of one device."""
     assert row.device is not None
-    told = step_time.forecast(row.setting, row.device, layout=row.layout, stack=row.stack, known=known)
+    told = step_time.forecast(row.workload, row.device, layout=row.layout, stack=row.stack, known=known)
     return math.log(told.tokens_per_second_per_device) if told else None
 
 

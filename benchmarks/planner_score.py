@@ -21,12 +21,12 @@ import numpy as np
 from planner_report import Known, errors, memory_report, predict, report, scaling
 
 from halfstep.launcher.forecast import hardware
-from halfstep.launcher.forecast import workload as settings
 from halfstep.launcher.forecast.calibration import CPU_STACK, Calibration, factor_keys
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
 from halfstep.launcher.forecast.published import published_runs, score
 from halfstep.launcher.forecast.published.published_runs import Row
+from halfstep.launcher.plan import estimate
 from halfstep.launcher.plan.plan import Plan
 
 TARGET = Path(__file__).resolve().parents[1] / "launcher" / "forecast" / "calibration.toml"
@@ -102,10 +102,10 @@ def load_runs(paths: Iterable[Path], device: Hardware) -> Known:
     found = []
     for path in paths:
         plan = Plan.from_dict(json.loads((path / "plan.json").read_text()))
-        one, tokens = settings.of_plan(plan), plan.batch.global_ * plan.sequence
+        one, tokens = estimate.workload_of(plan), plan.batch.global_ * plan.sequence
         seconds = json.loads((path / "summary.json").read_text())["step_seconds"]
         group = f"{plan.model.name} {one.micro} x {one.sequence}"
-        row = Row(row_id=path.name, group=group, source="runs", stack=CPU_STACK, device=device, setting=one,
+        row = Row(row_id=path.name, group=group, source="runs", stack=CPU_STACK, device=device, workload=one,
                   layout=Layout(compiled=plan.compile), text={})  # fmt: skip
         found.append((row, math.log(tokens / seconds / one.ranks)))
     return Known([row for row, _ in found], np.array([value for _, value in found]), np.ones(len(found)))
@@ -155,7 +155,7 @@ def _predictions(chosen: Sequence[Row], known: Calibration) -> np.ndarray:
 
 def _keys(row: Row) -> tuple[str, ...]:
     assert row.device is not None
-    return factor_keys(row.stack, row.device.name, row.layout.arithmetic or row.setting.precision)
+    return factor_keys(row.stack, row.device.name, row.layout.arithmetic or row.workload.precision)
 
 
 def _freedom(key: str) -> float:

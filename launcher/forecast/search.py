@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from halfstep.launcher.forecast import step_time
 from halfstep.launcher.forecast.hardware import Hardware
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 
 _LARGEST_MICRO = 64
 _WORTH = 0.95
@@ -33,7 +33,7 @@ class Start:
     nodes: int
     offload: str
     """As the run key says it."""
-    setting: Setting
+    workload: Workload
     micro: int | None = None
     """Where only this one is asked for."""
     checkpointing: bool | None = None
@@ -45,7 +45,7 @@ class Candidate:
 
     nodes: int
     offload: str
-    setting: Setting
+    workload: Workload
     step_seconds: float
     tokens_per_second: float
     mfu: float
@@ -61,7 +61,7 @@ class Candidate:
 
     def words(self) -> list[str]:
         """Return the run keys that ask for it."""
-        one = self.setting
+        one = self.workload
         return [
             f"nodes={self.nodes}",
             f"gpus_per_node={one.ranks_per_node}",
@@ -73,7 +73,7 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
-        one = self.setting
+        one = self.workload
         return {
             "words": self.words(),
             "nodes": self.nodes,
@@ -91,17 +91,17 @@ class Candidate:
         }
 
 
-def candidates(starts: Iterable[Start]) -> Iterator[tuple[Start, Setting]]:
+def candidates(starts: Iterable[Start]) -> Iterator[tuple[Start, Workload]]:
     """Return every start with every micro-batch that divides its share of the batch, checkpointed or not."""
     for start in starts:
-        share = start.setting.micro * start.setting.accumulation
+        share = start.workload.micro * start.workload.accumulation
         sizes = [size for size in range(1, min(share, _LARGEST_MICRO) + 1) if share % size == 0]
         for micro in [start.micro] if start.micro else sizes:
             for checkpointing in (False, True) if start.checkpointing is None else (start.checkpointing,):
                 yield (
                     start,
                     dataclasses.replace(
-                        start.setting,
+                        start.workload,
                         micro=micro,
                         accumulation=share // micro,
                         activation_checkpointing=checkpointing,
@@ -110,23 +110,23 @@ def candidates(starts: Iterable[Start]) -> Iterator[tuple[Start, Setting]]:
 
 
 def search(
-    starts: Iterable[Start], hardware: Hardware, capacity: int | None, needs: Callable[[Setting], Needed]
+    starts: Iterable[Start], hardware: Hardware, capacity: int | None, needs: Callable[[Workload], Needed]
 ) -> list[Candidate]:
     """Return all candidates: those that fit first, each kind by predicted time, then by memory.
 
     `needs` forecasts a setting's memory, `capacity` is a device's in bytes. One is left out where no time can be told.
     """
     found = []
-    for start, setting in candidates(starts):
-        told = step_time.forecast(setting, hardware)
+    for start, workload in candidates(starts):
+        told = step_time.forecast(workload, hardware)
         if told is None:
             continue
-        memory = needs(setting)
+        memory = needs(workload)
         found.append(
             Candidate(
                 nodes=start.nodes,
                 offload=start.offload,
-                setting=setting,
+                workload=workload,
                 step_seconds=told.step_seconds,
                 tokens_per_second=told.tokens_per_second,
                 mfu=told.mfu,
@@ -143,9 +143,9 @@ def frontier(found: Sequence[Candidate]) -> list[Candidate]:
     Memory counts where it is a twentieth less: what is slower for the sake of a few megabytes is no choice.
     """
     kept: list[Candidate] = []
-    for one in sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes, one.setting.ranks)):
+    for one in sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes, one.workload.ranks)):
         beaten = any(
-            _WORTH * other.peak_bytes <= one.peak_bytes and other.setting.ranks <= one.setting.ranks for other in kept
+            _WORTH * other.peak_bytes <= one.peak_bytes and other.workload.ranks <= one.workload.ranks for other in kept
         )
         if one.fits and not beaten:
             kept.append(one)

@@ -83,7 +83,7 @@ def candidates(tried: Sequence[Candidate], shown: int = 12) -> list[str]:
 
 
 def _candidate(candidate: Candidate, best: bool) -> str:
-    how = candidate.setting
+    how = candidate.workload
     mark, checkpointing = "*" if best else " ", "yes" if how.activation_checkpointing else "no"
     return (
         f"{mark} {candidate.nodes:5d} {how.ranks:5d} {how.zero:4d} {candidate.offload:<13} {how.micro:6d} x "

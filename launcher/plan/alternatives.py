@@ -82,7 +82,7 @@ def _start(plan: Plan, request: Request, adopted: Request) -> search.Start:
     return search.Start(
         nodes=plan.topology.nodes,
         offload=request.spec.offload,
-        setting=estimate.workload_of(plan),
+        workload=estimate.workload_of(plan),
         micro=plan.batch.micro if "batch.micro" in adopted.origins else None,
         checkpointing=plan.activation_checkpointing if "activation_checkpointing" in adopted.origins else None,
     )

@@ -31,7 +31,7 @@ def time_of(plan: Plan, facts: Facts, named: str | None, terms: run_estimate.Ter
     return run_estimate.of(workload_of(plan), device, topology.device_name, work, terms)
 
 
-def workload_of(plan: Plan) -> workload.Setting:
+def workload_of(plan: Plan) -> workload.Workload:
     """Return what the forecasts read of a whole plan."""
     return workload.of(
         plan.deepspeed,

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from halfstep.launcher.forecast.activations import activations
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 from halfstep.models import shapes
 from halfstep.models.network import build
 from halfstep.models.presets import PRESETS
 from halfstep.models.shapes import Shape
 
 
-def make(shape: Shape, **more: object) -> Setting:
+def make(shape: Shape, **more: object) -> Workload:
     base = {
         "zero": 0,
         "precision": "bf16",
@@ -24,14 +24,14 @@ def make(shape: Shape, **more: object) -> Setting:
         "sequence": 64,
         "accelerator": "cpu",
     }
-    return Setting(shape=shape, parameters=shapes.parameters(shape), **{**base, **more})  # type: ignore[arg-type]
+    return Workload(shape=shape, parameters=shapes.parameters(shape), **{**base, **more})  # type: ignore[arg-type]
 
 
-def saved(shape: Shape, setting: Setting) -> int:
+def saved(shape: Shape, workload: Workload) -> int:
     """Return the bytes that a forward pass saves, parameters and the logits not counted."""
-    dtype = torch.float32 if setting.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if workload.precision == "fp32" else torch.bfloat16
     model = build(
-        shapes.hf_config(shape), seed=1, dtype=dtype, activation_checkpointing=setting.activation_checkpointing
+        shapes.hf_config(shape), seed=1, dtype=dtype, activation_checkpointing=workload.activation_checkpointing
     )
     own = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
@@ -44,7 +44,7 @@ def saved(shape: Shape, setting: Setting) -> int:
             alive.append(storage)
         return tensor
 
-    tokens = torch.arange(setting.micro * setting.sequence).reshape(setting.micro, -1) % shape.vocabulary
+    tokens = torch.arange(workload.micro * workload.sequence).reshape(workload.micro, -1) % shape.vocabulary
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = model(input_ids=tokens).logits
     assert logits.shape[-1] == shape.vocabulary
@@ -58,8 +58,8 @@ def test_a_block_keeps_what_the_planner_says(preset: str, dropout: float, precis
     sizes = []
     for layers in (2, 4):
         shape = shapes.shape_of(PRESETS[preset], layers=layers, vocabulary=96, dropout=dropout)
-        setting = make(shape, precision=precision)
-        sizes.append((saved(shape, setting), activations(setting)))
+        workload = make(shape, precision=precision)
+        sizes.append((saved(shape, workload), activations(workload)))
     (two, foretold), (four, more) = sizes
     assert (four - two) / 2 == pytest.approx(foretold.block, rel=0.03)
     assert four == pytest.approx(more.kept + more.ends, rel=0.05)
@@ -68,10 +68,10 @@ def test_a_block_keeps_what_the_planner_says(preset: str, dropout: float, precis
 @pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano"])
 def test_with_checkpointing_only_the_inputs_of_the_blocks_stay(preset: str) -> None:
     shape = shapes.shape_of(PRESETS[preset], layers=6, vocabulary=96)
-    setting = make(shape, activation_checkpointing=True)
-    foretold = activations(setting)
+    workload = make(shape, activation_checkpointing=True)
+    foretold = activations(workload)
     assert foretold.kept == 6 * 2 * 64 * 128 * 2
-    assert saved(shape, setting) >= foretold.ends
+    assert saved(shape, workload) >= foretold.ends
 
 
 def test_gpt2_124m_at_1024_tokens_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""The forecast of memory: numbers worked out by hand, what must hold for every setting, the verdict and the refusal."""
+"""The forecast of memory: numbers worked out by hand, what must hold for every workload, the verdict."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from halfstep.launcher.config.load import load
 from halfstep.launcher.errors import EXIT_REFUSED, RefusedError, RequestError
 from halfstep.launcher.forecast import fit, hardware, states, tensors
 from halfstep.launcher.forecast.memory import FITS, TIGHT, TOO_LARGE, forecast
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.plan import cautions, estimate, facts, present
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
@@ -31,11 +31,11 @@ GPUS = Topology(
 CELLS = st.tuples(st.integers(0, 3), st.sampled_from(["fp32", "fp16", "bf16"]))
 
 
-def setting(preset: str = "gpt2-nano", layers: int = 2, **more: object) -> Setting:
+def workload(preset: str = "gpt2-nano", layers: int = 2, **more: object) -> Workload:
     shape = shapes.shape_of(PRESETS[preset], layers=layers, vocabulary=512)
     base = {"zero": 2, "precision": "bf16", "ranks": 4, "ranks_per_node": 4, "micro": 2, "accumulation": 1}
     base |= {"sequence": 64, "accelerator": "cuda", "reduce_bucket": 2**20}
-    return Setting(shape=shape, parameters=shapes.parameters(shape), **{**base, **more})  # type: ignore[arg-type]
+    return Workload(shape=shape, parameters=shapes.parameters(shape), **{**base, **more})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano", "gpt2-124m", "llama-8b"])
@@ -49,7 +49,7 @@ def test_the_tensors_of_a_shape_add_up_to_its_parameters(preset: str) -> None:
 def test_model_states_by_hand() -> None:
     # gpt2-nano on 512 tokens: 512 x 128 + 128 x 128 + 2 (12 x 128^2 + 13 x 128) + 2 x 128 = 478,720 parameters, of
     # which 475,136 in matrices and 3,584 in vectors; both divide by 2 x 4 ranks.
-    bf16 = {zero: states.states(setting(zero=zero)) for zero in range(4)}
+    bf16 = {zero: states.states(workload(zero=zero)) for zero in range(4)}
     assert bf16[0].totals() == {
         "weights": 2 * 478_720,
         "gradients": 4 * 478_720,
@@ -60,21 +60,21 @@ def test_model_states_by_hand() -> None:
     assert (bf16[1].masters, bf16[1].moments) == (478_720, 2 * 478_720)
     assert (bf16[2].weights, bf16[2].gradients, bf16[2].masters) == (2 * 478_720, 478_720, 478_720)
     assert (bf16[3].weights, bf16[3].gradients) == (478_720 // 2, 478_720)
-    assert states.states(setting(zero=0, precision="fp32")).masters == 0
-    assert states.states(setting(zero=1, precision="fp32")).masters == 478_720, "a second copy of the shard"
-    assert states.states(setting(zero=2, optimizer="SGD")).moments == 0
-    assert states.states(setting(zero=2, optimizer="SGD", momentum=0.9)).moments == 478_720
+    assert states.states(workload(zero=0, precision="fp32")).masters == 0
+    assert states.states(workload(zero=1, precision="fp32")).masters == 478_720, "a second copy of the shard"
+    assert states.states(workload(zero=2, optimizer="SGD")).moments == 0
+    assert states.states(workload(zero=2, optimizer="SGD", momentum=0.9)).moments == 478_720
 
 
 def test_offloaded_states_lie_on_the_host() -> None:
-    two = states.states(setting(zero=2, offload_optimizer="cpu"))
+    two = states.states(workload(zero=2, offload_optimizer="cpu"))
     assert (two.masters, two.moments, two.gradients) == (0, 0, 478_720), "the fp32 shard is made on the device first"
     assert (two.host_masters, two.host_moments, two.host_gradients) == (478_720, 2 * 478_720, 478_720)
-    three = states.states(setting(zero=3, offload_optimizer="cpu", offload_param="cpu"))
+    three = states.states(workload(zero=3, offload_optimizer="cpu", offload_param="cpu"))
     assert (three.weights, three.gradients, three.host_weights) == (0, 0, 478_720 // 2)
-    told = forecast(setting(zero=2, offload_optimizer="cpu"))
+    told = forecast(workload(zero=2, offload_optimizer="cpu"))
     assert {"offloaded masters", "offloaded moments"} <= {term.name for term in told.host}
-    assert forecast(setting(zero=2, offload_optimizer="cpu", accelerator="cpu")).host == ()
+    assert forecast(workload(zero=2, offload_optimizer="cpu", accelerator="cpu")).host == ()
 
 
 def test_fp32_gradients_of_stage_2_are_those_of_every_tensor_a_shard_touches() -> None:
@@ -92,9 +92,9 @@ def test_terms_add_up_and_every_moment_is_below_the_peak(
 ) -> None:
     zero, precision = cell
     more = {"activation_checkpointing": checkpointing, "accelerator": accelerator, "accumulation": accumulation}
-    told = forecast(setting(zero=zero, precision=precision, micro=micro, **more))
+    told = forecast(workload(zero=zero, precision=precision, micro=micro, **more))
     assert sum(term.bytes for term in told.device) == told.peak_bytes + told.outside_bytes
-    assert max(told.by_moment.values()) == told.by_moment[told.peak_at] == told.peak_bytes
+    assert max(told.by_phase.values()) == told.by_phase[told.peak_at] == told.peak_bytes
     assert told.low_bytes < told.peak_bytes < told.high_bytes
     assert all(term.bytes > 0 and term.note for term in told.device)
 
@@ -105,13 +105,13 @@ def test_more_of_anything_never_needs_less(
 ) -> None:
     zero, precision = cell
     more = {"zero": zero, "precision": precision, "accelerator": accelerator}
-    one = setting(preset, activation_checkpointing=checkpointing, **more)
+    one = workload(preset, activation_checkpointing=checkpointing, **more)
     peak = forecast(one).peak_bytes
     for larger in (
         dataclasses.replace(one, micro=one.micro * 3),
         dataclasses.replace(one, sequence=one.sequence + 17),
         dataclasses.replace(one, accumulation=2),
-        setting(preset, layers=5, activation_checkpointing=checkpointing, **more),
+        workload(preset, layers=5, activation_checkpointing=checkpointing, **more),
     ):
         assert forecast(larger).peak_bytes >= peak
     assert forecast(dataclasses.replace(one, activation_checkpointing=False)).peak_bytes >= peak
@@ -122,7 +122,7 @@ def test_a_higher_stage_and_more_ranks_never_hold_more_state(
     precision: str, zero: int, power: int, layers: int
 ) -> None:
     def total(stage: int, ranks: int) -> int:
-        one = setting(layers=layers, zero=stage, precision=precision, ranks=ranks, persistence_threshold=0)
+        one = workload(layers=layers, zero=stage, precision=precision, ranks=ranks, persistence_threshold=0)
         return sum(states.states(one).totals().values())
 
     ranks = 2**power
@@ -131,27 +131,27 @@ def test_a_higher_stage_and_more_ranks_never_hold_more_state(
 
 
 def test_an_unknown_family_has_its_states_and_a_wider_band() -> None:
-    known = forecast(setting())
-    unknown = forecast(dataclasses.replace(setting(), shape=None))
+    known = forecast(workload())
+    unknown = forecast(dataclasses.replace(workload(), shape=None))
     assert "activations" not in {term.name for term in unknown.device}
     assert unknown.states.totals()["weights"] == known.states.totals()["weights"]
     assert unknown.high_bytes / unknown.peak_bytes > known.high_bytes / known.peak_bytes
-    told = fit.described(dataclasses.replace(setting(), shape=None), 10**12)
+    told = fit.described(dataclasses.replace(workload(), shape=None), 10**12)
     assert told["excludes"] == "activations: a family whose arithmetic is not known"
     assert told["largest_micro"] is None
 
 
 def test_the_verdict_is_about_the_whole_band() -> None:
-    told = forecast(setting())
+    told = forecast(workload())
     assert told.verdict(told.high_bytes + told.outside_bytes) == FITS
     assert told.verdict(told.high_bytes + told.outside_bytes - 1) == TIGHT
     assert told.verdict(told.low_bytes + told.outside_bytes - 1) == TOO_LARGE
     assert told.verdict() is None
-    assert forecast(setting(), capacity_bytes=told.high_bytes + told.outside_bytes).verdict() == FITS
+    assert forecast(workload(), capacity_bytes=told.high_bytes + told.outside_bytes).verdict() == FITS
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
-    one = setting("gpt2-nano", layers=12, sequence=128)
+    one = workload("gpt2-nano", layers=12, sequence=128)
     capacity = forecast(dataclasses.replace(one, micro=37)).high_bytes + forecast(one).outside_bytes
     largest = fit.largest_micro(one, capacity)
     assert largest is not None

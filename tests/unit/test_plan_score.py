@@ -53,10 +53,10 @@ BLOOM = FOUNDRY | {
 def test_a_row_is_read_as_a_setting_and_a_layout() -> None:
     row = published_runs.parse(FOUNDRY)
     assert (row.stack, row.layout.collectives, row.device and row.device.name) == ("llm-foundry", "fsdp", "a100")
-    one = row.setting
+    one = row.workload
     assert (one.ranks, one.micro, one.accumulation, one.zero, one.precision) == (8, 14, 4, 3, "bf16")
     row = published_runs.parse(BLOOM)
-    one, cut = row.setting, row.layout
+    one, cut = row.workload, row.layout
     assert (cut.tensor, cut.pipeline, one.ranks, one.zero) == (4, 12, 8, 1)
     assert (one.micro, one.accumulation) == (2, 128)
     assert one.shape is not None
@@ -78,24 +78,24 @@ def test_a_row_is_read_as_a_setting_and_a_layout() -> None:
 )
 def test_shardings_are_understood(sharding: str, zero: int, cut: tuple[int, int], virtual: int, context: int) -> None:
     row = published_runs.parse(FOUNDRY | {"source": "elsewhere", "sharding": sharding, "n_gpus": "1536"})
-    assert row.setting.zero == zero
+    assert row.workload.zero == zero
     assert (row.layout.tensor, row.layout.pipeline) == cut
     assert (row.layout.virtual, row.layout.context) == (virtual, context)
 
 
 def test_tokens_a_gpu_are_a_micro_batch_and_low_precisions_are_told_apart() -> None:
     row = published_runs.parse(FOUNDRY | {"micro_batch": "4096 tok/GPU", "precision": "fp8 rowwise", "gpu": "H100"})
-    assert (row.setting.micro, row.layout.arithmetic) == (2, "fp8-rowwise")
+    assert (row.workload.micro, row.layout.arithmetic) == (2, "fp8-rowwise")
     assert published_runs.parse(FOUNDRY | {"precision": "NVFP4"}).layout.arithmetic == "fp4"
     assert published_runs.parse(FOUNDRY | {"precision": "FP8-CS (FP8-MX)"}).layout.arithmetic == "fp8"
 
 
 def test_a_llama_is_told_from_a_gpt_by_its_parameters() -> None:
     llama = {"model_params_B": "8.03", "layers": "32", "hidden": "4096", "heads": "32", "ffn": "14336"}
-    shape = published_runs.parse(FOUNDRY | llama | {"vocab": "128256"}).setting.shape
+    shape = published_runs.parse(FOUNDRY | llama | {"vocab": "128256"}).workload.shape
     assert shape is not None
     assert (shape.family, shape.kv_heads) == ("llama", 8)
-    guessed = published_runs.parse({"row_id": "b", "model_params_B": "6.7"}).setting.shape
+    guessed = published_runs.parse({"row_id": "b", "model_params_B": "6.7"}).workload.shape
     assert guessed is not None
     assert 3584 <= guessed.width <= 4608
 

@@ -12,7 +12,7 @@ from halfstep.launcher.cli.main import main
 from halfstep.launcher.forecast import hardware, search, step_time, time_table
 from halfstep.launcher.forecast.calibration import Calibration
 from halfstep.launcher.forecast.search import Start
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.plan import estimate
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.topology import Topology
@@ -35,7 +35,7 @@ class Fake:
         return "fits" if self.peak_bytes <= capacity_bytes else "does not fit"
 
 
-def needs(one: Setting) -> Fake:
+def needs(one: Workload) -> Fake:
     activations = one.micro * (2**30 if one.activation_checkpointing else 8 * 2**30)
     return Fake(one.parameters * (16 if one.zero < 3 else 2) + activations)
 
@@ -44,7 +44,7 @@ def starts(plan: Make) -> list[Start]:
     found = []
     for zero in (1, 2, 3):
         one = plan("model=gpt2-1.5b", "batch.global=256", f"zero={zero}", topology=TWO_NODES)
-        found.append(Start(nodes=2, offload="none", setting=estimate.workload_of(one)))
+        found.append(Start(nodes=2, offload="none", workload=estimate.workload_of(one)))
     return found
 
 
@@ -52,7 +52,7 @@ def test_every_micro_batch_that_divides_is_tried_with_and_without_checkpointing(
     tried = list(search.candidates(starts(plan)[:1]))
     sizes = [(one.micro, one.accumulation, one.activation_checkpointing) for _, one in tried]
     assert sizes == [(m, 16 // m, again) for m in (1, 2, 4, 8, 16) for again in (False, True)]
-    pinned = Start(nodes=2, offload="none", setting=starts(plan)[0].setting, micro=4, checkpointing=True)
+    pinned = Start(nodes=2, offload="none", workload=starts(plan)[0].workload, micro=4, checkpointing=True)
     assert [(one.micro, one.activation_checkpointing) for _, one in search.candidates([pinned])] == [(4, True)]
 
 

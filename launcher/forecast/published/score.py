@@ -44,10 +44,10 @@ def measured_speed(text: Mapping[str, str]) -> float | None:
 def _flops_per_token(text: Mapping[str, str]) -> float | None:
     named = text.get("flops_convention", "").replace(" ", "")
     row = published_runs.parse(text)
-    shape, s = row.setting.shape, row.setting.sequence
+    shape, s = row.workload.shape, row.workload.sequence
     if shape is None or not text.get("hidden"):
         return None
-    n, layers, h, v = row.setting.parameters, shape.layers, shape.width, shape.vocabulary
+    n, layers, h, v = row.workload.parameters, shape.layers, shape.width, shape.vocabulary
     if "96B" in named:
         return 96 * layers * h * h * (1 + s / (6 * h) + v / (16 * layers * h))
     if "72B" in named:
@@ -72,7 +72,7 @@ def predict_row(row: Row) -> Prediction:
     """Predict one row."""
     told = None
     if row.device is not None:
-        told = step_time.forecast(row.setting, row.device, layout=row.layout, stack=row.stack)
+        told = step_time.forecast(row.workload, row.device, layout=row.layout, stack=row.stack)
     return Prediction(
         row_id=row.row_id,
         tokens_per_s_per_gpu=told.tokens_per_second_per_device if told else None,
