@@ -109,7 +109,7 @@ def _search(options: argparse.Namespace, arguments: list[str]) -> int:
         "* nothing is faster with less memory"
     )
     say(*time_table.candidates(tried.candidates))
-    say(f"the fastest: {' '.join(tried.fitting[0].words())}")
+    say(f"the fastest: {' '.join(tried.fitting[0].arguments())}")
     return 0
 
 

@@ -158,7 +158,7 @@ class NumericsKeys(_Section):
     max_skips: Count = 3
     """Steps in a row, skipped or without a finite loss, that end the run; a falling loss scale has more."""
     repairs: bool = True
-    """Mend what DeepSpeed gets wrong at stage 0 in half precision; false shows DeepSpeed as it is."""
+    """Repair what DeepSpeed gets wrong at stage 0 in half precision; false shows DeepSpeed as it is."""
 
 
 class EvalKeys(_Section):
@@ -182,7 +182,7 @@ class CheckpointKeys(_Section):
     at_end: bool = True
     """Whether the last step is saved, so that the run can be exported or made longer."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """Go on from the newest good checkpoint if there is one, only if there is one, or start anew."""
+    """Resume from the newest good checkpoint if there is one, only if there is one, or start from scratch."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What a save that fails (a full disk) does to the run."""
     grace: SecondsOrZero = 0.0

@@ -20,9 +20,13 @@ _GIB = 2**30
 class Change:
     """Something to change, as run keys, and the peak it is predicted to bring."""
 
-    words: str
+    run_keys: str
     peak_bytes: int
     verdict: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-able values."""
+        return {"words": self.run_keys, "peak_bytes": self.peak_bytes, "verdict": self.verdict}
 
 
 def described(workload: Workload, capacity_bytes: int | None) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def described(workload: Workload, capacity_bytes: int | None) -> dict[str, Any]:
         "capacity_bytes": capacity_bytes,
         "verdict": verdict,
         "largest_micro": largest_micro(workload, capacity_bytes),
-        "changes": [dataclasses.asdict(change) for change in changes],
+        "changes": [change.to_dict() for change in changes],
         "excludes": "nothing known" if workload.shape else "activations: a family whose arithmetic is not known",
     }
 
@@ -76,7 +80,7 @@ def better(workload: Workload, needed: Forecast, capacity_bytes: int | None) -> 
     def tried(changes: list[tuple[str, Workload]]) -> list[Change]:
         outcomes = [(keys, forecast(changed)) for keys, changed in changes]
         return [
-            Change(words=keys, peak_bytes=outcome.peak_bytes, verdict=outcome.verdict(capacity_bytes))
+            Change(run_keys=keys, peak_bytes=outcome.peak_bytes, verdict=outcome.verdict(capacity_bytes))
             for keys, outcome in outcomes
             if outcome.peak_bytes < needed.peak_bytes * _WORTH_NAMING
         ]

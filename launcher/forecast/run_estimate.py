@@ -49,8 +49,8 @@ def of(
             return _unknown(workload, "this machine was not measured; `halfstep doctor --measure` does that once")
         named = f"the device {device!r} is not in the table" if device else "the device is not known"
         return _unknown(workload, f"{named}; name it with hardware=NAME")
-    told = step_time.forecast(workload, hardware)
-    if told is None:
+    step = step_time.forecast(workload, hardware)
+    if step is None:
         why = (
             "arithmetic of the model's family"
             if workload.shape is None
@@ -60,8 +60,8 @@ def of(
     return {
         "unknown": None,
         "hardware": hardware.name,
-        **told.to_dict(),
-        **_run(told, workload, hardware, work, terms or Terms()),
+        **step.to_dict(),
+        **_run(step, workload, hardware, work, terms or Terms()),
     }
 
 
@@ -80,20 +80,20 @@ def price(text: str) -> float:
     return number
 
 
-def _run(told: TimeForecast, workload: Workload, hardware: Hardware, work: Work, terms: Terms) -> dict[str, Any]:
-    training = work.steps * told.step_seconds
+def _run(step: TimeForecast, workload: Workload, hardware: Hardware, work: Work, terms: Terms) -> dict[str, Any]:
+    training = work.steps * step.step_seconds
     evaluating = None
     if work.evaluations is not None:
-        evaluating = work.evaluations * _evaluation(told, workload, work.evaluation_sequences)
+        evaluating = work.evaluations * _evaluation(step, workload, work.evaluation_sequences)
     saving = _saving(workload, hardware, work.checkpoints)
     seconds = training + (evaluating or 0.0) + (saving or 0.0)
-    device_hours = seconds / 3600 * told.devices
+    device_hours = seconds / 3600 * step.devices
     jobs = None
     if terms.limit_seconds is not None:
         jobs = math.ceil(seconds / max(1, terms.limit_seconds - terms.notice_seconds))
     return {
         "steps": work.steps,
-        "devices": told.devices,
+        "devices": step.devices,
         "training_seconds": training,
         "evaluation_seconds": evaluating,
         "checkpoint_seconds": saving,
@@ -107,11 +107,11 @@ def _run(told: TimeForecast, workload: Workload, hardware: Hardware, work: Work,
     }
 
 
-def _evaluation(told: TimeForecast, workload: Workload, sequences: int) -> float:
+def _evaluation(step: TimeForecast, workload: Workload, sequences: int) -> float:
     """Return the seconds of one evaluation: forward passes, a third of computing without recomputation."""
-    one = told.terms
+    terms = step.terms
     computing = (
-        one.matmul + one.attention + one.memory_bound + one.host_bound + one.tensor_parallel
+        terms.matmul + terms.attention + terms.memory_bound + terms.host_bound + terms.tensor_parallel
     ) / workload.accumulation
     passes = 4 if workload.activation_checkpointing else 3
     return computing / passes * math.ceil(sequences / (workload.micro * workload.ranks))

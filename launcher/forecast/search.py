@@ -59,30 +59,30 @@ class Candidate:
         """Whether it may be tried: what is tight may run out of memory, what is not known is the user's to know."""
         return self.verdict in (None, "fits")
 
-    def words(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """Return the run keys that ask for it."""
-        one = self.workload
+        workload = self.workload
         return [
             f"nodes={self.nodes}",
-            f"gpus_per_node={one.ranks_per_node}",
-            f"zero={one.zero}",
+            f"gpus_per_node={workload.ranks_per_node}",
+            f"zero={workload.zero}",
             f"offload={self.offload}",
-            f"batch.micro={one.micro}",
-            f"activation_checkpointing={'true' if one.activation_checkpointing else 'false'}",
+            f"batch.micro={workload.micro}",
+            f"activation_checkpointing={'true' if workload.activation_checkpointing else 'false'}",
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
-        one = self.workload
+        workload = self.workload
         return {
-            "words": self.words(),
+            "words": self.arguments(),
             "nodes": self.nodes,
-            "ranks": one.ranks,
-            "zero": one.zero,
+            "ranks": workload.ranks,
+            "zero": workload.zero,
             "offload": self.offload,
-            "micro": one.micro,
-            "accumulation": one.accumulation,
-            "activation_checkpointing": one.activation_checkpointing,
+            "micro": workload.micro,
+            "accumulation": workload.accumulation,
+            "activation_checkpointing": workload.activation_checkpointing,
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -114,39 +114,38 @@ def search(
 ) -> list[Candidate]:
     """Return all candidates: those that fit first, each kind by predicted time, then by memory.
 
-    `needs` forecasts a setting's memory, `capacity` is a device's in bytes. One is left out where no time can be told.
+    `needs` forecasts a workload's memory, `capacity` is a device's in bytes. What has no forecast of time is left out.
     """
-    found = []
+    tried = []
     for start, workload in candidates(starts):
-        told = step_time.forecast(workload, hardware)
-        if told is None:
+        step = step_time.forecast(workload, hardware)
+        if step is None:
             continue
         memory = needs(workload)
-        found.append(
+        tried.append(
             Candidate(
                 nodes=start.nodes,
                 offload=start.offload,
                 workload=workload,
-                step_seconds=told.step_seconds,
-                tokens_per_second=told.tokens_per_second,
-                mfu=told.mfu,
+                step_seconds=step.step_seconds,
+                tokens_per_second=step.tokens_per_second,
+                mfu=step.mfu,
                 peak_bytes=memory.peak_bytes,
                 verdict=memory.verdict(capacity),
             )
         )
-    return sorted(found, key=lambda one: (not one.fits, one.step_seconds, one.peak_bytes))
+    return sorted(tried, key=lambda candidate: (not candidate.fits, candidate.step_seconds, candidate.peak_bytes))
 
 
-def frontier(found: Sequence[Candidate]) -> list[Candidate]:
+def frontier(tried: Sequence[Candidate]) -> list[Candidate]:
     """Return those that nothing beats in time, memory and devices at once, the fastest first.
 
     Memory counts where it is a twentieth less: what is slower for the sake of a few megabytes is no choice.
     """
     kept: list[Candidate] = []
-    for one in sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes, one.workload.ranks)):
-        beaten = any(
-            _WORTH * other.peak_bytes <= one.peak_bytes and other.workload.ranks <= one.workload.ranks for other in kept
-        )
-        if one.fits and not beaten:
-            kept.append(one)
+    for candidate in sorted(tried, key=lambda other: (other.step_seconds, other.peak_bytes, other.workload.ranks)):
+        peak, ranks = candidate.peak_bytes, candidate.workload.ranks
+        beaten = any(_WORTH * other.peak_bytes <= peak and other.workload.ranks <= ranks for other in kept)
+        if candidate.fits and not beaten:
+            kept.append(candidate)
     return kept

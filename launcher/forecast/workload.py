@@ -95,7 +95,7 @@ def of(
         parameters=parameters,
         zero=zero,
         precision=precision,
-        ranks=topology.world_size,
+        ranks=topology.ranks.data,
         ranks_per_node=topology.ranks_per_node,
         micro=micro,
         accumulation=accumulation,

@@ -39,7 +39,7 @@ class Alternatives:
         raise RefusedError(
             f"none of {len(self.candidates)} candidates fits a {self.device}; "
             f"the least needs {least.peak_bytes / 2**30:.1f} GiB",
-            where=" ".join(least.words()),
+            where=" ".join(least.arguments()),
             fix="take more nodes, a shorter sequence, or a device with more memory",
         )
 
@@ -59,7 +59,7 @@ def search_open(arguments: Sequence[str]) -> Alternatives:
         if plan.refused_by:
             refused.append(plan)
         else:
-            starts.append(_start(plan, request, adopt.adopt(request, read.ds_config, world.world_size)[0]))
+            starts.append(_start(plan, request, adopt.adopt(request, read.ds_config, world.ranks.data)[0]))
     if device is None:
         raise RequestError(
             "there is no time to rank by: the device is not known",
@@ -102,10 +102,10 @@ def _requests(arguments: Sequence[str]) -> Iterator[tuple[Request, Topology]]:
             sized = [*fixed, *([f"nodes={nodes}"] if nodes else []), *([f"gpus_per_node={gpus}"] if gpus else [])]
             first = load(sized, data=False)
             world = planned_topology(first.spec)
-            known, _ = adopt.adopt(first, facts.ds_config(first.spec), world.world_size)
+            known, _ = adopt.adopt(first, facts.ds_config(first.spec), world.ranks.data)
             if "batch.global" not in known.origins:  # the default need not divide by so many ranks
-                share = -(-known.spec.batch.global_ // world.world_size)
-                sized.append(f"batch.global={share * world.world_size}")
+                share = -(-known.spec.batch.global_ // world.ranks.data)
+                sized.append(f"batch.global={share * world.ranks.data}")
             stages = [known.spec.zero] if "zero" in known.origins else [0, 1, 2, 3]
             offloads = [known.spec.offload] if "offload" in known.origins else list(_OFFLOADS)
             for zero in stages:

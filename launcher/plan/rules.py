@@ -148,12 +148,12 @@ RULES: tuple[Rule, ...] = (
 
 def violations(case: Case) -> list[Violation]:
     """Return every rule a request breaks, then every key on which the DeepSpeed config and the run keys disagree."""
-    found = [
+    broken = [
         Violation(rule=rule.name, sentence=rule.sentence, where=rule.where(case), fix=rule.fix)
         for rule in RULES
         if rule.broken(case)
     ]
-    return found + _disagreements(case) + _offloaded_otherwise(case) + _dropped(case)
+    return broken + _disagreements(case) + _offloaded_otherwise(case) + _dropped(case)
 
 
 def _dropped(case: Case) -> list[Violation]:

@@ -60,8 +60,8 @@ def test_a_block_keeps_what_the_planner_says(preset: str, dropout: float, precis
         shape = shapes.shape_of(PRESETS[preset], layers=layers, vocabulary=96, dropout=dropout)
         workload = make(shape, precision=precision)
         sizes.append((saved(shape, workload), activations(workload)))
-    (two, foretold), (four, more) = sizes
-    assert (four - two) / 2 == pytest.approx(foretold.block, rel=0.03)
+    (two, predicted), (four, more) = sizes
+    assert (four - two) / 2 == pytest.approx(predicted.block, rel=0.03)
     assert four == pytest.approx(more.kept + more.ends, rel=0.05)
 
 
@@ -69,9 +69,9 @@ def test_a_block_keeps_what_the_planner_says(preset: str, dropout: float, precis
 def test_with_checkpointing_only_the_inputs_of_the_blocks_stay(preset: str) -> None:
     shape = shapes.shape_of(PRESETS[preset], layers=6, vocabulary=96)
     workload = make(shape, activation_checkpointing=True)
-    foretold = activations(workload)
-    assert foretold.kept == 6 * 2 * 64 * 128 * 2
-    assert saved(shape, workload) >= foretold.ends
+    predicted = activations(workload)
+    assert predicted.kept == 6 * 2 * 64 * 128 * 2
+    assert saved(shape, workload) >= predicted.ends
 
 
 def test_gpt2_124m_at_1024_tokens_by_hand() -> None:

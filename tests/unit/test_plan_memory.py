@@ -269,14 +269,14 @@ def test_the_memory_of_a_host_is_what_its_control_group_leaves(tmp_path: Path) -
     assert topology.node_memory_bytes(tmp_path) == 500_000
 
 
-def test_the_measured_runs_are_foretold() -> None:
+def test_the_measured_runs_are_predicted() -> None:
     rows = json.loads(measure_memory.RESULTS.read_text())["rows"]
-    for row, made in zip(rows, measure_memory.settings(rows), strict=True):
+    for row, made in zip(rows, measure_memory.workloads_of(rows), strict=True):
         told = forecast(made)
         assert told.low_bytes < row["peak_memory_bytes"] < told.high_bytes, (row["size"], row["words"])
     errors = [
         forecast(made).peak_bytes / row["peak_memory_bytes"] - 1
-        for row, made in zip(rows, measure_memory.settings(rows), strict=True)
+        for row, made in zip(rows, measure_memory.workloads_of(rows), strict=True)
     ]
     assert sum(abs(error) <= 0.05 for error in errors) >= 0.95 * len(errors)
     assert abs(sum(errors) / len(errors)) < 0.02, "neither above nor below on the whole"

@@ -47,7 +47,7 @@ def read_text(path: Path) -> list[dict[str, str]]:
     try:
         # Lines as the file has them: a line break inside of quotes is part of a cell.
         reader = csv.DictReader(io.StringIO(foreign.read_text(path, follow=True), newline=""), strict=True)
-        found = [
+        rows = [
             {key: (value if isinstance(value, str) else "").strip() for key, value in row.items() if key is not None}
             for row in reader
         ]
@@ -63,7 +63,7 @@ def read_text(path: Path) -> list[dict[str, str]]:
             where=str(path),
             fix="give a CSV with the columns row_id, gpu, n_gpus, model_params_B, layers, hidden, ...",
         )
-    return found
+    return rows
 
 
 def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:

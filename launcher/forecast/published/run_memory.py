@@ -23,11 +23,11 @@ def peak_gib(row: Row) -> float | None:
     metric = row.text.get("metric", "")
     plain = row.layout.cut == 1 and row.layout.context == 1
     if row.stack == OWN_STACK and plain:
-        told = memory.forecast(row.workload)
-        needed = float(told.allocated_bytes if "allocated" in metric else told.peak_bytes)
+        forecast = memory.forecast(row.workload)
+        needed = float(forecast.allocated_bytes if "allocated" in metric else forecast.peak_bytes)
         if row.workload.fused_loss:  # Liger's head and loss make no logits
-            needed -= sum(term.bytes for term in told.device if term.name in ("logits", "loss"))
-        outside = float(told.outside_bytes)
+            needed -= sum(term.bytes for term in forecast.device if term.name in ("logits", "loss"))
+        outside = float(forecast.outside_bytes)
     else:
         needed = _states(row) + _activations(row) + _head(row)
         needed *= 1.0 if "allocated" in metric else _SLACK
@@ -86,13 +86,13 @@ def _activations(row: Row) -> float:
     scores = 0.0
     if layout.attention == "unfused":
         scores = 5.0 * workload.micro * workload.sequence**2 * shape.heads / layout.tensor
-    one = whole + scores
+    layer = whole + scores
     edge = 2 * tokens * shape.width / (layout.tensor if layout.sequence_parallel else 1)
     kind = layout.recompute
     if kind == "full":
-        return edge * layers * flying + one
+        return edge * layers * flying + layer
     if kind == "none":
-        return one * layers * flying * (_COMPILED if layout.compiled else 1.0)
+        return layer * layers * flying * (_COMPILED if layout.compiled else 1.0)
     return _SELECTIVE * whole * layers * flying
 
 
