@@ -17,6 +17,7 @@ from halfstep.launcher.config import optimizers
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.config.schema import OptimizerKeys, ScheduleKeys
 from halfstep.launcher.errors import RequestError
+from halfstep.launcher.parity import cases
 from halfstep.launcher.plan import batch, present, rules, schedule
 from halfstep.launcher.plan.ds import dsconfig
 from halfstep.launcher.plan.plan import Plan, run_id_of
@@ -111,6 +112,7 @@ def test_a_run_of_another_schedule_knows_nothing_of_the_decay(plan: Make) -> Non
 def test_every_schedule_and_optimizer_that_can_be_asked_for_has_a_row() -> None:
     assert set(typing.get_args(ScheduleKeys.model_fields["kind"].annotation)) == set(schedule.SHAPES)
     assert set(typing.get_args(OptimizerKeys.model_fields["kind"].annotation)) == set(optimizers.BY_KIND)
+    assert set(cases.OPTIMIZERS) == set(optimizers.BY_KIND), "the gate proves every optimizer"
     for row in optimizers.BY_KIND.values():
         for run_keys in row.parameters.values():
             assert set(run_keys) <= OptimizerKeys.model_fields.keys()
@@ -225,7 +227,7 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 64, "fp16": {"enabled": True}}))
     made = plan(f"--ds-config={file}", "zero=2", "batch.global=32", "precision=bf16")
-    assert {one["rule"] for one in made.refused_by} == {"config-agrees-with-run-keys"}
+    assert {violation["rule"] for violation in made.refused_by} == {"config-agrees-with-run-keys"}
     assert len(made.refused_by) == 3
     with pytest.raises(RequestError):
         made.require_allowed()
@@ -235,7 +237,7 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
 
 
 @pytest.mark.parametrize(
-    ("words", "broken"),
+    ("arguments", "broken"),
     [
         (["offload=cpu", "zero=2"], {"param-offload-needs-stage-3"}),
         (["offload=nvme", "zero=1"], _NVME | {"param-offload-needs-stage-3", "nvme-needs-stage-3"}),
@@ -296,14 +298,14 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_each_rule_refuses_what_it_is_for(plan: Make, words: list[str], broken: set[str]) -> None:
-    assert {one["rule"] for one in plan(*words, topology=GPUS).refused_by} == broken
+def test_each_rule_refuses_what_it_is_for(plan: Make, arguments: list[str], broken: set[str]) -> None:
+    assert {violation["rule"] for violation in plan(*arguments, topology=GPUS).refused_by} == broken
 
 
 def test_a_users_own_optimizer_wins_over_defaults_and_not_over_run_keys(plan: Make) -> None:
     made = plan("ds.optimizer.params.lr=0.5")
     assert (made.schedule.peak, made.refused_by) == (0.5, [])
-    assert [one["rule"] for one in plan("optimizer.lr=0.1", "ds.optimizer.params.lr=0.5").refused_by] == [
+    assert [violation["rule"] for violation in plan("optimizer.lr=0.1", "ds.optimizer.params.lr=0.5").refused_by] == [
         "config-agrees-with-run-keys"
     ]
     lamb = plan("ds.optimizer.type=Lamb", topology=GPUS).deepspeed["optimizer"]
@@ -312,7 +314,9 @@ def test_a_users_own_optimizer_wins_over_defaults_and_not_over_run_keys(plan: Ma
 
 def test_an_optimizer_that_deepspeed_has_not_tested_is_planned_with_consent_as_the_rule_says(plan: Make) -> None:
     lamb = plan("ds.optimizer.type=Lamb", topology=GPUS)
-    assert [one["fix"] for one in lamb.refused_by] == ["add ds.zero_allow_untested_optimizer=true, or take zero=0"]
+    assert [violation["fix"] for violation in lamb.refused_by] == [
+        "add ds.zero_allow_untested_optimizer=true, or take zero=0"
+    ]
     assert plan("ds.optimizer.type=Lamb", "ds.zero_allow_untested_optimizer=true", topology=GPUS).refused_by == []
     assert plan("ds.optimizer.type=Lamb", "zero=0", "precision=fp32", topology=GPUS).refused_by == []
 
@@ -336,26 +340,26 @@ def test_every_rule_is_tripped_by_a_test() -> None:
 def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> None:
     assert plan("offload=optimizer-cpu", "zero=2").refused_by == []
     assert plan("offload=cpu", "zero=3").refused_by == []
-    assert [one["rule"] for one in plan("offload=nvme", "zero=3", "nvme_path=/disk").refused_by] == [
+    assert [violation["rule"] for violation in plan("offload=nvme", "zero=3", "nvme_path=/disk").refused_by] == [
         "nvme-unproved-on-cpu",
         "nvme-states-are-not-saved",
     ]
 
 
 def test_what_only_gpus_can_do_is_refused_on_cpu_ranks(plan: Make) -> None:
-    words = ["zero=3", "ds.zero_optimization.zero_quantized_weights=true", "batch.global=32"]
-    (broken,) = plan(*words).refused_by
+    arguments = ["zero=3", "ds.zero_optimization.zero_quantized_weights=true", "batch.global=32"]
+    (broken,) = plan(*arguments).refused_by
     assert broken["rule"] == "gpu-only"
     assert broken["where"].startswith("zero_optimization.zero_quantized_weights from ds.zero_optimization.zero_")
-    assert plan(*words, topology=GPUS).refused_by == []
-    assert plan("zero=2", *words[1:]).refused_by == [], "without effect below stage 3"
+    assert plan(*arguments, topology=GPUS).refused_by == []
+    assert plan("zero=2", *arguments[1:]).refused_by == [], "without effect below stage 3"
 
 
 def test_optimizers_without_a_build_for_cpu_ranks_are_refused_there(plan: Make) -> None:
     untested = "ds.zero_allow_untested_optimizer=true"
-    for words in (["ds.optimizer.type=Lamb", untested], ["ds.optimizer.type=Lion"]):
-        assert [one["rule"] for one in plan(*words).refused_by] == ["fused-optimizers-need-a-gpu"]
-        assert plan(*words, topology=GPUS).refused_by == []
+    for arguments in (["ds.optimizer.type=Lamb", untested], ["ds.optimizer.type=Lion"]):
+        assert [violation["rule"] for violation in plan(*arguments).refused_by] == ["fused-optimizers-need-a-gpu"]
+        assert plan(*arguments, topology=GPUS).refused_by == []
     assert plan("ds.optimizer.type=Lion", "offload=optimizer-cpu").refused_by == []
 
 
@@ -377,19 +381,19 @@ def test_what_deepspeed_does_only_at_other_stages_is_allowed_there(plan: Make) -
 def test_half_precision_at_stage_0_is_warned_of_where_it_is_not_mended(plan: Make) -> None:
     for precision, fault in (("fp16", "never scales the loss"), ("bf16", "starts Adam one step late")):
         said = plan("zero=0", f"precision={precision}", "numerics.repairs=false").warnings
-        (warning,) = [one for one in said if "TRUST" in one]
+        (warning,) = [warning for warning in said if "TRUST" in warning]
         assert warning.startswith(f"DO NOT TRUST numerics.repairs=false with zero=0 precision={precision}")
         assert fault in warning
-        assert not any("TRUST" in one for one in plan("zero=0", f"precision={precision}").warnings)
+        assert not any("TRUST" in warning for warning in plan("zero=0", f"precision={precision}").warnings)
     for cell in (["zero=0", "precision=fp32"], ["zero=1", "precision=fp16"]):
-        assert not any("TRUST" in one for one in plan(*cell, "numerics.repairs=false").warnings)
+        assert not any("TRUST" in warning for warning in plan(*cell, "numerics.repairs=false").warnings)
 
 
 def test_the_run_id_is_the_question_not_its_place(plan: Make) -> None:
     assert plan().run_id == plan("out=/elsewhere", "log.every=3", "numerics.every=5", "numerics.max_skips=9").run_id
     others = [
-        plan(*words).run_id
-        for words in (
+        plan(*arguments).run_id
+        for arguments in (
             ["seed=1"],
             ["zero=2"],
             ["steps=7"],
@@ -418,14 +422,14 @@ def test_peak_arithmetic_is_known_for_an_h100_and_unknown_for_a_cpu(plan: Make) 
         plan("hardware=h10")
 
 
-@pytest.mark.parametrize(("words", "what"), [
+@pytest.mark.parametrize(("arguments", "what"), [
     (["sequence=200000"], "sequence=200000 is longer than the corpus, which has 100000 training tokens"),
     (["sequence=6000"], "sequence=6000 is longer than the validation split, which has 5000 tokens"),
     (["model.vocabulary=99"], "the data holds token id 99, and the model's embedding has only 99 rows"),
 ])  # fmt: skip
-def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, words: list[str], what: str) -> None:
+def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, arguments: list[str], what: str) -> None:
     with pytest.raises(RequestError) as caught:
-        plan(*words)
+        plan(*arguments)
     assert caught.value.what == what
 
 

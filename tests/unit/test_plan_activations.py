@@ -33,7 +33,7 @@ def saved(shape: Shape, workload: Workload) -> int:
     model = build(
         shapes.hf_config(shape), seed=1, dtype=dtype, activation_checkpointing=workload.activation_checkpointing
     )
-    own = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
     alive = []
 
@@ -76,12 +76,12 @@ def test_with_checkpointing_only_the_inputs_of_the_blocks_stay(preset: str) -> N
 
 def test_gpt2_124m_at_1024_tokens_by_hand() -> None:
     shape = shapes.shape_of(PRESETS["gpt2-124m"])
-    one = activations(make(shape, micro=4, sequence=1024, accelerator="cuda"))
+    kept = activations(make(shape, micro=4, sequence=1024, accelerator="cuda"))
     tokens = 4 * 1024
-    assert one.block == tokens * (32 * 768 + 4 * 12)
-    assert one.kept == 12 * one.block
-    assert one.logits == tokens * 50304 * 2
-    assert one.loss == one.logits + 64 * 2**20
+    assert kept.block == tokens * (32 * 768 + 4 * 12)
+    assert kept.kept == 12 * kept.block
+    assert kept.logits == tokens * 50304 * 2
+    assert kept.loss == kept.logits + 64 * 2**20
     hf = activations(make(shape, micro=4, sequence=1024, accelerator="cuda", fused_loss=False))
     assert hf.logits + hf.loss == 14 * tokens * 50304
     again = activations(dataclasses.replace(make(shape, micro=4, sequence=1024), activation_checkpointing=True))
