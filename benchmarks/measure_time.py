@@ -33,11 +33,11 @@ def main() -> int:
     done = []
     for (model, micro, sequence), *cell in itertools.product(MODELS, *axes):
         out = arguments.out / f"{model}-{micro}x{sequence}-{'-'.join(cell)}"
-        words = [f"model={model}", f"data={arguments.data}", f"out={out}", f"steps={arguments.steps}", *cell]
-        words += [f"batch.micro={micro}", f"batch.global={4 * micro}", f"sequence={sequence}", "eval.every=0"]
-        words += ["eval.sequences=1", "checkpoint.every=0", "checkpoint.at_end=false"]
+        keys = [f"model={model}", f"data={arguments.data}", f"out={out}", f"steps={arguments.steps}", *cell]
+        keys += [f"batch.micro={micro}", f"batch.global={4 * micro}", f"sequence={sequence}", "eval.every=0"]
+        keys += ["eval.sequences=1", "checkpoint.every=0", "checkpoint.at_end=false"]
         if not (out / "summary.json").exists():
-            ended = subprocess.run([HALFSTEP, "run", *words], capture_output=True, text=True)
+            ended = subprocess.run([HALFSTEP, "run", *keys], capture_output=True, text=True)
             if ended.returncode:
                 print(f"{out.name}: exit code {ended.returncode}\n{ended.stderr[-500:]}", file=sys.stderr)
                 continue

@@ -34,8 +34,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or Path(scratch) / "data"
         if arguments.data is None:
-            words = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
-            subprocess.run([sys.executable, "-m", "halfstep", *words], cwd=ROOT, check=True)
+            prepare = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
+            subprocess.run([sys.executable, "-m", "halfstep", *prepare], cwd=ROOT, check=True)
         for precision in arguments.precision:
             result = Path(scratch) / f"{precision}.json"
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _report(precision: str, rounds: list[dict[str, float]]) -> None:
-    ratios = [one["ours"] / one["plain"] for one in rounds]
+    ratios = [times["ours"] / times["plain"] for times in rounds]
     low, middle, high = statistics.quantiles(ratios, n=4)
     print(
         f"{precision}: ratio {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f}, "
@@ -71,11 +71,11 @@ def worker(job: dict) -> None:
     from halfstep.launcher.plan import facts
     from halfstep.launcher.plan.resolve import resolve
 
-    words = [f"model={job['model']}", f"data={job['data']}", f"zero={job['zero']}", f"precision={job['precision']}"]
+    keys = [f"model={job['model']}", f"data={job['data']}", f"zero={job['zero']}", f"precision={job['precision']}"]
     steps = job["steps"] + WARMUP
-    request = load([*words, f"steps={steps}", "schedule.kind=constant", "eval.every=0"])
+    request = load([*keys, f"steps={steps}", "schedule.kind=constant", "eval.every=0"])
     world = topology.describe(rank.world_size, rank.local_world_size)
-    plan = resolve(request, world, facts.read(request.spec, lambda config, trust: 0))
+    plan = resolve(request, world, facts.read(request.spec))
     distributed.join(rank, plan, file_store(Path(f"{job['result']}.store"), rank))
     rounds = []
     for number in range(job["rounds"]):

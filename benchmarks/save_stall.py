@@ -37,8 +37,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.disk) as scratch:
         data = arguments.data or Path(scratch) / "data"
         if arguments.data is None:
-            words = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
-            subprocess.run([sys.executable, "-m", "halfstep", *words], cwd=ROOT, check=True)
+            prepare = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
+            subprocess.run([sys.executable, "-m", "halfstep", *prepare], cwd=ROOT, check=True)
         result = Path(scratch) / "result.json"
         job = {**vars(arguments), "data": str(data), "result": str(result), "scratch": scratch, "disk": None}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -51,12 +51,12 @@ def main() -> int:
 
 def _report(rounds: list[dict[str, float]]) -> None:
     for name in ("ours", "deepspeed"):
-        per_gb = [one[name] / (one[f"{name}_bytes"] / 1e9) for one in rounds]
+        per_gb = [pair[name] / (pair[f"{name}_bytes"] / 1e9) for pair in rounds]
         size = rounds[0][f"{name}_bytes"] / 1e9
         print(f"{name:>9}: {statistics.median(per_gb):.2f} s/GB of {size:.2f} GB, "
-              f"stall {statistics.median(one[name] for one in rounds):.2f} s (median of {len(rounds)})")  # fmt: skip
-    ratios = [one["ours"] / one["deepspeed"] for one in rounds]
-    per_gb = [(one["ours"] / one["ours_bytes"]) / (one["deepspeed"] / one["deepspeed_bytes"]) for one in rounds]
+              f"stall {statistics.median(pair[name] for pair in rounds):.2f} s (median of {len(rounds)})")  # fmt: skip
+    ratios = [pair["ours"] / pair["deepspeed"] for pair in rounds]
+    per_gb = [(pair["ours"] / pair["ours_bytes"]) / (pair["deepspeed"] / pair["deepspeed_bytes"]) for pair in rounds]
     for what, values in (("of the stalls", ratios), ("of seconds per GB", per_gb)):
         low, _, high = statistics.quantiles(values, n=4)
         print(f"ratio {what}: {statistics.median(values):.3f} (quartiles {low:.3f} to {high:.3f})", flush=True)
@@ -78,12 +78,12 @@ def _worker(job: dict) -> None:
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)
-    words = [f"model={job['model']}", f"model.layers={job['layers']}", f"data={job['data']}", "sequence=64",
+    keys = [f"model={job['model']}", f"model.layers={job['layers']}", f"data={job['data']}", "sequence=64",
              f"zero={job['zero']}", f"precision={job['precision']}", "batch.global=4", "batch.micro=2",
              "eval.every=0", "checkpoint.keep=2", "fp16.initial_scale_power=8"]  # fmt: skip
     steps = (2 * job["rounds"] + 1) * job["steps"]
-    request = load([*words, f"steps={steps}", f"out={job['scratch']}/run"])
-    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec, lambda config, trust: 0))
+    request = load([*keys, f"steps={steps}", f"out={job['scratch']}/run"])
+    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec))
     distributed.join(rank, plan, file_store(Path(job["scratch"]) / "store", rank))
     where = Path(job["scratch"]) / "run"
 
@@ -117,7 +117,7 @@ def _worker(job: dict) -> None:
         begun = time.perf_counter()
         engine.save_checkpoint(str(peer), tag=f"step-{number}")
         seconds = max(distributed.gather_objects(time.perf_counter() - begun))
-        size = sum(one.stat().st_size for one in (peer / f"step-{number}").iterdir())
+        size = sum(file.stat().st_size for file in (peer / f"step-{number}").iterdir())
         theirs[number] = (seconds, size)
         distributed.gather_objects(None)  # all have looked
         if rank.rank == 0:
@@ -127,11 +127,11 @@ def _worker(job: dict) -> None:
     tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda *_, **__: None)
     loop.train(engine, plan, feed, tell, own_guard, done=0, evaluated=True)
     saver.finish()
-    ours = [one for one in events if one["kind"] == "saved"]
-    stalls = distributed.gather_objects([one["seconds"] for one in ours])
-    for place, (one, (seconds, size)) in enumerate(zip(ours, theirs.values(), strict=False)):
+    ours = [event for event in events if event["kind"] == "saved"]
+    stalls = distributed.gather_objects([event["seconds"] for event in ours])
+    for place, (event, (seconds, size)) in enumerate(zip(ours, theirs.values(), strict=False)):
         stall = max(own[place] for own in stalls)
-        rounds.append({"ours": stall, "ours_bytes": one["bytes"], "deepspeed": seconds, "deepspeed_bytes": size})
+        rounds.append({"ours": stall, "ours_bytes": event["bytes"], "deepspeed": seconds, "deepspeed_bytes": size})
     if rank.rank == 0:
         Path(job["result"]).write_text(json.dumps(rounds[1:]))  # the first of each pays for warming up
     distributed.leave()

@@ -15,11 +15,9 @@ if __name__ == "__main__":
 from halfstep.launcher import fault_injection, topology
 from halfstep.launcher.config.load import Request, load
 from halfstep.launcher.errors import HalfstepError
-from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.decide import decide as make_plan
 from halfstep.launcher.plan.ds import packages
 from halfstep.launcher.plan.plan import Plan
-from halfstep.launcher.plan.pretrained import Network, Source
-from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import exits, run_directory, trust
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import heap
@@ -40,7 +38,7 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     else:
         request = load(words)
         world = topology.describe(rank.world_size, rank.local_world_size)
-        plan = resolve(request, world, facts.read(request.spec, _construct))
+        plan = make_plan(request, world)
         path = run_directory.location(request, plan)
         trust.require_own(path, consent=consent)
     topology.check(rank, plan.topology.world_size, request.spec.nodes, request.spec.gpus_per_node)
@@ -51,12 +49,6 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
         exits.write_refusal(path, error)  # torchrun and accelerate turn every code into 1
         raise
     return path, request, plan
-
-
-def _construct(source: Source, config: dict, trust_remote_code: bool) -> Network:
-    from halfstep.launcher.engine.construct import construct
-
-    return construct(source, config, trust_remote_code)
 
 
 def main(words: list[str]) -> int:

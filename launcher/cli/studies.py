@@ -1,8 +1,6 @@
 """The verbs on studies: halfstep study run, submit, status, report."""
 
 import argparse
-import contextlib
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from halfstep.launcher import topology
 from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import EXIT_REFUSED, RequestError
 from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.decide import decide
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.submit import argv
 from halfstep.launcher.submit.job import STARTERS
@@ -75,7 +74,6 @@ def _read(
     arguments: argparse.Namespace, overrides: list[str], world: Callable[[Request], Topology]
 ) -> tuple[Any, Any, Path]:
     """Return the study, its cells and its folder; what is kept and what is new is said first."""
-    from halfstep.launcher.cli.running import decide
     from halfstep.launcher.study import grid, study_file, study_folder
 
     study = study_file.read(arguments.study, overrides)
@@ -120,16 +118,17 @@ def _prepared(dry: bool) -> Path:
         from halfstep.launcher.data.show import render
 
         say(f"the study names no data: preparing {_DATA}, once", error=True)
-        with contextlib.redirect_stdout(sys.stderr):  # what is asked for as JSON comes alone
-            say(*render(prepare("stdlib", folder, vocab_size=_VOCABULARY)))
+        for line in render(prepare("stdlib", folder, vocab_size=_VOCABULARY)):
+            say(line, error=True)  # what is asked for as JSON comes alone
     return folder
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from halfstep.launcher.cli.running import here
     from halfstep.launcher.study import run_cells
 
-    study, cells, where = _read(arguments, overrides, here)
+    study, cells, where = _read(
+        arguments, overrides, lambda request: topology.local_topology(request.spec.nodes, request.spec.gpus_per_node)
+    )
     if arguments.dry_run:
         return _show(study, cells, as_json=arguments.json)
 
@@ -157,13 +156,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _submit(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import shlex
 
-    from halfstep.launcher.cli.running import there
     from halfstep.launcher.study import job_array
     from halfstep.launcher.submit import site_file, slurm
 
     names = ("time", "partition", "account", "qos", "constraint", "memory")
     chosen = site_file.read(arguments.site, {name: getattr(arguments, name) for name in names})
-    study, cells, where = _read(arguments, overrides, lambda request: there(request, chosen))
+    study, cells, where = _read(arguments, overrides, lambda request: site_file.site_topology(chosen, request.spec))
     sent = job_array.submit(
         study,
         cells,

@@ -29,6 +29,8 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     `data` is a path and not among them: the plan's data digest is compared instead.
     """
     leaves = flatten(spec.model_dump(by_alias=True))
+    if spec.schedule.kind != "wsd":  # nothing comes of it, and runs of other kinds are older than this key
+        del leaves["schedule.decay"]
     return {
         key: value
         for key, value in leaves.items()

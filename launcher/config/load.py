@@ -28,7 +28,7 @@ class Request:
     origins: dict[str, str]
 
 
-def load(words: Sequence[str], origin: str = _COMMAND_LINE, *, data: bool = True, stored: bool = False) -> Request:
+def load(arguments: Sequence[str], origin: str = _COMMAND_LINE, *, data: bool = True, stored: bool = False) -> Request:
     """Read `[RUN.toml] key=value ... [--ds-config FILE]`; later words override earlier ones.
 
     `origin` is what an error names as the place where the words stand; `data`: whether the request has to name some;
@@ -39,7 +39,7 @@ def load(words: Sequence[str], origin: str = _COMMAND_LINE, *, data: bool = True
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    remaining = list(words)
+    remaining = list(arguments)
     here = _current_folder()
     while remaining:
         word = remaining.pop(0)

@@ -111,12 +111,14 @@ class OptimizerKeys(_Section):
 class ScheduleKeys(_Section):
     """`schedule.*`: the learning rate as a pure function of the step."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up; wsd: the peak, and at the end of the run a linear decay."""
     warmup: CountOrZero | None = None
     """Steps of linear warm-up; unset: a tenth of the run, at most 2000."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end as a fraction of the peak."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the run in which wsd decays; the other kinds pay no heed to it."""
 
 
 class Fp16Keys(_Section):
@@ -156,7 +158,7 @@ class NumericsKeys(_Section):
     max_skips: Count = 3
     """Steps in a row, skipped or without a finite loss, that end the run; a falling loss scale has more."""
     repairs: bool = True
-    """Mend what DeepSpeed gets wrong at stage 0 in half precision; false shows DeepSpeed as it is."""
+    """Repair what DeepSpeed gets wrong at stage 0 in half precision; false shows DeepSpeed as it is."""
 
 
 class EvalKeys(_Section):
@@ -180,7 +182,7 @@ class CheckpointKeys(_Section):
     at_end: bool = True
     """Whether the last step is saved, so that the run can be exported or made longer."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """Go on from the newest good checkpoint if there is one, only if there is one, or start anew."""
+    """Resume from the newest good checkpoint if there is one, only if there is one, or start from scratch."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What a save that fails (a full disk) does to the run."""
     grace: SecondsOrZero = 0.0

@@ -10,11 +10,12 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
-from halfstep.launcher.engine.construct import unfit
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
 from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.plan.construct import unfit
 from halfstep.launcher.plan.plan import Plan
 from halfstep.models import network as model_build
 
@@ -65,10 +66,12 @@ def _gather_experts_at_once(model: PreTrainedModel) -> None:
 def _compiled_optimizer(plan: Plan) -> list[str]:
     """Return the operator that DeepSpeed will compile for the optimizer (engine.py, _configure_basic_optimizer)."""
     optimizer = plan.deepspeed["optimizer"]
-    if optimizer["type"].lower() not in ("adam", "adamw") or optimizer.get("params", {}).get("torch_adam", False):
+    operators = optimizers.of(optimizer["type"]).operators
+    if operators is None or optimizer.get("params", {}).get("torch_adam", False):
         return []
     offloaded = plan.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    return ["CPUAdamBuilder" if offloaded or plan.topology.accelerator == "cpu" else "FusedAdamBuilder"]
+    on_host, on_device = operators
+    return [on_host if offloaded or plan.topology.accelerator == "cpu" else on_device]
 
 
 def _model(plan: Plan) -> PreTrainedModel:
@@ -96,21 +99,18 @@ def _home(name: str) -> str | None:
 
 
 def parameter_groups(model: torch.nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """Split the parameters into decayed matrices and undecayed vectors (biases, norms).
-
-    Decaying a norm's gain towards zero is not regularisation; matrices and embeddings are what GPT-3 decays.
-    """
+    """Split the parameters into the groups of the optimizer's row: decayed matrices, undecayed biases and norms."""
+    row = optimizers.of(plan.deepspeed["optimizer"]["type"])
     decay = plan.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    groups: dict[optimizers.Group, list[torch.nn.Parameter]] = {group: [] for group in row.groups}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue  # DeepSpeed ends in an IndexError over a group in which nothing is trained
         # Under zero.Init a parameter's own shape is empty; ds_shape is the real one.
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        groups[dimensions >= 2].append(parameter)
+        groups[row.group_of(len(getattr(parameter, "ds_shape", parameter.shape)))].append(parameter)
     return [
-        {"params": members, "weight_decay": decay if is_matrix else 0.0}
-        for is_matrix, members in groups.items()
+        {"params": members, "weight_decay": decay if group.decayed else 0.0}
+        for group, members in groups.items()
         if members
     ]
 

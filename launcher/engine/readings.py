@@ -41,9 +41,11 @@ class Readings:
         self._own_norm: float | None = None
 
     def set_learning_rate(self, rate: float) -> None:
-        """Write the learning rate that the next step will use."""
+        """Write the learning rate that the next step will use; a group keeps its ratio to the plan's peak."""
+        peak = self._plan.schedule.peak
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            built = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = rate * (built / peak if peak else 1.0)
 
     def before_step(self, gradient_scale: float) -> float | None:
         """Work out the unscaled gradient norm where DeepSpeed has none to be believed, at stage 0; else return None.

@@ -6,7 +6,7 @@ a test holds them against the tensors that autograd really saves.
 
 from dataclasses import dataclass
 
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.system.heap import MAPPED
 from halfstep.models.shapes import Shape
 
@@ -44,9 +44,9 @@ class Activations:
     """A forward pass that keeps nothing: one block's largest moment."""
 
 
-def activations(setting: Setting) -> Activations:
-    """Return the activations of a setting; of a family that is not known, GPT-2's of its width or nothing at all."""
-    shape = setting.shape
+def activations(workload: Workload) -> Activations:
+    """Return the activations of a workload; of a family that is not known, GPT-2's of its width or nothing at all."""
+    shape = workload.shape
     if shape is None:
         return Activations(
             block=0,
@@ -60,30 +60,30 @@ def activations(setting: Setting) -> Activations:
             heap=0,
             evaluation=0,
         )
-    tokens, element = setting.micro * setting.sequence, setting.element_bytes
-    block = _block(setting, shape) * tokens
+    tokens, element = workload.micro * workload.sequence, workload.element_bytes
+    block = _block(workload, shape) * tokens
     hidden = element * shape.width * tokens
     norm = 2 * hidden if shape.family == "gpt2" else _rms_norm(shape, element) * tokens
     logits = element * shape.vocabulary * tokens
-    chunk = _GPU_CHUNK if setting.accelerator == "cuda" else _CPU_CHUNK
-    loss = logits + min(chunk, 4 * shape.vocabulary * tokens) if setting.fused_loss else _hf_loss(setting, logits)
+    chunk = _GPU_CHUNK if workload.accelerator == "cuda" else _CPU_CHUNK
+    loss = logits + min(chunk, 4 * shape.vocabulary * tokens) if workload.fused_loss else _hf_loss(workload, logits)
     widest = max(2 * shape.ffn, 4 * shape.width)
     return Activations(
         block=block,
-        kept=shape.layers * (hidden if setting.activation_checkpointing else block),
-        ends=norm + (_dropped(setting, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
+        kept=shape.layers * (hidden if workload.activation_checkpointing else block),
+        ends=norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
         working=element * (widest + 2 * shape.width) * tokens,
         logits=logits,
         loss=loss,
-        head_copies=_copies(setting, tokens, shape.width, shape.vocabulary),
-        block_copies=_copies(setting, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
-        heap=_heap(setting, shape, block),
+        head_copies=_copies(workload, tokens, shape.width, shape.vocabulary),
+        block_copies=_copies(workload, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
+        heap=_heap(workload, shape, block),
         evaluation=element * (widest + 3 * shape.width) * tokens,
     )
 
 
-def _heap(setting: Setting, shape: Shape, block: int) -> int:
-    tokens, element = setting.micro * setting.sequence, setting.element_bytes
+def _heap(workload: Workload, shape: Shape, block: int) -> int:
+    tokens, element = workload.micro * workload.sequence, workload.element_bytes
     hidden, wide = element * shape.width * tokens, element * shape.ffn * tokens
     if hidden >= MAPPED:
         return 0
@@ -92,30 +92,30 @@ def _heap(setting: Setting, shape: Shape, block: int) -> int:
         working = 4 * hidden
     else:
         working = max(2 * wide, 4 * hidden) + 2 * hidden
-    kept = hidden * shape.layers + block if setting.activation_checkpointing else block * shape.layers
+    kept = hidden * shape.layers + block if workload.activation_checkpointing else block * shape.layers
     return kept + working
 
 
-def _copies(setting: Setting, tokens: int, width: int, out: int) -> int:
-    return 4 * (tokens * (width + out) + width * out) if setting.widened else 0
+def _copies(workload: Workload, tokens: int, width: int, out: int) -> int:
+    return 4 * (tokens * (width + out) + width * out) if workload.widened else 0
 
 
-def _block(setting: Setting, shape: Shape) -> int:
+def _block(workload: Workload, shape: Shape) -> int:
     """Return the bytes a token that one block keeps."""
-    element, h, f = setting.element_bytes, shape.width, shape.ffn
+    element, h, f = workload.element_bytes, shape.width, shape.ffn
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     if shape.family == "gpt2":
         # Two norms' inputs and outputs, query, key and value, the attention's output; the wide layer before and after.
-        size = element * (8 * h + 2 * f) + 2 * _dropped(setting, shape) * h
+        size = element * (8 * h + 2 * f) + 2 * _dropped(workload, shape) * h
     else:
         # Two norms; query, key, value and the output; gate, its SiLU, up and their product.
         size = 2 * _rms_norm(shape, element) + element * (2 * query + 2 * kv + 4 * f)
         if shape.qk_norm:
             size += (8 if element == 4 else 6) * (query + kv)
-    if shape.dropout and setting.accelerator == "cpu":
+    if shape.dropout and workload.accelerator == "cpu":
         # No fused kernel has dropout there: queries, keys and values of every head in fp32, and three fp32 matrices of
         # the scores (softmax, noise, product).
-        return size - element * (query + 2 * kv) + 12 * query + 12 * shape.heads * setting.sequence
+        return size - element * (query + 2 * kv) + 12 * query + 12 * shape.heads * workload.sequence
     return size + 4 * shape.heads
 
 
@@ -124,13 +124,13 @@ def _rms_norm(shape: Shape, element: int) -> int:
     return shape.width * (12 if element == 4 else 8)
 
 
-def _dropped(setting: Setting, shape: Shape) -> int:
+def _dropped(workload: Workload, shape: Shape) -> int:
     """Return the bytes an element that one dropout keeps: on a CPU the noise itself, elsewhere a mask."""
     if shape.dropout == 0:
         return 0
-    return setting.element_bytes if setting.accelerator == "cpu" else 1
+    return workload.element_bytes if workload.accelerator == "cpu" else 1
 
 
-def _hf_loss(setting: Setting, logits: int) -> int:
-    elements = logits // setting.element_bytes
-    return (_HF_LOSS_PEAK + (2 if setting.element_bytes == 4 else 0)) * elements - logits
+def _hf_loss(workload: Workload, logits: int) -> int:
+    elements = logits // workload.element_bytes
+    return (_HF_LOSS_PEAK + (2 if workload.element_bytes == 4 else 0)) * elements - logits

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from halfstep.launcher.forecast.calibration import Calibration
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 
 _BUCKET = 500_000_000
 _QUANTIZED_GATHER, _QUANTIZED_REDUCE = 0.5, 0.25  # int8 against 16 bits; int4 (ZeRO++, Wang et al. 2023)
@@ -45,16 +45,16 @@ class Group:
         return max(1, math.ceil(self.ranks / self.local))
 
 
-def data_parallel_group(setting: Setting, layout: Layout, hardware: Hardware) -> Group:
+def data_parallel_group(workload: Workload, layout: Layout, hardware: Hardware) -> Group:
     """Return the ranks that share gradients; tensor-parallel ranks are neighbours, and so take up the node first."""
-    ranks = setting.ranks * layout.context
-    node = _node(setting, hardware)
+    ranks = workload.ranks * layout.context
+    node = _node(workload, hardware)
     if ranks * layout.tensor <= node:
         return Group(ranks=ranks, local=ranks)
     return Group(ranks=ranks, local=max(1, min(ranks, node // layout.tensor)))
 
 
-def volume(setting: Setting, layout: Layout) -> Volume:
+def volume(workload: Workload, layout: Layout) -> Volume:
     """Return a rank's traffic for gradients and weights in one optimizer step.
 
     With psi parameters, g micro-steps, and w and d bytes of a weight and of a gradient on the wire: stage 0 sends
@@ -63,13 +63,13 @@ def volume(setting: Setting, layout: Layout) -> Volume:
     (docs/deepspeed.md, 9), and a third gathering where blocks are recomputed by reentrant checkpointing. FSDP gathers
     and reduces at every micro-step as stage 3 does; with SHARD_GRAD_OP it gathers once for forward and backward.
     """
-    if setting.ranks * layout.context == 1:
+    if workload.ranks * layout.context == 1:
         return Volume()
-    psi, g = setting.parameters / layout.cut, setting.accumulation
-    weight = setting.element_bytes
-    gradient = 4 if setting.communication_dtype == "fp32" else weight
-    layers = (setting.shape.layers if setting.shape else 32) / layout.pipeline
-    buckets = max(1.0, psi / min(setting.reduce_bucket, _BUCKET))
+    psi, g = workload.parameters / layout.cut, workload.accumulation
+    weight = workload.element_bytes
+    gradient = 4 if workload.communication_dtype == "fp32" else weight
+    layers = (workload.shape.layers if workload.shape else 32) / layout.pipeline
+    buckets = max(1.0, psi / min(workload.reduce_bucket, _BUCKET))
     if layout.collectives == "ddp":
         return Volume(hidden_bytes=2 * psi * weight, calls=2 * buckets)
     if layout.collectives == "megatron":  # gradients are reduced in fp32 at the boundary, weights gathered once
@@ -77,18 +77,18 @@ def volume(setting: Setting, layout: Layout) -> Volume:
     if layout.collectives == "fsdp" and layout.pipeline > 1:  # gathered once, reduced once: FSDP2 under a pipeline
         return Volume(hidden_bytes=2 * psi * weight, calls=2 * layers)
     if layout.collectives == "fsdp":
-        passes = 2 if setting.zero == 3 else 1
+        passes = 2 if workload.zero == 3 else 1
         return Volume(hidden_bytes=g * psi * weight * (passes + 1), calls=g * layers * (passes + 1))
-    if setting.zero == 3:
+    if workload.zero == 3:
         if layout.quantized:
             hidden = g * psi * (weight * _QUANTIZED_GATHER + gradient * _QUANTIZED_REDUCE)
             return Volume(hidden_bytes=hidden, node_bytes=g * psi * weight, calls=3 * g * layers)
-        gathers = 3 if layout.reentrant and setting.activation_checkpointing else 2
+        gathers = 3 if layout.reentrant and workload.activation_checkpointing else 2
         return Volume(hidden_bytes=g * psi * (gathers * weight + gradient), calls=(gathers + 1) * g * layers)
-    reduced = 2 * psi * gradient * (g if setting.zero == 2 else 1)
-    calls = buckets * (g if setting.zero == 2 else 1)
-    gathered = psi * weight if setting.zero else 0.0
-    if setting.overlap_comm:
+    reduced = 2 * psi * gradient * (g if workload.zero == 2 else 1)
+    calls = buckets * (g if workload.zero == 2 else 1)
+    gathered = psi * weight if workload.zero else 0.0
+    if workload.overlap_comm:
         return Volume(hidden_bytes=reduced, exposed_bytes=gathered, calls=calls + 1)
     return Volume(exposed_bytes=reduced + gathered, calls=calls + 1)
 
@@ -111,48 +111,50 @@ def seconds(sent: float, calls: float, group: Group, hardware: Hardware, layout:
     return sent * share / rate + calls * latency
 
 
-def tensor_seconds(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration, recompute: float) -> float:
+def tensor_seconds(
+    workload: Workload, layout: Layout, hardware: Hardware, known: Calibration, recompute: float
+) -> float:
     """Return the all-reduces of tensor parallelism in one layer of one micro-step: two forward, two backward."""
     if layout.tensor == 1:
         return 0.0
-    assert setting.shape is not None, "a layer's messages have its width"
-    message = setting.micro * setting.sequence / layout.context * setting.shape.width * 2
-    node = _node(setting, hardware)
+    assert workload.shape is not None, "a layer's messages have its width"
+    message = workload.micro * workload.sequence / layout.context * workload.shape.width * 2
+    node = _node(workload, hardware)
     group = Group(ranks=layout.tensor, local=min(layout.tensor, node))
     count = 4 + 2 * recompute
     return seconds(2 * message * count, count, group, hardware, layout, known)
 
 
 def context_seconds(
-    setting: Setting, layout: Layout, hardware: Hardware, known: Calibration, recompute: float
+    workload: Workload, layout: Layout, hardware: Hardware, known: Calibration, recompute: float
 ) -> float:
     """Return what the ranks of a sequence take to exchange their keys and values in one layer of one micro-step."""
     if layout.context == 1:
         return 0.0
-    shape = setting.shape
+    shape = workload.shape
     assert shape is not None, "a layer's keys have a width"
-    gathered = setting.micro * setting.sequence * 2 * shape.kv_heads * shape.head_dim / layout.tensor * 2
-    node = _node(setting, hardware)
+    gathered = workload.micro * workload.sequence * 2 * shape.kv_heads * shape.head_dim / layout.tensor * 2
+    node = _node(workload, hardware)
     ranks = layout.context
     local = ranks if ranks * layout.tensor <= node else max(1, min(ranks, node // layout.tensor))
     count = 2 + (1 if recompute else 0)
     return seconds(gathered * count, count, Group(ranks=ranks, local=local), hardware, layout, known)
 
 
-def pipeline_seconds(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> float:
+def pipeline_seconds(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> float:
     """Return what a micro-step's activations and their gradients take from stage to stage.
 
     Every tensor-parallel rank sends its part. Interleaved schedules send while they compute (Narayanan et al. 2021).
     """
     if layout.pipeline == 1:
         return 0.0
-    assert setting.shape is not None, "a stage's messages have the model's width"
-    message = setting.micro * setting.sequence / layout.context * setting.shape.width * 2 / layout.tensor
+    assert workload.shape is not None, "a stage's messages have the model's width"
+    message = workload.micro * workload.sequence / layout.context * workload.shape.width * 2 / layout.tensor
     hides = layout.virtual > 1
     sent = 2 * layout.virtual * message * (min(1.0, known.shown) if hides else 1.0)
     wait = 0.0 if hides else known.pipeline_latency
-    devices = setting.ranks * layout.context * layout.cut
-    inside = hardware.domain is not None or devices <= setting.ranks_per_node
+    devices = workload.ranks * layout.context * layout.cut
+    inside = hardware.domain is not None or devices <= workload.ranks_per_node
     if inside:
         return wait + sent / ((hardware.link or math.inf) * known.link)
     return wait + sent / (_network(hardware, layout) * known.network)
@@ -162,5 +164,5 @@ def _network(hardware: Hardware, layout: Layout) -> float:
     return layout.network or hardware.network or math.inf
 
 
-def _node(setting: Setting, hardware: Hardware) -> int:
-    return max(setting.ranks_per_node, hardware.domain or 1)
+def _node(workload: Workload, hardware: Hardware) -> int:
+    return max(workload.ranks_per_node, hardware.domain or 1)

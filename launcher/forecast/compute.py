@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from halfstep.launcher.forecast.calibration import Calibration
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 
 _SELECTIVE = 0.15
 """Of a forward pass, what selective checkpointing recomputes besides attention."""
@@ -41,49 +41,49 @@ class MicroStep:
         return (self.device**_WAIT + self.host**_WAIT) ** (1 / _WAIT)
 
 
-def recomputed(setting: Setting, layout: Layout) -> float:
+def recomputed(workload: Workload, layout: Layout) -> float:
     """Return how much of a forward pass the backward pass does again: 0 to 1."""
-    kind = layout.recompute or ("full" if setting.activation_checkpointing else "none")
+    kind = layout.recompute or ("full" if workload.activation_checkpointing else "none")
     return {"none": 0.0, "selective": _SELECTIVE}.get(kind, 1.0)
 
 
-def stage(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
+def stage(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
     """Return the seconds of one micro-step of the layers of one pipeline stage, without the head.
 
     A forward pass takes 2 FLOPs for each weight and token, the backward pass twice that. Attention forward takes 4 s h
     FLOPs a token, half of that where a fused kernel leaves the masked half out; the fused backward computes the scores
     again, 2.5 times the forward (Dao 2023). Bytes are counted in passes over tensors, and the passes are calibrated.
     """
-    shape = setting.shape
+    shape = workload.shape
     assert shape is not None, "the caller asks `can_tell` first"
     assert hardware.bandwidth, "the caller asks `can_tell` first"
-    again = recomputed(setting, layout)
-    tokens = setting.micro * setting.sequence / layout.context
+    again = recomputed(workload, layout)
+    tokens = workload.micro * workload.sequence / layout.context
     layers = shape.layers / layout.pipeline
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     feed = (2 if shape.family == "gpt2" else 3) * shape.ffn
     weights = shape.width * (2 * query + 2 * kv + feed) / layout.tensor
     # A CPU's elementwise kernels convert 16 bits to 32, compute and convert back: fewer bytes save them nothing.
-    serial = setting.accelerator == "cpu"
-    width, size = shape.width, 4 if serial else setting.element_bytes
+    serial = workload.accelerator == "cpu"
+    width, size = shape.width, 4 if serial else workload.element_bytes
 
     narrow = 1 + known.narrow * math.sqrt(1024 * layout.tensor / shape.width)
-    matmul = narrow * (3 + again) * 2 * tokens * weights * layers / _linear(setting, layout, hardware, known)
+    matmul = narrow * (3 + again) * 2 * tokens * weights * layers / _linear(workload, layout, hardware, known)
     unfused = layout.attention == "unfused"
     causal, passes = (1.0, 3 + again) if unfused else (0.5, 3.5 + (1 if again else 0))
-    scores = causal * passes * 4 * tokens * setting.sequence * query / layout.tensor * layers
-    attention = scores / (_reach(setting, hardware) * _attention_share(layout, hardware, known, shape.head_dim))
+    scores = causal * passes * 4 * tokens * workload.sequence * query / layout.tensor * layers
+    attention = scores / (_reach(workload, hardware) * _attention_share(layout, hardware, known, shape.head_dim))
 
     fused = known.compiled if layout.compiled else 1.0
     whole = 0.0 if layout.sequence_parallel else 0.4  # norms and residuals, on every tensor-parallel rank
     spread = whole + (1 - whole) / layout.tensor
-    if serial and setting.element_bytes == 2:
-        fused *= known.converted * (known.copied if setting.widened else 1.0)
+    if serial and workload.element_bytes == 2:
+        fused *= known.converted * (known.copied if workload.widened else 1.0)
     moved = (
         fused * known.elementwise * (1 + again / 3) * spread * tokens * (0.5 * width + 0.0625 * feed) * size * layers
     )
     if unfused:
-        seen = tokens * setting.sequence * shape.heads / layout.tensor
+        seen = tokens * workload.sequence * shape.heads / layout.tensor
         moved += known.scores * (1 + again / 3) * seen * size * layers
     moved += known.weight_passes * (1 + again / 3) * weights * layers * size
     host = known.host * layers * (2 + again) * (known.host_tensor if layout.tensor > 1 else 1.0)
@@ -96,32 +96,32 @@ def stage(setting: Setting, layout: Layout, hardware: Hardware, known: Calibrati
     )
 
 
-def head(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
+def head(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
     """Return the seconds of one micro-step of the output head and the loss, in 16 bits in every precision."""
-    shape = setting.shape
+    shape = workload.shape
     assert shape is not None, "the caller asks `can_tell` first"
     assert hardware.bandwidth, "the caller asks `can_tell` first"
-    tokens = setting.micro * setting.sequence / layout.context
+    tokens = workload.micro * workload.sequence / layout.context
     logits = tokens * shape.vocabulary / layout.tensor
     fused = known.compiled if layout.compiled else 1.0
     return MicroStep(
-        matmul=6 * logits * shape.width / (_reach(setting, hardware) * known.matmul),
+        matmul=6 * logits * shape.width / (_reach(workload, hardware) * known.matmul),
         attention=0.0,
-        memory=known.loss * fused * logits * setting.element_bytes / hardware.bandwidth,
+        memory=known.loss * fused * logits * workload.element_bytes / hardware.bandwidth,
         host=0.0,
     )
 
 
-def _reach(setting: Setting, hardware: Hardware) -> float:
-    peak = hardware.peak(setting.precision)
+def _reach(workload: Workload, hardware: Hardware) -> float:
+    peak = hardware.peak(workload.precision)
     assert peak, "the caller asks `can_tell` first"
     return peak * (hardware.matmul or 0.8)
 
 
-def _linear(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> float:
+def _linear(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> float:
     low = hardware.peak(layout.arithmetic) if layout.arithmetic else None
     if low is None:
-        return _reach(setting, hardware) * known.matmul
+        return _reach(workload, hardware) * known.matmul
     return low * (hardware.matmul or 0.8) * known.matmul * known.low_precision
 
 
@@ -132,6 +132,6 @@ def _attention_share(layout: Layout, hardware: Hardware, known: Calibration, hea
     return known.attention * lag * known.attention_small ** max(0.0, math.log2(128 / head_dim))
 
 
-def can_tell(setting: Setting, layout: Layout, hardware: Hardware) -> bool:
+def can_tell(workload: Workload, layout: Layout, hardware: Hardware) -> bool:
     """Tell whether shape and device are known well enough for a forecast."""
-    return bool(setting.shape and hardware.peak(setting.precision) and hardware.bandwidth and setting.micro > 0)
+    return bool(workload.shape and hardware.peak(workload.precision) and hardware.bandwidth and workload.micro > 0)

@@ -95,10 +95,10 @@ def read_own(environ: Mapping[str, str] = os.environ) -> dict[str, dict[str, Any
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
-    found = read_toml(path, "the table of devices", str(path))
-    for name, row in found.items():
+    table = read_toml(path, "the table of devices", str(path))
+    for name, row in table.items():
         _device(name, row, str(path))
-    return found
+    return table
 
 
 def find(label: str, own: Rows | None = None, *, where: str = "run key hardware") -> Hardware:
@@ -107,10 +107,10 @@ def find(label: str, own: Rows | None = None, *, where: str = "run key hardware"
     Raises RequestError that names the nearest where there is none.
     """
     table = _table(own)
-    found = table.get(label) or _spelt(label, table) or described(label, own)
-    if found is not None:
-        return found
-    spellings = [*table, *(spelling for one in table.values() for spelling in one.labels)]
+    device = table.get(label) or _spelt(label, table) or described(label, own)
+    if device is not None:
+        return device
+    spellings = [*table, *(spelling for device in table.values() for spelling in device.labels)]
     close = nearest(label, spellings)
     raise RequestError(
         f"hardware={shown(label)} is not in the table",
@@ -122,9 +122,9 @@ def find(label: str, own: Rows | None = None, *, where: str = "run key hardware"
 def described(device_name: str, own: Rows | None = None) -> Hardware | None:
     """Return the device that calls itself so, or None."""
     matching = [
-        (len(word), one)
-        for one in _table(own).values()
-        for word in one.match
+        (len(word), device)
+        for device in _table(own).values()
+        for word in device.match
         if re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", device_name)
     ]
     # The longest wins: an `H100 PCIe` is one before it is an `H100`.
@@ -148,8 +148,8 @@ def peak_flops(hardware: str | None, device_name: str, precision: str, own: Rows
 
     `hardware` is a name in the table and wins over `device_name`, which is what the device calls itself.
     """
-    found = find(hardware, own) if hardware is not None else described(device_name, own)
-    return found.peak(precision) if found else None
+    device = find(hardware, own) if hardware is not None else described(device_name, own)
+    return device.peak(precision) if device else None
 
 
 def memory_bytes(hardware: str | None, device_name: str, own: Rows | None = None) -> int | None:
@@ -157,15 +157,15 @@ def memory_bytes(hardware: str | None, device_name: str, own: Rows | None = None
     said = re.search(r"(\d+) ?GB", device_name)
     if said is not None:
         return int(said[1]) * 10**9
-    found = find(hardware, own) if hardware is not None else described(device_name, own)
-    return None if found is None or found.memory is None else int(found.memory)
+    device = find(hardware, own) if hardware is not None else described(device_name, own)
+    return None if device is None or device.memory is None else int(device.memory)
 
 
 def _spelt(label: str, table: Mapping[str, Hardware]) -> Hardware | None:
     folded = label.casefold()
-    for one in table.values():
-        if folded in (one.name, *(spelling.casefold() for spelling in one.labels)):
-            return one
+    for device in table.values():
+        if folded in (device.name, *(spelling.casefold() for spelling in device.labels)):
+            return device
     return None
 
 
@@ -173,7 +173,7 @@ def _table(own: Rows | None) -> dict[str, Hardware]:
     if not own:
         return _shipped()
     mine = {name: _device(name, row, "the user's hardware.toml") for name, row in own.items()}
-    return {**mine, **{name: one for name, one in _shipped().items() if name not in mine}}
+    return {**mine, **{name: device for name, device in _shipped().items() if name not in mine}}
 
 
 @functools.cache
@@ -185,8 +185,8 @@ def _shipped() -> dict[str, Hardware]:
 def _device(name: str, row: Any, where: str) -> Hardware:
     if not isinstance(row, dict):
         raise RequestError(f"{name} is no table", where=where, fix=f"write [{name}] and its numbers below")
-    known = {one.name for one in fields(Hardware)} - {"name", "extra"}
-    strings, words = {"host"}, {"match", "labels"}
+    known = {field.name for field in fields(Hardware)} - {"name", "extra"}
+    strings, lists = {"host"}, {"match", "labels"}
     values: dict[str, Any] = {}
     for key, value in row.items():
         if key not in known:
@@ -194,10 +194,10 @@ def _device(name: str, row: Any, where: str) -> Hardware:
             if close:
                 raise RequestError(f"{name}.{key} is no key of a device", where=where, fix=f"did you mean {close[0]}?")
             values.setdefault("extra", {})[key] = value
-        elif key in words or key in strings:
-            if key in words and not isinstance(value, list):
+        elif key in lists or key in strings:
+            if key in lists and not isinstance(value, list):
                 raise RequestError(f"{name}.{key} is no list", where=where, fix=f'{key} = ["..."]')
-            values[key] = tuple(map(str, value)) if key in words else str(value)
+            values[key] = tuple(map(str, value)) if key in lists else str(value)
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise RequestError(f"{name}.{key} = {value!r} is not a number above zero", where=where, fix="correct it")
         else:

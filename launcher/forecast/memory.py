@@ -1,13 +1,12 @@
-"""How much memory a rank will need, term by term, at which moment, and whether that is there."""
+"""How much memory a rank will need, term by term, in which phase, and whether that is there."""
 
 from dataclasses import dataclass
 
 from halfstep.launcher.forecast import tensors as cuts
 from halfstep.launcher.forecast.activations import activations
-from halfstep.launcher.forecast.buffers import Buffer, Moment, one
-from halfstep.launcher.forecast.phases import moments
+from halfstep.launcher.forecast.phases import Buffer, Phase, phases
 from halfstep.launcher.forecast.states import FULL, States, states
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.system.heap import MAPPED
 
 # What a rank's memory is beyond its tensors: libraries, allocators, CUDA and its communicators. The constants of CPU
@@ -57,9 +56,9 @@ class Forecast:
     """What lies on the device at the peak; the terms add up to `peak_bytes` and `outside_bytes`."""
     host: tuple[Term, ...]
     peak_at: str
-    """The moment of the peak."""
-    by_moment: dict[str, int]
-    """The peak of every moment, in bytes, without what lies outside."""
+    """The phase of the peak."""
+    by_phase: dict[str, int]
+    """The peak of every phase, in bytes, without what lies outside."""
     allocated_bytes: int
     """Tensors alone."""
     peak_bytes: int
@@ -87,31 +86,31 @@ class Forecast:
         return sum(term.bytes for term in self.host)
 
 
-def forecast(setting: Setting, *, capacity_bytes: int | None = None) -> Forecast:
-    """Return the forecast of a setting; of a family that is not known, without activations and with a wider band."""
-    every, held = moments_on(setting), states(setting)
-    on_cpu = setting.accelerator == "cpu"
-    offloaded = _offloaded(setting, held)
-    peaks = _cpu_peaks(setting, every) if on_cpu else _cuda_peaks(every)
-    worst = max(every, key=lambda moment: peaks[moment.name])
+def forecast(workload: Workload, *, capacity_bytes: int | None = None) -> Forecast:
+    """Return the forecast of a workload; of a family that is not known, without activations and with a wider band."""
+    every, held = phases_on(workload), states(workload)
+    on_cpu = workload.accelerator == "cpu"
+    offloaded = _offloaded(workload, held)
+    peaks = _cpu_peaks(workload, every) if on_cpu else _cuda_peaks(every)
+    worst = max(every, key=lambda phase: peaks[phase.name])
     peak = peaks[worst.name]
-    terms = [Term(name=one.name, bytes=one.bytes, note=one.note) for one in worst.buffers if one.bytes]
+    terms = [Term(**vars(buffer)) for buffer in worst.buffers if buffer.bytes]
     outside = 0
     if on_cpu:
         terms.append(Term(name="framework", bytes=peak - worst.bytes, note="Python, torch, DeepSpeed, gloo, C heap"))
         low, high = 1 - CPU_ERROR[0], 1 + CPU_ERROR[1]
     else:
-        outside = CUDA_CONTEXT + (NCCL if setting.ranks > 1 else 0)
+        outside = CUDA_CONTEXT + (NCCL if workload.ranks > 1 else 0)
         terms.append(Term(name="allocator slack", bytes=peak - worst.bytes, note="reserved and not in use"))
-        terms += _cuda_overheads(setting)
+        terms += _cuda_overheads(workload)
         low, high = 1 - CUDA_ERROR[0], 1 + CUDA_ERROR[1]
-    if setting.shape is None:
+    if workload.shape is None:
         high += UNKNOWN_FAMILY
     return Forecast(
         device=tuple(terms),
-        host=() if on_cpu else _host(setting, offloaded),
+        host=() if on_cpu else _host(workload, offloaded),
         peak_at=worst.name,
-        by_moment=peaks,
+        by_phase=peaks,
         allocated_bytes=worst.bytes,
         peak_bytes=peak,
         low_bytes=int(peak * low),
@@ -122,62 +121,62 @@ def forecast(setting: Setting, *, capacity_bytes: int | None = None) -> Forecast
     )
 
 
-def moments_on(setting: Setting) -> tuple[Moment, ...]:
-    """Return the moments of a run, and on CPU ranks, whose host is their device, with what is offloaded."""
-    if setting.accelerator != "cpu":
-        return moments(setting)
-    offloaded = _offloaded(setting, states(setting))
-    return tuple(Moment(name=one.name, buffers=(*one.buffers, *offloaded)) for one in moments(setting))
+def phases_on(workload: Workload) -> tuple[Phase, ...]:
+    """Return the phases of a run, and on CPU ranks, whose host is their device, with what is offloaded."""
+    if workload.accelerator != "cpu":
+        return phases(workload)
+    offloaded = _offloaded(workload, states(workload))
+    return tuple(Phase(name=phase.name, buffers=(*phase.buffers, *offloaded)) for phase in phases(workload))
 
 
-def _offloaded(setting: Setting, held: States) -> tuple[Buffer, ...]:
+def _offloaded(workload: Workload, held: States) -> tuple[Buffer, ...]:
     """Return what lies in host memory for the device's sake."""
-    found = (
-        ("offloaded masters", held.host_masters, "fp32, a shard"),
-        ("offloaded moments", held.host_moments, "fp32, a shard"),
-        ("offloaded gradients", held.host_gradients, "fp32, a shard"),
-        ("offloaded weights", held.host_weights, f"{setting.precision}, a shard"),
+    buffers = (
+        Buffer("offloaded masters", held.host_masters, "fp32, a shard"),
+        Buffer("offloaded moments", held.host_moments, "fp32, a shard"),
+        Buffer("offloaded gradients", held.host_gradients, "fp32, a shard"),
+        Buffer("offloaded weights", held.host_weights, f"{workload.precision}, a shard"),
     )
-    return tuple(one(name, size, note) for name, size, note in found if size)
+    return tuple(buffer for buffer in buffers if buffer.bytes)
 
 
-def _cpu_peaks(setting: Setting, every: tuple[Moment, ...]) -> dict[str, int]:
-    """Return the resident size at every moment: what is large goes back to the system when it is freed (heap.py)."""
-    beside = _rank_bytes(setting)
-    return {one.name: beside + one.bytes for one in every}
+def _cpu_peaks(workload: Workload, every: tuple[Phase, ...]) -> dict[str, int]:
+    """Return the resident size in every phase: what is large goes back to the system when it is freed (heap.py)."""
+    beside = _rank_bytes(workload)
+    return {phase.name: beside + phase.bytes for phase in every}
 
 
-def _rank_bytes(setting: Setting) -> int:
+def _rank_bytes(workload: Workload) -> int:
     """Return what a CPU rank takes beside its tensors."""
-    sharded = CPU_RANK_SHARDED if setting.zero else 0
-    return CPU_RANK + sharded + int(CPU_HEAP * heap_bytes(setting))
+    sharded = CPU_RANK_SHARDED if workload.zero else 0
+    return CPU_RANK + sharded + int(CPU_HEAP * heap_bytes(workload))
 
 
-def heap_bytes(setting: Setting) -> int:
+def heap_bytes(workload: Workload) -> int:
     """Return the bytes of activations whose pages the C heap keeps: it does where gradients lie there among them."""
-    if setting.shape is None or setting.element_bytes * 3 * setting.shape.width**2 >= MAPPED:
+    if workload.shape is None or workload.element_bytes * 3 * workload.shape.width**2 >= MAPPED:
         return 0
-    return activations(setting).heap
+    return activations(workload).heap
 
 
-def _cuda_peaks(every: tuple[Moment, ...]) -> dict[str, int]:
-    return {one.name: int(one.bytes * (1 + CUDA_SLACK)) for one in every}
+def _cuda_peaks(every: tuple[Phase, ...]) -> dict[str, int]:
+    return {phase.name: int(phase.bytes * (1 + CUDA_SLACK)) for phase in every}
 
 
-def _cuda_overheads(setting: Setting) -> list[Term]:
-    found = [Term(name="CUDA context", bytes=CUDA_CONTEXT, note="outside of what torch counts")]
-    if setting.ranks > 1:
-        found.append(Term(name="NCCL", bytes=NCCL, note="outside of what torch counts"))
-    return found
+def _cuda_overheads(workload: Workload) -> list[Term]:
+    terms = [Term(name="CUDA context", bytes=CUDA_CONTEXT, note="outside of what torch counts")]
+    if workload.ranks > 1:
+        terms.append(Term(name="NCCL", bytes=NCCL, note="outside of what torch counts"))
+    return terms
 
 
-def _host(setting: Setting, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
+def _host(workload: Workload, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
     """Return the host memory of a rank that drives a GPU."""
-    found = [Term(name="framework", bytes=CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
-    found += [Term(name=one.name, bytes=one.bytes, note=f"{one.note}, pinned") for one in offloaded]
-    largest = cuts.of(setting.shape, setting.parameters).largest
-    found.append(Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32, to the disk"))
-    if setting.zero < 3:
-        size = setting.element_bytes * setting.parameters
-        found.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))
-    return tuple(found)
+    terms = [Term(name="framework", bytes=CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
+    terms += [Term(name=buffer.name, bytes=buffer.bytes, note=f"{buffer.note}, pinned") for buffer in offloaded]
+    largest = cuts.of(workload.shape, workload.parameters).largest
+    terms.append(Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32, to the disk"))
+    if workload.zero < 3:
+        size = workload.element_bytes * workload.parameters
+        terms.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))
+    return tuple(terms)

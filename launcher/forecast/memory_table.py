@@ -11,23 +11,24 @@ _CHANGES = 6
 
 def lines(memory: dict[str, Any], activation_checkpointing: bool) -> list[str]:
     """Return the table of a rank's memory."""
-    told = [f"memory       {_headline(memory)}"]
+    text = [f"memory       {_headline(memory)}"]
     largest = max(term["bytes"] for term in memory["device_terms"])
     for term in sorted(memory["device_terms"], key=lambda term: -term["bytes"]):
-        told.append(_line(term, largest))
+        text.append(_line(term, largest))
     if memory["host_terms"]:
-        told.append(f"host memory  {memory['predicted_host_bytes'] / _GIB:.2f} GiB a rank")
-        told += [_line(term, largest) for term in memory["host_terms"]]
+        text.append(f"host memory  {memory['predicted_host_bytes'] / _GIB:.2f} GiB a rank")
+        text += [_line(term, largest) for term in memory["host_terms"]]
     if memory["excludes"] != "nothing known":
-        told.append(f"             not counted: {memory['excludes']}")
+        text.append(f"             not counted: {memory['excludes']}")
     if memory["largest_micro"] is not None:
         way = "with" if activation_checkpointing else "without"
         micro = memory["largest_micro"]
         which = f"batch.micro={micro}" if micro else "none"
-        told.append(f"             largest micro-batch that fits, {way} activation checkpointing: {which}")
-    for one in memory["changes"][:_CHANGES]:
-        told.append(f"             change: {one['words']} -> {one['peak_bytes'] / _GIB:.2f} GiB, {one['verdict']}")
-    return told
+        text.append(f"             largest micro-batch that fits, {way} activation checkpointing: {which}")
+    for change in memory["changes"][:_CHANGES]:
+        outcome = f"{change['peak_bytes'] / _GIB:.2f} GiB, {change['verdict']}"
+        text.append(f"             change: {change['words']} -> {outcome}")
+    return text
 
 
 def _headline(memory: dict[str, Any]) -> str:

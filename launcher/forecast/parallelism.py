@@ -1,4 +1,4 @@
-"""How a trainer cuts a model besides data parallelism, and what its kernels are: what a Setting does not say."""
+"""How a trainer cuts a model besides data parallelism, and what its kernels are: what a Workload does not say."""
 
 from dataclasses import dataclass
 

@@ -9,12 +9,9 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import communication, step_time
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.states import FULL, optimizer_bytes
 from halfstep.launcher.forecast.step_time import TimeForecast
-from halfstep.launcher.forecast.workload import Setting
-
-_CHECKPOINT_BYTES = {"adamw": 14, "sgd": 6}
-"""A parameter's 16-bit weight, fp32 master and moments; SGD with momentum keeps one more number of 4 bytes."""
-
+from halfstep.launcher.forecast.workload import Workload
 
 _HIGHEST_PRICE = 1e12
 """Of a device-hour, in any money."""
@@ -44,25 +41,27 @@ class Terms:
 
 
 def of(
-    setting: Setting, hardware: Hardware | None, device: str, work: Work, terms: Terms | None = None
+    workload: Workload, hardware: Hardware | None, device: str, work: Work, terms: Terms | None = None
 ) -> dict[str, Any]:
     """Return the plan's `time`: a step and the run; where that is not known only what a step sends, and why."""
     if hardware is None:
-        if setting.accelerator == "cpu":
-            return _unknown(setting, "this machine was not measured; `halfstep doctor --measure` does that once")
+        if workload.accelerator == "cpu":
+            return _unknown(workload, "this machine was not measured; `halfstep doctor --measure` does that once")
         named = f"the device {device!r} is not in the table" if device else "the device is not known"
-        return _unknown(setting, f"{named}; name it with hardware=NAME")
-    told = step_time.forecast(setting, hardware)
-    if told is None:
+        return _unknown(workload, f"{named}; name it with hardware=NAME")
+    step = step_time.forecast(workload, hardware)
+    if step is None:
         why = (
-            "arithmetic of the model's family" if setting.shape is None else f"{setting.precision} speed of the device"
+            "arithmetic of the model's family"
+            if workload.shape is None
+            else f"{workload.precision} speed of the device"
         )
-        return _unknown(setting, f"the {why} is not known")
+        return _unknown(workload, f"the {why} is not known")
     return {
         "unknown": None,
         "hardware": hardware.name,
-        **told.to_dict(),
-        **_run(told, setting, hardware, work, terms or Terms()),
+        **step.to_dict(),
+        **_run(step, workload, hardware, work, terms or Terms()),
     }
 
 
@@ -81,20 +80,20 @@ def price(text: str) -> float:
     return number
 
 
-def _run(told: TimeForecast, setting: Setting, hardware: Hardware, work: Work, terms: Terms) -> dict[str, Any]:
-    training = work.steps * told.step_seconds
+def _run(step: TimeForecast, workload: Workload, hardware: Hardware, work: Work, terms: Terms) -> dict[str, Any]:
+    training = work.steps * step.step_seconds
     evaluating = None
     if work.evaluations is not None:
-        evaluating = work.evaluations * _evaluation(told, setting, work.evaluation_sequences)
-    saving = _saving(setting, hardware, work.checkpoints)
+        evaluating = work.evaluations * _evaluation(step, workload, work.evaluation_sequences)
+    saving = _saving(workload, hardware, work.checkpoints)
     seconds = training + (evaluating or 0.0) + (saving or 0.0)
-    device_hours = seconds / 3600 * told.devices
+    device_hours = seconds / 3600 * step.devices
     jobs = None
     if terms.limit_seconds is not None:
         jobs = math.ceil(seconds / max(1, terms.limit_seconds - terms.notice_seconds))
     return {
         "steps": work.steps,
-        "devices": told.devices,
+        "devices": step.devices,
         "training_seconds": training,
         "evaluation_seconds": evaluating,
         "checkpoint_seconds": saving,
@@ -108,26 +107,26 @@ def _run(told: TimeForecast, setting: Setting, hardware: Hardware, work: Work, t
     }
 
 
-def _evaluation(told: TimeForecast, setting: Setting, sequences: int) -> float:
+def _evaluation(step: TimeForecast, workload: Workload, sequences: int) -> float:
     """Return the seconds of one evaluation: forward passes, a third of computing without recomputation."""
-    one = told.terms
+    terms = step.terms
     computing = (
-        one.matmul + one.attention + one.memory_bound + one.host_bound + one.tensor_parallel
-    ) / setting.accumulation
-    passes = 4 if setting.activation_checkpointing else 3
-    return computing / passes * math.ceil(sequences / (setting.micro * setting.ranks))
+        terms.matmul + terms.attention + terms.memory_bound + terms.host_bound + terms.tensor_parallel
+    ) / workload.accumulation
+    passes = 4 if workload.activation_checkpointing else 3
+    return computing / passes * math.ceil(sequences / (workload.micro * workload.ranks))
 
 
-def _saving(setting: Setting, hardware: Hardware, checkpoints: int) -> float | None:
+def _saving(workload: Workload, hardware: Hardware, checkpoints: int) -> float | None:
     """Return the seconds of all saves, None where the speed of the nodes' storage is not known."""
     storage = hardware.storage
     if checkpoints == 0:
         return 0.0
     if storage is None:
         return None
-    each = _CHECKPOINT_BYTES["sgd" if setting.optimizer.lower() == "sgd" else "adamw"]
-    nodes = max(1, setting.ranks // setting.ranks_per_node)
-    return checkpoints * setting.parameters * each / (storage * (1 if setting.zero == 0 else nodes))
+    each = 2 + FULL + optimizer_bytes(workload)  # a 16-bit weight, its fp32 master, the optimizer's states
+    nodes = max(1, workload.ranks // workload.ranks_per_node)
+    return checkpoints * workload.parameters * each / (storage * (1 if workload.zero == 0 else nodes))
 
 
 _FIELDS = (
@@ -157,6 +156,6 @@ _FIELDS = (
 )
 
 
-def _unknown(setting: Setting, why: str) -> dict[str, Any]:
-    sent = communication.volume(setting, Layout()).total_bytes
+def _unknown(workload: Workload, why: str) -> dict[str, Any]:
+    sent = communication.volume(workload, Layout()).total_bytes
     return {"unknown": why, **dict.fromkeys(_FIELDS), "communication_bytes_per_rank": sent}

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from halfstep.launcher.forecast import step_time
 from halfstep.launcher.forecast.hardware import Hardware
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 
 _LARGEST_MICRO = 64
 _WORTH = 0.95
@@ -33,7 +33,7 @@ class Start:
     nodes: int
     offload: str
     """As the run key says it."""
-    setting: Setting
+    workload: Workload
     micro: int | None = None
     """Where only this one is asked for."""
     checkpointing: bool | None = None
@@ -45,7 +45,7 @@ class Candidate:
 
     nodes: int
     offload: str
-    setting: Setting
+    workload: Workload
     step_seconds: float
     tokens_per_second: float
     mfu: float
@@ -59,30 +59,30 @@ class Candidate:
         """Whether it may be tried: what is tight may run out of memory, what is not known is the user's to know."""
         return self.verdict in (None, "fits")
 
-    def words(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """Return the run keys that ask for it."""
-        one = self.setting
+        workload = self.workload
         return [
             f"nodes={self.nodes}",
-            f"gpus_per_node={one.ranks_per_node}",
-            f"zero={one.zero}",
+            f"gpus_per_node={workload.ranks_per_node}",
+            f"zero={workload.zero}",
             f"offload={self.offload}",
-            f"batch.micro={one.micro}",
-            f"activation_checkpointing={'true' if one.activation_checkpointing else 'false'}",
+            f"batch.micro={workload.micro}",
+            f"activation_checkpointing={'true' if workload.activation_checkpointing else 'false'}",
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
-        one = self.setting
+        workload = self.workload
         return {
-            "words": self.words(),
+            "words": self.arguments(),
             "nodes": self.nodes,
-            "ranks": one.ranks,
-            "zero": one.zero,
+            "ranks": workload.ranks,
+            "zero": workload.zero,
             "offload": self.offload,
-            "micro": one.micro,
-            "accumulation": one.accumulation,
-            "activation_checkpointing": one.activation_checkpointing,
+            "micro": workload.micro,
+            "accumulation": workload.accumulation,
+            "activation_checkpointing": workload.activation_checkpointing,
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -91,17 +91,17 @@ class Candidate:
         }
 
 
-def candidates(starts: Iterable[Start]) -> Iterator[tuple[Start, Setting]]:
+def candidates(starts: Iterable[Start]) -> Iterator[tuple[Start, Workload]]:
     """Return every start with every micro-batch that divides its share of the batch, checkpointed or not."""
     for start in starts:
-        share = start.setting.micro * start.setting.accumulation
+        share = start.workload.micro * start.workload.accumulation
         sizes = [size for size in range(1, min(share, _LARGEST_MICRO) + 1) if share % size == 0]
         for micro in [start.micro] if start.micro else sizes:
             for checkpointing in (False, True) if start.checkpointing is None else (start.checkpointing,):
                 yield (
                     start,
                     dataclasses.replace(
-                        start.setting,
+                        start.workload,
                         micro=micro,
                         accumulation=share // micro,
                         activation_checkpointing=checkpointing,
@@ -110,43 +110,42 @@ def candidates(starts: Iterable[Start]) -> Iterator[tuple[Start, Setting]]:
 
 
 def search(
-    starts: Iterable[Start], hardware: Hardware, capacity: int | None, needs: Callable[[Setting], Needed]
+    starts: Iterable[Start], hardware: Hardware, capacity: int | None, needs: Callable[[Workload], Needed]
 ) -> list[Candidate]:
     """Return all candidates: those that fit first, each kind by predicted time, then by memory.
 
-    `needs` forecasts a setting's memory, `capacity` is a device's in bytes. One is left out where no time can be told.
+    `needs` forecasts a workload's memory, `capacity` is a device's in bytes. What has no forecast of time is left out.
     """
-    found = []
-    for start, setting in candidates(starts):
-        told = step_time.forecast(setting, hardware)
-        if told is None:
+    tried = []
+    for start, workload in candidates(starts):
+        step = step_time.forecast(workload, hardware)
+        if step is None:
             continue
-        memory = needs(setting)
-        found.append(
+        memory = needs(workload)
+        tried.append(
             Candidate(
                 nodes=start.nodes,
                 offload=start.offload,
-                setting=setting,
-                step_seconds=told.step_seconds,
-                tokens_per_second=told.tokens_per_second,
-                mfu=told.mfu,
+                workload=workload,
+                step_seconds=step.step_seconds,
+                tokens_per_second=step.tokens_per_second,
+                mfu=step.mfu,
                 peak_bytes=memory.peak_bytes,
                 verdict=memory.verdict(capacity),
             )
         )
-    return sorted(found, key=lambda one: (not one.fits, one.step_seconds, one.peak_bytes))
+    return sorted(tried, key=lambda candidate: (not candidate.fits, candidate.step_seconds, candidate.peak_bytes))
 
 
-def frontier(found: Sequence[Candidate]) -> list[Candidate]:
+def frontier(tried: Sequence[Candidate]) -> list[Candidate]:
     """Return those that nothing beats in time, memory and devices at once, the fastest first.
 
     Memory counts where it is a twentieth less: what is slower for the sake of a few megabytes is no choice.
     """
     kept: list[Candidate] = []
-    for one in sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes, one.setting.ranks)):
-        beaten = any(
-            _WORTH * other.peak_bytes <= one.peak_bytes and other.setting.ranks <= one.setting.ranks for other in kept
-        )
-        if one.fits and not beaten:
-            kept.append(one)
+    for candidate in sorted(tried, key=lambda other: (other.step_seconds, other.peak_bytes, other.workload.ranks)):
+        peak, ranks = candidate.peak_bytes, candidate.workload.ranks
+        beaten = any(_WORTH * other.peak_bytes <= peak and other.workload.ranks <= ranks for other in kept)
+        if candidate.fits and not beaten:
+            kept.append(candidate)
     return kept

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.forecast import tensors as cuts
 from halfstep.launcher.forecast.tensors import Tensors
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 
 FULL = 4
 """Bytes of an fp32 element."""
-
-# Tensors of a parameter's size that an optimizer keeps beside it; torch's and DeepSpeed's own implementations.
-_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "muon": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,55 +42,53 @@ class States:
         }
 
 
-def accumulator_bytes(setting: Setting) -> int:
+def accumulator_bytes(workload: Workload) -> int:
     """Return the bytes of one element of what gradients are added up in."""
-    return FULL if "fp32" in (setting.precision, setting.accumulation_dtype) else 2
+    return FULL if "fp32" in (workload.precision, workload.accumulation_dtype) else 2
 
 
-def uses_bf16_optimizer(setting: Setting) -> bool:
+def uses_bf16_optimizer(workload: Workload) -> bool:
     """Tell whether DeepSpeed takes BF16_Optimizer, which shards no gradient (engine.py, _do_optimizer_sanity_check)."""
     return (
-        setting.zero == 1
-        and setting.precision == "bf16"
-        and setting.accumulation_dtype == "fp32"
-        and setting.offload_optimizer == "none"
+        workload.zero == 1
+        and workload.precision == "bf16"
+        and workload.accumulation_dtype == "fp32"
+        and workload.offload_optimizer == "none"
     )
 
 
-def moments_per_element(setting: Setting) -> int:
-    """Return how many fp32 numbers the optimizer keeps for each parameter; of an unknown one, two as of Adam."""
-    if setting.optimizer.lower() == "sgd":
-        return int(setting.momentum > 0)
-    return _MOMENTS.get(setting.optimizer.lower(), 2)
+def optimizer_bytes(workload: Workload) -> int:
+    """Return the bytes that the optimizer keeps for each element of a master."""
+    return optimizers.state_bytes(workload.optimizer, {"momentum": workload.momentum})
 
 
-def states(setting: Setting, rank: int | None = None) -> States:
+def states(workload: Workload, rank: int | None = None) -> States:
     """Return what one rank holds; without `rank`, what the rank that holds most does.
 
     The sharding: stage 1 cuts masters and moments, stage 2 also gradients, stage 3 also weights. Flat groups are padded
     to equal shards at stages 1 and 2, every tensor by itself at stage 3. In fp32 the masters are a second copy wherever
     they are a shard, and the weights themselves at stage 0.
     """
-    every = cuts.of(setting.shape, setting.parameters)
-    whole, shard = _elements(setting, every)
-    compute, fp32 = setting.element_bytes, setting.precision == "fp32"
-    masters = 0 if setting.zero == 0 and fp32 else FULL * shard
-    moments = FULL * moments_per_element(setting) * shard
-    weights = compute * (shard if setting.zero == 3 else whole)
-    kept = compute * cuts.persistent(every, setting.persistence_threshold) if setting.zero == 3 else 0
-    gradients, resting, reduced = _gradients(setting, every, whole, shard, rank)
-    optimizer_away = setting.offload_optimizer != "none" and setting.zero > 0
-    weights_away = setting.offload_param != "none" and setting.zero == 3
+    every = cuts.of(workload.shape, workload.parameters)
+    whole, shard = _elements(workload, every)
+    compute, fp32 = workload.element_bytes, workload.precision == "fp32"
+    masters = 0 if workload.zero == 0 and fp32 else FULL * shard
+    moments = optimizer_bytes(workload) * shard
+    weights = compute * (shard if workload.zero == 3 else whole)
+    kept = compute * cuts.persistent(every, workload.persistence_threshold) if workload.zero == 3 else 0
+    gradients, resting, reduced = _gradients(workload, every, whole, shard, rank)
+    optimizer_away = workload.offload_optimizer != "none" and workload.zero > 0
+    weights_away = workload.offload_param != "none" and workload.zero == 3
     host_gradients = host_weights = 0
     if optimizer_away:
-        host_gradients = FULL * shard * (2 if setting.zero == 3 else 1)
-        if setting.zero == 3:  # the accumulation buffer moves to the host too (stage3.py, grad_partitions_flat_buffer)
+        host_gradients = FULL * shard * (2 if workload.zero == 3 else 1)
+        if workload.zero == 3:  # the accumulation buffer moves to the host too (stage3.py, grad_partitions_flat_buffer)
             gradients = resting = reduced = 0
         else:
             host_weights = compute * shard
-            if accumulator_bytes(setting) == setting.element_bytes:  # each gradient goes to the host as it is reduced
+            if accumulator_bytes(workload) == workload.element_bytes:  # each gradient goes to the host as it is reduced
                 reduced = 0
-                gradients = gradients if setting.zero == 1 else 0
+                gradients = gradients if workload.zero == 1 else 0
     if weights_away:
         host_weights, weights = host_weights + weights, 0
     return States(
@@ -103,36 +99,36 @@ def states(setting: Setting, rank: int | None = None) -> States:
         reduced_gradients=reduced,
         masters=0 if optimizer_away else masters,
         moments=0 if optimizer_away else moments,
-        host_masters=masters if optimizer_away and setting.offload_optimizer == "cpu" else 0,
-        host_moments=moments if optimizer_away and setting.offload_optimizer == "cpu" else 0,
+        host_masters=masters if optimizer_away and workload.offload_optimizer == "cpu" else 0,
+        host_moments=moments if optimizer_away and workload.offload_optimizer == "cpu" else 0,
         host_gradients=host_gradients,
-        host_weights=host_weights if setting.offload_param != "nvme" else 0,
+        host_weights=host_weights if workload.offload_param != "nvme" else 0,
     )
 
 
-def _elements(setting: Setting, every: Tensors) -> tuple[int, int]:
+def _elements(workload: Workload, every: Tensors) -> tuple[int, int]:
     """Return the elements of whole weights, padding included, and of one rank's shard."""
-    if setting.zero == 0:
+    if workload.zero == 0:
         return every.elements, every.elements
-    if setting.zero == 3:
-        return every.elements, cuts.split(every, setting.ranks)
-    padded = cuts.flat(every, setting.ranks)
-    return padded, padded // setting.ranks
+    if workload.zero == 3:
+        return every.elements, cuts.split(every, workload.ranks)
+    padded = cuts.flat(every, workload.ranks)
+    return padded, padded // workload.ranks
 
 
-def _gradients(setting: Setting, every: Tensors, whole: int, shard: int, rank: int | None) -> tuple[int, int, int]:
+def _gradients(workload: Workload, every: Tensors, whole: int, shard: int, rank: int | None) -> tuple[int, int, int]:
     """Return the bytes of gradients before the reduction, at rest, and after the reduction."""
-    each = accumulator_bytes(setting)
-    if setting.zero == 0:
+    each = accumulator_bytes(workload)
+    if workload.zero == 0:
         return each * every.elements, 0, each * every.elements
-    if setting.zero == 3:
+    if workload.zero == 3:
         return each * shard, each * shard, each * shard
-    if uses_bf16_optimizer(setting):
+    if uses_bf16_optimizer(workload):
         # An fp32 sum of everything for good, and bf16 gradients beside it until the step is over.
         return FULL * whole + 2 * every.elements, FULL * whole, FULL * whole + 2 * every.elements
-    if each != setting.element_bytes:  # 16-bit gradients into a flat fp32 shard
+    if each != workload.element_bytes:  # 16-bit gradients into a flat fp32 shard
         reduced = each * shard
     else:
-        touched = cuts.touched(every, setting.ranks)
+        touched = cuts.touched(every, workload.ranks)
         reduced = each * (max(touched) if rank is None else touched[rank])
-    return each * every.elements if setting.zero == 1 else reduced, 0, reduced
+    return each * every.elements if workload.zero == 1 else reduced, 0, reduced

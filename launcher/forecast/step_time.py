@@ -8,7 +8,7 @@ from halfstep.launcher.forecast import communication, compute
 from halfstep.launcher.forecast.calibration import CPU_STACK, OWN_STACK, Calibration, shipped
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 from halfstep.models import shapes
 
 CONVENTION = "causal"
@@ -37,7 +37,7 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeForecast:
-    """One optimizer step of one setting on one device type."""
+    """One optimizer step of one workload on one device type."""
 
     step_seconds: float
     low_seconds: float
@@ -88,7 +88,7 @@ class TimeForecast:
 
 
 def forecast(
-    setting: Setting,
+    workload: Workload,
     hardware: Hardware,
     *,
     layout: Layout | None = None,
@@ -97,30 +97,30 @@ def forecast(
 ) -> TimeForecast | None:
     """Return how long a step takes, or None where the shape or the device is not known well enough.
 
-    `setting.ranks` are data-parallel; `layout` says what else there is. `stack` names whose calibrated factor applies.
+    `workload.ranks` are data-parallel; `layout` says what else there is. `stack` names whose calibrated factor applies.
     """
-    layout = layout or Layout(compiled=setting.compile)
-    known = known or shipped(setting.accelerator)
-    stack = stack or (CPU_STACK if setting.accelerator == "cpu" else OWN_STACK)
-    hardware = hardware.shared(setting.ranks_per_node)
-    if not compute.can_tell(setting, layout, hardware):
+    layout = layout or Layout(compiled=workload.compile)
+    known = known or shipped(workload.accelerator)
+    stack = stack or (CPU_STACK if workload.accelerator == "cpu" else OWN_STACK)
+    hardware = hardware.shared(workload.ranks_per_node)
+    if not compute.can_tell(workload, layout, hardware):
         return None
-    shape, peak = setting.shape, hardware.peak(layout.arithmetic or setting.precision)
+    shape, peak = workload.shape, hardware.peak(layout.arithmetic or workload.precision)
     assert shape is not None
-    peak = peak or hardware.peak(setting.precision)
+    peak = peak or hardware.peak(workload.precision)
     assert peak is not None
-    precision = layout.arithmetic or setting.precision
-    sent = communication.volume(setting, layout)
-    terms, hidden = _terms(setting, layout, hardware, known, sent, known.factor(stack, hardware.name, precision))
+    precision = layout.arithmetic or workload.precision
+    sent = communication.volume(workload, layout)
+    terms, hidden = _terms(workload, layout, hardware, known, sent, known.factor(stack, hardware.name, precision))
     total = sum(asdict(terms).values())
     spread = known.spread_seen if f"stack:{stack}" in known.factors else known.spread_unseen
     return TimeForecast(
         step_seconds=total,
         low_seconds=total / spread,
         high_seconds=total * spread,
-        tokens=setting.micro * setting.sequence * setting.accumulation * setting.ranks,
-        devices=setting.ranks * layout.context * layout.cut,
-        flops_per_token=shapes.flops_per_token(shape, setting.sequence, CONVENTION),
+        tokens=workload.micro * workload.sequence * workload.accumulation * workload.ranks,
+        devices=workload.ranks * layout.context * layout.cut,
+        flops_per_token=shapes.flops_per_token(shape, workload.sequence, CONVENTION),
         peak_flops=peak,
         communication_bytes=sent.total_bytes,
         hidden_seconds=hidden,
@@ -129,44 +129,44 @@ def forecast(
 
 
 def _terms(
-    setting: Setting,
+    workload: Workload,
     layout: Layout,
     hardware: Hardware,
     known: Calibration,
     sent: communication.Volume,
     factor: float,
 ) -> tuple[Terms, float]:
-    stage = compute.stage(setting, layout, hardware, known)
-    last = compute.head(setting, layout, hardware, known)
-    again = compute.recomputed(setting, layout)
-    layers = setting.shape.layers if setting.shape else 0
-    tensor = communication.tensor_seconds(setting, layout, hardware, known, again)
+    stage = compute.stage(workload, layout, hardware, known)
+    last = compute.head(workload, layout, hardware, known)
+    again = compute.recomputed(workload, layout)
+    layers = workload.shape.layers if workload.shape else 0
+    tensor = communication.tensor_seconds(workload, layout, hardware, known, again)
     tensor *= min(1.0, known.shown) if layout.tensor_overlap else 1.0
-    tensor += communication.context_seconds(setting, layout, hardware, known, again)
+    tensor += communication.context_seconds(workload, layout, hardware, known, again)
     tensor *= layers / layout.pipeline
-    between = communication.pipeline_seconds(setting, layout, hardware, known)
+    between = communication.pipeline_seconds(workload, layout, hardware, known)
     # The head slows its stage down, and all wait for it, unless it and the embedding were given the place of layers.
     part = 1 / layout.pipeline if (layers + 2) % layout.pipeline == 0 else 1.0
-    busy, micro_steps = stage.seconds + tensor + part * last.seconds, setting.accumulation
+    busy, micro_steps = stage.seconds + tensor + part * last.seconds, workload.accumulation
     bubble = (layout.pipeline - 1) / layout.virtual * (stage.seconds + tensor + between)
 
-    group = communication.data_parallel_group(setting, layout, hardware)
+    group = communication.data_parallel_group(workload, layout, hardware)
     apart = sent.exposed_bytes / sent.total_bytes if sent.total_bytes else 0.0
     hidden = communication.seconds(sent.hidden_bytes, sent.calls * (1 - apart), group, hardware, layout, known)
-    if setting.zero == 3 and layout.collectives == "deepspeed":
+    if workload.zero == 3 and layout.collectives == "deepspeed":
         hidden *= known.stage3
     exposed = communication.seconds(sent.exposed_bytes, sent.calls * apart, group, hardware, layout, known)
     if sent.node_bytes:
         inside = communication.Group(ranks=group.local, local=group.local)
         hidden += communication.seconds(sent.node_bytes, 0, inside, hardware, layout, known)
-    if setting.offload_param != "none" and hardware.pcie:  # a rank fetches its shard from the host before every gather
-        hidden += 2 * micro_steps * setting.parameters / setting.ranks * setting.element_bytes / hardware.pcie
-    window = busy * micro_steps * (1.0 if setting.zero >= 2 or layout.collectives == "fsdp" else 2 / 3 / micro_steps)
+    if workload.offload_param != "none" and hardware.pcie:  # a rank fetches its shard from the host before every gather
+        hidden += 2 * micro_steps * workload.parameters / workload.ranks * workload.element_bytes / hardware.pcie
+    window = busy * micro_steps * (1.0 if workload.zero >= 2 or layout.collectives == "fsdp" else 2 / 3 / micro_steps)
     share = min(1.0, known.shown)
     shown = share * hidden + max(0.0, (1 - share) * hidden - window)
 
     # Stragglers and switches: what no term explains grows with the number of nodes.
-    nodes = max(1.0, setting.ranks * layout.context * layout.cut / setting.ranks_per_node)
+    nodes = max(1.0, workload.ranks * layout.context * layout.cut / workload.ranks_per_node)
     pace = factor * (1 + known.straggling * math.log2(nodes))
     return (
         Terms(
@@ -177,18 +177,18 @@ def _terms(
             tensor_parallel=tensor * micro_steps * pace,
             pipeline=(bubble + between * micro_steps) * pace,
             communication=(shown + exposed) * pace,
-            optimizer=_optimizer(setting, layout, hardware, known) * pace,
+            optimizer=_optimizer(workload, layout, hardware, known) * pace,
         ),
         hidden - shown,
     )
 
 
-def _optimizer(setting: Setting, layout: Layout, hardware: Hardware, known: Calibration) -> float:
+def _optimizer(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> float:
     """Return the seconds of the update of a rank's parameters; on the host, with gradients going and weights coming."""
-    shard = setting.ranks * layout.context if setting.zero or layout.collectives == "megatron" else 1
-    own = setting.parameters / layout.cut / shard
+    shard = workload.ranks * layout.context if workload.zero or layout.collectives == "megatron" else 1
+    own = workload.parameters / layout.cut / shard
     assert hardware.bandwidth is not None, "the caller asks `can_tell` first"
-    if setting.offload_optimizer == "none":
+    if workload.offload_optimizer == "none":
         return own * known.optimizer / hardware.bandwidth
-    moved = own * (4 + setting.element_bytes)
+    moved = own * (4 + workload.element_bytes)
     return own * 30 / known.host_adam + moved / (hardware.pcie or known.host_adam)

@@ -24,7 +24,7 @@ class Tensors:
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The optimizer's parameter groups that are not empty."""
-        return tuple(one for one in (self.matrices, self.vectors) if one)
+        return tuple(group for group in (self.matrices, self.vectors) if group)
 
     @cached_property
     def elements(self) -> int:

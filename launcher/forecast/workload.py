@@ -8,7 +8,7 @@ from halfstep.models.shapes import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Workload:
     """A shape, its cell, its ranks and batch, and the DeepSpeed keys that cost memory or time; DeepSpeed's defaults."""
 
     shape: Shape | None
@@ -82,20 +82,20 @@ def of(
     activation_checkpointing: bool = False,
     compile: bool = False,
     repairs: bool = True,
-) -> Setting:
-    """Return the setting of a resolved DeepSpeed config; `repairs`: whether stage 0 accumulates in fp32 as the rest do.
+) -> Workload:
+    """Return the workload of a DeepSpeed config; `repairs`: whether stage 0 accumulates in fp32 as the rest do.
 
     A key that the config leaves out has DeepSpeed 0.19.8's default (runtime/zero/config.py).
     """
     section: dict[str, Any] = deepspeed.get("zero_optimization", {})
     optimizer: dict[str, Any] = deepspeed.get("optimizer", {})
     accumulation_dtype = deepspeed.get("data_types", {}).get("grad_accum_dtype") or precision
-    return Setting(
+    return Workload(
         shape=shape,
         parameters=parameters,
         zero=zero,
         precision=precision,
-        ranks=topology.world_size,
+        ranks=topology.ranks.data,
         ranks_per_node=topology.ranks_per_node,
         micro=micro,
         accumulation=accumulation,

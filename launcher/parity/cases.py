@@ -21,10 +21,11 @@ BINDING_CLIP = 0.05
 """A largest gradient norm that binds on every step: these models' norms are near 1."""
 _GLOBAL_BATCH, _SEQUENCE, _VOCABULARY = 8, 32, 64
 # A constant lr of 1e-3 is the largest at which a tiny AdamW model does not amplify rounding by itself.
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "adamw": ["optimizer.kind=adamw", "optimizer.lr=1e-3"],
     "sgd": ["optimizer.kind=sgd", "optimizer.lr=0.02", "optimizer.momentum=0.9"],
 }
+"""The run keys that each optimizer of the table is tried with."""
 # The scale grows twice and is halved once within the 20 steps.
 _SCALING = ["fp16.initial_scale_power=10", "fp16.window=5", "fp16.hysteresis=1"]
 
@@ -69,7 +70,7 @@ def every_case() -> list[Case]:
         )
         for family, optimizer, clip, accumulation, world_size, precision, zero in itertools.product(
             ("gpt2", "llama"),
-            ("adamw", "sgd"),
+            OPTIMIZERS,
             (BINDING_CLIP, 0.0),
             (1, 2),
             (1, 2),
@@ -161,7 +162,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         f"batch.micro={micro}",
         f"zero={case.zero}",
         f"precision={case.precision}",
-        *_OPTIMIZERS[case.optimizer],
+        *OPTIMIZERS[case.optimizer],
         f"optimizer.clip={case.clip}",
         "schedule.kind=constant",
         "schedule.warmup=0",

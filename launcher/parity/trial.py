@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.engine import loop
 from halfstep.launcher.engine.build import build
 from halfstep.launcher.engine.numerics.guard import Guard
@@ -139,9 +140,11 @@ def on_the_reference(plan: Plan) -> Series:
         return {"weight_decay": decay if weight.dim() >= 2 else 0.0}
 
     def make_optimizer(groups: ParameterGroups) -> torch.optim.Optimizer:
-        if plan.deepspeed["optimizer"]["type"] == "SGD":
-            return torch.optim.SGD(groups, lr=settings["lr"], momentum=settings["momentum"])
-        return torch.optim.AdamW(groups, lr=settings["lr"], betas=tuple(settings["betas"]), eps=settings["eps"])
+        row = optimizers.of(plan.deepspeed["optimizer"]["type"])
+        assert row.reference, f"the gate knows no reference for {row.type}"
+        return getattr(torch.optim, row.reference)(
+            groups, lr=settings["lr"], **{name: settings[name] for name in row.parameters}
+        )
 
     trainer = MixedPrecisionTrainer(model, make_optimizer, clip=plan.clip, scale=scale, group_of=group_of)
     feed = SyntheticFeed(plan, 0, next(model.parameters()).device)

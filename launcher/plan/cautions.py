@@ -51,6 +51,6 @@ def memory_warning(plan: Plan, capacity_bytes: int | None) -> str | None:
     least = memory["predicted_low_bytes"] + memory["outside_bytes"]
     risk = "does not fit" if least > capacity_bytes else "may not fit"
     return (
-        f"this run {risk}: a rank is foretold to need {memory['predicted_peak_bytes'] / _GIB:.2f} GiB and has "
+        f"this run {risk}: a rank is predicted to need {memory['predicted_peak_bytes'] / _GIB:.2f} GiB and has "
         f"{capacity_bytes / _GIB:.2f}; `halfstep plan` shows why and what to change"
     )

@@ -31,7 +31,7 @@ def time_of(plan: Plan, facts: Facts, named: str | None, terms: run_estimate.Ter
     return run_estimate.of(workload_of(plan), device, topology.device_name, work, terms)
 
 
-def workload_of(plan: Plan) -> workload.Setting:
+def workload_of(plan: Plan) -> workload.Workload:
     """Return what the forecasts read of a whole plan."""
     return workload.of(
         plan.deepspeed,
@@ -57,7 +57,7 @@ def _capacity(topology: Topology, facts: Facts, named: str | None) -> int | None
 
 
 def require_fit(plan: Plan, force: bool = False) -> None:
-    """Raise RefusedError, exit code 3, where a rank cannot have the memory it needs; `force` goes on all the same."""
+    """Raise RefusedError, exit code 3, where a rank cannot have the memory it needs; `force` starts it all the same."""
     memory = plan.memory
     if force or memory.get("verdict") != TOO_LARGE:
         return
@@ -65,11 +65,11 @@ def require_fit(plan: Plan, force: bool = False) -> None:
     largest = sorted(memory["device_terms"], key=lambda term: -term["bytes"])[:3]
     terms = ", ".join(f"{term['name']} {term['bytes'] / _GIB:.1f}" for term in largest)
     first = [
-        f"{one['words']} ({one['peak_bytes'] / _GIB:.1f} GiB{', fits' if one['verdict'] == FITS else ''})"
-        for one in memory["changes"][:3]
+        f"{change['words']} ({change['peak_bytes'] / _GIB:.1f} GiB{', fits' if change['verdict'] == FITS else ''})"
+        for change in memory["changes"][:3]
     ]
     raise RefusedError(
         f"a rank needs at least {least / _GIB:.1f} GiB and has {memory['capacity_bytes'] / _GIB:.1f}: it cannot fit",
         where=f"the largest terms at the peak, {memory['peak_at']}, in GiB: {terms}",
-        fix=f"{', or '.join(first) or 'take more ranks or a smaller model'}; --force goes on all the same",
+        fix=f"{', or '.join(first) or 'take more ranks or a smaller model'}; --force starts it all the same",
     )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from halfstep.launcher.corpus import hub
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts, of_folder
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan import pretrained_weights
+from halfstep.launcher.plan.construct import Network, Source, construct
 from halfstep.launcher.system import foreign
 from halfstep.models import shapes
 
@@ -27,42 +28,6 @@ _LIMITS = {
     10**12: ("n_positions", "max_position_embeddings", "max_seq_len", "max_sequence_length"),
 }  # fmt: skip
 """By the most that is planned, what transformers calls it in one family or another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """What is known of an `hf:` model once it has been constructed, on the meta device."""
-
-    parameters: int
-    """Distinct ones; a tied head counts once."""
-    vocabulary: int
-    """Token ids that it reads and predicts."""
-    positions: int | None
-    """The most tokens that it can look at; None where there is no limit."""
-    width: int
-    """Columns of the embedding."""
-
-
-Construct = Callable[["Source", dict[str, Any], bool], Network]
-"""Constructs the model of a config, given whether its own Python code may run; loads torch. Raises RequestError."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where an `hf:` model lies."""
-
-    name: str
-    """As the request names it, without `hf:`."""
-    home: str
-    """The folder, or the hub id: where weights and the model's own code are."""
-    weights: str | None
-    """Where trained weights are loaded from; None for a bare config."""
-    local: bool
-
-    @property
-    def where(self) -> str:
-        """What an error names as the place."""
-        return f"model=hf:{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +46,7 @@ class ModelFacts:
     """Identifies the tokenizer beside the model."""
 
 
-def read_model(spec: RunSpec, construct: Construct) -> ModelFacts:
+def read_model(spec: RunSpec) -> ModelFacts:
     """Read the config of `model=hf:PATH_OR_ID` and construct the model once, so that what cannot be is refused now.
 
     Raises RequestError for what is missing, damaged, contradictory, quantised or cannot be constructed.

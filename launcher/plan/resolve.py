@@ -30,12 +30,12 @@ _DEFAULT_SEQUENCE = 1024
 def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
     """Decide everything about a run; raises RequestError for what cannot be decided, lists broken rules in the plan."""
     asked = request.spec
-    request, own = adopt.adopt(request, facts.ds_config, topology.world_size)
+    request, own = adopt.adopt(request, facts.ds_config, topology.ranks.data)
     spec = request.spec
     model, sizes, sequence = _model(spec, facts)
     data = _data(spec, facts, sequence, model.vocabulary)
     batch = batch_equation.solve(
-        spec.batch.global_, spec.batch.micro, topology.world_size, request.origins.get("batch.global", "batch.global")
+        spec.batch.global_, spec.batch.micro, topology.ranks.data, request.origins.get("batch.global", "batch.global")
     )
     tokens_per_step = batch.global_ * sequence
     steps = spec.steps or (-(-spec.tokens // tokens_per_step) if spec.tokens else _DEFAULT_STEPS)
@@ -55,6 +55,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         warmup=schedule.default_warmup(steps) if spec.schedule.warmup is None else spec.schedule.warmup,
         steps=steps,
         min_ratio=spec.schedule.min_ratio,
+        decay=max(1, round(spec.schedule.decay * steps)) if spec.schedule.kind == "wsd" else 0,
     )
     demanded = dsconfig.demanded_by_run_keys(spec, batch, learning_rate, topology)
     case = rules.Case(
@@ -99,7 +100,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "origins": composed.origins,
         "memory": {},
         "warnings": warnings_of(spec, batch, data, curve, sequence) + list(own.warnings if own else ()),
-        "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
+        "refused_by": [dataclasses.asdict(violation) for violation in rules.violations(case)],
     }
     plan = Plan(run_id="", time={}, **decided)
     plan = dataclasses.replace(

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.errors import RequestError, nearest, printable
 from halfstep.launcher.submit.times import seconds
 from halfstep.launcher.system import assets, foreign
 from halfstep.launcher.system.files import reason
+from halfstep.launcher.topology import Topology
 
 # As WANDB_API_KEY and HF_TOKEN end, and TOKENIZERS_PARALLELISM or HF_TOKEN_PATH do not.
 _SECRET = ("APIKEY", "AUTH", "CREDENTIAL", "KEY", "PASSPHRASE", "PASSWD", "PASSWORD", "SECRET", "TOKEN")
@@ -253,3 +255,16 @@ def _keys(path: list[str]) -> list[str]:
     }
     model: type[BaseModel] = tables.get(path[0], Site) if path else Site
     return [name for name in model.model_fields if name != "name"]
+
+
+def site_topology(site: Site, spec: RunSpec) -> Topology:
+    """Return the ranks that a site would start for a request."""
+    gpus = site.node.gpus
+    ranks_per_node = spec.gpus_per_node or gpus or 2
+    return Topology(
+        world_size=(spec.nodes or 1) * ranks_per_node,
+        ranks_per_node=ranks_per_node,
+        accelerator="cuda" if gpus else "cpu",
+        fused_adam=bool(gpus) and site.node.cuda_compiler,
+        device_name=(spec.hardware or site.node.hardware or "") if gpus else "",
+    )

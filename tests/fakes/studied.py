@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halfstep.launcher.plan import facts
-from halfstep.launcher.plan.pretrained import Network
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import run_directory
 from halfstep.launcher.study import grid, study_file, study_folder
@@ -15,14 +14,9 @@ from halfstep.launcher.topology import Topology
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 
 
-def unasked(*_: object) -> Network:
-    """Stand where an `hf:` model would be constructed; no cell has one."""
-    raise AssertionError("no cell names an hf: model")
-
-
 def cells_of(study: study_file.Study) -> list[grid.Cell]:
     """Plan a study's cells for two CPU ranks."""
-    return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec, unasked)))
+    return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec)))
 
 
 def started(where: Path, file: Path, arguments: Sequence[str] = ()) -> tuple[study_file.Study, list[grid.Cell]]:

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     rank = topology.from_environment()
     topology.prepare_environment(rank)
     request = load(sys.argv[1:])
-    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec, lambda *_: NotImplemented))
+    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec))
     from halfstep.launcher.engine.build import build
     from halfstep.launcher.engine.ranks import distributed
     from halfstep.launcher.engine.ranks.preflight import RollCall

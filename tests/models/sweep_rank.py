@@ -27,7 +27,6 @@ from halfstep.launcher.checkpoint.manifest import read
 from halfstep.launcher.config.load import Request, load
 from halfstep.launcher.engine import attempt as attempt_page
 from halfstep.launcher.engine.attempt import Attempt
-from halfstep.launcher.engine.construct import construct
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.ranks.places import file_store
 from halfstep.launcher.engine.state import restoring
@@ -72,7 +71,7 @@ class Sweep:
     def plan(self, *keys: str) -> tuple[Request, Plan]:
         """Plan as every rank does."""
         request = load([*WORDS, f"data={self.data}", *keys])
-        plan = resolve(request, self.world, facts.read(request.spec, construct))
+        plan = resolve(request, self.world, facts.read(request.spec))
         plan.require_allowed()
         return request, plan
 
@@ -164,7 +163,7 @@ def main(job_file: Path) -> None:
     sweep = Sweep(job, rank)
     request = load([*WORDS, "model=gpt2-nano", f"data={sweep.data}", "watch.startup=60", "watch.timeout=60"])
     meeting = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
-    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), meeting)
+    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec)), meeting)
     transformers.logging.disable_progress_bar()
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for family, chosen in job["families"]:

@@ -286,7 +286,7 @@ def _conversion(folder: Path, corpus: Path) -> Reader:
     run, to = folder / "run", folder / "to"
     request = load(["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"])
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-    run_directory.write_plan(run, request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented)))
+    run_directory.write_plan(run, request, resolve(request, world, facts.read(request.spec)))
     there = saved.save(run, {"a": np.arange(12, dtype=np.float32)}, bounds=[5])
     saved.rows(run / "metrics.jsonl", 12)
 

@@ -295,7 +295,7 @@ def _site(folder: Path, corpus: Path) -> Reader:
     file = folder / "cluster.toml"
     file.write_text(SITE)
     request = load(["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"])
-    plan = resolve(request, WORLD, facts.read(request.spec, lambda *_: NotImplemented))
+    plan = resolve(request, WORLD, facts.read(request.spec))
 
     def read(case: Case) -> tuple[site_file.Site, str]:
         chosen = site_file.read(str(file))

@@ -44,7 +44,7 @@ def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: 
 
 
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
-def test_a_cells_memory_was_foretold(cell: Cell, zero: int, precision: str) -> None:
+def test_a_cells_memory_was_predicted(cell: Cell, zero: int, precision: str) -> None:
     summary = cell(zero, precision).json("summary.json")
     assert summary["predicted_peak_bytes"] == cell(zero, precision).json("plan.json")["memory"]["predicted_peak_bytes"]
     assert summary["peak_memory_bytes"] == pytest.approx(summary["predicted_peak_bytes"], rel=0.05)
@@ -52,7 +52,7 @@ def test_a_cells_memory_was_foretold(cell: Cell, zero: int, precision: str) -> N
 
 
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
-def test_what_a_cells_step_sends_was_foretold(cell: Cell, zero: int, precision: str) -> None:
+def test_what_a_cells_step_sends_was_predicted(cell: Cell, zero: int, precision: str) -> None:
     summary = cell(zero, precision).json("summary.json")
     told, sent = summary["predicted_communication_bytes"], summary["communication_bytes"]
     # Beside gradients and weights: the readings of a step, and the norms; small tensors stay at stage 3.

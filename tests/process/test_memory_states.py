@@ -149,7 +149,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[.
     return measured
 
 
-def test_every_byte_of_model_state_is_foretold(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
+def test_every_byte_of_model_state_is_predicted(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
     plans = _plans(plan)
     wrong = []
     for rank, found in enumerate(ranks(plans)):
@@ -161,7 +161,7 @@ def test_every_byte_of_model_state_is_foretold(ranks: Callable[..., Any], plan: 
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_every_byte_that_a_step_sends_is_foretold(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
+def test_every_byte_that_a_step_sends_is_predicted(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
     plans = _plans(plan)
     wrong = []
     for rank, found in enumerate(ranks(plans)):

@@ -19,6 +19,7 @@ ROOMS = {
     "cli": "config errors forecast plan rundir submit system topology",
     # One training process.
     "train": "config errors fault_injection plan rundir system topology watchdog",
+    # Many runs: the grid, its conditions, what may be concluded.
     "study": "config errors metrics parity plan rundir submit system topology",
     # The proof that every cell trains the same model.
     "parity": "config corpus engine errors fault_injection models plan rundir system topology",
@@ -61,6 +62,7 @@ ROOMS = {
     # What the network is.
     "models": "",
 }
+# Imports inside functions, for verbs that need what takes long to load.
 # Imports inside functions, for verbs that need what takes long to load.
 LATE = {
     "cli": "data doctor engine export metrics parity study",

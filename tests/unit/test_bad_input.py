@@ -116,9 +116,7 @@ def test_an_out_of_a_different_run_is_refused_before_anything_starts(
 
     request = load(["model=gpt2-nano", f"data={corpus}", "seed=7"])
     world = topology.describe(2, 2)
-    run_directory.write_plan(
-        tmp_path / "out", request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
-    )
+    run_directory.write_plan(tmp_path / "out", request, resolve(request, world, facts.read(request.spec)))
     said = refuse("run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'out'}")
     assert "seed was 7 and is now 0" in said
 

@@ -15,7 +15,6 @@ from halfstep.launcher.config.load import load
 from halfstep.launcher.corpus import vocabulary
 from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data.prepare import prepare
-from halfstep.launcher.engine.construct import construct
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.export import evaluate, write_export
 from halfstep.launcher.plan import facts
@@ -31,7 +30,7 @@ def planned(model: str | Path, data: Path, *words: str) -> Plan:
     name = f"hf:{model}" if isinstance(model, Path) else model
     request = load([f"model={name}", f"data={data}", "sequence=32", *words])
     world = Topology(world_size=1, ranks_per_node=1, accelerator="cpu")
-    return resolve(request, world, facts.read(request.spec, construct))
+    return resolve(request, world, facts.read(request.spec))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.launcher.cli import main, planning
+from halfstep.launcher.cli import main
 from halfstep.launcher.config.load import load
+from halfstep.launcher.plan import alternatives
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md"]
@@ -31,7 +32,7 @@ def test_a_documented_command_is_understood(command: str) -> None:
         if words[:1] == ["score"]:
             return
         if getattr(arguments, "search", False):
-            words, _ = planning._axes(words)
+            words, _ = alternatives._axes(words)
         if words and all(word.endswith(".toml") or "=" in word for word in words):
             words = ["model=gpt2-nano", "data=/data"] + [word for word in words if not word.endswith(".toml")]
     else:

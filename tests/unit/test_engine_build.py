@@ -9,8 +9,9 @@ from torch import nn
 
 from halfstep.launcher.engine import build
 from halfstep.launcher.engine.build import parameter_groups
+from halfstep.launcher.engine.readings import Readings
 
-PLAN: Any = SimpleNamespace(deepspeed={"optimizer": {"params": {"weight_decay": 0.1}}})
+PLAN: Any = SimpleNamespace(deepspeed={"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}})
 
 
 def groups(model: nn.Module) -> list[tuple[float, list[tuple[int, ...]]]]:
@@ -33,6 +34,18 @@ def test_a_partitioned_parameter_counts_by_its_real_shape() -> None:
     model = nn.Linear(2, 3)
     model.weight.data, model.weight.ds_shape = torch.empty(0), torch.Size((3, 2))
     assert [group["weight_decay"] for group in parameter_groups(model, PLAN)] == [0.1, 0.0]
+
+
+def test_every_group_keeps_its_own_share_of_the_learning_rate() -> None:
+    """The groups of DeepSpeed's Muon, say, whose matrices and vectors are built with rates of their own."""
+    groups = [{"lr": 1e-3, "params": []}, {"lr": 4e-4, "params": []}]
+    engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups))
+    for _ in range(2):  # what was written is not taken for what was built
+        readings = Readings(engine, SimpleNamespace(schedule=SimpleNamespace(peak=1e-3)))  # type: ignore[arg-type]
+        for rate in (5e-4, 1e-3, 0.0):
+            readings.set_learning_rate(rate)
+            assert groups[0]["lr"] == rate, "to the bit"
+            assert groups[1]["lr"] == pytest.approx(0.4 * rate)
 
 
 class Experts(nn.Module):

@@ -21,7 +21,6 @@ from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data import prepare as data_prepare
 from halfstep.launcher.data import train_tokenizer
 from halfstep.launcher.data.tokenizer import SentencePiece
-from halfstep.launcher.engine.construct import construct
 from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.export import convert as convert_page
 from halfstep.launcher.export import evaluate as evaluate_page
@@ -65,7 +64,7 @@ class Trained:
         words = [*words, f"data={corpus}", f"sequence={SEQUENCE}", f"precision={precision}"]
         request = load([*words, "eval.sequences=5", "batch.global=12"])
         world = Topology(world_size=ranks, ranks_per_node=ranks, accelerator="cpu")
-        self.plan = resolve(request, world, facts.read(request.spec, construct))
+        self.plan = resolve(request, world, facts.read(request.spec))
         write_plan(self.run, request, self.plan)
         saved.rows(self.run / "metrics.jsonl", 20)
         self.model = build(self.plan.model.config, seed=3).eval()

@@ -12,7 +12,6 @@ from transformers import CONFIG_MAPPING
 
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.config.load import load
-from halfstep.launcher.engine.construct import construct
 from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
@@ -43,7 +42,7 @@ def planned(corpus: Path) -> Planned:
     def plan(home: Path, *keys: str) -> Plan:
         request = load([f"model=hf:{home}", f"data={corpus}", *keys])
         world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-        return resolve(request, world, facts.read(request.spec, construct))
+        return resolve(request, world, facts.read(request.spec))
 
     return plan
 

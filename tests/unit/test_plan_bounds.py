@@ -90,7 +90,7 @@ def test_a_run_of_a_million_million_steps_that_saves_each_is_planned(plan: Make)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "said"),
     [
         (["steps=1e18"], "steps=1e18: input should be less than or equal to 1000000000000"),
         (["tokens=1e19"], "tokens=1e19: input should be less than or equal to 1000000000000000000"),
@@ -111,15 +111,15 @@ def test_a_run_of_a_million_million_steps_that_saves_each_is_planned(plan: Make)
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_is_out_of_all_bounds_is_refused_with_the_bound(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["plan", "model=gpt2-nano", "model.vocabulary=64", *words]) == 2
+    assert main.main(["plan", "model=gpt2-nano", "model.vocabulary=64", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_the_micro_batches_that_do_work_are_named_for_the_largest_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model=gpt2-nano", "model.vocabulary=64", "gpus_per_node=1", "batch.global=999999936"]
-    assert main.main(["plan", *words, "batch.micro=999999"]) == 2
+    arguments = ["model=gpt2-nano", "model.vocabulary=64", "gpus_per_node=1", "batch.global=999999936"]
+    assert main.main(["plan", *arguments, "batch.micro=999999"]) == 2
     assert "or batch.micro=" in capsys.readouterr().err
 
 

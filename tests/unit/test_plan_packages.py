@@ -90,8 +90,8 @@ def test_a_package_that_is_there_is_enough_and_an_older_one_is_not(
 def test_every_door_says_so_in_three_lines(
     verb: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", "ds.wandb.enabled=true"]
-    assert (train.main(words) if verb == "train" else main.main([verb, *words])) == 2
+    arguments = ["model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", "ds.wandb.enabled=true"]
+    assert (train.main(arguments) if verb == "train" else main.main([verb, *arguments])) == 2
     printed = capsys.readouterr()
     said = printed.out if verb == "plan" else printed.err
     assert "wandb.enabled needs the package wandb, which is not installed here" in said
@@ -104,9 +104,9 @@ def test_every_door_says_so_in_three_lines(
 def test_a_rank_of_a_planned_run_writes_down_why_it_refuses(
     plan: Make, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
+    arguments = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
     made = plan("ds.wandb.enabled=true", topology=Topology(world_size=1, ranks_per_node=1, accelerator="cpu"))
-    run_directory.write_plan(tmp_path / "run", load(words), made)
+    run_directory.write_plan(tmp_path / "run", load(arguments), made)
     assert train.main([f"run={tmp_path / 'run'}"]) == 2
     assert "needs the package wandb" in capsys.readouterr().err
     refusal = exits.read_refusal(tmp_path / "run")
@@ -118,5 +118,5 @@ def test_a_rank_of_a_planned_run_writes_down_why_it_refuses(
 def test_a_job_is_planned_where_the_package_is_not_because_its_nodes_may_have_it(
     corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
-    assert main.main(["submit", "--site", "gpu", "--dry-run", *words]) == 0
+    arguments = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
+    assert main.main(["submit", "--site", "gpu", "--dry-run", *arguments]) == 0

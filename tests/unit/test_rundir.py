@@ -30,7 +30,7 @@ WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 def decide(corpus: Path) -> Callable[..., tuple[Request, Plan]]:
     def make(*arguments: str, world: Topology = WORLD) -> tuple[Request, Plan]:
         request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
-        return request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
+        return request, resolve(request, world, facts.read(request.spec))
 
     return make
 

@@ -24,7 +24,7 @@ Decide = Callable[..., tuple[Request, Plan]]
 def decide(corpus: Path) -> Decide:
     def make(*arguments: str) -> tuple[Request, Plan]:
         request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
-        return request, resolve(request, WORLD, facts.read(request.spec, lambda *_: NotImplemented))
+        return request, resolve(request, WORLD, facts.read(request.spec))
 
     return make
 

@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from halfstep.launcher.checkpoint.shards import MASTER
+from halfstep.launcher.config import optimizers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def create_optimizer_states(engine: DeepSpeedEngine, kinds: list[str], steps: fl
         state = optimizer.state[flat]
         for kind in kinds:
             state.setdefault(kind, torch.zeros_like(flat, requires_grad=False))
-        if steps and not isinstance(optimizer, torch.optim.SGD):
+        if steps and optimizers.of(type(optimizer).__name__).counts_steps:
             # torch's own counts in a tensor, DeepSpeed's two Adams in an int (ops/adam).
             own = type(optimizer).__module__.startswith("torch.optim")
             state["step"] = torch.tensor(steps, dtype=torch.float32) if own else int(steps)

@@ -17,7 +17,7 @@ from halfstep.launcher.forecast.hardware import Hardware, Rows
 from halfstep.launcher.forecast.parallelism import Layout
 from halfstep.launcher.forecast.published.run_shape import number, shape_of
 from halfstep.launcher.forecast.published.trainers import Stack, stack_of
-from halfstep.launcher.forecast.workload import Setting
+from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.system import foreign
 from halfstep.launcher.system.files import reason
 
@@ -31,7 +31,7 @@ class Row:
     source: str
     stack: str
     device: Hardware | None
-    setting: Setting
+    workload: Workload
     layout: Layout
     text: Mapping[str, str]
     """The row itself."""
@@ -47,7 +47,7 @@ def read_text(path: Path) -> list[dict[str, str]]:
     try:
         # Lines as the file has them: a line break inside of quotes is part of a cell.
         reader = csv.DictReader(io.StringIO(foreign.read_text(path, follow=True), newline=""), strict=True)
-        found = [
+        rows = [
             {key: (value if isinstance(value, str) else "").strip() for key, value in row.items() if key is not None}
             for row in reader
         ]
@@ -63,11 +63,11 @@ def read_text(path: Path) -> list[dict[str, str]]:
             where=str(path),
             fix="give a CSV with the columns row_id, gpu, n_gpus, model_params_B, layers, hidden, ...",
         )
-    return found
+    return rows
 
 
 def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
-    """Return a row as a setting and a layout; what it does not say is guessed as the trainer's habits have it."""
+    """Return a row as a workload and a layout; what it does not say is guessed as the trainer's habits have it."""
     source = text.get("source", "")
     stack = stack_of(text)
     try:
@@ -89,7 +89,7 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
         layout = dataclasses.replace(layout, virtual=cut["VP"])
     offload = _offload(text)
     name = device.name if device else ""
-    setting = Setting(
+    workload = Workload(
         shape=shape,
         parameters=parameters,
         zero=_stage(text.get("sharding", ""), stack),
@@ -108,23 +108,23 @@ def parse(text: Mapping[str, str], own: Rows | None = None) -> Row:
         overlap_comm=layout.collectives != "deepspeed" or _stage(text.get("sharding", ""), stack) == 3,
         fused_loss="Liger" in f"{text.get('sharding', '')} {text.get('notes', '')}".replace("no Liger", ""),
     )
-    _refuse_beyond_bounds(setting, text)
+    _refuse_beyond_bounds(workload, text)
     return Row(
         row_id=text.get("row_id", ""),
         group=text.get("group", ""),
         source=source,
         stack=stack.name,
         device=device,
-        setting=setting,
+        workload=workload,
         layout=layout,
         text=text,
     )
 
 
-def _refuse_beyond_bounds(setting: Setting, text: Mapping[str, str]) -> None:
+def _refuse_beyond_bounds(workload: Workload, text: Mapping[str, str]) -> None:
     """Raise RequestError for a row that says more than can be predicted."""
-    shape = setting.shape
-    said = {"n_gpus": (setting.ranks, counts.RANKS)}
+    shape = workload.shape
+    said = {"n_gpus": (workload.ranks, counts.RANKS)}
     if shape is not None:
         said |= {"layers": (shape.layers, counts.LAYERS), "hidden": (shape.width, counts.WIDTH)}
     for name, (value, most) in said.items():

@@ -25,9 +25,9 @@ def shape_of(text: Mapping[str, str], sequence: int) -> tuple[Shape | None, int]
     if heads is None or width % heads:
         heads = max(1, width // 128)
     best: Shape | None = None
-    for one in _candidates(layers, width, heads, ffn, vocabulary, sequence):
-        if best is None or (billions and _off(one, billions) < _off(best, billions)):
-            best = one
+    for shape in _candidates(layers, width, heads, ffn, vocabulary, sequence):
+        if best is None or (billions and _off(shape, billions) < _off(best, billions)):
+            best = shape
     assert best is not None, "there is always a GPT-2 shape"
     return best, round(billions * 1e9) if billions else shapes.parameters(best)
 
@@ -56,14 +56,14 @@ def _off(shape: Shape, billions: float) -> float:
 
 def number(text: str) -> float | None:
     """Return the first number of a text, with its k, M or B; None where there is none that makes sense."""
-    found = re.match(r"\s*~?(\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kKMB]?)(?![A-Za-z])", text)
-    if not found:
+    matched = re.match(r"\s*~?(\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kKMB]?)(?![A-Za-z])", text)
+    if not matched:
         return None
-    number = float(found[1].replace(",", "")) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[found[2]]
+    number = float(matched[1].replace(",", "")) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[matched[2]]
     return number if 0 < number < 1e18 else None
 
 
 def whole(text: str) -> int | None:
     """Return the first number of a text, rounded; None where there is none."""
-    found = number(text)
-    return max(1, round(found)) if found else None
+    value = number(text)
+    return max(1, round(value)) if value else None

@@ -17,7 +17,7 @@ from halfstep.launcher.system.files import csv_cell, reason, write_atomic
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What is predicted of a row; None where nothing can be told."""
+    """What is predicted of a row; None where nothing can be predicted."""
 
     row_id: str
     tokens_per_s_per_gpu: float | None
@@ -29,9 +29,9 @@ def measured_speed(text: Mapping[str, str]) -> float | None:
 
     None where it says neither, or FLOPs by a convention that is not known.
     """
-    told = number(text.get("tokens_per_s_per_gpu", ""))
-    if told:
-        return told
+    speed = number(text.get("tokens_per_s_per_gpu", ""))
+    if speed:
+        return speed
     batch, seconds, devices, sequence = (
         number(text.get(name, "")) for name in ("global_batch", "iter_time_s", "n_gpus", "seq_len")
     )
@@ -44,10 +44,10 @@ def measured_speed(text: Mapping[str, str]) -> float | None:
 def _flops_per_token(text: Mapping[str, str]) -> float | None:
     named = text.get("flops_convention", "").replace(" ", "")
     row = published_runs.parse(text)
-    shape, s = row.setting.shape, row.setting.sequence
+    shape, s = row.workload.shape, row.workload.sequence
     if shape is None or not text.get("hidden"):
         return None
-    n, layers, h, v = row.setting.parameters, shape.layers, shape.width, shape.vocabulary
+    n, layers, h, v = row.workload.parameters, shape.layers, shape.width, shape.vocabulary
     if "96B" in named:
         return 96 * layers * h * h * (1 + s / (6 * h) + v / (16 * layers * h))
     if "72B" in named:
@@ -64,31 +64,35 @@ def _flops_per_token(text: Mapping[str, str]) -> float | None:
 
 
 def predict(path: Path, own: Rows | None = None) -> list[Prediction]:
-    """Predict every row of a file; None where nothing can be told."""
+    """Predict every row of a file; None where nothing can be predicted."""
     return [predict_row(row) for row in published_runs.read(path, own)]
 
 
 def predict_row(row: Row) -> Prediction:
     """Predict one row."""
-    told = None
+    step = None
     if row.device is not None:
-        told = step_time.forecast(row.setting, row.device, layout=row.layout, stack=row.stack)
+        step = step_time.forecast(row.workload, row.device, layout=row.layout, stack=row.stack)
     return Prediction(
         row_id=row.row_id,
-        tokens_per_s_per_gpu=told.tokens_per_second_per_device if told else None,
+        tokens_per_s_per_gpu=step.tokens_per_second_per_device if step else None,
         peak_memory_gib=run_memory.peak_gib(row),
     )
 
 
 def write(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write predictions as CSV, empty where nothing could be told."""
+    """Write predictions as CSV, empty where nothing could be predicted."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row_id", "tokens_per_s_per_gpu", "peak_memory_gib"])
-    for one in predictions:
-        speed, peak = one.tokens_per_s_per_gpu, one.peak_memory_gib
+    for prediction in predictions:
+        speed, peak = prediction.tokens_per_s_per_gpu, prediction.peak_memory_gib
         writer.writerow(
-            [csv_cell(one.row_id), "" if speed is None else f"{speed:.6g}", "" if peak is None else f"{peak:.4g}"]
+            [
+                csv_cell(prediction.row_id),
+                "" if speed is None else f"{speed:.6g}",
+                "" if peak is None else f"{peak:.4g}",
+            ]
         )
     try:
         write_atomic(path, text.getvalue())

@@ -65,14 +65,14 @@ UNKNOWN = Stack(name="unknown")
 def stack_of(text: Mapping[str, str]) -> Stack:
     """Return the trainer of a published row by its source, and by what its notes say of it."""
     source, notes, place = (text.get(name, "") for name in ("source", "notes", "file_or_table"))
-    found = next((stack for word, stack in STACKS if word in source), UNKNOWN)
+    stack = next((stack for word, stack in STACKS if word in source), UNKNOWN)
     if "deepcompile" in place:
         own = dict(STACKS)["ml-engineering"]
         return dataclasses.replace(own, name="deepcompile", compiled=True) if "DeepCompile" in notes else own
     if "azure" in place:
         return dict(STACKS)["Megatron-DeepSpeed"]
-    if found.name == "megatron-2021" and text.get("gpu", "").startswith(("H", "B", "GB")):
+    if stack.name == "megatron-2021" and text.get("gpu", "").startswith(("H", "B", "GB")):
         return dict(STACKS)["NeMo"]
     if "llm.c" in notes:
         return dict(STACKS)["llm.c"]
-    return found
+    return stack

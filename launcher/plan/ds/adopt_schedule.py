@@ -6,6 +6,7 @@ from typing import Any
 from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.ds.dsfile import Own
+from halfstep.launcher.plan.schedule import SHAPES
 
 Taken = dict[str, tuple[Any, str]]
 
@@ -35,7 +36,7 @@ def schedule(request: Request, own: Own) -> tuple[Taken, Own]:
         raise RequestError(
             what,
             where=own.origin,
-            fix="remove the scheduler, and give schedule.kind (cosine, linear, constant) and schedule.warmup",
+            fix=f"remove the scheduler, and give schedule.kind ({', '.join(SHAPES)}) and schedule.warmup",
         )
     _check_warmup(kind, params, own)
     taken: Taken = {"schedule.kind": (_KINDS[kind], own.place("scheduler.type"))}

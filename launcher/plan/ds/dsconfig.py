@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.config.bucket_sizes import Sizes, bucket
 from halfstep.launcher.config.dotted import unflatten
 from halfstep.launcher.config.schema import Fp16Keys, OptimizerKeys, RunSpec
@@ -140,8 +141,7 @@ def demanded_by_run_keys(
         "fp16.enabled": (spec.precision == "fp16", "run key precision"),
         "bf16.enabled": (spec.precision == "bf16", "run key precision"),
     }
-    if spec.optimizer.kind == "sgd":
-        # torch's SGD works at stages 1 to 3 but is not on DeepSpeed's list (engine.py, _do_sanity_check).
+    if not optimizers.BY_KIND[spec.optimizer.kind].tested_with_zero:
         keys["zero_allow_untested_optimizer"] = (True, "run key optimizer.kind")
     if spec.precision == "fp16":
         keys |= _loss_scaling(spec.fp16)
@@ -167,25 +167,20 @@ def _loss_scaling(fp16: Fp16Keys) -> dict[str, tuple[Any, str]]:
 
 
 def _optimizer(keys: OptimizerKeys, learning_rate: float, topology: Topology) -> dict[str, tuple[Any, str]]:
-    rate = (learning_rate, "run key optimizer.lr" if keys.lr is not None else "default by model size")
-    decay = (keys.weight_decay, "run key optimizer.weight_decay")
-    if keys.kind == "sgd":
-        return {
-            "type": ("SGD", "run key optimizer.kind"),
-            "params.lr": rate,
-            "params.momentum": (keys.momentum, "run key optimizer.momentum"),
-            "params.weight_decay": decay,
-        }
-    return {
-        "type": ("AdamW", "run key optimizer.kind"),
-        "params.lr": rate,
-        "params.betas": ([keys.beta1, keys.beta2], "run keys optimizer.beta1, optimizer.beta2"),
-        "params.eps": (keys.epsilon, "run key optimizer.epsilon"),
-        "params.weight_decay": decay,
-        # Without it the first use compiles FusedAdam or CPUAdam, which needs a CUDA or C++ toolchain (T11).
-        "params.torch_adam": (not topology.fused_adam, "whether a fused build is possible here"),
-        "params.adam_w_mode": (True, "run key optimizer.kind"),
+    row, by_kind = optimizers.BY_KIND[keys.kind], "run key optimizer.kind"
+    decided: dict[str, tuple[Any, str]] = {
+        "type": (row.type, by_kind),
+        "params.lr": (learning_rate, "run key optimizer.lr" if keys.lr is not None else "default by model size"),
     }
+    for name, run_keys in row.parameters.items():
+        values = [getattr(keys, key) for key in run_keys]
+        origin = ("run keys " if len(run_keys) > 1 else "run key ") + ", ".join(f"optimizer.{key}" for key in run_keys)
+        decided[f"params.{name}"] = (values if len(values) > 1 else values[0], origin)
+    decided["params.weight_decay"] = (keys.weight_decay, "run key optimizer.weight_decay")
+    if row.operators:
+        # Without it the first use compiles FusedAdam or CPUAdam, which needs a CUDA or C++ toolchain (T11).
+        decided["params.torch_adam"] = (not topology.fused_adam, "whether a fused build is possible here")
+    return decided | {f"params.{name}": (value, by_kind) for name, value in row.fixed.items()}
 
 
 def tuned(spec: RunSpec, sizes: Sizes) -> dict[str, tuple[Any, str]]:

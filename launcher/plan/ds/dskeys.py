@@ -68,10 +68,10 @@ def problems(config: Mapping[str, Any], origin: Origin = MappingProxyType({})) -
 
     `origin` says where a dotted path came from: a function, or a mapping from paths (or from sections) to a phrase.
     """
-    found = _walk(config, "", _members("", config), config)
+    broken = _walk(config, "", _members("", config), config)
     return [
         Problem(path=path, sentence=sentence, suggestion=suggestion, where=_whence(origin, path))
-        for path, sentence, suggestion in found
+        for path, sentence, suggestion in broken
     ]
 
 
@@ -293,5 +293,5 @@ def _shown(value: Any) -> str:
     return f"the text {json.dumps(shown(value))}" if isinstance(value, str) else shown(json.dumps(value, default=str))
 
 
-def _either(words: list[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _either(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
