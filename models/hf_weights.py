@@ -85,7 +85,8 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            auto: Any = AutoModelForCausalLM  # its annotation knows no loading info
+            return auto.from_pretrained(
                 weights, config=configuration, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except (MemoryError, torch.OutOfMemoryError):

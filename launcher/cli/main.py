@@ -239,9 +239,9 @@ def _doctor(arguments: argparse.Namespace, words: list[str]) -> int:
         return _measure(arguments)
     findings = checks.examine(Path.cwd())
     if arguments.json:
-        say_json([dataclasses.asdict(one) for one in findings])
+        say_json([finding.to_dict() for finding in findings])
     else:
-        for one in findings:
-            remedy = [f"      {'':<14} try: {one.mend}"] if one.mend else []
-            say(f"{one.status:>4}  {one.name:<14} {one.found}", *remedy)
-    return EXIT_REFUSED if any(one.status == checks.FAIL for one in findings) else 0
+        for finding in findings:
+            remedy = [f"      {'':<14} try: {finding.fix}"] if finding.fix else []
+            say(f"{finding.status:>4}  {finding.name:<14} {finding.detail}", *remedy)
+    return EXIT_REFUSED if any(finding.status == checks.FAIL for finding in findings) else 0
