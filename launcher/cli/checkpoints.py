@@ -23,10 +23,10 @@ _SHARD_SIZE = "5GB"
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verbs to the command's parser; `verbs` is what its `add_subparsers` returned."""
     _checkpoint_verbs(verbs.add_parser("checkpoint", help="list, verify, convert or export what a run saved"), common)
-    text = "let an exported model go on from a text"
+    text = "let an exported model continue a text"
     generate = verbs.add_parser("generate", help=text, description=text, parents=[common])
     generate.add_argument("folder", metavar="DIR", type=Path, help="a folder that `checkpoint export` made")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)")
     generate.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token each time (default)"
@@ -167,7 +167,7 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
     say(f"ranks {done.from_ranks} -> {done.manifest.world_size}")
     if not done.random_states:
         say("the random states of the ranks fit their number alone and were left out; only dropout draws from them")
-    say(f"it goes on with the same words and out={done.run}")
+    say(f"it resumes with the same key=value words and out={done.run}")
     return 0
 
 

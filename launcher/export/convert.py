@@ -36,7 +36,7 @@ class Converted:
 
 
 def convert(run: Path, to: Path, *, step: int | None = None, ranks: int = 1) -> Converted:
-    """Write one checkpoint for `ranks` ranks into a new run directory, which goes on with the same command.
+    """Write one checkpoint for `ranks` ranks into a new run directory, which resumes with the same command.
 
     The training needs no such thing, it reads a checkpoint of any number of ranks: this consolidates and moves.
     Memory stays near one rank's part of one parameter. Raises RequestError for a damaged checkpoint.

@@ -1,4 +1,4 @@
-"""Let an exported model go on from a text."""
+"""Let an exported model continue a text."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -49,7 +49,7 @@ def generate(
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         if tokenizer.bos_token_id is None:
-            raise RequestError("there is nothing to go on from", where="--prompt ''", fix="give a text")
+            raise RequestError("there is no text to continue", where="--prompt ''", fix="give a text")
         ids = [tokenizer.bos_token_id]
     network: Any = exported.load(folder)
     room = _room(network, len(ids), max_new_tokens, folder)

@@ -25,9 +25,9 @@ def cells_of(study: study_file.Study) -> list[grid.Cell]:
     return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec, unasked)))
 
 
-def started(where: Path, file: Path, words: Sequence[str] = ()) -> tuple[study_file.Study, list[grid.Cell]]:
+def started(where: Path, file: Path, arguments: Sequence[str] = ()) -> tuple[study_file.Study, list[grid.Cell]]:
     """Make a study's folder in which nothing has run."""
-    study = study_file.read(str(file), words)
+    study = study_file.read(str(file), arguments)
     cells = cells_of(study)
     study_folder.write(where, study, cells)
     return study, cells

@@ -147,18 +147,18 @@ def _make_model(folder: Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    words = {letter: place for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz .,!?0123456")}
-    tokenizer = Tokenizer(models.BPE({**words, "<|end|>": len(words)}, []))
+    vocabulary = {letter: place for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz .,!?0123456")}
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<|end|>": len(vocabulary)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(" ", "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
     config = GPT2Config(
-        vocab_size=len(words) + 1,
+        vocab_size=len(vocabulary) + 1,
         n_positions=64,
         n_embd=16,
         n_layer=1,
         n_head=2,
         bos_token_id=None,
-        eos_token_id=len(words),
+        eos_token_id=len(vocabulary),
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
@@ -166,12 +166,19 @@ def _make_model(folder: Path) -> Path:
 
 def _model(folder: Path, corpus: Path) -> Reader:
     there = _make_model(folder / "model")
-    words = [f"model=hf:{there}", f"data={corpus}", "batch.global=8", "sequence=32", "model.vocabulary=4096", "steps=2"]
+    request = [
+        f"model=hf:{there}",
+        f"data={corpus}",
+        "batch.global=8",
+        "sequence=32",
+        "model.vocabulary=4096",
+        "steps=2",
+    ]
 
     def read(case: Case) -> Any:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            code = command(["plan", "--json", *words])
+            code = command(["plan", "--json", *request])
         return json.loads(out.getvalue()) if code == 0 else None
 
     def judge(case: Case, tree: Any) -> str | None:
@@ -311,7 +318,7 @@ def alone(name: str, count: int, corpus: Path, scratch: Path) -> list[str]:
     """Put cases to a reader in another process, which a library may crash; return what went wrong, a line each."""
     seen, done = [], 0
     while done < count:
-        words = [
+        command = [
             sys.executable,
             "-m",
             "mutations.content",
@@ -329,7 +336,7 @@ def alone(name: str, count: int, corpus: Path, scratch: Path) -> list[str]:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
         }
-        process = subprocess.run(words, capture_output=True, text=True, env=environ, check=False, timeout=540)
+        process = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=540)
         lines = [json.loads(line[5:]) for line in process.stdout.splitlines() if line.startswith("case ")]
         seen += [wrong for item in lines for wrong in item["wrong"]]
         done += len(lines)

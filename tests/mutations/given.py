@@ -35,7 +35,7 @@ def _of_slurm() -> list[Reader]:
         def read(case: Case) -> Any:
             text = case.given.decode("utf-8", errors="replace")
             kept = slurm.subprocess.run, slurm.shutil.which
-            slurm.subprocess.run = lambda words, **_: subprocess.CompletedProcess(words, 0, text, "")
+            slurm.subprocess.run = lambda command, **_: subprocess.CompletedProcess(command, 0, text, "")
             slurm.shutil.which = lambda name: f"/bin/{name}"
             try:
                 return call()
@@ -152,8 +152,8 @@ def _words_of_verbs(folder: Path, corpus: Path) -> Reader:
             "0,1",
             "1,1",
         )
-        words = [word.replace("@", draw.choice(values)) for word in line]
-        return Case(what=" ".join(words)[:100], given=words)
+        drawn = [word.replace("@", draw.choice(values)) for word in line]
+        return Case(what=" ".join(drawn)[:100], given=drawn)
 
     def read(case: Case) -> int:
         here, path = os.getcwd(), os.environ["PATH"]

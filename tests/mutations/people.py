@@ -135,11 +135,11 @@ def all_readers(folder: Path, corpus: Path) -> list[Reader]:
     ]
 
 
-def _plan(words: list[str]) -> dict[str, Any] | None:
+def _plan(request: list[str]) -> dict[str, Any] | None:
     """Plan by the command, and return what it decides; None where it refuses."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = command(["plan", "--json", *words])
+        code = command(["plan", "--json", *request])
     if not out.getvalue():
         assert code in (2, 3), code
         return None

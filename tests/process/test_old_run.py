@@ -34,8 +34,8 @@ def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def result_of(capsys: pytest.CaptureFixture[str], *words: str | Path) -> Any:
-    assert main([*map(str, words), "--json"]) == 0
+def result_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    assert main([*map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -55,14 +55,16 @@ def test_an_old_run_reports_its_numerics_and_its_time(old: Path, capsys: pytest.
 
 
 def test_an_old_run_is_exported(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export = result_of(capsys, "checkpoint", "export", old / "killed", "--to", old / "exported", "--data", old / "corpus")
+    export = result_of(
+        capsys, "checkpoint", "export", old / "killed", "--to", old / "exported", "--data", old / "corpus"
+    )
     assert (export["step"], export["parameters"], export["tokenizer"]["vocabulary"]) == (8, 11504, 384)
     assert export["compare"]["ok"], "transformers computes what the engine did when it saved"
 
 
 def test_an_old_run_resumes_to_the_end_of_the_undisturbed_one(old: Path, start: Callable[..., Outcome]) -> None:
-    words = [*WORDS, f"data={old / 'corpus'}", f"out={old / 'killed'}"]
-    done = start("old", [str(BIN / "halfstep"), "run", *words])
+    request = [*WORDS, f"data={old / 'corpus'}", f"out={old / 'killed'}"]
+    done = start("old", [str(BIN / "halfstep"), "run", *request])
     assert done.returncode == 0, done.output
     run, whole = (Outcome(out=old / name, returncode=0, output="") for name in ("killed", "whole"))
     assert run.json("plan.json")["run_id"] == whole.json("plan.json")["run_id"]
