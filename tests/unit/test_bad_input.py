@@ -27,7 +27,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 
 
 @pytest.mark.parametrize(
-    ("request", "hint"),
+    ("pairs", "hint"),
     [
         (["optimizer.learning_rate=1"], "optimizer.learning_rate"),
         (["ds.zero_optimization.overlap_com=true"], "zero_optimization.overlap_comm"),
@@ -51,10 +51,10 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_wrong_run_key_is_explained(refuse: Refuse, corpus: Path, request: list[str], hint: str) -> None:
+def test_a_wrong_run_key_is_explained(refuse: Refuse, corpus: Path, pairs: list[str], hint: str) -> None:
     for verb in ("run", None):
         main = cli_main if verb else train.main
-        assert hint in refuse(*filter(None, [verb, "model=gpt2-nano", f"data={corpus}", *request]), main=main)
+        assert hint in refuse(*filter(None, [verb, "model=gpt2-nano", f"data={corpus}", *pairs]), main=main)
 
 
 def test_a_data_folder_that_is_missing_is_told_how_to_make(refuse: Refuse, tmp_path: Path) -> None:
