@@ -85,7 +85,8 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            auto: Any = AutoModelForCausalLM  # its annotation knows no loading info
+            return auto.from_pretrained(
                 weights, config=configuration, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except (MemoryError, torch.OutOfMemoryError):
@@ -101,7 +102,7 @@ def _from_pretrained(
 
 
 def _freeze(model: PreTrainedModel, configuration: PreTrainedConfig, options: dict[str, Any]) -> None:
-    """Freeze what a constructor froze: a loader makes every parameter anew (transformers, core_model_loading.py)."""
+    """Freeze what a constructor froze: a loader makes every parameter again (transformers, core_model_loading.py)."""
     with quiet(), torch.device("meta"):
         made = AutoModelForCausalLM.from_config(copy.deepcopy(configuration), **options)
     frozen = {name for name, parameter in made.named_parameters() if not parameter.requires_grad}

@@ -154,8 +154,9 @@ def _restore_constants(model: PreTrainedModel, made: PreTrainedConfig, options: 
     for module, twin in zip(model.modules(), plain.modules(), strict=True):
         for own, others in ((module._buffers, twin._buffers), (vars(module), vars(twin))):
             for name, value in others.items():
-                if isinstance(value, Tensor) and isinstance(own.get(name), Tensor) and not value.is_meta:
-                    own[name] = value.to(own[name].device)
+                replaced = own.get(name)
+                if isinstance(value, Tensor) and isinstance(replaced, Tensor) and not value.is_meta:
+                    own[name] = value.to(replaced.device)
 
 
 def _constructed(made: PreTrainedConfig, trust_remote_code: bool, kind: Kind, seed: int) -> dict[str, Tensor]:
@@ -186,7 +187,7 @@ def _keeping(kind: Kind | None) -> Iterator[None]:
             moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = moved
 
-    nn.Module.register_parameter = register_and_move
+    nn.Module.register_parameter = register_and_move  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

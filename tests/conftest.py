@@ -62,8 +62,8 @@ def corpus(tmp_path: Path) -> Path:
 def plan(corpus: Path) -> Callable[..., Plan]:
     """Return a function that plans key=value words for two CPU ranks, or for another topology."""
 
-    def make(*words: str, topology: Topology | None = None) -> Plan:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+    def make(*pairs: str, topology: Topology | None = None) -> Plan:
+        request = load(["model=gpt2-nano", f"data={corpus}", *pairs])
         world = topology or Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
         return resolve(request, world, facts.read(request.spec))
 
@@ -84,7 +84,7 @@ def data(scratch: Path) -> Path:
     folder.mkdir()
     for file in files:
         (folder / Path(file).with_suffix(".txt").name).write_bytes(Path(file).read_bytes())
-    words = [
+    command = [
         "data",
         "prepare",
         "--source",
@@ -97,7 +97,7 @@ def data(scratch: Path) -> Path:
         "0.05",
     ]
     done = subprocess.run(
-        [Path(sys.executable).parent / "halfstep", *words],
+        [Path(sys.executable).parent / "halfstep", *command],
         capture_output=True,
         text=True,
         env=environment(scratch),

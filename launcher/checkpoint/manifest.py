@@ -187,15 +187,15 @@ def _read(folder: Path) -> Manifest:
         _check(manifest)
     except ValueError as error:
         raise Damaged(f"{NAME} is damaged: {error}") from None
-    for one in manifest.files:
+    for file in manifest.files:
         try:
-            about = (folder / one.name).stat(follow_symlinks=False)
+            about = (folder / file.name).stat(follow_symlinks=False)
         except OSError as error:
-            raise Damaged(f"{one.name}: {reason(error)}") from None
+            raise Damaged(f"{file.name}: {reason(error)}") from None
         if not stat.S_ISREG(about.st_mode):
-            raise Damaged(f"{one.name} is no regular file")
-        if about.st_size != one.bytes:
-            raise Damaged(f"{one.name} has {about.st_size} bytes, {one.bytes} were written")
+            raise Damaged(f"{file.name} is no regular file")
+        if about.st_size != file.bytes:
+            raise Damaged(f"{file.name} has {about.st_size} bytes, {file.bytes} were written")
     return manifest
 
 

@@ -49,16 +49,16 @@ def candidates(run: Path) -> Iterator[Candidate]:
     One that is deleted meanwhile is none. Raises RequestError for one that a newer Halfstep wrote, and where the folder
     cannot be read.
     """
-    found = []
+    named = []
     try:
-        found = [(match, one) for one in home(run).iterdir() if (match := _NAME.fullmatch(one.name))]
+        named = [(match, folder) for folder in home(run).iterdir() if (match := _NAME.fullmatch(folder.name))]
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise RequestError(
             f"the checkpoints cannot be read: {reason(error)}", where=str(home(run)), fix="check its permissions"
         ) from None
-    for match, folder in sorted(found, key=lambda one: int(one[0][1]), reverse=True):
+    for match, folder in sorted(named, key=lambda item: int(item[0][1]), reverse=True):
         step = int(match[1])
         try:
             manifest = read(folder)
@@ -77,10 +77,10 @@ def sweep(run: Path) -> list[str]:
     """Delete what a dead attempt was writing or deleting, and return the names; call only while holding the lease."""
     swept = []
     with contextlib.suppress(FileNotFoundError):
-        for one in home(run).iterdir():
-            if one.name.startswith(_HIDDEN):
-                shutil.rmtree(one, ignore_errors=True)
-                swept.append(one.name)
+        for folder in home(run).iterdir():
+            if folder.name.startswith(_HIDDEN):
+                shutil.rmtree(folder, ignore_errors=True)
+                swept.append(folder.name)
     return swept
 
 
@@ -159,19 +159,23 @@ def prune(run: Path, keep: int, keep_every: int, *, distrusted: frozenset[int] =
 
     Damaged ones neither count nor go, nor do those of the steps in `distrusted`.
     """
-    good = [one for one in candidates(run) if one.manifest is not None and one.step not in distrusted]
-    gone = [one for one in good[max(keep, 2) :] if not (keep_every and one.step % keep_every == 0)]
-    for one in gone:
-        if one.folder.is_symlink():  # somebody else's folder: only our name for it goes
-            one.folder.unlink()
+    good = [
+        candidate
+        for candidate in candidates(run)
+        if candidate.manifest is not None and candidate.step not in distrusted
+    ]
+    gone = [candidate for candidate in good[max(keep, 2) :] if not (keep_every and candidate.step % keep_every == 0)]
+    for candidate in gone:
+        if candidate.folder.is_symlink():  # somebody else's folder: only our name for it goes
+            candidate.folder.unlink()
             continue
-        hidden = one.folder.with_name(f".pruned-{one.folder.name}")
+        hidden = candidate.folder.with_name(f".pruned-{candidate.folder.name}")
         shutil.rmtree(hidden, ignore_errors=True)
-        one.folder.rename(hidden)  # out of sight at once: a crash from here on leaves no half of a checkpoint
+        candidate.folder.rename(hidden)  # out of sight at once: a crash from here on leaves no half of a checkpoint
         (hidden / NAME).unlink(missing_ok=True)
-        fault_injection.hit("save.prune", rank=0, step=one.step)
+        fault_injection.hit("save.prune", rank=0, step=candidate.step)
         shutil.rmtree(hidden, ignore_errors=True)
-    return [one.step for one in gone]
+    return [candidate.step for candidate in gone]
 
 
 def _size(count: float) -> str:

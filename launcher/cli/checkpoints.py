@@ -23,10 +23,10 @@ _SHARD_SIZE = "5GB"
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verbs to the command's parser; `verbs` is what its `add_subparsers` returned."""
     _checkpoint_verbs(verbs.add_parser("checkpoint", help="list, verify, convert or export what a run saved"), common)
-    text = "let an exported model go on from a text"
+    text = "let an exported model continue a text"
     generate = verbs.add_parser("generate", help=text, description=text, parents=[common])
     generate.add_argument("folder", metavar="DIR", type=Path, help="a folder that `checkpoint export` made")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)")
     generate.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token each time (default)"
@@ -57,19 +57,21 @@ def _checkpoint_verbs(parser: argparse.ArgumentParser, common: argparse.Argument
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, what: Any, text: str) -> argparse.ArgumentParser:
-        one = verbs.add_parser(name, help=text, description=text, parents=[common])
-        one.add_argument("run", metavar="RUN", type=Path, help="a run directory")
-        one.set_defaults(verb=what)
-        return one
+        subparser = verbs.add_parser(name, help=text, description=text, parents=[common])
+        subparser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+        subparser.set_defaults(verb=what)
+        return subparser
 
     listing = verb("list", _list, "show a run's checkpoints by their manifests, without reading their contents")
     verify = verb("verify", _verify, "read every byte of a run's checkpoints and compare it with what was written")
     convert = verb("convert", _convert, "write a checkpoint for another number of ranks into a new run directory")
     export = verb("export", _export, "write a checkpoint as a folder that transformers loads")
-    for one, default in ((verify, "all"), (convert, "the newest"), (export, "the newest")):
-        one.add_argument("--step", type=int, metavar="N", help=f"the checkpoint of this step (default: {default})")
-    for one in (convert, export):
-        one.add_argument("--to", required=True, type=Path, metavar="DIR", help="the folder to make")
+    for subparser, default in ((verify, "all"), (convert, "the newest"), (export, "the newest")):
+        subparser.add_argument(
+            "--step", type=int, metavar="N", help=f"the checkpoint of this step (default: {default})"
+        )
+    for subparser in (convert, export):
+        subparser.add_argument("--to", required=True, type=Path, metavar="DIR", help="the folder to make")
     convert.add_argument("--ranks", type=int, default=1, metavar="N", help="how many files (default: 1)")
     export.add_argument(
         "--dtype",
@@ -82,11 +84,11 @@ def _checkpoint_verbs(parser: argparse.ArgumentParser, common: argparse.Argument
     )
     export.add_argument("--data", type=Path, metavar="DIR", help="where the run's corpus lies now, if it was moved")
     export.add_argument("--no-compare", action="store_true", help="do not load the export to compare its logits")
-    for one in (listing, verify, convert, export):
-        one.add_argument("--json", action="store_true", help="print the result as JSON")
+    for subparser in (listing, verify, convert, export):
+        subparser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _list(arguments: argparse.Namespace, words: list[str]) -> int:
+def _list(arguments: argparse.Namespace, _: list[str]) -> int:
     from halfstep.launcher.export import survey
 
     rows = survey.survey(arguments.run)
@@ -98,10 +100,16 @@ def _list(arguments: argparse.Namespace, words: list[str]) -> int:
         return 0
     lines = [["step", "written", "size", "ranks", "zero", "precision", "loss", "state"]]
     for row in rows:
-        one = row.manifest
+        manifest = row.manifest
         about = ["-"] * 6
-        if one is not None:
-            about = [_moment(one.time), survey.size(one.bytes), str(one.world_size), str(one.zero), one.precision]
+        if manifest is not None:
+            about = [
+                _moment(manifest.time),
+                survey.size(manifest.bytes),
+                str(manifest.world_size),
+                str(manifest.zero),
+                manifest.precision,
+            ]
             about.append("-" if row.loss is None else f"{row.loss:.4f}")
         state = row.state + (f": {row.reason}" if row.reason else "")
         lines.append([str(row.step), *about, state])
@@ -110,7 +118,7 @@ def _list(arguments: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _verify(arguments: argparse.Namespace, words: list[str]) -> int:
+def _verify(arguments: argparse.Namespace, _: list[str]) -> int:
     from halfstep.launcher.export import source, survey
 
     rows = [row for row in survey.survey(arguments.run) if row.state in (survey.GOOD, survey.DAMAGED)]
@@ -125,7 +133,7 @@ def _verify(arguments: argparse.Namespace, words: list[str]) -> int:
             continue
         done.append(survey.verified(row))
         if step is not None and done[-1].state == survey.GONE:
-            left = [one.step for one in rows if one.step != step]
+            left = [other.step for other in rows if other.step != step]
             raise source.no_such_step(arguments.run, step, left)
         if not arguments.json:
             say(_verdict(done[-1]))
@@ -145,7 +153,7 @@ def _verdict(row: Any) -> str:
     return f"step {row.step:>8}  OK  {size(row.manifest.bytes)} in {row.seconds:.2f} s ({rate:.2f} GB/s)"
 
 
-def _convert(arguments: argparse.Namespace, words: list[str]) -> int:
+def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
     from halfstep.launcher.export.convert import convert
     from halfstep.launcher.export.survey import size
 
@@ -159,11 +167,11 @@ def _convert(arguments: argparse.Namespace, words: list[str]) -> int:
     say(f"ranks {done.from_ranks} -> {done.manifest.world_size}")
     if not done.random_states:
         say("the random states of the ranks fit their number alone and were left out; only dropout draws from them")
-    say(f"it goes on with the same words and out={done.run}")
+    say(f"it resumes with the same key=value words and out={done.run}")
     return 0
 
 
-def _export(arguments: argparse.Namespace, words: list[str]) -> int:
+def _export(arguments: argparse.Namespace, _: list[str]) -> int:
     limit = _bytes(arguments.max_shard_size)
     topology.prefer_cpu()
     from halfstep.launcher.export.survey import size
@@ -184,7 +192,7 @@ def _export(arguments: argparse.Namespace, words: list[str]) -> int:
         say_json(done.to_dict())
         return 0
     weights = [name for name in done.files if name.endswith(".safetensors")]
-    told = "not compared with the training engine" if arguments.no_compare else "nothing to compare with"
+    uncompared = "not compared with the training engine" if arguments.no_compare else "nothing to compare with"
     tokenizer = "none"
     if done.tokenizer:
         ids = f"{done.tokenizer['checked_tokens']:,} ids checked against the corpus's own"
@@ -194,13 +202,13 @@ def _export(arguments: argparse.Namespace, words: list[str]) -> int:
         "weights": f"{done.parameters:,} parameters in {done.dtype}, {size(sum(done.files[name] for name in weights))} "
         f"in {len(weights)} file" + ("s" if len(weights) > 1 else ""),
         "tokenizer": tokenizer,
-        "compared": done.sentence or told,
+        "compared": done.sentence or uncompared,
     }
     say(*(f"{name:<10} {text}" for name, text in lines.items()))
     return 0
 
 
-def _generate(arguments: argparse.Namespace, words: list[str]) -> int:
+def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
     from halfstep.launcher.export.generate import generate
 
     done = generate(
@@ -215,7 +223,7 @@ def _generate(arguments: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _eval(arguments: argparse.Namespace, words: list[str]) -> int:
+def _eval(arguments: argparse.Namespace, _: list[str]) -> int:
     topology.prefer_cpu()  # DeepSpeed's dataset format brings DeepSpeed's accelerator with it
     from halfstep.launcher.export.evaluate import evaluate
 
@@ -240,8 +248,8 @@ def _eval(arguments: argparse.Namespace, words: list[str]) -> int:
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    count = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
         raise RequestError(
             f"{text!r} is no size of a file", where="--max-shard-size", fix="write it like 5GB, 500MB or 2GiB"

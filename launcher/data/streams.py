@@ -23,7 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 class Opened(NamedTuple):
     """A file at its first character."""
 
-    stream: io.BufferedReader
+    stream: "io.BufferedReader[Any]"
     offset: int
     """Bytes, decompressed, that were passed over."""
 
@@ -44,7 +44,7 @@ def opened(path: Path, given: Format) -> Iterator[Opened]:
 
     Raises RequestError, now or while it is read, for files that are not what their names say or are not whole.
     """
-    with path.open("rb", buffering=_BUFFER_BYTES) as file:
+    with io.BufferedReader(io.FileIO(path), _BUFFER_BYTES) as file:
         formats.check_head(path, file.peek(formats.HEAD_BYTES)[: formats.HEAD_BYTES], given)
         with contextlib.ExitStack() as stack:
             stream = file
@@ -86,7 +86,7 @@ def decode(data: bytes, path: Path, offset: int) -> str:
 
 
 def _decompressor(
-    path: Path, file: io.BufferedReader, compression: str, stack: contextlib.ExitStack
+    path: Path, file: "io.BufferedReader[Any]", compression: str, stack: contextlib.ExitStack
 ) -> Callable[[int], bytes]:
     """Return a function that gives the next bytes, at most as many as it is asked for."""
     if compression == "gzip":

@@ -1,4 +1,4 @@
-"""Check what a run needs before it needs it, and say how to mend what is missing."""
+"""Check what a run needs before it needs it, and say how to fix what is missing."""
 
 import contextlib
 import importlib.metadata
@@ -28,9 +28,14 @@ class Finding:
     name: str
     status: str
     """`ok`, `warn` (a run may work) or `FAIL` (it cannot)."""
-    found: str
-    mend: str = ""
+    detail: str
+    """What was seen."""
+    fix: str = ""
     """What to do; empty where nothing is to be done."""
+
+    def to_dict(self) -> dict[str, str]:
+        """Return it as `halfstep doctor --json` prints it."""
+        return {"name": self.name, "status": self.status, "found": self.detail, "fix": self.fix}
 
 
 def examine(folder: Path) -> list[Finding]:
@@ -57,7 +62,7 @@ def _python() -> Iterator[Finding]:
     version = sys.version.split()[0]
     good = sys.version_info >= (3, 11)
     yield Finding(
-        name="python", status=OK if good else FAIL, found=version, mend="" if good else "install Python 3.11 or newer"
+        name="python", status=OK if good else FAIL, detail=version, fix="" if good else "install Python 3.11 or newer"
     )
 
 
@@ -74,14 +79,14 @@ def _versions() -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name=name, status=FAIL, found="not installed", mend=f"pip install {name}=={tested[name]}")
+            yield Finding(name=name, status=FAIL, detail="not installed", fix=f"pip install {name}=={tested[name]}")
             continue
         same = version.partition("+")[0] == tested[name]
         yield Finding(
             name=name,
             status=OK if same else WARN,
-            found=version if same else f"{version}, tested is {tested[name]}",
-            mend="" if same else f"pip install {name}=={tested[name]}, or see for yourself with `make test`",
+            detail=version if same else f"{version}, tested is {tested[name]}",
+            fix="" if same else f"pip install {name}=={tested[name]}, or see for yourself with `make test`",
         )
 
 
@@ -90,35 +95,35 @@ def _accelerator() -> Iterator[Finding]:
 
     seen, usable = topology.gpu_count(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable and not seen:
-        mend = (
+        fix = (
             "unset DS_ACCELERATOR=cpu to use them"
             if os.environ.get("DS_ACCELERATOR") == "cpu"
             else "report this machine"
         )
         yield Finding(
-            name="accelerator", status=WARN, found=f"torch sees {usable} GPU(s), runs will use the CPU", mend=mend
+            name="accelerator", status=WARN, detail=f"torch sees {usable} GPU(s), runs will use the CPU", fix=fix
         )
     elif usable:
-        yield Finding(name="accelerator", status=OK, found=f"{usable} x {torch.cuda.get_device_name(0)}")
+        yield Finding(name="accelerator", status=OK, detail=f"{usable} x {torch.cuda.get_device_name(0)}")
     elif seen:
-        mend = "install a torch build for CUDA (this one is for CPU), or a driver that fits it"
+        fix = "install a torch build for CUDA (this one is for CPU), or a driver that fits it"
         yield Finding(
-            name="accelerator", status=FAIL, found=f"{seen} GPU(s) that torch {torch.__version__} cannot use", mend=mend
+            name="accelerator", status=FAIL, detail=f"{seen} GPU(s) that torch {torch.__version__} cannot use", fix=fix
         )
     else:
-        found = f"no GPU; {topology.default_ranks_per_node()} CPU rank(s)"
-        yield Finding(name="accelerator", status=OK, found=found)
+        detail = f"no GPU; {topology.default_ranks_per_node()} CPU rank(s)"
+        yield Finding(name="accelerator", status=OK, detail=detail)
 
 
 def _compiler() -> Iterator[Finding]:
     """Look for what compiles: on a GPU host DeepSpeed's operators need it, on CPUs compile=true alone."""
     missing = FAIL if topology.gpu_count() else WARN
     compiler = os.environ.get("CXX") or shutil.which("c++")
-    mend = "" if compiler else f"install a C++ compiler (Debian: apt-get install g++); {_users_of_a_compiler()} need it"
-    yield Finding(name="compiler", status=OK if compiler else missing, found=compiler or "none", mend=mend)
+    fix = "" if compiler else f"install a C++ compiler (Debian: apt-get install g++); {_users_of_a_compiler()} need it"
+    yield Finding(name="compiler", status=OK if compiler else missing, detail=compiler or "none", fix=fix)
     if topology.gpu_count() and not topology.has_cuda_compiler():
-        mend = "install the CUDA toolkit for DeepSpeed's fused Adam; without it torch's own Adam is used"
-        yield Finding(name="nvcc", status=WARN, found="none", mend=mend)
+        fix = "install the CUDA toolkit for DeepSpeed's fused Adam; without it torch's own Adam is used"
+        yield Finding(name="nvcc", status=WARN, detail="none", fix=fix)
 
 
 def _users_of_a_compiler() -> str:
@@ -134,32 +139,32 @@ def _ninja() -> Iterator[Finding]:
     yield Finding(
         name="ninja",
         status=OK if good else missing,
-        found="found" if good else "none",
-        mend="" if good else "pip install ninja",
+        detail="found" if good else "none",
+        fix="" if good else "pip install ninja",
     )
 
 
 def _operators() -> Iterator[Finding]:
     if topology.gpu_count() == 0:
-        yield Finding(name="operators", status=OK, found="none is needed on CPU ranks")
+        yield Finding(name="operators", status=OK, detail="none is needed on CPU ranks")
         return
     names = ["FusedAdamBuilder"]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             loaded = opcache.load_operators(names)
     except HalfstepError as error:
-        yield Finding(name="operators", status=FAIL, found=error.what, mend=error.fix)
+        yield Finding(name="operators", status=FAIL, detail=error.what, fix=error.fix)
         return
     except Exception as error:  # DeepSpeed and torch raise what they like while they compile; it may not end the doctor
         reason = str(error).strip().partition("\n")[0]
-        mend = f"mend the compiler or CUDA toolkit, empty {opcache.folder()} and try again"
-        yield Finding(name="operators", status=FAIL, found=reason, mend=mend)
+        fix = f"repair the compiler or CUDA toolkit, empty {opcache.folder()} and try again"
+        yield Finding(name="operators", status=FAIL, detail=reason, fix=fix)
         return
     if loaded:
-        yield Finding(name="operators", status=OK, found=f"{', '.join(loaded)} built in {opcache.folder()}")
+        yield Finding(name="operators", status=OK, detail=f"{', '.join(loaded)} built in {opcache.folder()}")
     else:
-        mend = "nothing needs it: torch's own optimizer is used instead"
-        yield Finding(name="operators", status=OK, found=f"{', '.join(names)} does not fit this machine", mend=mend)
+        fix = "nothing needs it: torch's own optimizer is used instead"
+        yield Finding(name="operators", status=OK, detail=f"{', '.join(names)} does not fit this machine", fix=fix)
 
 
 def _cache() -> Iterator[Finding]:
@@ -167,11 +172,11 @@ def _cache() -> Iterator[Finding]:
     try:
         folder = caches.make(caches.cache("ops"))
     except HalfstepError as error:
-        yield Finding(name="cache", status=FAIL, found=error.what, mend=error.fix)
+        yield Finding(name="cache", status=FAIL, detail=error.what, fix=error.fix)
         return
     chosen = bool(os.environ.get("XDG_CACHE_HOME")) or not folder.is_relative_to(caches.temporary())
-    mend = "" if chosen else "HOME cannot be written; let XDG_CACHE_HOME name a folder that stays"
-    yield Finding(name="cache", status=OK if chosen else WARN, found=str(folder.parent), mend=mend)
+    fix = "" if chosen else "HOME cannot be written; let XDG_CACHE_HOME name a folder that stays"
+    yield Finding(name="cache", status=OK if chosen else WARN, detail=str(folder.parent), fix=fix)
 
 
 def _lock() -> Iterator[Finding]:
@@ -179,33 +184,33 @@ def _lock() -> Iterator[Finding]:
     with contextlib.suppress(RuntimeError):  # a user without a home
         stale += (Path.home() / ".cache" / "torch_extensions").glob("*/*/lock")
     if stale:
-        mend = f"if nothing is compiling, rm {stale[0]}: a start without Halfstep would wait for it for ever"
-        yield Finding(name="build lock", status=WARN, found=str(stale[0]), mend=mend)
+        fix = f"if nothing is compiling, rm {stale[0]}: a start without Halfstep would wait for it for ever"
+        yield Finding(name="build lock", status=WARN, detail=str(stale[0]), fix=fix)
     else:
-        yield Finding(name="build lock", status=OK, found="none left behind")
+        yield Finding(name="build lock", status=OK, detail="none left behind")
 
 
 def _port() -> Iterator[Finding]:
     try:
         port = topology.free_port()
         with socket.create_server(("127.0.0.1", port)):
-            yield Finding(name="ports", status=OK, found=f"loopback listens ({port})")
+            yield Finding(name="ports", status=OK, detail=f"loopback listens ({port})")
     except OSError as error:
-        mend = "ranks meet over TCP: allow listening on the loopback interface"
-        yield Finding(name="ports", status=FAIL, found=str(error), mend=mend)
+        fix = "ranks meet over TCP: allow listening on the loopback interface"
+        yield Finding(name="ports", status=FAIL, detail=str(error), fix=fix)
 
 
 def _threads() -> Iterator[Finding]:
     cores, ranks = topology.usable_cores(), topology.default_ranks_per_node()
     chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if chosen.isdigit() and int(chosen) * ranks > cores:
-        mend = f"unset OMP_NUM_THREADS or set it to {max(1, cores // ranks)}: ranks would fight over the cores"
+        fix = f"unset OMP_NUM_THREADS or set it to {max(1, cores // ranks)}: ranks would fight over the cores"
         yield Finding(
-            name="threads", status=WARN, found=f"OMP_NUM_THREADS={chosen} x {ranks} ranks > {cores} cores", mend=mend
+            name="threads", status=WARN, detail=f"OMP_NUM_THREADS={chosen} x {ranks} ranks > {cores} cores", fix=fix
         )
     else:
         yield Finding(
-            name="threads", status=OK, found=f"{cores} cores, {chosen or max(1, cores // ranks)} thread(s) a rank"
+            name="threads", status=OK, detail=f"{cores} cores, {chosen or max(1, cores // ranks)} thread(s) a rank"
         )
 
 
@@ -219,11 +224,11 @@ def _disk(folder: Path) -> Iterator[Finding]:
     yield from _space("disk", folder, _FREE_BYTES_WANTED, "free some space, or write runs elsewhere: out=DIR")
     if not os.access(folder, os.W_OK):
         yield Finding(
-            name="folder", status=FAIL, found=f"{folder} cannot be written", mend="change to another folder, or out=DIR"
+            name="folder", status=FAIL, detail=f"{folder} cannot be written", fix="change to another folder, or out=DIR"
         )
 
 
-def _space(name: str, folder: Path, wanted: int, mend: str) -> Iterator[Finding]:
+def _space(name: str, folder: Path, wanted: int, fix: str) -> Iterator[Finding]:
     if not folder.is_dir():
         return
     free = shutil.disk_usage(folder).free
@@ -231,6 +236,6 @@ def _space(name: str, folder: Path, wanted: int, mend: str) -> Iterator[Finding]
     yield Finding(
         name=name,
         status=OK if good else WARN,
-        found=f"{free / 2**30:.1f} GiB free in {folder}",
-        mend="" if good else mend,
+        detail=f"{free / 2**30:.1f} GiB free in {folder}",
+        fix="" if good else fix,
     )

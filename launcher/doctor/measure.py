@@ -55,28 +55,28 @@ def measure(target: Path) -> dict[str, Any]:
 def _rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(max(1, topology.usable_cores() // ranks))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for name, dtype in (("fp32", torch.float32), ("half", torch.bfloat16), ("fp16", torch.float16)):
         inputs, weights = torch.randn(2, _MATRIX, _MATRIX).to(dtype)
         cpu_fp16.prepare(name, "cpu", compiled=False)
         dist.barrier()
         # As layers do it: half-precision products the other way round have no fast kernel on some CPUs.
         taken = _repeat(lambda inputs=inputs, weights=weights: torch.nn.functional.linear(inputs, weights))
-        found[name] = 2 * _MATRIX**3 / taken
+        rates[name] = 2 * _MATRIX**3 / taken
     source = torch.ones(_COPY_BYTES // 4)
     sink = torch.empty_like(source)
     dist.barrier()
-    found["bandwidth"] = 2 * _COPY_BYTES / _repeat(lambda: sink.copy_(source))
+    rates["bandwidth"] = 2 * _COPY_BYTES / _repeat(lambda: sink.copy_(source))
     if ranks > 1:
         small, large = torch.zeros(_SMALL // 4), torch.zeros(_LARGE // 4)
         dist.barrier()
         short = _repeat(lambda: dist.all_reduce(small), times=200)
         long = _repeat(lambda: dist.all_reduce(large), times=20)
         # As communication.seconds reads them: a ring of n sends 2 (n - 1) / n of the bytes.
-        found["link"] = 2 * (ranks - 1) / ranks * _LARGE / max(long - short, 1e-9)
-        found["link_latency"] = short / math.log2(2 * ranks)
+        rates["link"] = 2 * (ranks - 1) / ranks * _LARGE / max(long - short, 1e-9)
+        rates["link_latency"] = short / math.log2(2 * ranks)
     if rank == 0:
-        torch.save(found, Path(folder) / "result")
+        torch.save(rates, Path(folder) / "result")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -32,7 +32,8 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     with _loading(folder, f"transformers cannot load {folder}"):
         # False, not None: transformers would ask at the terminal whether code in the folder may run.
-        model, report = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForCausalLM  # its annotation knows no loading info
+        model, report = auto.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **options
         )
     wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -95,8 +96,8 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder; raises RequestError where it has none."""
     _expect_model(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        told = note(folder)
-        corpus = (told or {}).get("data", {}).get("path", "CORPUS")
+        written = note(folder)
+        corpus = (written or {}).get("data", {}).get("path", "CORPUS")
         raise RequestError(
             f"{folder} has no tokenizer: the corpus was not there when it was exported",
             where=f"DIR {folder}",
@@ -112,12 +113,12 @@ def note(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        found = foreign.read_json(file, follow=True)
-        if found["kind"] != KIND:
-            raise ValueError(f"its kind is {found['kind']!r}")
+        tree = foreign.read_json(file, follow=True)
+        if tree["kind"] != KIND:
+            raise ValueError(f"its kind is {tree['kind']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{NOTE} is damaged: {error}", where=str(file), fix="export it again") from None
-    return found
+    return tree
 
 
 def context(model: PreTrainedModel) -> int | None:

@@ -94,9 +94,9 @@ def _row(folder: Path, losses: dict[int, float | None]) -> Row | None:
 
 
 def _step(name: str) -> int | None:
-    _, found, rest = name.partition("step-")
+    _, marker, rest = name.partition("step-")
     digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-    return int(digits) if found and 0 < len(digits) <= 18 else None
+    return int(digits) if marker and 0 < len(digits) <= 18 else None
 
 
 def verified(row: Row) -> Row:

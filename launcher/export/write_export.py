@@ -69,8 +69,8 @@ def export(
     content = weights.content(manifest, dtype)
     parts = weights.divide(content.entries, max_shard_bytes)
     with target.filling(folder, sum(part.bytes for part in parts) + _SPARE) as partial:
-        words, warnings = _tokenizer(manifest, data, partial, content.context)
-        _configure(partial, content.config, words)
+        tokenizer, warnings = _tokenizer(manifest, data, partial, content.context)
+        _configure(partial, content.config, tokenizer)
         files = Shards(chosen.folder, manifest)
         try:
             weights.write(partial, files, parts)
@@ -81,8 +81,8 @@ def export(
                 fix="take another with --step",
             ) from None
         comparison = _compare(partial, manifest, files, dtype) if comparing else None
-        write_json(partial / NOTE, _note(chosen, dtype, words, comparison))
-        sizes = {one.name: one.stat().st_size for one in sorted(partial.iterdir())}
+        write_json(partial / NOTE, _note(chosen, dtype, tokenizer, comparison))
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
     if comparing and comparison is None:
         warnings.append("the checkpoint holds no logits of the training engine: there was nothing to compare with")
     return Outcome(
@@ -91,7 +91,7 @@ def export(
         files=sizes,
         parameters=sum(math.prod(shape) for shape in manifest.model["parameters"].values()),
         dtype=dtype,
-        tokenizer=words.to_dict() if words else None,
+        tokenizer=tokenizer.to_dict() if tokenizer else None,
         compare=comparison.to_dict() if comparison else None,
         warnings=tuple(warnings),
         sentence=comparison.sentence if comparison else None,
@@ -108,46 +108,48 @@ def _tokenizer(
             f"no tokenizer: the corpus {corpus} has gone; --data DIR says where it is now, and the weights are complete"
         ]
     try:
-        words = tokenizer_files.export(corpus, manifest.data["digest"], folder, context)
+        tokenizer = tokenizer_files.export(corpus, manifest.data["digest"], folder, context)
     except RequestError as error:
         if data is not None:
             raise
         return None, [f"no tokenizer: {error.what}; {error.fix}"]
-    if words.differs:
-        return words, [f"the tokenizer of the export gives other ids than the corpus's own, first at {words.differs}"]
-    return words, []
+    if tokenizer.differs:
+        return tokenizer, [
+            f"the tokenizer of the export gives other ids than the corpus's own, first at {tokenizer.differs}"
+        ]
+    return tokenizer, []
 
 
-def _configure(folder: Path, config: PreTrainedConfig, words: tokenizer_files.Exported | None) -> None:
+def _configure(folder: Path, config: PreTrainedConfig, tokenizer: tokenizer_files.Exported | None) -> None:
     """Write config.json and generation_config.json; what ends a document also begins one and pads.
 
     The padding stands in the latter alone: a Llama whose config.json names it would never train that token again
     (`padding_idx`), and here it is the one that ends a document.
     """
-    if words:
+    if tokenizer:
         for key in ("bos_token_id", "eos_token_id"):
             if getattr(config, key, None) is None:
-                setattr(config, key, words.end_of_text)
+                setattr(config, key, tokenizer.end_of_text)
     config.save_pretrained(folder)
     special = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if words and special["pad_token_id"] is None:
-        special["pad_token_id"] = words.end_of_text
+    if tokenizer and special["pad_token_id"] is None:
+        special["pad_token_id"] = tokenizer.end_of_text
     GenerationConfig(**{key: value for key, value in special.items() if value is not None}).save_pretrained(folder)
 
 
 def _compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comparison | None:
-    found = compare.compare(folder, manifest, files, dtype)
-    if found is not None and found.ok is False:
+    comparison = compare.compare(folder, manifest, files, dtype)
+    if comparison is not None and comparison.ok is False:
         raise RefusedError(
-            f"the export computes something else than the training engine did: {found.sentence}",
-            where=f"the checkpoint of step {manifest.step}, loaded by transformers on {found.device}",
+            f"the export computes something else than the training engine did: {comparison.sentence}",
+            where=f"the checkpoint of step {manifest.step}, loaded by transformers on {comparison.device}",
             fix="export with the versions of the run (attempts/NNNN/env.json); --no-compare writes it all the same",
         )
-    return found
+    return comparison
 
 
 def _note(
-    chosen: Source, dtype: str, words: tokenizer_files.Exported | None, comparison: Comparison | None
+    chosen: Source, dtype: str, tokenizer: tokenizer_files.Exported | None, comparison: Comparison | None
 ) -> dict[str, Any]:
     manifest = chosen.manifest
     return {
@@ -164,7 +166,7 @@ def _note(
         "loss": source.losses(chosen.run).get(manifest.step),
         "trained": {"zero": manifest.zero, "precision": manifest.precision, "world_size": manifest.world_size},
         "dtype": dtype,
-        "tokenizer": words.to_dict() if words else None,
+        "tokenizer": tokenizer.to_dict() if tokenizer else None,
         "compare": comparison.to_dict() if comparison else None,
         "versions": {"trained": manifest.versions, "exported": environment.versions()},
         "time": time.time(),

@@ -7,9 +7,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def folder(name: str) -> Path:
     """Return the folder `ds_configs` or `slurm`: beside `launcher`, in a clone and in a wheel."""
-    found = _find(name)
-    assert found.is_dir(), f"{found} is not a folder"
-    return found
+    path = _find(name)
+    assert path.is_dir(), f"{path} is not a folder"
+    return path
 
 
 def file(name: str) -> Path:
@@ -18,9 +18,9 @@ def file(name: str) -> Path:
 
 
 def _find(name: str) -> Path:
-    found = _PACKAGE.parent / name
-    assert found.exists(), f"the installation lacks {name!r}"
-    return found
+    path = _PACKAGE.parent / name
+    assert path.exists(), f"the installation lacks {name!r}"
+    return path
 
 
 def home() -> Path:

@@ -22,7 +22,7 @@ def settle(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the C library's allocator, before torch is imported; leave what the user has set, and other C libraries.
 
     torch asks for huge pages where THP_MEM_ALLOC_ENABLE says so (c10/core/impl/alloc_cpu.cpp): mapped tensors are
-    touched anew each time, and a huge page costs one fault where small ones cost 512.
+    touched again each time, and a huge page costs one fault where small ones cost 512.
     """
     if any(name.startswith("MALLOC_") for name in environ):
         return

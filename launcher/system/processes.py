@@ -62,8 +62,8 @@ def stat(pid: int) -> Stat | None:
 
 def is_alive(pid: int) -> bool:
     """Tell whether a process runs or could run again: a zombie has ended."""
-    found = stat(pid)
-    return found is not None and found.state not in "ZX"
+    process = stat(pid)
+    return process is not None and process.state not in "ZX"
 
 
 def launchers_above(pid: int, *, over_ssh: bool = False) -> list[Process]:
@@ -72,7 +72,7 @@ def launchers_above(pid: int, *, over_ssh: bool = False) -> list[Process]:
     A shell between a launcher and the process is passed over, not watched. `over_ssh` is for what another host started
     here: the end of the ssh session is then the end of the launch.
     """
-    found: list[Process] = []
+    launchers: list[Process] = []
     below, shells = stat(pid), 0
     while below is not None and below.parent > 1:
         parent = below.parent
@@ -81,17 +81,17 @@ def launchers_above(pid: int, *, over_ssh: bool = False) -> list[Process]:
         if below is None:
             break
         if over_ssh and _comm(parent).startswith("sshd"):
-            found.append(Process(pid=parent, start=below.start, name="the ssh session that started it"))
+            launchers.append(Process(pid=parent, start=below.start, name="the ssh session that started it"))
             break
         if _comm(parent) in _PLACES:
             shells += 1
             if shells > 1:
                 break
             continue
-        if not is_launcher and (found or shells):
+        if not is_launcher and (launchers or shells):
             break
-        found.append(Process(pid=parent, start=below.start, name=name))
-    return found
+        launchers.append(Process(pid=parent, start=below.start, name=name))
+    return launchers
 
 
 def this_process() -> str:
@@ -119,7 +119,7 @@ def _numbering() -> str:
 def has_lost_its_launcher(pid: int, environ: Mapping[str, str] = os.environ) -> str | None:
     """Return who had ended before this rank began, where a launcher started it and nobody is left to end it.
 
-    Whoever dies later is noticed by the rank's warden, which watches who is above it when it begins.
+    Whoever dies later is noticed by the rank's watchdog, which watches who is above it when it begins.
     """
     above = starter(environ)
     if above is not None and not _is(above):
@@ -129,17 +129,17 @@ def has_lost_its_launcher(pid: int, environ: Mapping[str, str] = os.environ) -> 
         return next((name for name, mark in _MARKS.items() if mark in environ), None)
     last = parents[-1]
     # The deepspeed command starts launch.py for its own host alone, and is its parent while it lives (runner.py).
-    words = _words(last.pid)
-    if "deepspeed.launcher.launch" in words and any(_is_local(word) for word in words):
-        found = stat(last.pid)
-        if found is not None and not launcher_name(_words(found.parent))[1]:
+    command = _words(last.pid)
+    if "deepspeed.launcher.launch" in command and any(_is_local(word) for word in command):
+        own = stat(last.pid)
+        if own is not None and not launcher_name(_words(own.parent))[1]:
             return "the deepspeed command"
     return None
 
 
 def _is(process: Process) -> bool:
-    found = stat(process.pid)
-    return found is not None and found.start == process.start and found.state not in "ZX"
+    now = stat(process.pid)
+    return now is not None and now.start == process.start and now.state not in "ZX"
 
 
 def _is_local(word: str) -> bool:
@@ -163,19 +163,19 @@ def is_orphan(pid: int) -> bool:
     return True
 
 
-def launcher_name(words: Sequence[str]) -> tuple[str, bool]:
+def launcher_name(command: Sequence[str]) -> tuple[str, bool]:
     """Return what to call a process by its command line, and whether that is a launcher of ranks."""
-    if not words:
+    if not command:
         return "a process", False
-    own = words[0].partition(":")[0].rpartition("/")[2]
+    own = command[0].partition(":")[0].rpartition("/")[2]
     if not own.startswith("python"):
         return own, own in _SCRIPTS
     skip = False
-    for position, word in enumerate(words[1:], start=1):
+    for position, word in enumerate(command[1:], start=1):
         if skip or word in ("-X", "-W"):
             skip = not skip
-        elif word == "-m" and position + 1 < len(words):
-            module = words[position + 1]
+        elif word == "-m" and position + 1 < len(command):
+            module = command[position + 1]
             package, _, last = module.rpartition(".")
             return f"{last}.py of {package}".removesuffix(" of "), f"{module}.".startswith(_MODULES)
         elif not word.startswith("-"):
@@ -232,14 +232,14 @@ class Watched:
 
 def marked(entry: str) -> list[int]:
     """Return the living processes of this user whose environment has `NAME=value`, wherever they have moved to."""
-    wanted, found = entry.encode(), []
+    wanted, pids = entry.encode(), []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             if wanted in (folder / "environ").read_bytes().split(b"\0") and is_alive(int(folder.name)):
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
 def out_of_memory_kills() -> int:
@@ -255,7 +255,9 @@ def out_of_memory_kills() -> int:
 
 def _words(pid: int) -> list[str]:
     try:
-        return [one.decode(errors="replace") for one in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if one]
+        return [
+            part.decode(errors="replace") for part in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if part
+        ]
     except OSError:
         return []
 

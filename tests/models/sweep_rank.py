@@ -114,7 +114,7 @@ class Sweep:
 
 
 def run_twice(sweep: Sweep, row: dict[str, Any], name: str, keys: list[str], zero: int, precision: str) -> Path:
-    """Train one cell of a family, go on from its middle once more, and note whether both came to the same bits."""
+    """Train one cell of a family, resume from its middle, and note whether both came to the same bits."""
     path = sweep.home / f"{row['family']}-{name}"
     request, plan = sweep.plan(*keys, f"zero={zero}", f"precision={precision}", f"steps={STEPS}", f"out={path}")
     row["stage"] = f"train {name}"

@@ -182,7 +182,7 @@ def test_a_short_module_has_more_than_one_reader() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["--help"],
         ["plan", "--help"],
@@ -191,15 +191,15 @@ def test_a_short_module_has_more_than_one_reader() -> None:
         ["plan", "--search", "model=gpt2-124m", "data=DATA", "hardware=H100", "nodes=1,2", "gpus=8"],
         ["run", "--dry-run", "model=gpt2-nano", "data=DATA"],
     ],
-    ids=lambda words: " ".join(words),
+    ids=lambda arguments: " ".join(arguments),
 )
-def test_planning_never_loads_torch(words: list[str], corpus: Path) -> None:
-    words = [word.replace("DATA", str(corpus)) for word in words]
+def test_planning_never_loads_torch(arguments: list[str], corpus: Path) -> None:
+    arguments = [word.replace("DATA", str(corpus)) for word in arguments]
     program = (
         "import sys\nfrom halfstep.launcher.cli.main import main\n"
         "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
         f"heavy = sorted(set(sys.modules) & {HEAVY!r})\n"
         "assert not code and not heavy, (code, heavy)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

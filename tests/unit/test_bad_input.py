@@ -14,8 +14,8 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
-    def run(*words: str, main: Callable[[list[str]], int] = cli_main) -> str:
-        code = main(list(words))
+    def run(*arguments: str, main: Callable[[list[str]], int] = cli_main) -> str:
+        code = main(list(arguments))
         said = capsys.readouterr().err
         assert code == 2
         lines = said.splitlines()
@@ -27,7 +27,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 
 
 @pytest.mark.parametrize(
-    ("words", "hint"),
+    ("pairs", "hint"),
     [
         (["optimizer.learning_rate=1"], "optimizer.learning_rate"),
         (["ds.zero_optimization.overlap_com=true"], "zero_optimization.overlap_comm"),
@@ -51,10 +51,10 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_wrong_run_key_is_explained(refuse: Refuse, corpus: Path, words: list[str], hint: str) -> None:
+def test_a_wrong_run_key_is_explained(refuse: Refuse, corpus: Path, pairs: list[str], hint: str) -> None:
     for verb in ("run", None):
         main = cli_main if verb else train.main
-        assert hint in refuse(*filter(None, [verb, "model=gpt2-nano", f"data={corpus}", *words]), main=main)
+        assert hint in refuse(*filter(None, [verb, "model=gpt2-nano", f"data={corpus}", *pairs]), main=main)
 
 
 def test_a_data_folder_that_is_missing_is_told_how_to_make(refuse: Refuse, tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_text_that_cannot_be_used_is_named_with_its_place(
 
 
 def test_an_unknown_verb_or_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["trian"], ["doctor", "--jsno"], ["run", "--wiht", "torchrun"]):
+    for arguments in (["trian"], ["doctor", "--jsno"], ["run", "--wiht", "torchrun"]):
         with pytest.raises(SystemExit) as stop:
-            raise SystemExit(cli_main(words))
+            raise SystemExit(cli_main(arguments))
         assert stop.value.code == 2
         assert "Traceback" not in capsys.readouterr().err

@@ -80,8 +80,8 @@ def test_reversed_tokens_are_noticed_by_every_start(
     request, plan = planned(copy)
     run_directory.write_plan(tmp_path / "out", request, plan)
     reverse(copy / "train.bin")
-    for words in (["run", f"out={tmp_path / 'out'}"], ["plan"], ["run", "--dry-run"]):
-        assert main.main([*words, "model=gpt2-nano", f"data={copy}"]) == 2
+    for verb in (["run", f"out={tmp_path / 'out'}"], ["plan"], ["run", "--dry-run"]):
+        assert main.main([*verb, "model=gpt2-nano", f"data={copy}"]) == 2
         assert "train.bin does not hold what was prepared" in capsys.readouterr().err
     assert main.main(["data", "inspect", str(copy)]) == 2
 
@@ -177,8 +177,8 @@ def test_a_run_on_tokens_without_hashes_notices_that_they_changed(
     assert (after.run_id, after.data.digest) == (before.run_id, before.data.digest)
     with pytest.raises(RequestError, match=r"are not those that the run in .* was planned for"):
         run_directory.write_plan(out, *planned(data, **more))
-    words = ["run", "model=gpt2-nano", f"data={data}", f"out={out}", *(["model.vocabulary=400"] if more else [])]
-    assert main.main(words) == 2
+    arguments = ["run", "model=gpt2-nano", f"data={data}", f"out={out}", *(["model.vocabulary=400"] if more else [])]
+    assert main.main(arguments) == 2
     assert "are not those that the run" in capsys.readouterr().err
     # And where the directory alone is named, at the roll call.
     rank = Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="by hand")

@@ -1,4 +1,4 @@
-"""A run goes on from its own export, and what does not belong together is refused with a way out that leads out."""
+"""A run continues from its own export, and what does not belong together is refused with a way out that leads out."""
 
 import json
 import re
@@ -26,9 +26,9 @@ TEXT = ENGLISH + FOREIGN * 20
 OPTIONS: dict[str, Any] = {"validation": 0.1, "workers": 1, "progress": False}
 
 
-def planned(model: str | Path, data: Path, *words: str) -> Plan:
+def planned(model: str | Path, data: Path, *pairs: str) -> Plan:
     name = f"hf:{model}" if isinstance(model, Path) else model
-    request = load([f"model={name}", f"data={data}", "sequence=32", *words])
+    request = load([f"model={name}", f"data={data}", "sequence=32", *pairs])
     world = Topology(world_size=1, ranks_per_node=1, accelerator="cpu")
     return resolve(request, world, facts.read(request.spec))
 

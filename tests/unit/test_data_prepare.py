@@ -222,15 +222,15 @@ def run_apart(body: str) -> subprocess.Popen[str]:
 
 def living(group: int) -> list[int]:
     """Return the processes of a group that still run; a zombie does not."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(process_group) == group and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 def test_a_killed_preparation_leaves_no_folder_no_process_and_the_next_one_cleans_up(tmp_path: Path) -> None:
@@ -289,12 +289,12 @@ def test_a_place_that_cannot_be_written_is_named(source: Path) -> None:
 
 
 def test_inspect_shows_counts_and_a_decoded_sample(made: Path) -> None:
-    found = inspect(made)
-    lines = render(found)
-    assert found["samples"]["train"] in "".join(TEXTS)
+    counts = inspect(made)
+    lines = render(counts)
+    assert counts["samples"]["train"] in "".join(TEXTS)
     assert lines[0].startswith("source      ")
     assert any(line.startswith("bytes/token ") for line in lines)
-    tokens = found["splits"]["train"]["tokens"]
+    tokens = counts["splits"]["train"]["tokens"]
     assert f"train       {tokens:,} tokens, 4 documents" in "\n".join(lines)
     assert "--- from the middle of validation" in lines
 

@@ -38,8 +38,8 @@ def test_every_text_comes_back(trained: tokenizer.SentencePiece, text: str) -> N
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab \n\t\u2581é"), st.text(alphabet="ab \n\t\u2581é"))
-def test_a_cut_after_a_line_break_changes_no_token(trained: tokenizer.SentencePiece, one: str, other: str) -> None:
-    assert trained.encode(one + "\n") + trained.encode(other) == trained.encode(one + "\n" + other)
+def test_a_cut_after_a_line_break_changes_no_token(trained: tokenizer.SentencePiece, before: str, other: str) -> None:
+    assert trained.encode(before + "\n") + trained.encode(other) == trained.encode(before + "\n" + other)
 
 
 def test_the_vocabulary_is_the_size_asked_for_and_saves_text(trained: tokenizer.SentencePiece) -> None:

@@ -20,4 +20,4 @@ def test_the_list_of_the_whole_step_quotes_the_reference() -> None:
     (steps,) = re.findall(r"^1\. Once.*?^9\. .*?$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     quoted = re.findall(r"`([^`]+)`", steps)
     assert len(quoted) == 19
-    assert [one for one in quoted if one not in source] == []
+    assert [line for line in quoted if line not in source] == []

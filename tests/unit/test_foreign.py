@@ -383,11 +383,11 @@ def test_a_full_screen_is_no_traceback() -> None:
     assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [["plan", "model=gpt2-124m"], ["checkpoint", "list", "/nowhere"]])
+@pytest.mark.parametrize("arguments", [["plan", "model=gpt2-124m"], ["checkpoint", "list", "/nowhere"]])
 @pytest.mark.parametrize("after", [0.12, 0.2, 0.3, 0.4])
-def test_an_interrupt_at_any_moment_is_no_traceback(words: list[str], after: float) -> None:
+def test_an_interrupt_at_any_moment_is_no_traceback(arguments: list[str], after: float) -> None:
     with subprocess.Popen(
-        [Path(sys.executable).parent / "halfstep", *words],
+        [Path(sys.executable).parent / "halfstep", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

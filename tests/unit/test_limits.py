@@ -77,9 +77,9 @@ def test_too_few_open_files_are_refused_and_a_soft_limit_is_raised(monkeypatch: 
 
 
 def test_a_rank_with_too_few_open_files_ends_with_words_and_no_traceback(corpus: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "launcher/train.py", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
+    command = [sys.executable, "launcher/train.py", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -n 40; exec "$@"', "-", *words], cwd=ROOT, capture_output=True, text=True, check=False,
+        ["bash", "-c", 'ulimit -n 40; exec "$@"', "-", *command], cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
     )  # fmt: skip
     assert done.returncode == 2
