@@ -64,29 +64,29 @@ def main(words: list[str]) -> int:
         print(f"{__doc__}\n`halfstep plan --help` lists the run keys.")
         return 0
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank")) and word != "--debug"]
-    rank, heart = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
+    rank, heartbeat = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
     try:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
         path, request, plan = decide(words, rank)
-        stop, heart = begin(rank.rank, plan.watch.startup)
+        stop, heartbeat = begin(rank.rank, plan.watch.startup)
         fault_injection.hit("import", rank=rank.rank)
         if plan.topology.accelerator == "cpu":
             heap.settle()
         from halfstep.launcher.engine import session  # torch and DeepSpeed from here on
 
-        code = session.run(path, request, plan, rank, stop, heart)
+        code = session.run(path, request, plan, rank, stop, heartbeat)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # whatever it is, this rank must end, or the others would wait for it
         if "--debug" in sys.argv:
             raise
         told = explained(error, f"rank {rank.rank}, at the start")
-        if not told.said_elsewhere and (heart or rank.local_rank == 0):  # ranks of one host plan the same
+        if not told.reported and (heartbeat or rank.local_rank == 0):  # ranks of one host plan the same
             print(told, file=sys.stderr, flush=True)
         code = told.exit_code
-    if heart:
-        heart.end(code)
+    if heartbeat:
+        heartbeat.end(code)
     return code
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
 from halfstep.launcher.engine.construct import unfit
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.models import network as model_build
@@ -21,7 +21,7 @@ from halfstep.models import network as model_build
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
+def build(plan: Plan) -> tuple[Engine, Repairs]:
     """Return an engine whose optimizer holds the planned parameters, and what had to be mended in it.
 
     Raises RequestError for a model that cannot be built.
@@ -115,7 +115,7 @@ def parameter_groups(model: torch.nn.Module, plan: Plan) -> list[dict[str, Any]]
     ]
 
 
-def _check(engine: DeepSpeedEngine, plan: Plan) -> None:
+def _check(engine: Engine, plan: Plan) -> None:
     """Compare what DeepSpeed built with what was planned: it accepts what it does not understand (T6)."""
     built = {
         "stage": (engine.zero_optimization_stage(), plan.zero),

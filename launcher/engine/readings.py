@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from halfstep.launcher import topology
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 
 
@@ -36,7 +36,7 @@ class StepReading:
 class Readings:
     """One adapter over one engine."""
 
-    def __init__(self, engine: DeepSpeedEngine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine, self._plan = engine, plan
         self._own_norm: float | None = None
 

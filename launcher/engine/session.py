@@ -13,7 +13,8 @@ import torch.distributed as dist
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import store
 from halfstep.launcher.config.load import Request
-from halfstep.launcher.engine.attempt import Attempt, make
+from halfstep.launcher.engine.attempt import Attempt, prepared
+from halfstep.launcher.engine.loop import train
 from halfstep.launcher.engine.ranks import distributed, preflight, traffic
 from halfstep.launcher.engine.state import restoring
 from halfstep.launcher.errors import Fault, HalfstepError, RefusedError, Stopped
@@ -24,13 +25,13 @@ from halfstep.launcher.rundir.run_directory import RunDir
 from halfstep.launcher.system import clock
 from halfstep.launcher.system.files import explained, write_json
 from halfstep.launcher.topology import Rank
-from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
 from halfstep.launcher.watchdog.stop import Stop
 
 
-def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:
+def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heartbeat: Heartbeat) -> int:
     """Train the plan in its run directory and return the exit code; every rank of the run calls this."""
-    heart.mark("join")
+    heartbeat.mark("join")
     met = _meet(path, plan, rank, stop)
     distributed.join(rank, plan, met.store)
     reduced = traffic.bandwidth(distributed.device(rank, plan))
@@ -51,8 +52,8 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
                 print(f"{path} is finished: summary.json has its result. Another out, or another request, starts anew.")
             distributed.leave()
             return 0
-        heart.mark("load")
-        choice = restoring.choose(path, plan, rank.rank, heart.touch)
+        heartbeat.mark("load")
+        choice = restoring.choose(path, plan, rank.rank, heartbeat.touch)
 
         def start_attempt() -> str:
             run_directory.write_plan(path, request, plan)
@@ -65,10 +66,12 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
         where = run_directory.RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start_attempt))
         if rank.rank == 0:
             stop.look_for(where.stop_file)
-        heart.set_attempt(where.attempt, rank.world_size)
+        heartbeat.set_attempt(where.attempt, rank.world_size)
         stop.set_grace(plan.checkpoint.grace, lambda: _out_of_grace(where, rank))
         try:
-            make(Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heart=heart))
+            attempt = Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heartbeat=heartbeat)
+            with prepared(attempt) as training:
+                train(training)
         except BaseException as error:
             return _fail(where, rank, error)
         fault_injection.hit("exit", rank=rank.rank, step=plan.steps)
@@ -85,7 +88,7 @@ def _meet(path: Path, plan: Plan, rank: Rank, stop: Stop) -> preflight.Met:
     try:
         met = preflight.RollCall(rank, plan, secret, lambda: stop.asked).answer()
     except HalfstepError as error:
-        if not error.said_elsewhere and not isinstance(error, Fault | Stopped):
+        if not error.reported and not isinstance(error, Fault | Stopped):
             exits.write_refusal(path, error.exit_code, error.what)
         raise
     for stranger in met.seen.get("strangers", []):
@@ -122,7 +125,7 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     # Where nothing can be written any more, none is first: then the rank says it that is meant to.
-    if cause is None and not (told.said_elsewhere and exits.read_exit(where.attempt) is None):
+    if cause is None and not (told.reported and exits.read_exit(where.attempt) is None):
         print(told, file=sys.stderr, flush=True)
     return told.exit_code if cause is None else cause  # of the rank that failed first, and broke this one's connection
 

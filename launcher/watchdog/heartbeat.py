@@ -23,7 +23,7 @@ _WARDENS = 4
 """One, and three more where somebody kills it."""
 
 
-class Heart:
+class Heartbeat:
     """What a rank tells its warden, and what it does on the warden's word."""
 
     def __init__(self, rank: int, stop: Stop) -> None:
@@ -43,7 +43,7 @@ class Heart:
         """Start the warden; without Linux there is none, and a rank runs unwatched."""
         if not hasattr(os, "memfd_create") or not sys.executable:
             return
-        self._memory = os.memfd_create("halfstep-heart")
+        self._memory = os.memfd_create("halfstep-heartbeat")
         os.ftruncate(self._memory, SIZE)
         page = mmap.mmap(self._memory, SIZE)
         page[:] = self._pulse.memory[:]  # what was set before now
@@ -168,7 +168,7 @@ def _say_stopped() -> None:
     )
 
 
-def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
+def begin(rank: int, timeout: float) -> tuple[Stop, Heartbeat]:
     """Hear signals and be watched from here on, which is before torch is imported: that takes seconds."""
     if "HALFSTEP_REMOTE" in os.environ and processes.is_orphan(os.getpid()):
         raise Fault(
@@ -185,8 +185,8 @@ def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
     stop = Stop()
     stop.install()
     stop.set_grace(EARLY_GRACE_SECONDS, _say_stopped)
-    heart = Heart(rank, stop)
-    heart.set_timeout(timeout)
-    heart.start()
-    heart.mark("import")
-    return stop, heart
+    heartbeat = Heartbeat(rank, stop)
+    heartbeat.set_timeout(timeout)
+    heartbeat.start()
+    heartbeat.mark("import")
+    return stop, heartbeat

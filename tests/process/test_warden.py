@@ -116,7 +116,7 @@ def test_of_two_ranks_that_wait_the_one_that_lags_is_named(launch: Start) -> Non
 
 
 def test_waiting_for_a_slow_rank_that_moves_is_no_stall(launch: Start) -> None:
-    slow = "[(time.sleep(0.3), heart.touch()) for _ in range(12)]"
+    slow = "[(time.sleep(0.3), heartbeat.touch()) for _ in range(12)]"
     run = launch(2, 2.0, f"at0-7={slow}", "steps=10")
     run.until_gone(20)
     assert run.exit is None

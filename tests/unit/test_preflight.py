@@ -123,7 +123,7 @@ def test_ranks_of_two_plans_find_out_before_anything_is_built(call: Callable[...
     for one in (first, second):
         assert isinstance(one.get(), TopologyError)
         assert one.get().what.startswith("the plan of the run is ")
-    assert (first.get().said_elsewhere, second.get().said_elsewhere) == (False, True)
+    assert (first.get().reported, second.get().reported) == (False, True)
 
 
 def test_two_processes_with_one_number_are_told_of_each_other(call: Callable[..., Answer]) -> None:

@@ -11,7 +11,7 @@ from halfstep.launcher.errors import HalfstepError
 from halfstep.launcher.rundir.exits import read_exit, write_exit, write_follow_up
 from halfstep.launcher.system import processes
 from halfstep.launcher.watchdog import stalls
-from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
 from halfstep.launcher.watchdog.shared_page import Beat
 from halfstep.launcher.watchdog.stalls import death
 from halfstep.launcher.watchdog.stop import Stop
@@ -114,16 +114,16 @@ print(stop.asked)
 
 def test_marking_progress_costs_less_than_five_microseconds() -> None:
     text = """
-from halfstep.launcher.watchdog.heartbeat import Heart
-heart = Heart(0, stop)
-heart.start()
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
+heartbeat = Heartbeat(0, stop)
+heartbeat.start()
 best = 1e9
 for _ in range(20):
     began = time.perf_counter()
     for step in range(1000):
-        heart.mark("forward", step)
+        heartbeat.mark("forward", step)
     best = min(best, time.perf_counter() - began)
-heart.end(0)
+heartbeat.end(0)
 print(best * 1000)
 """
     code, said = run(text)
@@ -133,13 +133,13 @@ print(best * 1000)
 
 def test_what_is_set_before_the_warden_starts_is_kept() -> None:
     stop = Stop()
-    heart = Heart(3, stop)
-    heart.set_timeout(12.5)
+    heartbeat = Heartbeat(3, stop)
+    heartbeat.set_timeout(12.5)
     stop.ask("x")
     stop.set_grace(5, lambda: None)
-    assert heart._pulse.get_seconds("timeout") == 12.5
-    assert heart._pulse.get_seconds("deadline") > 0
-    assert heart._pulse.get("signalled") == 0, "asked from within"
+    assert heartbeat._pulse.get_seconds("timeout") == 12.5
+    assert heartbeat._pulse.get_seconds("deadline") > 0
+    assert heartbeat._pulse.get("signalled") == 0, "asked from within"
 
 
 def test_the_first_to_write_how_an_attempt_ended_wins(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.models.micro_batch import MicroBatch
 
 FP16_UNDERFLOW = 2.0**-25
 """A magnitude up to this one rounds to zero in fp16: half the smallest subnormal number, 2^-24."""
@@ -128,7 +130,7 @@ def merged_statistics(ranks: list[dict[str, list[float]]]) -> dict[str, dict[str
 
 
 @torch.no_grad()
-def first_bad_activation(engine: DeepSpeedEngine, batches: Iterator[Tensor]) -> str | None:
+def first_bad_activation(engine: Engine, batches: Iterator[MicroBatch]) -> str | None:
     """Run the forward pass again and return the first module on this rank whose output is not finite, or None.
 
     Every rank must call, with as many batches: stage 3 gathers weights on the way.
@@ -143,8 +145,8 @@ def first_bad_activation(engine: DeepSpeedEngine, batches: Iterator[Tensor]) -> 
     leaves = [(name, module) for name, module in engine.module.named_modules() if not any(module.children())]
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
     try:
-        for tokens in batches:
-            engine(input_ids=tokens[:, :-1])
+        for batch in batches:
+            batch.logits(engine)
     finally:
         for hook in hooks:
             hook.remove()

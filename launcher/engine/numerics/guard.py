@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from torch import Tensor
 
@@ -13,9 +12,11 @@ from halfstep.launcher.engine.numerics import forensics
 from halfstep.launcher.engine.numerics.loss_scale import LossScale
 from halfstep.launcher.engine.numerics.repair import Repairs, unscale_and_clip
 from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import NumericsError
 from halfstep.launcher.metrics.record import StepRecord
 from halfstep.launcher.plan.plan import Plan
+from halfstep.models.micro_batch import MicroBatch
 
 _SCALE_IN_OTHER_PRECISIONS = 2.0**16
 """For which loss scale underflow in fp16 is reported where there is none: the default that fp16 starts from."""
@@ -24,9 +25,7 @@ _SCALE_IN_OTHER_PRECISIONS = 2.0**16
 class Guard:
     """Stands between the loop and one engine; every rank has one, and all decide alike."""
 
-    def __init__(
-        self, engine: DeepSpeedEngine, plan: Plan, repairs: Repairs, event: Callable[..., None], rank: int
-    ) -> None:
+    def __init__(self, engine: Engine, plan: Plan, repairs: Repairs, event: Callable[..., None], rank: int) -> None:
         self._engine, self._plan, self._repairs, self._event, self._rank = engine, plan, repairs, event, rank
         self._scale = LossScale.of(plan.deepspeed["fp16"]) if plan.precision == "fp16" else None
         self._watch = forensics.GradientWatch(engine.module, in_fp16=plan.precision == "fp16")
@@ -136,7 +135,7 @@ class Guard:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         return skipped
 
-    def judge(self, record: StepRecord, loss: float, batches: Iterator[Tensor]) -> None:
+    def judge(self, record: StepRecord, loss: float, batches: Iterator[MicroBatch]) -> None:
         """Write down what went wrong in a step; raise NumericsError on every rank where the run has to stop.
 
         `loss` is this rank's own; `batches` are its micro-batches of the step, to look where it came from.
@@ -195,7 +194,7 @@ class Guard:
         if first and self._first is None:
             self._first = f"{first[0]['parameter']} on rank {first[0]['rank']} at step {record.step}"
 
-    def _report_loss(self, record: StepRecord, loss: float, batches: Iterator[Tensor]) -> None:
+    def _report_loss(self, record: StepRecord, loss: float, batches: Iterator[MicroBatch]) -> None:
         """Say which ranks' loss is not finite and, once in a row of them, which module's output was first."""
         first: dict[str, Any] | None = None
         everyone = distributed.gather_objects(math.isfinite(loss))

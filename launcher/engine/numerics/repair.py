@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.plan import Plan
-from halfstep.models.loss import next_token_loss
+from halfstep.models.micro_batch import MicroBatch
 
 FALSE_STEP = "false-optimizer-step"
 UNSCALED_LOSS = "unscaled-loss"
@@ -50,7 +50,7 @@ class Repairs:
         return UNSCALED_LOSS not in self.found or self.scale_loss
 
 
-def repair(engine: DeepSpeedEngine, plan: Plan) -> Repairs:
+def repair(engine: Engine, plan: Plan) -> Repairs:
     """Look for both faults and, unless the plan leaves them, mend them; call between `initialize` and the first step.
 
     Every rank must call. Raises RefusedError where stage 0 does neither what it should nor what it is known to do.
@@ -74,20 +74,20 @@ def repair(engine: DeepSpeedEngine, plan: Plan) -> Repairs:
     return Repairs(found=tuple(found), active=tuple(mended) if plan.numerics.repairs else ())
 
 
-def took_false_step(engine: DeepSpeedEngine) -> bool:
+def took_false_step(engine: Engine) -> bool:
     """Tell whether the optimizer has stepped before training: it has counted a step, or decayed the masters."""
     states = engine.optimizer.optimizer.state.values()
     counted = any(float(state["step"]) > 0 for state in states if "step" in state)
     return counted or any(not torch.equal(master, half.to(master.dtype)) for master, half in _weights(engine))
 
 
-def undo_false_step(engine: DeepSpeedEngine) -> None:
+def undo_false_step(engine: Engine) -> None:
     """Forget the optimizer's states and take the masters from the half-precision weights again."""
     engine.optimizer.optimizer.state.clear()
     engine.optimizer.refresh_fp32_params()
 
 
-def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
+def leaves_loss_unscaled(engine: Engine, vocabulary: int) -> bool:
     """Tell whether `engine.backward` forgets the loss scale: compare a small gradient with that of the raw loss.
 
     Every rank probes with the same tokens, so that averaging over ranks changes nothing, and without dropout. The
@@ -95,15 +95,15 @@ def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
     """
     scaling = engine.optimizer.loss_scale_config
     own, scaling.cur_scale = scaling.cur_scale, _PROBE_SCALE  # a run may begin at 1, where nothing can be told
-    tokens = torch.arange(_PROBE_TOKENS + 1, device=engine.device)[None] % vocabulary
+    batch = MicroBatch.of_windows(torch.arange(_PROBE_TOKENS + 1)[None] % vocabulary).to(engine.device)
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     small = sorted(trained, key=Tensor.numel)[:_PROBE_PARAMETERS]
     engine.eval()
-    raw = next_token_loss(engine.module(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+    raw = batch.loss(batch.logits(engine.module))
     references = torch.autograd.grad(raw, small, allow_unused=True)
     norms = [0.0 if one is None else float(one.float().norm()) for one in references]
     chosen = max(range(len(small)), key=lambda place: norms[place] if math.isfinite(norms[place]) else 0.0)
-    loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+    loss = batch.loss(batch.logits(engine))
     engine.backward(loss, scale_wrt_gas=False)
     gradient = small[chosen].grad
     seen = 0.0 if gradient is None else float(gradient.float().norm())
@@ -131,13 +131,13 @@ def is_unscaled(seen: float, reference: float, scale: float) -> bool:
     )
 
 
-def accumulates_in_half(engine: DeepSpeedEngine) -> bool:
+def accumulates_in_half(engine: Engine) -> bool:
     """Tell whether gradients are added up, and averaged over ranks, in 16 bits."""
     _, accumulation_dtype = engine.get_data_types()
     return accumulation_dtype != torch.float32
 
 
-def accumulate_in_fp32(engine: DeepSpeedEngine) -> None:
+def accumulate_in_fp32(engine: Engine) -> None:
     """Add up each micro-batch's 16-bit gradients in fp32, as stages 1 to 3 do, and give the sums to DeepSpeed.
 
     The wrapper copies what it finds to fp32 before it steps. But it takes the norm, for clipping and for what it calls
@@ -167,7 +167,7 @@ def accumulate_in_fp32(engine: DeepSpeedEngine) -> None:
     engine.optimizer.clip_grad = 0.0
 
 
-def unscale_and_clip(engine: DeepSpeedEngine, *, norm: float, scale: float, clip: float) -> None:
+def unscale_and_clip(engine: Engine, *, norm: float, scale: float, clip: float) -> None:
     """Divide fp32 gradients by the loss scale and clip them, so that the wrapper finds neither left to do.
 
     `norm` is the unscaled one. A gradient that is not finite is left for the wrapper to find.
@@ -178,7 +178,7 @@ def unscale_and_clip(engine: DeepSpeedEngine, *, norm: float, scale: float, clip
     engine.optimizer.loss_scale_config.cur_scale = 1.0
 
 
-def _weights(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tensor]]:
+def _weights(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (fp32 master, half-precision weight) of both wrappers: flat for FusedAdam, one by one for the others."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_flat"):

@@ -161,9 +161,7 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
             result = {"error": Fault.of(error, where="rank 0").to_dict()}
     result = _broadcast(result)
     if "error" in result:
-        error = HalfstepError.from_dict(result["error"])
-        error.said_elsewhere = dist.get_rank() != 0
-        raise error
+        raise HalfstepError.from_dict(result["error"], reported=dist.get_rank() != 0)
     return result["value"]
 
 

@@ -227,9 +227,7 @@ class RollCall:
                 fix="what it said before is the cause",
             ) from None
         if message.get("verdict"):
-            error = _error(message["verdict"])
-            error.said_elsewhere = True
-            raise error
+            raise _error(message["verdict"], reported=True)
         return Met(seen={}, store=self._stores.open(Place(**message["place"])))
 
     def _hear(self, connection: Connection, seconds: float) -> dict[str, Any]:
@@ -263,19 +261,18 @@ class RollCall:
             connection.close()
 
     def _unreachable(self, reason: str) -> HalfstepError:
-        error = Stalled(
+        return Stalled(
             f"{socket.gethostname()} (rank {self._rank.rank}) could not reach {self._door.host} "
             f"within {self._limit:.0f} s: {reason}",
             where=self._door.where,
             fix="is the first node up, does its name resolve to an address that the others see, is there no firewall?",
+            reported=self._rank.local_rank != 0,
         )
-        error.said_elsewhere = self._rank.local_rank != 0
-        return error
 
 
-def _error(verdict: Sequence[str]) -> HalfstepError:
+def _error(verdict: Sequence[str], *, reported: bool = False) -> HalfstepError:
     kind, what, where, fix = verdict
-    return _KINDS[kind](what, where=where, fix=fix)
+    return _KINDS[kind](what, where=where, fix=fix, reported=reported)
 
 
 def _stopped(why: str) -> Verdict:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 
 WARM_UP_STEPS = 3
@@ -32,7 +32,7 @@ class Pace:
     it: the forward pass. At stage 3 that gathers weights as it goes, and the time in there is taken off again.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self._cuda = str(engine.device).startswith("cuda")
         self._inside = False
         self._worked: list[tuple[Stamp, Stamp]] = []

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import shards, store
@@ -23,6 +22,7 @@ from halfstep.launcher.checkpoint.manifest import File, Manifest
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, training_state
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import HalfstepError, RefusedError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
@@ -50,7 +50,7 @@ class Saver:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         plan: Plan,
         where: RunDir,
         guard: Guard,
@@ -180,9 +180,9 @@ class Saver:
         error = RefusedError(
             f"the checkpoint of step {pending.step} could not be written ({'; '.join(reasons[:3])})",
             where=str(pending.folder.parent),
-            fix="mend that and start the same command again; checkpoint.on_failure=continue trains on without",
+            fix="fix that and start the same command again; checkpoint.on_failure=continue trains on without",
+            reported=self._rank != 0,
         )
-        error.said_elsewhere = self._rank != 0
         self._failed(pending.step, error)
 
     def _failed(self, step: int, error: HalfstepError) -> None:
@@ -274,7 +274,7 @@ def _reader(view: torch.Tensor) -> Callable[[], np.ndarray]:
 
 
 @torch.no_grad()
-def probe(engine: DeepSpeedEngine, plan: Plan) -> np.ndarray:
+def probe(engine: Engine, plan: Plan) -> np.ndarray:
     """Return the engine's logits for a few fixed tokens, flat fp32: what is made of a checkpoint can be compared.
 
     A collective call at stage 3.
