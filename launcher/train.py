@@ -26,18 +26,18 @@ from halfstep.launcher.system.files import explained
 from halfstep.launcher.watchdog.heartbeat import begin
 
 
-def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
+def decide(arguments: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     """Return the run directory, the request and the plan: read from a run directory, or worked out from the words.
 
     A directory that others own or may write is not read from, nor written to, without consent.
     """
-    consent, words = trust.CONSENT in words, [word for word in words if word != trust.CONSENT]
-    path = run_directory.named(words)
+    consent, arguments = trust.CONSENT in arguments, [argument for argument in arguments if argument != trust.CONSENT]
+    path = run_directory.named(arguments)
     if path is not None:
         trust.require_own(path, consent=consent)
         request, plan = run_directory.read_plan(path)
     else:
-        request = load(words)
+        request = load(arguments)
         world = topology.describe(rank.world_size, rank.local_world_size)
         plan = resolve(request, world, facts.read(request.spec, _construct))
         path = run_directory.location(request, plan)
@@ -58,17 +58,21 @@ def _construct(source: Source, config: dict, trust_remote_code: bool) -> Network
     return construct(source, config, trust_remote_code)
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run one training process and return its exit code."""
-    if "-h" in words or "--help" in words:
+    if "-h" in arguments or "--help" in arguments:
         print(f"{__doc__}\n`halfstep plan --help` lists the run keys.")
         return 0
-    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank")) and word != "--debug"]
+    arguments = [
+        argument
+        for argument in arguments
+        if not argument.startswith(("--local_rank", "--local-rank")) and argument != "--debug"
+    ]
     rank, heartbeat = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
     try:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
-        path, request, plan = decide(words, rank)
+        path, request, plan = decide(arguments, rank)
         stop, heartbeat = begin(rank.rank, plan.watch.startup)
         fault_injection.hit("import", rank=rank.rank)
         if plan.topology.accelerator == "cpu":
@@ -81,10 +85,10 @@ def main(words: list[str]) -> int:
     except Exception as error:  # whatever it is, this rank must end, or the others would wait for it
         if "--debug" in sys.argv:
             raise
-        told = explained(error, f"rank {rank.rank}, at the start")
-        if not told.reported and (heartbeat or rank.local_rank == 0):  # ranks of one host plan the same
-            print(told, file=sys.stderr, flush=True)
-        code = told.exit_code
+        failure = explained(error, f"rank {rank.rank}, at the start")
+        if not failure.reported and (heartbeat or rank.local_rank == 0):  # ranks of one host plan the same
+            print(failure, file=sys.stderr, flush=True)
+        code = failure.exit_code
     if heartbeat:
         heartbeat.end(code)
     return code

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import transformers
 from torch import nn
@@ -47,7 +47,7 @@ def configuration(config: dict[str, Any], *, source: str | None = None, trust_re
         elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise Unfit(f"transformers has no causal language model of model_type {model_type!r}")
         else:
-            made = CONFIG_MAPPING[model_type].from_dict(values)
+            made = CONFIG_MAPPING[str(model_type)].from_dict(values)
         made.get_text_config(decoder=True).use_cache = False
     except Unfit:
         raise
@@ -82,7 +82,7 @@ def width(model: PreTrainedModel) -> int:
     return table.weight.shape[1] if _is_table(table) else int(model.config.get_text_config(decoder=True).hidden_size)
 
 
-def _is_table(module: Any) -> bool:
+def _is_table(module: Any) -> TypeGuard[nn.Embedding]:
     weight = getattr(module, "weight", None)
     return weight is not None and weight.dim() == 2
 

@@ -83,7 +83,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
         logits, picked, valid, weights, log_sum_exp, count = ctx.saved_tensors
         gradient, buffer = torch.empty_like(logits), _buffer(logits)
         exact = gradient.dtype == buffer.dtype

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     """How many tokens stand for text that the tokenizer does not know."""
 
 
-def encode(pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int) -> Iterator[Encoded]:
+def encode(pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int) -> Generator[Encoded]:
     """Yield the tokens of all pieces in their order; the tokenizer is loaded from `folder` in every process."""
     batches = _batches(pieces)
     if workers == 1:

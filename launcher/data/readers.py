@@ -127,6 +127,7 @@ def hub_pieces(name: str, config: str | None, split: str, field: str, skip: Skip
     if problem := hub.unreachable():
         raise RequestError(f"{name!r} is no file here, and {problem}", where=where, fix=fix)
     import datasets
+    import datasets.exceptions
 
     try:
         table = datasets.load_dataset(name, config, split=split, streaming=True)

@@ -149,6 +149,7 @@ def _of_csv(file: Opened, path: Path, field: str, kind: str) -> Iterator[Row]:
         return
     reader = csv.reader(itertools.chain([header], source), delimiter=_delimiter(header, field, kind), strict=True)
     names: list[str] | None = None
+    column = 0
     while True:
         first = last if names is None else last + 1
         where, name = f"{path}, line {first}", f"line {first}"

@@ -163,9 +163,11 @@ def _say_what_is_coming(recorder: Witness, attempt: Attempt) -> None:
         recorder.screen.say(f"WARNING: {risk}")
     if choice.step:
         recorder.take_over()
-    for one in choice.damaged:
-        recorder.event("checkpoint_damaged", folder=one.folder.name, reason=one.reason)
-        recorder.screen.say(f"WARNING: checkpoint {one.folder.name} is damaged and passed over: {one.reason}")
+    for candidate in choice.damaged:
+        recorder.event("checkpoint_damaged", folder=candidate.folder.name, reason=candidate.reason)
+        recorder.screen.say(
+            f"WARNING: checkpoint {candidate.folder.name} is damaged and passed over: {candidate.reason}"
+        )
     if fault := fault_injection.set_here():
         recorder.event("fault_set", fault=fault)
         recorder.screen.say(f"WARNING: {fault_injection.VARIABLE}={fault}: this run is being broken on purpose")
@@ -180,4 +182,6 @@ def _checksum(engine: Engine, plan: Plan) -> str | None:
 
 def _weights_are_finite(engine: Engine) -> bool:
     # At stage 3 a rank holds its part of a parameter beside it.
-    return all(bool(getattr(one, "ds_tensor", one).isfinite().all()) for one in engine.module.parameters())
+    return all(
+        bool(getattr(parameter, "ds_tensor", parameter).isfinite().all()) for parameter in engine.module.parameters()
+    )

@@ -22,7 +22,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build(plan: Plan) -> tuple[Engine, Repairs]:
-    """Return an engine whose optimizer holds the planned parameters, and what had to be mended in it.
+    """Return an engine whose optimizer holds the planned parameters, and what had to be repaired in it.
 
     Raises RequestError for a model that cannot be built.
     """
@@ -35,9 +35,8 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
         if names:
             opcache.load_operators(names)
         # An optimizer built by DeepSpeed from the config, over our parameter groups.
-        engine, _, _, _ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups(model, plan), config=plan.deepspeed
-        )
+        groups: Any = parameter_groups(model, plan)  # DeepSpeed's annotation says Module
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
     _check(engine, plan)
     repairs = repair(engine, plan)
     if plan.compile:

@@ -54,7 +54,7 @@ class Readings:
         """
         if self._plan.zero == 0:
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
             self._own_norm = float(torch.stack(norms).norm()) / gradient_scale
         return self._own_norm
 

@@ -49,7 +49,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heartb
 
         if not distributed.on_rank_zero(open_directory):
             if rank.rank == 0:
-                print(f"{path} is finished: summary.json has its result. Another out, or another request, starts anew.")
+                print(f"{path} is finished: summary.json has its result. Another out or request starts from scratch.")
             distributed.leave()
             return 0
         heartbeat.mark("load")
@@ -103,14 +103,16 @@ def _began() -> float:
 
 
 def _out_of_grace(where: RunDir, rank: Rank) -> None:
-    newest = next((one.folder.name for one in store.candidates(where.path) if one.manifest), "there is none yet")
-    told = Stopped(
+    newest = next(
+        (candidate.folder.name for candidate in store.candidates(where.path) if candidate.manifest), "there is none yet"
+    )
+    stopped = Stopped(
         "the time to stop in was over before the state was saved",
         where=f"checkpoint.grace; the last good checkpoint: {newest}",
-        fix="start the same command again to go on from there",
+        fix="start the same command again to resume from there",
     )
-    if exits.write_exit(where.attempt, told.exit_code, told.what, rank.rank) is None:
-        print(told, file=sys.stderr, flush=True)
+    if exits.write_exit(where.attempt, stopped.exit_code, stopped.what, rank.rank) is None:
+        print(stopped, file=sys.stderr, flush=True)
 
 
 def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
@@ -118,16 +120,18 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     log = where.rank_log(rank.rank)
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be what failed
         traceback.print_exception(error, file=file)
-    told = _explain(error, log)
+    failure = _explain(error, log)
     # A connection that broke is what a rank's death looks like to the others: whoever knows of it comes first.
     write = exits.write_follow_up if isinstance(error, dist.DistError | RuntimeError) else exits.write_exit
-    cause = write(where.attempt, told.exit_code, told.what, rank.rank)
+    cause = write(where.attempt, failure.exit_code, failure.what, rank.rank)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     # Where nothing can be written any more, none is first: then the rank says it that is meant to.
-    if cause is None and not (told.reported and exits.read_exit(where.attempt) is None):
-        print(told, file=sys.stderr, flush=True)
-    return told.exit_code if cause is None else cause  # of the rank that failed first, and broke this one's connection
+    if cause is None and not (failure.reported and exits.read_exit(where.attempt) is None):
+        print(failure, file=sys.stderr, flush=True)
+    return (
+        failure.exit_code if cause is None else cause
+    )  # of the rank that failed first, and broke this one's connection
 
 
 def _explain(error: BaseException, log: Path) -> HalfstepError:

@@ -143,8 +143,9 @@ def _as_in_training(network: PreTrainedModel, files: Shards, precision: torch.dt
     for name, about in files.buffers().items():
         owner, _, leaf = name.rpartition(".")
         module = network.get_submodule(owner)
-        if leaf in module._buffers and not module._buffers[leaf].is_meta:
-            module._buffers[leaf] = module._buffers[leaf].to(getattr(torch, about["dtype"]))
+        buffer = module._buffers.get(leaf)
+        if buffer is not None and not buffer.is_meta:
+            module._buffers[leaf] = buffer.to(getattr(torch, about["dtype"]))
 
 
 def _has_router(network: PreTrainedModel) -> bool:

@@ -133,7 +133,8 @@ def _optimizer_steps(engine: Engine) -> float | None:
 def on_the_reference(plan: Plan) -> Series:
     """Train a plan with `oracle.MixedPrecisionTrainer`, the global batch in this one process."""
     model = model_build.build(plan.model.config, seed=plan.seed, dtype=_DTYPES[plan.precision])
-    model = model.to("cuda") if plan.topology.accelerator == "cuda" else model
+    if plan.topology.accelerator == "cuda":
+        nn.Module.to(model, "cuda")
     fp16 = plan.deepspeed["fp16"]
     scale = Scale(
         value=2.0 ** fp16["initial_scale_power"], window=fp16["loss_scale_window"], hysteresis=fp16["hysteresis"]

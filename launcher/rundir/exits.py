@@ -86,7 +86,7 @@ def write_follow_up(attempt: Path, code: int, cause: str, rank: int, *, patience
     """Write how an attempt ended as `write_exit` does, but let whoever knows the cause write first.
 
     For errors that another rank's death explains (a broken connection): the dying rank closes its connections before
-    its warden can see that it is gone, so this rank would often be first, with the lesser cause.
+    its watchdog can see that it is gone, so this rank would often be first, with the lesser cause.
     """
     end = time.monotonic() + patience
     while time.monotonic() < end:

@@ -26,7 +26,7 @@ TIMED_OUT = 124
 """Exit code of a run that took longer than its limit, as timeout(1) has it."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LEAVING_SECONDS = 15.0
-"""How long what the launcher leaves behind may take to end; the ranks' wardens need ten at most."""
+"""How long what the launcher leaves behind may take to end; the ranks' watchdogs need ten at most."""
 
 
 def start(

@@ -119,7 +119,7 @@ def _numbering() -> str:
 def has_lost_its_launcher(pid: int, environ: Mapping[str, str] = os.environ) -> str | None:
     """Return who had ended before this rank began, where a launcher started it and nobody is left to end it.
 
-    Whoever dies later is noticed by the rank's warden, which watches who is above it when it begins.
+    Whoever dies later is noticed by the rank's watchdog, which watches who is above it when it begins.
     """
     above = starter(environ)
     if above is not None and not _is(above):

@@ -230,7 +230,7 @@ def _whole(line: str) -> bool:
 
 
 def processes(out: Path) -> list[psutil.Process]:
-    """Return every process that was started on a run, wardens and launchers too, whatever its command line."""
+    """Return every process that was started on a run, watchdogs and launchers too, whatever its command line."""
     found = []
     for one in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Small ranks under a small launcher: real Hearts, Stops and wardens, and nothing that takes seconds to start."""
+"""Small ranks under a small launcher: real Heartbeats, Stops and watchdogs, and nothing that takes seconds to start."""
 
 import json
 import os
@@ -113,5 +113,5 @@ class Launch:
         self.wait(lambda: all((self.where / f"meet-{step}-{rank}").exists() for rank in range(len(self.pids))))
 
     def until_gone(self, seconds: float = 10.0) -> float:
-        """Wait until no rank and no warden is left."""
+        """Wait until no rank and no watchdog is left."""
         return self.wait(lambda: set(processes.marked(self.mark)) <= {self.process.pid}, seconds)

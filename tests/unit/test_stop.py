@@ -131,7 +131,7 @@ print(best * 1000)
     assert float(said) < 5, "microseconds"
 
 
-def test_what_is_set_before_the_warden_starts_is_kept() -> None:
+def test_what_is_set_before_the_watchdog_starts_is_kept() -> None:
     stop = Stop()
     heartbeat = Heartbeat(3, stop)
     heartbeat.set_timeout(12.5)
@@ -185,7 +185,7 @@ def test_who_stalls_the_run_is_the_stopped_one_then_who_lags_then_who_waits_for_
     assert named(report(0, 9, "step"), report(1, 9, "data")) == [1]
     both = stalls.culprits([report(0, 9, "backward"), report(1, 9, "backward")])
     assert stalls.cause(both) == "ranks 0, 1 stopped moving in phase backward of step 3 (for 12 s)"
-    told = stalls.told([report(1, 9, "save", "D")], "rank-1.log")
+    told = stalls.stalled([report(1, 9, "save", "D")], "rank-1.log")
     assert told.what.endswith("(for 12 s; process 101 waits for a disk or another device)")
     assert isinstance(told, HalfstepError)
     assert told.exit_code == 77

@@ -1,10 +1,10 @@
-"""Mend what DeepSpeed gets wrong at ZeRO stage 0 in half precision, where a canary shows that it does.
+"""Repair what DeepSpeed gets wrong at ZeRO stage 0 in half precision, where a canary shows that it does.
 
 In DeepSpeed 0.19.8 `engine.backward` scales the loss for ZeRO optimizers only, while stage 0's fp16 wrapper still
 divides the gradients by the scale; and the wrapper takes one optimizer step on zero gradients when it is made, so that
 Adam's first real step is its second. It also adds up micro-batches in 16 bits there and refuses anything else, where
-stages 1 to 3 add in fp32. What is mended is decided by what DeepSpeed is seen to do and not by its version: the day it
-is right, nothing is mended twice. See docs/deepspeed.md.
+stages 1 to 3 add in fp32. What is repaired is decided by what DeepSpeed is seen to do and not by its version: the day
+it is right, nothing is repaired twice. See docs/deepspeed.md.
 """
 
 import math
@@ -29,9 +29,9 @@ _PROBE_SCALE = 256.0
 
 @dataclass(frozen=True, kw_only=True)
 class Repairs:
-    """What was found wrong with an engine, and what of it is mended."""
+    """What was found wrong with an engine, and what of it is repaired."""
 
-    found: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
     active: tuple[str, ...] = ()
 
     @property
@@ -47,31 +47,31 @@ class Repairs:
     @property
     def gradients_carry_scale(self) -> bool:
         """Whether fp16 gradients come out of the backward pass multiplied by the scale."""
-        return UNSCALED_LOSS not in self.found or self.scale_loss
+        return UNSCALED_LOSS not in self.faults or self.scale_loss
 
 
 def repair(engine: Engine, plan: Plan) -> Repairs:
-    """Look for both faults and, unless the plan leaves them, mend them; call between `initialize` and the first step.
+    """Look for both faults and, unless the plan leaves them, repair them; call between `initialize` and the first step.
 
     Every rank must call. Raises RefusedError where stage 0 does neither what it should nor what it is known to do.
     """
     if plan.zero != 0 or plan.precision == "fp32":
         return Repairs()
-    found = []
+    faults = []
     if took_false_step(engine):
-        found.append(FALSE_STEP)
+        faults.append(FALSE_STEP)
         if plan.numerics.repairs:
             undo_false_step(engine)
     if plan.precision == "fp16" and leaves_loss_unscaled(engine, plan.model.vocabulary):
-        found.append(UNSCALED_LOSS)
-    mended = list(found)
+        faults.append(UNSCALED_LOSS)
+    fixed = list(faults)
     if accumulates_in_half(engine):
-        found.append(HALF_ACCUMULATION)
+        faults.append(HALF_ACCUMULATION)
         # A gradient of another type than its parameter's is new in torch; without it, this one stays.
         if plan.numerics.repairs and hasattr(Tensor, "grad_dtype"):
-            mended.append(HALF_ACCUMULATION)
+            fixed.append(HALF_ACCUMULATION)
             accumulate_in_fp32(engine)
-    return Repairs(found=tuple(found), active=tuple(mended) if plan.numerics.repairs else ())
+    return Repairs(faults=tuple(faults), active=tuple(fixed) if plan.numerics.repairs else ())
 
 
 def took_false_step(engine: Engine) -> bool:
@@ -101,7 +101,7 @@ def leaves_loss_unscaled(engine: Engine, vocabulary: int) -> bool:
     engine.eval()
     raw = batch.loss(batch.logits(engine.module))
     references = torch.autograd.grad(raw, small, allow_unused=True)
-    norms = [0.0 if one is None else float(one.float().norm()) for one in references]
+    norms = [0.0 if reference is None else float(reference.float().norm()) for reference in references]
     chosen = max(range(len(small)), key=lambda place: norms[place] if math.isfinite(norms[place]) else 0.0)
     loss = batch.loss(batch.logits(engine))
     engine.backward(loss, scale_wrt_gas=False)
@@ -147,16 +147,18 @@ def accumulate_in_fp32(engine: Engine) -> None:
     sums: dict[Tensor, Tensor] = {}
 
     def collect(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None, "the hook runs when it has been made"
         if parameter in sums:
-            sums[parameter].add_(parameter.grad)
+            sums[parameter].add_(gradient)
         else:
-            sums[parameter] = parameter.grad.float()
+            sums[parameter] = gradient.float()
         parameter.grad = None
 
     def gradients() -> tuple[list[Tensor], dict]:
         for parameter in parameters:
-            found = sums.pop(parameter, None)  # None: not used in this batch
-            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32) if found is None else found
+            total = sums.pop(parameter, None)  # None: not used in this batch
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total
         return [parameter.grad for parameter in parameters], {}
 
     for parameter in parameters:
@@ -174,7 +176,8 @@ def unscale_and_clip(engine: Engine, *, norm: float, scale: float, clip: float) 
     """
     if math.isfinite(norm):
         factor = 1 / scale / max(1.0, (norm + 1e-6) / clip if clip else 1.0)
-        torch._foreach_mul_([one.grad for one in engine.module.parameters() if one.grad is not None], factor)
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
     engine.optimizer.loss_scale_config.cur_scale = 1.0
 
 

@@ -11,13 +11,14 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from halfstep.launcher.checkpoint.manifest import Buffer
 from halfstep.launcher.checkpoint.shards import BUFFER, Damaged, Piece, Shards, stored_type
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.models.draw import gathered, shape_of
 
 
-def described(engine: Engine) -> dict[str, dict[str, object]]:
+def described(engine: Engine) -> dict[str, Buffer]:
     """Return shape and type (torch's name) of every persistent buffer and frozen parameter."""
     return {
         name: {"shape": list(shape_of(kept)), "dtype": str(kept.dtype).removeprefix("torch.")}

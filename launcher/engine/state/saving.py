@@ -1,7 +1,7 @@
 """Save the training state: every rank writes its own part, all agree that it is on the disk, rank 0 lets it appear.
 
 What DeepSpeed's own checkpoint lacks (T16 to T19): hashes, a commit that is one rename, RNG states, the guard's state.
-A rank writes its masters and optimizer states while the loop stands still; syncing goes on beside the next step, and
+A rank writes its masters and optimizer states while the loop stands still; syncing continues beside the next step, and
 at the end of that step, before anything is written about it, the checkpoint appears.
 """
 
@@ -79,7 +79,7 @@ class Saver:
     def begin(self, step: int, rate: float) -> None:
         """Write the state after an optimizer step; `finish` makes a checkpoint of it. A collective call.
 
-        Raises RefusedError on every rank where there is not enough space, unless the plan goes on without.
+        Raises RefusedError on every rank where there is not enough space, unless the plan continues without.
         """
         self.finish()
         if step == self.last_step:
@@ -95,7 +95,7 @@ class Saver:
             )
         pieces = [*self._pieces(probe(self._engine, self._plan)), *module_buffers.pieces(self._engine)]
         self._mark(step)
-        needed = sum(distributed.gather_objects(sum(one.bytes for one in pieces) + _SPARE))
+        needed = sum(distributed.gather_objects(sum(piece.bytes for piece in pieces) + _SPARE))
         attempt, distrusted = self._where.attempt.name, step in self._damaged
         try:
             prepared: str | None = distributed.on_rank_zero(
@@ -104,7 +104,7 @@ class Saver:
         except HalfstepError as error:
             self._failed(step, error)
             return
-        if prepared is None:  # a good one stands there: of an attempt that died between saving and going on
+        if prepared is None:  # a good one stands there: of an attempt that died between saving and the next step
             self.last_step = step
             return
         folder = Path(prepared)
@@ -145,7 +145,7 @@ class Saver:
             return
         self.last_step = pending.step
         stalled = pending.stalled + time.perf_counter() - began
-        size = sum(one.bytes for one in everything)
+        size = sum(file.bytes for file in everything)
         self._event("saved", step=pending.step, bytes=size, seconds=round(stalled, 6))
 
     def _prepare(self, step: int, attempt: str, needed: int, *, distrusted: bool) -> str | None:
@@ -258,7 +258,7 @@ class Saver:
             optimizer={
                 "kind": type(training_state.base_optimizer(self._engine)).__name__,
                 "states": sorted(kept),
-                "steps": max((one for one in counts if one is not None), default=0.0),
+                "steps": max((count for count in counts if count is not None), default=0.0),
             },
             guard=self._guard.state(),
             lr=rate,

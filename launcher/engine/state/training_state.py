@@ -7,6 +7,7 @@ all parameters at stages 1 and 2, a slice of each at stage 3. A fragment names a
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +43,8 @@ def fragments(engine: Engine) -> list[Fragment]:
 
 def shapes(engine: Engine) -> dict[str, list[int]]:
     """Return the whole shape of every trained parameter, in the model's order."""
-    trained = ((name, one) for name, one in engine.module.named_parameters() if one.requires_grad)
-    return {name: list(getattr(one, "ds_shape", one.shape)) for name, one in trained}
+    trained = ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained}
 
 
 def _pieces(engine: Engine) -> Iterator[Fragment]:
@@ -82,7 +83,7 @@ def _stage_0(engine: Engine) -> dict[Tensor, tuple[Tensor, int]] | None:
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_flat"):  # FusedAdam's
         return {
-            weight: (flat, sum(one.numel() for one in weights[:place]))
+            weight: (flat, sum(earlier.numel() for earlier in weights[:place]))
             for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True)
             for place, weight in enumerate(weights)
         }
@@ -141,12 +142,12 @@ def step_count(engine: Engine, piece: Fragment) -> float | None:
 
 def left_out(engine: Engine) -> list[str]:
     """Return the optimizer states that `tensors` and `step_count` do not show, such as NAdam's running product."""
-    optimizer, found = base_optimizer(engine), set()
+    optimizer, missing = base_optimizer(engine), set()
     for piece in fragments(engine):
         state = optimizer.state.get(piece.flat, {})
         kept = {key for key, value in state.items() if value is None or getattr(value, "shape", 0) == piece.flat.shape}
-        found |= set(state) - kept
-    return sorted(found - {"step"})
+        missing |= set(state) - kept
+    return sorted(missing - {"step"})
 
 
 def create_optimizer_states(engine: Engine, kinds: list[str], steps: float) -> None:
@@ -169,7 +170,7 @@ def create_optimizer_states(engine: Engine, kinds: list[str], steps: float) -> N
             group["step"] = int(steps)
 
 
-def _count_up(optimizer: torch.optim.Optimizer, steps: int) -> None:
+def _count_up(optimizer: Any, steps: int) -> None:
     """Let DeepSpeed's Adam for the host count `steps` steps.
 
     It multiplies its betas step by step, and from a later step on would take their power instead, which differs in the

@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped or told to stop: real processes, Hearts and wardens, without DeepSpeed."""
+"""Ranks that are killed, stopped or told to stop: real processes, Heartbeats and watchdogs, without DeepSpeed."""
 
 import contextlib
 import json
@@ -147,7 +147,7 @@ def test_a_signal_asks_for_a_stop(launch: Start, number: signal.Signals) -> None
     [
         "time.sleep(60)",
         "os.read(os.pipe()[0], 1)",
-        "sum(range(10**11))",  # holds Python's lock, so that only the warden can act
+        "sum(range(10**11))",  # holds Python's lock, so that only the watchdog can act
     ],
 )
 def test_a_second_interrupt_quits_whatever_the_rank_does(launch: Start, busy: str) -> None:
@@ -184,13 +184,13 @@ def test_a_rank_that_nobody_can_tell_to_stop_is_killed_after_its_grace(launch: S
     assert run.exit["code"] == 75
 
 
-def test_a_killed_warden_is_replaced(launch: Start) -> None:
+def test_a_killed_watchdog_is_replaced(launch: Start) -> None:
     run = launch(1)
     run.until_step(2)
-    (first,) = _wardens(run)
+    (first,) = _watchdogs(run)
     os.kill(first, signal.SIGTERM)
     os.kill(first, signal.SIGKILL)
-    run.wait(lambda: _wardens(run) not in ([], [first]))
+    run.wait(lambda: _watchdogs(run) not in ([], [first]))
     time.sleep(0.2)
     os.kill(run.pids[0], signal.SIGKILL)
     run.wait(lambda: run.exit)
@@ -208,5 +208,5 @@ def test_another_attempts_end_lets_a_stopped_rank_go(launch: Start) -> None:
     assert run.exit["rank"] == 1
 
 
-def _wardens(run: Launch) -> list[int]:
+def _watchdogs(run: Launch) -> list[int]:
     return [pid for pid in processes.marked(run.mark) if pid not in (run.process.pid, *run.pids)]
