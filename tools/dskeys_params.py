@@ -77,7 +77,7 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
         for name, maker in vars(torch.optim).items()
         if isinstance(maker, type) and issubclass(maker, torch.optim.Optimizer) and maker is not torch.optim.Optimizer
     }
-    optimizers = {
+    parameters = {
         name.lower(): _signature(maker) for name, maker in of_torch.items() if name.lower() not in DEEPSPEED_OPTIMIZERS
     }
     adam = _signature(torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam) | {
@@ -90,7 +90,7 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
     }
     muon |= {key: adam[key] for key in ("adam_w_mode", "fp32_optimizer_states", TORCH_ADAM_PARAM)}
     muon |= {"ns_method": {"type": "str", "default": None}, "momentum": {"type": "float", "default": None}}
-    optimizers |= {
+    parameters |= {
         "adam": adam,
         "adamw": adam,
         "adagrad": _signature(torch.optim.Adagrad, DeepSpeedCPUAdagrad),
@@ -99,7 +99,7 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
         "muon": muon | {key: {"type": "float", "default": None} for key in ("muon_lr", "adam_lr")},
     }
     exact = sorted(name for name in of_torch if name.lower() not in DEEPSPEED_OPTIMIZERS)
-    return optimizers, {"type": "enum", "values": exact, "any_case": sorted(DEEPSPEED_OPTIMIZERS), "default": None}
+    return parameters, {"type": "enum", "values": exact, "any_case": sorted(DEEPSPEED_OPTIMIZERS), "default": None}
 
 
 def schedulers() -> tuple[dict[str, dict[str, Entry]], Entry]:
@@ -110,9 +110,9 @@ def schedulers() -> tuple[dict[str, dict[str, Entry]], Entry]:
     of_torch = [
         name for name, maker in vars(torch.optim.lr_scheduler).items() if isinstance(maker, type) and "LR" in name
     ]
-    schedulers = {name: _signature(getattr(lr_schedules, name)) for name in lr_schedules.VALID_LR_SCHEDULES}
-    values = sorted({*schedulers, *(name for name in of_torch if not name.startswith(("_", "LRScheduler")))})
-    return {name.lower(): params for name, params in schedulers.items()}, {
+    parameters = {name: _signature(getattr(lr_schedules, name)) for name in lr_schedules.VALID_LR_SCHEDULES}
+    values = sorted({*parameters, *(name for name in of_torch if not name.startswith(("_", "LRScheduler")))})
+    return {name.lower(): params for name, params in parameters.items()}, {
         "type": "enum",
         "values": values,
         "default": None,

@@ -41,9 +41,9 @@ def _code_digest() -> str:
     total = hashlib.sha256()
     for name in _CODE:
         folder = assets.home() / name
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".py", ".json", ".toml"):
-                total.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        for source in sorted(folder.rglob("*")):
+            if source.suffix in (".py", ".json", ".toml"):
+                total.update(source.relative_to(folder).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     return total.hexdigest()[:16]
 
 

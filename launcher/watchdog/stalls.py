@@ -136,7 +136,7 @@ def death(rank: int, beat: Beat, status: int | None, *, starved: bool) -> tuple[
     name = signal.Signals(number).name if number in list(signal.Signals) else "of real time"
     if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
         return 128 + number, f"rank {rank} crashed ({name}) {where}", fix
-    cause = f"rank {rank} was killed by signal {number} ({name}) {where}"
+    text = f"rank {rank} was killed by signal {number} ({name}) {where}"
     if number == signal.SIGKILL and starved:
-        return 128 + number, f"{cause}: the host is out of memory", "take a smaller batch.micro, or more memory"
-    return 128 + number, cause + (": by hand, by the system, or out of memory" if number == signal.SIGKILL else ""), fix
+        return 128 + number, f"{text}: the host is out of memory", "take a smaller batch.micro, or more memory"
+    return 128 + number, text + (": by hand, by the system, or out of memory" if number == signal.SIGKILL else ""), fix
