@@ -90,7 +90,7 @@ class Launch:
             env={**os.environ, "HALFSTEP_TEST": str(folder)},
         )
         assert self.process.stdout is not None
-        self.pids = [int(one) for one in self.process.stdout.readline().split()]
+        self.pids = [int(pid) for pid in self.process.stdout.readline().split()]
 
     @property
     def exit(self) -> dict[str, Any] | None:

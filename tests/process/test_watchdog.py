@@ -26,15 +26,15 @@ def launch(tmp_path: Path) -> Iterator[Start]:
         return started[-1]
 
     yield start
-    for one in started:
-        for pid in [*processes.marked(one.mark)]:
+    for launch in started:
+        for pid in [*processes.marked(launch.mark)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        one.process.kill()
-        one.process.wait()
-        if one.process.stdout:
-            one.process.stdout.close()
-        one.errors.close()
+        launch.process.kill()
+        launch.process.wait()
+        if launch.process.stdout:
+            launch.process.stdout.close()
+        launch.errors.close()
 
 
 def test_a_clean_end_is_reported_by_nobody(launch: Start) -> None:

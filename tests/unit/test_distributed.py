@@ -32,9 +32,9 @@ def test_values_come_back_as_they_were(value: object) -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_what_is_not_finite_comes_back() -> None:
-    found = distributed.gather_objects([math.inf, -math.inf, math.nan])[0]
-    assert found[:2] == [math.inf, -math.inf]
-    assert math.isnan(found[2])
+    values = distributed.gather_objects([math.inf, -math.inf, math.nan])[0]
+    assert values[:2] == [math.inf, -math.inf]
+    assert math.isnan(values[2])
 
 
 @pytest.mark.usefixtures("alone")

@@ -27,8 +27,8 @@ stop.install()
 """
 
 
-def run(text: str, *words: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-c", BEGIN + text, *words], capture_output=True, text=True, timeout=30)
+def run(text: str, *arguments: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-c", BEGIN + text, *arguments], capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -80,9 +80,9 @@ os.kill(os.getpid(), signal.SIGINT)
 time.sleep(20)
 """
     assert run(text, str(tmp_path)) == (130, "")
-    found = read_exit(tmp_path)
-    assert found is not None
-    assert (found["code"], found["cause"]) == (130, "interrupted")
+    ending = read_exit(tmp_path)
+    assert ending is not None
+    assert (ending["code"], ending["cause"]) == (130, "interrupted")
 
 
 def test_the_grace_ends_a_process_with_its_last_word_even_if_that_hangs() -> None:
@@ -151,9 +151,9 @@ def test_the_first_to_write_how_an_attempt_ended_wins(tmp_path: Path) -> None:
 
 def test_a_follow_up_failure_waits_for_the_cause_but_not_for_ever(tmp_path: Path) -> None:
     assert write_follow_up(tmp_path, 1, "connection closed", 0, patience=0.1) is None
-    found = read_exit(tmp_path)
-    assert found is not None
-    assert found["cause"] == "connection closed"
+    ending = read_exit(tmp_path)
+    assert ending is not None
+    assert ending["cause"] == "connection closed"
 
 
 def test_a_death_is_told_by_its_status() -> None:
@@ -177,7 +177,7 @@ def report(rank: int, count: int, phase: str, state: str = "S") -> stalls.Report
 
 def test_who_stalls_the_run_is_the_stopped_one_then_who_lags_then_who_waits_for_nobody() -> None:
     def named(*reports: stalls.Report) -> list[int]:
-        return [one.rank for one in stalls.culprits(reports)]
+        return [stall.rank for stall in stalls.culprits(reports)]
 
     assert named(report(0, 7, "backward"), report(1, 9, "forward", "T")) == [1]
     assert named(report(0, 7, "backward", "T"), report(1, 6, "forward", "T")) == [1]
@@ -185,17 +185,17 @@ def test_who_stalls_the_run_is_the_stopped_one_then_who_lags_then_who_waits_for_
     assert named(report(0, 9, "step"), report(1, 9, "data")) == [1]
     both = stalls.culprits([report(0, 9, "backward"), report(1, 9, "backward")])
     assert stalls.cause(both) == "ranks 0, 1 stopped moving in phase backward of step 3 (for 12 s)"
-    told = stalls.stalled([report(1, 9, "save", "D")], "rank-1.log")
-    assert told.what.endswith("(for 12 s; process 101 waits for a disk or another device)")
-    assert isinstance(told, HalfstepError)
-    assert told.exit_code == 77
+    stalled = stalls.stalled([report(1, 9, "save", "D")], "rank-1.log")
+    assert stalled.what.endswith("(for 12 s; process 101 waits for a disk or another device)")
+    assert isinstance(stalled, HalfstepError)
+    assert stalled.exit_code == 77
 
 
 def test_a_report_that_is_damaged_is_passed_over(tmp_path: Path) -> None:
     stalls.write(tmp_path, report(0, 9, "step"))
     (tmp_path / "stall-rank-1.json").write_text("{")
     (tmp_path / "stall-rank-2.json").write_text(json.dumps({"rank": 2}))
-    assert [one.rank for one in stalls.read(tmp_path)] == [0]
+    assert [stall.rank for stall in stalls.read(tmp_path)] == [0]
     stalls.withdraw(tmp_path, 0)
     assert stalls.read(tmp_path) == []
 
