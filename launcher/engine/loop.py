@@ -23,8 +23,7 @@ def train(run: Training) -> None:
     where one was asked to stop.
     """
     engine, plan, feed, guard, saver = run.engine, run.plan, run.feed, run.guard, run.saver
-    readings, meter = Readings(engine, plan), StepMeter(run)
-    accumulation = plan.batch.accumulation
+    readings, meter, accumulation = Readings(engine, plan), StepMeter(run), plan.batch.accumulation
     _begin(run)
     for step in range(run.done + 1, plan.steps + 1):
         rate = plan.schedule.learning_rate(step)
@@ -48,13 +47,11 @@ def train(run: Training) -> None:
                 loss_sum += guard.backward(loss)
                 if micro_step == accumulation:
                     run.phase("step", step)
-                    run.mark("step", step)  # again before the ranks wait for each other
                     guard.before_step(readings.before_step(guard.gradient_scale))
                 engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
-        skipped, own_loss = guard.after_step(), float(loss_sum / accumulation)
-        own = {"skipped": skipped, "stop": run.stop_reason() is not None}
-        reading = readings.after_step(own_loss, meter.waited, meter.computed(), **own)
+        skipped, own_loss, stop = guard.after_step(), float(loss_sum / accumulation), run.stop_reason() is not None
+        reading = readings.after_step(own_loss, meter.waited, meter.computed(), skipped=skipped, stop=stop)
         meter.stop()
         if saver and saver.pending:
             run.mark("save", step)
@@ -98,7 +95,6 @@ def _evaluate(run: Training, step: int) -> bool:
     run.engine.eval()
     for batch, rows in run.feed.validation_batches():
         run.phase("evaluate", step)
-        run.mark("evaluate", step)  # again before the ranks wait for each other
         if run.stopping_anywhere():
             return False
         logits = batch.logits(run.engine)

@@ -13,6 +13,8 @@ from halfstep.launcher.metrics.record import EvaluationRecord, StepRecord
 from halfstep.launcher.plan.plan import Plan
 
 _FAULT_POINTS = {"data": "data", "forward": "fwd", "backward": "bwd", "step": "step", "evaluate": "eval"}
+_JOINT = ("step", "evaluate")
+"""Phases at whose beginning the ranks wait for each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Training:
         """Mark that a phase begins, and let happen what is set for it."""
         self.mark(name, step)
         fault_injection.hit(_FAULT_POINTS[name], rank=self.feed.rank, step=step)
+        if name in _JOINT:
+            self.mark(name, step)  # whoever hangs before is a mark behind those that wait for it
 
     def stopping_anywhere(self) -> bool:
         """Tell whether any rank was asked to stop. A collective call."""
