@@ -30,6 +30,7 @@ from halfstep.launcher.engine.attempt import Attempt
 from halfstep.launcher.engine.construct import construct
 from halfstep.launcher.engine.loop import train
 from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.ranks.places import file_store
 from halfstep.launcher.engine.state import restoring
 from halfstep.launcher.errors import HalfstepError
 from halfstep.launcher.export.generate import generate
@@ -80,11 +81,11 @@ class Sweep:
         """Run one attempt in a run directory, from its newest checkpoint if there is one; return what it left."""
         choice = restoring.choose(path, plan, self.rank.rank, lambda: None)
 
-        def start() -> RunDir:
+        def start() -> str:
             run_directory.write_plan(path, request, plan)
-            return run_directory.start_attempt(path, {}, steps_done=choice.step)
+            return run_directory.start_attempt(path, {}, steps_done=choice.step).attempt.name
 
-        where: RunDir = distributed.on_rank_zero(start)
+        where = RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start))
         stub = SimpleNamespace(mark=lambda *_: None, touch=lambda: None, set_timeout=lambda _: None, asked=None)
         given: dict[str, Any] = {"choice": choice, "stop": stub, "heartbeat": stub}
         try:
@@ -164,7 +165,8 @@ def main(job_file: Path) -> None:
     topology.prepare_environment(rank)
     sweep = Sweep(job, rank)
     request = load([*WORDS, "model=gpt2-nano", f"data={sweep.data}", "watch.startup=60", "watch.timeout=60"])
-    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)))
+    plan = resolve(request, sweep.world, facts.read(request.spec, construct))
+    distributed.join(rank, plan, file_store(sweep.home / f"store-{os.environ['MASTER_PORT']}", rank))
     transformers.logging.disable_progress_bar()
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for family, chosen in job["families"]:
