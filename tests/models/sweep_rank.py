@@ -165,8 +165,8 @@ def main(job_file: Path) -> None:
     topology.prepare_environment(rank)
     sweep = Sweep(job, rank)
     request = load([*WORDS, "model=gpt2-nano", f"data={sweep.data}", "watch.startup=60", "watch.timeout=60"])
-    plan = resolve(request, sweep.world, facts.read(request.spec, construct))
-    distributed.join(rank, plan, file_store(sweep.home / f"store-{os.environ['MASTER_PORT']}", rank))
+    meeting = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
+    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), meeting)
     transformers.logging.disable_progress_bar()
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for family, chosen in job["families"]:
