@@ -83,11 +83,7 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heartb
 
 def _meet(path: Path, plan: Plan, rank: Rank, stop: Stop) -> preflight.Met:
     """Hold the roll call; a start that it ends is written down for the job script."""
-    try:
-        run_directory.refuse_another_run(path, plan)
-    except HalfstepError as error:
-        error.said_elsewhere = rank.local_rank != 0  # every rank of a host sees the same directory
-        raise
+    run_directory.refuse_another_run(path, plan, reported=rank.local_rank != 0)
     secret = trust.secret(path) if rank.world_size > 1 else b""
     try:
         met = preflight.RollCall(rank, plan, secret, lambda: stop.asked).answer()
