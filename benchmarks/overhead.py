@@ -93,9 +93,10 @@ def _ours(plan, rank) -> float:
 
     from halfstep.launcher.engine.build import build
     from halfstep.launcher.engine.feed import Feed
-    from halfstep.launcher.engine.loop import Listeners, train
+    from halfstep.launcher.engine.loop import train
     from halfstep.launcher.engine.numerics.guard import Guard
     from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.training import Training
     from halfstep.launcher.metrics.sinks import JsonLines
 
     device = distributed.device(rank, plan)
@@ -108,9 +109,8 @@ def _ours(plan, rank) -> float:
             moments.append(time.perf_counter())
 
         engine, repairs = build(plan)
-        listeners = Listeners(step=tell, evaluation=lambda record: None, event=lambda kind, **details: None)
-        guard = Guard(engine, plan, repairs, listeners.event, rank.rank)
-        train(engine, plan, Feed(plan, rank, device), listeners, guard)
+        guard = Guard(engine, plan, repairs, lambda kind, **details: None, rank.rank)
+        train(Training(engine=engine, plan=plan, feed=Feed(plan, rank, device), guard=guard, on_step=tell))
     return _throughput(plan, moments)
 
 
@@ -119,7 +119,6 @@ def _plain(plan, rank) -> float:
     from halfstep.launcher.engine.build import build
     from halfstep.launcher.engine.feed import Feed
     from halfstep.launcher.engine.ranks import distributed
-    from halfstep.models.loss import next_token_loss
 
     device = distributed.device(rank, plan)
     stock = dataclasses.replace(plan, numerics=dataclasses.replace(plan.numerics, repairs=False))
@@ -129,9 +128,8 @@ def _plain(plan, rank) -> float:
     engine.train()
     moments = []
     for step in batches:
-        for tokens in step:
-            loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
-            engine.backward(loss)
+        for batch in step:
+            engine.backward(batch.loss(batch.logits(engine)))
             engine.step()
         moments.append(time.perf_counter())
     return _throughput(plan, moments)

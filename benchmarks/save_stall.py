@@ -65,13 +65,14 @@ def _report(rounds: list[dict[str, float]]) -> None:
 def _worker(job: dict) -> None:
     from halfstep.launcher import topology
     from halfstep.launcher.config.load import load
-    from halfstep.launcher.engine import loop
     from halfstep.launcher.engine.build import build
     from halfstep.launcher.engine.feed import Feed
+    from halfstep.launcher.engine.loop import train
     from halfstep.launcher.engine.numerics import guard
     from halfstep.launcher.engine.ranks import distributed
     from halfstep.launcher.engine.ranks.places import file_store
     from halfstep.launcher.engine.state import saving
+    from halfstep.launcher.engine.training import Training
     from halfstep.launcher.plan import facts
     from halfstep.launcher.plan.resolve import resolve
     from halfstep.launcher.rundir import run_directory
@@ -124,8 +125,7 @@ def _worker(job: dict) -> None:
             shutil.rmtree(peer / f"step-{number}")
         distributed.gather_objects(None)
 
-    tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda *_, **__: None)
-    loop.train(engine, plan, feed, tell, own_guard, done=0, evaluated=True)
+    train(Training(engine=engine, plan=plan, feed=feed, guard=own_guard, evaluated=True, on_step=step))
     saver.finish()
     ours = [event for event in events if event["kind"] == "saved"]
     stalls = distributed.gather_objects([event["seconds"] for event in ours])

@@ -27,15 +27,15 @@ class HalfstepError(Exception):
     exit_code = EXIT_REQUEST
     heading = "error"
 
-    def __init__(self, what: str, *, where: str, fix: str) -> None:
+    def __init__(self, what: str, *, where: str, fix: str, reported: bool = False) -> None:
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
+        self.reported = reported
+        """Whether another rank reports it, so that this one need not."""
         self.more: tuple[HalfstepError, ...] = ()
-        self.said_elsewhere = False
-        """Whether another rank has this to say, so that this one need not."""
 
     def with_more(self, others: Sequence["HalfstepError"]) -> Self:
-        """Report other problems together with this one, so that a user mends them all at once."""
+        """Report other problems together with this one, so that a user fixes them all at once."""
         self.more = tuple(others)
         return self
 
@@ -49,11 +49,11 @@ class HalfstepError(Exception):
         return {"kind": type(self).__name__, "what": self.what, "where": self.where, "fix": self.fix, "more": more}
 
     @staticmethod
-    def from_dict(tree: dict[str, Any]) -> "HalfstepError":
-        """Rebuild an error that `to_dict` wrote."""
-        kind = {one.__name__: one for one in _kinds(HalfstepError)}[tree["kind"]]
-        more = [HalfstepError.from_dict(one) for one in tree["more"]]
-        return kind(tree["what"], where=tree["where"], fix=tree["fix"]).with_more(more)
+    def from_dict(tree: dict[str, Any], *, reported: bool = False) -> "HalfstepError":
+        """Rebuild an error that `to_dict` wrote; `reported` by the rank that wrote it."""
+        kind = {kind.__name__: kind for kind in _kinds(HalfstepError)}[tree["kind"]]
+        more = [HalfstepError.from_dict(error) for error in tree["more"]]
+        return kind(tree["what"], where=tree["where"], fix=tree["fix"], reported=reported).with_more(more)
 
     def __str__(self) -> str:
         # Whatever a file, a path or another program put into them: three lines, and nothing that a terminal obeys.
@@ -62,7 +62,7 @@ class HalfstepError(Exception):
 
 
 def _kinds(kind: type[HalfstepError]) -> list[type[HalfstepError]]:
-    return [kind, *(below for one in kind.__subclasses__() for below in _kinds(one))]
+    return [kind, *(below for child in kind.__subclasses__() for below in _kinds(child))]
 
 
 def _rebuild(

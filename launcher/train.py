@@ -25,18 +25,18 @@ from halfstep.launcher.system.files import explained
 from halfstep.launcher.watchdog.heartbeat import begin
 
 
-def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
+def decide(arguments: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     """Return the run directory, the request and the plan: read from a run directory, or worked out from the words.
 
     A directory that others own or may write is not read from, nor written to, without consent.
     """
-    consent, words = trust.CONSENT in words, [word for word in words if word != trust.CONSENT]
-    path = run_directory.named(words)
+    consent, arguments = trust.CONSENT in arguments, [argument for argument in arguments if argument != trust.CONSENT]
+    path = run_directory.named(arguments)
     if path is not None:
         trust.require_own(path, consent=consent)
         request, plan = Run(path).require_as_asked()
     else:
-        request = load(words)
+        request = load(arguments)
         world = topology.describe(rank.world_size, rank.local_world_size)
         plan = make_plan(request, world)
         path = run_directory.location(request, plan)
@@ -51,35 +51,39 @@ def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     return path, request, plan
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run one training process and return its exit code."""
-    if "-h" in words or "--help" in words:
+    if "-h" in arguments or "--help" in arguments:
         print(f"{__doc__}\n`halfstep plan --help` lists the run keys.")
         return 0
-    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank")) and word != "--debug"]
-    rank, heart = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
+    arguments = [
+        argument
+        for argument in arguments
+        if not argument.startswith(("--local_rank", "--local-rank")) and argument != "--debug"
+    ]
+    rank, heartbeat = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
     try:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
-        path, request, plan = decide(words, rank)
-        stop, heart = begin(rank.rank, plan.watch.startup)
+        path, request, plan = decide(arguments, rank)
+        stop, heartbeat = begin(rank.rank, plan.watch.startup)
         fault_injection.hit("import", rank=rank.rank)
         if plan.topology.accelerator == "cpu":
             heap.settle()
         from halfstep.launcher.engine import session  # torch and DeepSpeed from here on
 
-        code = session.run(path, request, plan, rank, stop, heart)
+        code = session.run(path, request, plan, rank, stop, heartbeat)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # whatever it is, this rank must end, or the others would wait for it
         if "--debug" in sys.argv:
             raise
-        told = explained(error, f"rank {rank.rank}, at the start")
-        if not told.said_elsewhere and (heart or rank.local_rank == 0):  # ranks of one host plan the same
-            print(told, file=sys.stderr, flush=True)
-        code = told.exit_code
-    if heart:
-        heart.end(code)
+        failure = explained(error, f"rank {rank.rank}, at the start")
+        if not failure.reported and (heartbeat or rank.local_rank == 0):  # ranks of one host plan the same
+            print(failure, file=sys.stderr, flush=True)
+        code = failure.exit_code
+    if heartbeat:
+        heartbeat.end(code)
     return code
 
 

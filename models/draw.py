@@ -95,7 +95,7 @@ def _draw(
         device = "cpu" if real and id(parameter) not in skip else "meta"
         value = torch.full(shape_of(parameter), math.nan, dtype=torch.float32, device=device)
         stand_ins.setdefault(id(parameter), (parameter, nn.Parameter(value, requires_grad=False)))
-    torch.random.default_generator.manual_seed(_seed(f"{seed}:{name}"))
+    torch.random.default_generator.manual_seed(_seed(f"{seed}:{name}"))  # pyright: ignore[reportPrivateImportUsage]
     try:
         for module, key, parameter in places:
             module._parameters[key] = stand_ins[id(parameter)][1]
@@ -140,7 +140,7 @@ def units_of(model: PreTrainedModel) -> Iterator[tuple[str, list[Owned]]]:
     yield from walk("", model, model)
 
 
-def shape_of(parameter: nn.Parameter) -> torch.Size:
+def shape_of(parameter: Tensor) -> torch.Size:
     """Return the shape of a whole parameter: one that stage 3 has partitioned has the shape (0,) itself."""
     return getattr(parameter, "ds_shape", parameter.shape)
 

@@ -99,10 +99,10 @@ def _legal_cases() -> list[dict[str, object]]:
     return legal
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Write the page, or with --check compare it; 1 where it is out of date."""
     file = assets.folder("ds_configs") / "README.md"
-    if words == ["--check"]:
+    if arguments == ["--check"]:
         if file.is_file() and file.read_text("utf-8") == page():
             return 0
         print(f"{file.name} in ds_configs/ is out of date: run `python -m tools.catalogue`", file=sys.stderr)

@@ -26,7 +26,7 @@ def described(annotation: Any, default: Any) -> Entry:
     options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
     options = tuple(option for option in options or (annotation,) if option is not type(None))
     values: list[Any] = []
-    words: list[str] = []
+    spellings: list[str] = []
     for option in options:
         origin = typing.get_origin(option) or option
         if origin is typing.Literal:
@@ -34,17 +34,19 @@ def described(annotation: Any, default: Any) -> Entry:
         elif isinstance(origin, type) and issubclass(origin, enum.Enum):
             values += [member.value for member in origin]
         elif origin in _WORDS:
-            words.append(_WORDS[origin])
+            spellings.append(_WORDS[origin])
             inner = [value for value in typing.get_args(option) if typing.get_origin(value) is typing.Literal]
             entry |= {"items": list(typing.get_args(inner[0]))} if inner else {}
     if values:
         return entry | {"type": "enum", "values": values}
-    return entry | {"type": "|".join(words)} if words else {"type": "object", "default": None}  # no spelling in a file
+    return (
+        entry | {"type": "|".join(spellings)} if spellings else {"type": "object", "default": None}
+    )  # no spelling in a file
 
 
 def _signature(*makers: Callable[..., Any]) -> dict[str, Entry]:
     """Describe the parameters of one optimizer or scheduler, given every class DeepSpeed may build for it."""
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for maker in makers:
         for name, parameter in inspect.signature(maker).parameters.items():
             if (
@@ -55,9 +57,9 @@ def _signature(*makers: Callable[..., Any]) -> dict[str, Entry]:
             annotation = ABSENT if isinstance(parameter.annotation, str) else parameter.annotation
             entry = described(annotation, parameter.default)
             entry |= {"exact": True} if entry["type"] == "int" else {}
-            if name not in found or (found[name]["type"] == "int" and entry["type"] == "float"):
-                found[name] = entry
-    return found
+            if name not in entries or (entries[name]["type"] == "int" and entry["type"] == "float"):
+                entries[name] = entry
+    return entries
 
 
 def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
@@ -75,7 +77,7 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
         for name, maker in vars(torch.optim).items()
         if isinstance(maker, type) and issubclass(maker, torch.optim.Optimizer) and maker is not torch.optim.Optimizer
     }
-    found = {
+    parameters = {
         name.lower(): _signature(maker) for name, maker in of_torch.items() if name.lower() not in DEEPSPEED_OPTIMIZERS
     }
     adam = _signature(torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam) | {
@@ -88,7 +90,7 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
     }
     muon |= {key: adam[key] for key in ("adam_w_mode", "fp32_optimizer_states", TORCH_ADAM_PARAM)}
     muon |= {"ns_method": {"type": "str", "default": None}, "momentum": {"type": "float", "default": None}}
-    found |= {
+    parameters |= {
         "adam": adam,
         "adamw": adam,
         "adagrad": _signature(torch.optim.Adagrad, DeepSpeedCPUAdagrad),
@@ -97,7 +99,7 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
         "muon": muon | {key: {"type": "float", "default": None} for key in ("muon_lr", "adam_lr")},
     }
     exact = sorted(name for name in of_torch if name.lower() not in DEEPSPEED_OPTIMIZERS)
-    return found, {"type": "enum", "values": exact, "any_case": sorted(DEEPSPEED_OPTIMIZERS), "default": None}
+    return parameters, {"type": "enum", "values": exact, "any_case": sorted(DEEPSPEED_OPTIMIZERS), "default": None}
 
 
 def schedulers() -> tuple[dict[str, dict[str, Entry]], Entry]:
@@ -108,18 +110,23 @@ def schedulers() -> tuple[dict[str, dict[str, Entry]], Entry]:
     of_torch = [
         name for name, maker in vars(torch.optim.lr_scheduler).items() if isinstance(maker, type) and "LR" in name
     ]
-    found = {name: _signature(getattr(lr_schedules, name)) for name in lr_schedules.VALID_LR_SCHEDULES}
-    values = sorted({*found, *(name for name in of_torch if not name.startswith(("_", "LRScheduler")))})
-    return {name.lower(): params for name, params in found.items()}, {"type": "enum", "values": values, "default": None}
+    parameters = {name: _signature(getattr(lr_schedules, name)) for name in lr_schedules.VALID_LR_SCHEDULES}
+    values = sorted({*parameters, *(name for name in of_torch if not name.startswith(("_", "LRScheduler")))})
+    return {name.lower(): params for name, params in parameters.items()}, {
+        "type": "enum",
+        "values": values,
+        "default": None,
+    }
 
 
 def dtype_entries() -> dict[str, Entry]:
     """Return the keys that name a dtype in any of the spellings of runtime/config.py:DtypeEnum."""
     from deepspeed.runtime.config import DtypeEnum
 
-    words = [word for member in DtypeEnum for word in member._all_values if isinstance(word, str)]
+    members: Any = DtypeEnum  # which gives every member an attribute of its own
+    spellings = [spelling for member in members for spelling in member._all_values if isinstance(spelling, str)]
     paths = ("torch_autocast.dtype", *(f"data_types.{kind}_dtype" for kind in ("grad_accum", "param", "buffer")))
-    return {path: {"type": "enum", "values": words, "default": None} for path in paths}
+    return {path: {"type": "enum", "values": spellings, "default": None} for path in paths}
 
 
 def expert_parallel() -> dict[str, Entry]:

@@ -144,12 +144,12 @@ def _model(title: str, location: tuple[int | str, ...]) -> type:
     """Find the pydantic class of that name, and from it the class of the field at `location`."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-    found, queue = [], [DeepSpeedConfigModel]
+    matches, queue = [], [DeepSpeedConfigModel]
     while queue:
         queue += (children := queue.pop().__subclasses__())
-        found += [child for child in children if child.__name__ == title]
-    assert len(found) == 1, f"DeepSpeed has {len(found)} models named {title}"
-    model: Any = found[0]
+        matches += [child for child in children if child.__name__ == title]
+    assert len(matches) == 1, f"DeepSpeed has {len(matches)} models named {title}"
+    model: Any = matches[0]
     for name in location:
         model = model.model_fields[name].annotation
     return model
@@ -243,7 +243,7 @@ def table() -> dict[str, Any]:
     }
 
 
-def rendered(found: dict[str, Any]) -> str:
+def rendered(content: dict[str, Any]) -> str:
     """Return the table as sorted JSON, one key a line, so that a change of DeepSpeed reads as a diff."""
 
     def lines(block: dict[str, Any]) -> str:
@@ -252,7 +252,7 @@ def rendered(found: dict[str, Any]) -> str:
 
     blocks = [
         f"{json.dumps(name)}: {lines(block) if isinstance(block, dict) else json.dumps(block)}"
-        for name, block in found.items()
+        for name, block in content.items()
     ]
     return "{" + ",\n".join(blocks) + "}\n"
 

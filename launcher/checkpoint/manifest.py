@@ -63,6 +63,7 @@ class Model(TypedDict):
     name: Text
     config: dict[str, Any]
     parameters: dict[Text, Shape]
+    vocabulary: NotRequired[Count]
     buffers: NotRequired[dict[Text, Buffer]]
 
 

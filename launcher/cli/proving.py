@@ -113,9 +113,9 @@ def _doctor(options: argparse.Namespace, arguments: list[str]) -> int:
         return _measure(options)
     findings = checks.examine(Path.cwd())
     if options.json:
-        say_json([dataclasses.asdict(finding) for finding in findings])
+        say_json([finding.to_dict() for finding in findings])
     else:
         for finding in findings:
-            remedy = [f"      {'':<14} try: {finding.mend}"] if finding.mend else []
-            say(f"{finding.status:>4}  {finding.name:<14} {finding.found}", *remedy)
+            remedy = [f"      {'':<14} try: {finding.fix}"] if finding.fix else []
+            say(f"{finding.status:>4}  {finding.name:<14} {finding.detail}", *remedy)
     return EXIT_REFUSED if any(finding.status == checks.FAIL for finding in findings) else 0

@@ -37,7 +37,9 @@ def measure(target: Path) -> dict[str, Any]:
     ranks = topology.default_ranks_per_node({"DS_ACCELERATOR": "cpu"})
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
-        torch.multiprocessing.spawn(_rank, args=(ranks, folder), nprocs=ranks)
+        torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+            _rank, args=(ranks, folder), nprocs=ranks
+        )
         row = dict(torch.load(result, weights_only=True))
     row |= {"match": [], "matmul": 1.0, "measured_ranks": ranks, "node": ranks, "host": os.uname().nodename}
     row["memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks

@@ -7,13 +7,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
 from halfstep.launcher.config import optimizers
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.construct import unfit
 from halfstep.launcher.plan.plan import Plan
@@ -22,8 +22,8 @@ from halfstep.models import network as model_build
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
-    """Return an engine whose optimizer holds the planned parameters, and what had to be mended in it.
+def build(plan: Plan) -> tuple[Engine, Repairs]:
+    """Return an engine whose optimizer holds the planned parameters, and what had to be repaired in it.
 
     Raises RequestError for a model that cannot be built.
     """
@@ -36,9 +36,8 @@ def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
         if names:
             opcache.load_operators(names)
         # An optimizer built by DeepSpeed from the config, over our parameter groups.
-        engine, _, _, _ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups(model, plan), config=plan.deepspeed
-        )
+        groups: Any = parameter_groups(model, plan)  # DeepSpeed's annotation says Module
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
     _check(engine, plan)
     repairs = repair(engine, plan)
     if plan.compile:
@@ -115,7 +114,7 @@ def parameter_groups(model: torch.nn.Module, plan: Plan) -> list[dict[str, Any]]
     ]
 
 
-def _check(engine: DeepSpeedEngine, plan: Plan) -> None:
+def _check(engine: Engine, plan: Plan) -> None:
     """Compare what DeepSpeed built with what was planned: it accepts what it does not understand (T6)."""
     built = {
         "stage": (engine.zero_optimization_stage(), plan.zero),

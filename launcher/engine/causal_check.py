@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.models.causality import Sight, look
@@ -22,7 +22,7 @@ _WAYS_OUT = {"is_decoder": "true", "is_causal": "true", "causal": "true", "attn_
 """What makes a model causal that need not be, in the families of transformers, as config.json spells it."""
 
 
-def refuse_foresight(engine: DeepSpeedEngine, plan: Plan) -> dict[str, Any]:
+def refuse_foresight(engine: Engine, plan: Plan) -> dict[str, Any]:
     """Run the engine on two short sequences that differ at the end, and return what was measured for an event.
 
     A collective call. Raises RefusedError on every rank for a model whose earlier logits know the difference.
@@ -47,7 +47,7 @@ def refuse_foresight(engine: DeepSpeedEngine, plan: Plan) -> dict[str, Any]:
     return asdict(max(sights, key=lambda seen: seen.earlier))
 
 
-def _forward(engine: DeepSpeedEngine, plan: Plan) -> Any:
+def _forward(engine: Engine, plan: Plan) -> Any:
     """Return a function from token ids to logits, beside what the head makes them of: a fresh one may be all zeros."""
     head, seen = engine.module.get_output_embeddings(), []
     watched = isinstance(head, nn.Module)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from halfstep.launcher import topology
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 
 
@@ -36,7 +36,7 @@ class StepReading:
 class Readings:
     """One adapter over one engine."""
 
-    def __init__(self, engine: DeepSpeedEngine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine, self._plan = engine, plan
         self._own_norm: float | None = None
 
@@ -56,7 +56,7 @@ class Readings:
         """
         if self._plan.zero == 0:
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
             self._own_norm = float(torch.stack(norms).norm()) / gradient_scale
         return self._own_norm
 

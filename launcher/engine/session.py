@@ -13,7 +13,8 @@ import torch.distributed as dist
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import store
 from halfstep.launcher.config.load import Request
-from halfstep.launcher.engine.attempt import Attempt, make
+from halfstep.launcher.engine.attempt import Attempt, prepared
+from halfstep.launcher.engine.loop import train
 from halfstep.launcher.engine.ranks import distributed, preflight, traffic
 from halfstep.launcher.engine.state import restoring
 from halfstep.launcher.errors import Fault, HalfstepError, OutOfDeviceMemory, OutOfHostMemory, Stopped
@@ -25,13 +26,13 @@ from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import clock
 from halfstep.launcher.system.files import explained, write_json
 from halfstep.launcher.topology import Rank
-from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
 from halfstep.launcher.watchdog.stop import Stop
 
 
-def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:
+def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heartbeat: Heartbeat) -> int:
     """Train the plan in its run directory and return the exit code; every rank of the run calls this."""
-    heart.mark("join")
+    heartbeat.mark("join")
     met = _meet(path, plan, rank, stop)
     distributed.join(rank, plan, met.store)
     reduced = traffic.bandwidth(distributed.device(rank, plan))
@@ -49,11 +50,11 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
 
         if not distributed.on_rank_zero(open_directory):
             if rank.rank == 0:
-                print(f"{path} is finished: summary.json has its result. Another out, or another request, starts anew.")
+                print(f"{path} is finished: summary.json has its result. Another out or request starts from scratch.")
             distributed.leave()
             return 0
-        heart.mark("load")
-        choice = restoring.choose(path, plan, rank.rank, heart.touch)
+        heartbeat.mark("load")
+        choice = restoring.choose(path, plan, rank.rank, heartbeat.touch)
 
         def start_attempt() -> str:
             run_directory.write_plan(path, request, plan)
@@ -66,10 +67,12 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
         where = run_directory.RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start_attempt))
         if rank.rank == 0:
             stop.look_for(where.stop_file)
-        heart.set_attempt(where.attempt, rank.world_size)
+        heartbeat.set_attempt(where.attempt, rank.world_size)
         stop.set_grace(plan.checkpoint.grace, lambda: _out_of_grace(where, rank))
         try:
-            make(Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heart=heart))
+            attempt = Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heartbeat=heartbeat)
+            with prepared(attempt) as training:
+                train(training)
         except BaseException as error:
             return _fail(where, rank, error)
         fault_injection.hit("exit", rank=rank.rank, step=plan.steps)
@@ -81,16 +84,12 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
 
 def _meet(path: Path, plan: Plan, rank: Rank, stop: Stop) -> preflight.Met:
     """Hold the roll call; a start that it ends is written down for the job script."""
-    try:
-        run_directory.refuse_another_run(path, plan)
-    except HalfstepError as error:
-        error.said_elsewhere = rank.local_rank != 0  # every rank of a host sees the same directory
-        raise
+    run_directory.refuse_another_run(path, plan, reported=rank.local_rank != 0)
     secret = trust.secret(path) if rank.world_size > 1 else b""
     try:
         met = preflight.RollCall(rank, plan, secret, lambda: stop.asked).answer()
     except HalfstepError as error:
-        if not error.said_elsewhere and not isinstance(error, Fault | Stopped):
+        if not error.reported and not isinstance(error, Fault | Stopped):
             exits.write_refusal(path, error)
         raise
     for stranger in met.seen.get("strangers", []):
@@ -105,14 +104,16 @@ def _began() -> float:
 
 
 def _out_of_grace(where: RunDir, rank: Rank) -> None:
-    newest = next((one.folder.name for one in store.candidates(where.path) if one.manifest), "there is none yet")
-    told = Stopped(
+    newest = next(
+        (candidate.folder.name for candidate in store.candidates(where.path) if candidate.manifest), "there is none yet"
+    )
+    stopped = Stopped(
         "the time to stop in was over before the state was saved",
         where=f"checkpoint.grace; the last good checkpoint: {newest}",
-        fix="start the same command again to go on from there",
+        fix="start the same command again to resume from there",
     )
-    if exits.write_exit(where.attempt, told.exit_code, told.what, rank.rank) is None:
-        print(told, file=sys.stderr, flush=True)
+    if exits.write_exit(where.attempt, stopped.exit_code, stopped.what, rank.rank) is None:
+        print(stopped, file=sys.stderr, flush=True)
 
 
 def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
@@ -120,17 +121,19 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     log = where.rank_log(rank.rank)
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be what failed
         traceback.print_exception(error, file=file)
-    told = _explain(error, log)
+    failure = _explain(error, log)
     # A connection that broke is what a rank's death looks like to the others: whoever knows of it comes first.
     write = exits.write_follow_up if isinstance(error, dist.DistError | RuntimeError) else exits.write_exit
-    kind = exits.Kind.LOST_RANK if isinstance(error, dist.DistError) else exits.kind_of_error(told)
-    cause = write(where.attempt, told.exit_code, told.what, rank.rank, kind)
+    kind = exits.Kind.LOST_RANK if isinstance(error, dist.DistError) else exits.kind_of_error(failure)
+    cause = write(where.attempt, failure.exit_code, failure.what, rank.rank, kind)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     # Where nothing can be written any more, none is first: then the rank says it that is meant to.
-    if cause is None and not (told.said_elsewhere and exits.read_exit(where.attempt) is None):
-        print(told, file=sys.stderr, flush=True)
-    return told.exit_code if cause is None else cause  # of the rank that failed first, and broke this one's connection
+    if cause is None and not (failure.reported and exits.read_exit(where.attempt) is None):
+        print(failure, file=sys.stderr, flush=True)
+    return (
+        failure.exit_code if cause is None else cause
+    )  # of the rank that failed first, and broke this one's connection
 
 
 def _explain(error: BaseException, log: Path) -> HalfstepError:

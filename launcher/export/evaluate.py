@@ -15,7 +15,7 @@ from halfstep.launcher.export import exported
 from halfstep.launcher.export.weights import DTYPES
 from halfstep.launcher.metrics import derive
 from halfstep.models import hf_config
-from halfstep.models.loss import next_token_loss
+from halfstep.models.micro_batch import MicroBatch
 
 _SEQUENCE = 1024
 """Tokens, for a folder that does not say what it was trained with."""
@@ -133,9 +133,9 @@ def _loss(network: Any, batches: Iterator[torch.Tensor]) -> tuple[float, int]:
     try:
         with torch.no_grad():
             for ids in batches:
-                ids = ids.to(network.device)
-                logits = exported.logits(network, ids[:, :-1])
-                total += float(next_token_loss(logits, ids[:, 1:].to(logits.device), reduction="sum"))
+                batch = MicroBatch.of_windows(ids)
+                logits = exported.logits(network, batch.inputs.to(network.device))
+                total += float(batch.to(logits.device).loss(logits, reduction="sum"))
                 tokens += ids[:, 1:].numel()
     except torch.OutOfMemoryError as error:
         raise RefusedError(

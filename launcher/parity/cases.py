@@ -92,8 +92,8 @@ def cases_of(zero: int, precision: str, offload: str) -> list[Case]:
     What is on the device and what is not changes where the same arithmetic is done; both numbers of ranks are tried.
     """
     if offload != "none":
-        conditions = [one for one in _DEFAULT[:2] if one["optimizer"] == "adamw"]
-        return [Case(zero=zero, precision=precision, offload=offload, **one) for one in conditions]
+        conditions = [row for row in _DEFAULT[:2] if row["optimizer"] == "adamw"]
+        return [Case(zero=zero, precision=precision, offload=offload, **row) for row in conditions]
     return [case for case in default_cases() if (case.zero, case.precision) == (zero, precision)]
 
 
@@ -122,9 +122,9 @@ def _cells(conditions: dict[str, Any]) -> list[Case]:
     ]
 
 
-def select(cases: list[Case], words: list[str]) -> list[Case]:
+def select(cases: list[Case], conditions: list[str]) -> list[Case]:
     """Return the cases that every `key=value[|value]` word admits; raises RequestError for a word that admits none."""
-    for word in words:
+    for word in conditions:
         key, _, text = word.partition("=")
         known = list(asdict(cases[0])) if cases else []
         if key not in known:
@@ -151,7 +151,7 @@ def _plain(value: object) -> str:
 def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
     """Return the plan of a case: the same one that `halfstep run` would make of these run keys."""
     micro = _GLOBAL_BATCH // (case.accumulation * case.world_size)
-    words = [
+    arguments = [
         f"model={case.family}-nano",
         "model.width=32",
         f"model.vocabulary={_VOCABULARY}",
@@ -171,7 +171,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         f"offload={case.offload}",
         f"numerics.repairs={str(repairs).lower()}",
     ]
-    request = load(words)
+    request = load(arguments)
     tokens = 10**9
     data = DataFacts(
         path="synthetic",

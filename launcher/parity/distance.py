@@ -44,7 +44,7 @@ class Deviation:
 def deviations(case: Case, series: Series, reference: Series, against: str) -> list[Deviation]:
     """Return the deviation of `series` from `reference` in every measure."""
     loss = _LOSS_TWO_RANKS_FP32 if case.precision == "fp32" and case.world_size > 1 else _LOSS[case.precision]
-    found = [
+    compared = [
         _largest("loss", against, series.loss, reference.loss, loss),
         _largest("grad_norm", against, series.grad_norm, reference.grad_norm, _GRAD_NORM[case.precision]),
         _differences("loss_scale", against, series.loss_scale, reference.loss_scale),
@@ -55,12 +55,12 @@ def deviations(case: Case, series: Series, reference: Series, against: str) -> l
         apart = math.nan
     else:
         apart = float((series.first_update - reference.first_update).norm() / reference.first_update.norm())
-    return [*found, _relative("first_update", against, [apart], _FIRST_UPDATE[case.precision])]
+    return [*compared, _relative("first_update", against, [apart], _FIRST_UPDATE[case.precision])]
 
 
-def worst(found: list[Deviation]) -> Deviation:
+def worst(compared: list[Deviation]) -> Deviation:
     """Return the deviation that is largest in tolerances."""
-    return max(found, key=lambda one: one.severity)
+    return max(compared, key=lambda deviation: deviation.severity)
 
 
 def _largest(
@@ -75,7 +75,7 @@ def _largest(
 
 
 def _relative(measure: str, against: str, apart: list[float], tolerance: float) -> Deviation:
-    values = [one if math.isfinite(one) else _NOT_A_NUMBER for one in apart]
+    values = [value if math.isfinite(value) else _NOT_A_NUMBER for value in apart]
     largest = max(values)
     step = values.index(largest) + 1
     return Deviation(measure=measure, against=against, value=largest, tolerance=tolerance, step=step)

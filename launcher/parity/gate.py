@@ -59,17 +59,19 @@ def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> Outcome:
             where="halfstep verify",
             fix="choose others with --only world_size=1, or use a machine with more devices",
         )
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     before = signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory(prefix="halfstep-verify-") as scratch, _progress(len(runnable), quiet) as done:
         for number, batch in enumerate(batches):
-            found += _run([group for group in batch if group], Path(scratch) / str(number), repairs, len(found), done)
+            results += _run(
+                [group for group in batch if group], Path(scratch) / str(number), repairs, len(results), done
+            )
     signal.signal(signal.SIGTERM, before)
-    assert len(found) == len(runnable), f"{len(found)} results for {len(runnable)} cases"
+    assert len(results) == len(runnable), f"{len(results)} results for {len(runnable)} cases"
     order = {case: place for place, case in enumerate(cases)}
-    found.sort(key=lambda cell: order[case_of(cell)])
+    results.sort(key=lambda cell: order[case_of(cell)])
     not_run = [case for case in cases if case.world_size > ranks]
-    return Outcome(cells=found, not_run=not_run, seconds=time.monotonic() - started, repairs=repairs)
+    return Outcome(cells=results, not_run=not_run, seconds=time.monotonic() - started, repairs=repairs)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -188,39 +190,39 @@ def table(outcome: Outcome) -> list[str]:
     head = f"{'zero':>4}  {'precision':<9}  {'cases':>5}  " + "  ".join(
         f"{name:>{width}}" for name, width in (("loss", 17), ("grad norm", 17), ("first update", 17))
     )
-    told = [f"{head}  Adam steps, scale, skips  verdict"]
+    lines = [f"{head}  Adam steps, scale, skips  verdict"]
     precisions = dict.fromkeys(cell["precision"] for cell in outcome.cells)
     for precision in precisions:
         for zero in sorted({cell["zero"] for cell in outcome.cells if cell["precision"] == precision}):
             cells = [c for c in outcome.cells if (c["zero"], c["precision"]) == (zero, precision)]
-            found = [one for cell in cells for one in cell["deviations"]]
-            graded = "  ".join(_graded(found, name) for name in ("loss", "grad_norm", "first_update"))
-            exact = [one for one in found if not one["tolerance"]]
-            different = list(dict.fromkeys(one["measure"] for one in exact if not one["ok"]))
+            deviations = [deviation for cell in cells for deviation in cell["deviations"]]
+            graded = "  ".join(_graded(deviations, name) for name in ("loss", "grad_norm", "first_update"))
+            exact = [deviation for deviation in deviations if not deviation["tolerance"]]
+            different = list(dict.fromkeys(deviation["measure"] for deviation in exact if not deviation["ok"]))
             same = ", ".join(different).replace("_", " ") + " differ" if different else "equal"
             verdict = "ok" if all(cell["ok"] for cell in cells) else "FAIL"
-            told.append(f"{zero:>4}  {precision:<9}  {len(cells):>5}  {graded}  {same:<24}  {verdict}")
-    told.append(
+            lines.append(f"{zero:>4}  {precision:<9}  {len(cells):>5}  {graded}  {same:<24}  {verdict}")
+    lines.append(
         "largest relative deviation / tolerance over all steps and cases, against a plain PyTorch trainer and stage 1"
     )
     failed = [cell for cell in outcome.cells if not cell["ok"]]
     for cell in failed[:_SHOWN_FAILURES]:
         value = f"{cell['worst']:.2g} (tolerance {cell['tolerance']:g})"
-        told.append(
+        lines.append(
             f"FAIL zero={cell['zero']} precision={cell['precision']}, {case_of(cell)}: "
             f"{cell['measure']} {value} against {cell['against']} at step {cell['step']}"
         )
     if len(failed) > _SHOWN_FAILURES:
-        told.append(f"... and {len(failed) - _SHOWN_FAILURES} more; --json has them all")
+        lines.append(f"... and {len(failed) - _SHOWN_FAILURES} more; --json has them all")
     if outcome.not_run:
-        told.append(f"not run: {len(outcome.not_run)} cases on more ranks than there are devices here")
+        lines.append(f"not run: {len(outcome.not_run)} cases on more ranks than there are devices here")
     repairs = "" if outcome.repairs else ", without repairs: DeepSpeed as it is"
     passed = len(outcome.cells) - len(failed)
-    told.append(f"{passed} of {len(outcome.cells)} cases train the same model in {outcome.seconds:.0f} s{repairs}")
-    return told
+    lines.append(f"{passed} of {len(outcome.cells)} cases train the same model in {outcome.seconds:.0f} s{repairs}")
+    return lines
 
 
-def _graded(found: list[dict[str, Any]], measure: str) -> str:
-    ones = [one for one in found if one["measure"] == measure]
-    worst = max(ones, key=lambda one: one["value"] / one["tolerance"])
+def _graded(deviations: list[dict[str, Any]], measure: str) -> str:
+    graded = [deviation for deviation in deviations if deviation["measure"] == measure]
+    worst = max(graded, key=lambda deviation: deviation["value"] / deviation["tolerance"])
     return f"{worst['value']:>8.1e} / {worst['tolerance']:<6.0e}"

@@ -33,8 +33,8 @@ def main(job_file: Path) -> None:
     from halfstep.launcher.parity import trial
 
     world = topology.describe(rank.world_size, rank.local_world_size)
-    reported = [Case(**one) for one in job["cases"]]
-    needed = dict.fromkeys(case for one in reported for case in (one.at_stage_1(), one))
+    reported = [Case(**fields) for fields in job["cases"]]
+    needed = dict.fromkeys(run for case in reported for run in (case.at_stage_1(), case))
     met = file_store(Path(job["out"]).with_suffix(".store"), rank)
     distributed.join(rank, plan_of(reported[0], world, repairs=job["repairs"]), met)
     distributed.quiet_deepspeed(Path(job["log"]))
@@ -61,22 +61,22 @@ def main(job_file: Path) -> None:
 def _row(case: Case, series: "Series", oracle: "Series", stage_1: "Series") -> dict[str, Any]:
     from halfstep.launcher.parity import distance
 
-    found = distance.deviations(case, series, oracle, "oracle")
+    compared = distance.deviations(case, series, oracle, "oracle")
     if case != case.at_stage_1():
-        found += distance.deviations(case, series, stage_1, "stage 1")
-    worst = distance.worst(found)
+        compared += distance.deviations(case, series, stage_1, "stage 1")
+    worst = distance.worst(compared)
     return {
         **dataclasses.asdict(case),
         "worst": worst.value,
         "tolerance": worst.tolerance,
-        "ok": all(one.ok for one in found),
+        "ok": all(deviation.ok for deviation in compared),
         "measure": worst.measure,
         "against": worst.against,
         "step": worst.step,
         "repairs": list(series.repairs),
         "final_loss": series.loss[-1],
         "oracle_final_loss": oracle.loss[-1],
-        "deviations": [{**dataclasses.asdict(one), "ok": one.ok} for one in found],
+        "deviations": [{**dataclasses.asdict(deviation), "ok": deviation.ok} for deviation in compared],
     }
 
 

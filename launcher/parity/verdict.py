@@ -41,9 +41,9 @@ def _code_digest() -> str:
     total = hashlib.sha256()
     for name in _CODE:
         folder = assets.home() / name
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".py", ".json", ".toml"):
-                total.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        for source in sorted(folder.rglob("*")):
+            if source.suffix in (".py", ".json", ".toml"):
+                total.update(source.relative_to(folder).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     return total.hexdigest()[:16]
 
 
@@ -57,8 +57,8 @@ def store(here: topology.Topology, cells: list[dict[str, Any]]) -> Path:
     path = file(here)
     caches.make(path.parent)
     with FileLock(path.with_suffix(".lock")):  # tasks of an array may each find out something
-        known = {_key(one): one for one in read(here)}
-        known |= {_key(one): one for one in cells}
+        known = {_key(cell): cell for cell in read(here)}
+        known |= {_key(cell): cell for cell in cells}
         write_json(path, {"conditions": conditions(here), "time": time.time(), "cells": list(known.values())})
     return path
 
@@ -67,19 +67,19 @@ def read(here: topology.Topology) -> list[dict[str, Any]]:
     """Return the stored results for this machine, these versions and this code; none where there are none."""
     try:
         cells = foreign.read_object(file(here))["cells"]
-        return [one for one in cells if isinstance(one["ok"], bool) and _key(one)]
+        return [cell for cell in cells if isinstance(cell["ok"], bool) and _key(cell)]
     except (OSError, ValueError, LookupError, TypeError):
         return []
 
 
 def proved(
-    here: topology.Topology, cases: Sequence[Mapping[str, Any]], found: Iterable[Mapping[str, Any]] = ()
+    here: topology.Topology, cases: Sequence[Mapping[str, Any]], fresh: Iterable[Mapping[str, Any]] = ()
 ) -> bool | None:
     """Tell whether these cases were found to train the same model: True, False, or None where one was not run.
 
-    `found` are results that count beside the stored ones.
+    `fresh` are results that count beside the stored ones.
     """
-    known = {_key(one): one["ok"] for one in [*read(here), *found]}
+    known = {_key(cell): cell["ok"] for cell in [*read(here), *fresh]}
     results = [known.get(_key(case)) for case in cases]
     if False in results:
         return False

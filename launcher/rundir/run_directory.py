@@ -11,6 +11,7 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,19 @@ def write_plan(path: Path, request: Request, plan: Plan) -> None:
         write_json(path / "plan.json", plan.to_dict())
 
 
-def refuse_another_run(path: Path, plan: Plan) -> None:
+def refuse_another_run(path: Path, plan: Plan, *, reported: bool = False) -> None:
     """Raise RequestError where a directory belongs to a different run, or is something else.
 
     The identity in its plan decides, and where that is damaged the one in the plan of its last attempt: what was cut
-    short or spoiled otherwise is written again.
+    short or spoiled otherwise is written again. `reported`: by another rank, which sees the same directory.
     """
     if not path.exists():
         return
+    refuse = partial(RequestError, reported=reported)
     there = _planned(path) if path.is_dir() else None
     if there is None:
         if not path.is_dir() or not all(_is_ours(item.name) for item in path.iterdir()):
-            raise RequestError(
+            raise refuse(
                 f"{path} exists and is not a run directory",
                 where=f"out={path}",
                 fix="choose an out that does not exist yet",
@@ -120,7 +122,7 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
     old = there["identity"]
     tokens = {there.get("data", {}).get("tokens_digest"), plan.data.tokens_digest} - {None}
     if old.get("data") == plan.identity.get("data") and len(tokens) == 2:
-        raise RequestError(
+        raise refuse(
             f"the tokens in {plan.data.path} are not those that the run in {path} was planned for",
             where=f"data={plan.data.path} and out={path}",
             fix="bring the corpus back as it was, or choose another out",
@@ -129,7 +131,7 @@ def refuse_another_run(path: Path, plan: Plan) -> None:
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if changed:
         changes = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
-        raise RequestError(
+        raise refuse(
             f"{path} belongs to a different run: {changes}"
             + (f", and {len(changed) - 4} more" if len(changed) > 4 else ""),
             where=f"out={path}",

@@ -1,4 +1,4 @@
-"""A rank's side of being watched: it marks its progress, and its warden, another process, acts when that ends."""
+"""A rank's side of being watched: it marks its progress, and its watchdog, another process, acts when that ends."""
 
 import contextlib
 import faulthandler
@@ -19,19 +19,19 @@ from halfstep.launcher.watchdog.stop import Stop
 
 EARLY_GRACE_SECONDS = 3.0
 """How long a rank that is asked to stop may take before its attempt has begun: there is nothing to save."""
-_WARDENS = 4
+_WATCHDOGS = 4
 """One, and three more where somebody kills it."""
 
 
-class Heart:
-    """What a rank tells its warden, and what it does on the warden's word."""
+class Heartbeat:
+    """What a rank tells its watchdog, and what it does on the watchdog's word."""
 
     def __init__(self, rank: int, stop: Stop) -> None:
         self._rank, self._stop = rank, stop
         self._pulse = Pulse(bytearray(SIZE))
         self._memory: int | None = None
         self._socket: socket.socket | None = None
-        self._warden: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._started = 0
         self._launchers: list[processes.Process] = []
         self._log: object = None
@@ -40,10 +40,10 @@ class Heart:
         stop.on_leave.append(self.end)
 
     def start(self) -> None:
-        """Start the warden; without Linux there is none, and a rank runs unwatched."""
+        """Start the watchdog; without Linux there is none, and a rank runs unwatched."""
         if not hasattr(os, "memfd_create") or not sys.executable:
             return
-        self._memory = os.memfd_create("halfstep-heart")
+        self._memory = os.memfd_create("halfstep-heartbeat")
         os.ftruncate(self._memory, SIZE)
         page = mmap.mmap(self._memory, SIZE)
         page[:] = self._pulse.memory[:]  # what was set before now
@@ -52,7 +52,7 @@ class Heart:
         os.register_at_fork(after_in_child=self._forget)
         self._launchers = processes.launchers_above(os.getpid(), over_ssh="HALFSTEP_REMOTE" in os.environ)
         first = processes.starter()
-        if first is not None and first.pid not in [one.pid for one in self._launchers]:
+        if first is not None and first.pid not in [launcher.pid for launcher in self._launchers]:
             self._launchers.append(first)  # a shell between the two hides it
         self._dump_stacks_to(sys.stderr)
         self.mark("start")
@@ -77,7 +77,7 @@ class Heart:
         self._pulse.mark(phase, step)
 
     def touch(self) -> None:
-        """Note progress that other ranks may not make: it keeps the warden quiet, and is not counted."""
+        """Note progress that other ranks may not make: it keeps the watchdog quiet, and is not counted."""
         self._pulse.touch()
 
     def end(self, code: int) -> None:
@@ -104,20 +104,20 @@ class Heart:
             "rank": self._rank,
             "pid": os.getpid(),
             "start": own.start if own else 0,
-            # Opened here: the rank may be gone before its warden is awake.
+            # Opened here: the rank may be gone before its watchdog is awake.
             "pidfd": pidfd,
             "memory": self._memory,
             "socket": theirs.fileno(),
-            "ears": self._stop.ears,
-            "launchers": [[one.pid, one.start, one.name] for one in self._launchers],
+            "signals": self._stop.signals,
+            "launchers": [[launcher.pid, launcher.start, launcher.name] for launcher in self._launchers],
         }
         command = [sys.executable, "-S", "-P", str(Path(__file__).with_name("watcher.py")), json.dumps(given)]
-        files = [one for one in (self._memory, theirs.fileno(), self._stop.ears, pidfd) if one is not None]
-        # Blocked signals stay blocked in a new process: until the warden ignores them itself, none can end it.
+        files = [file for file in (self._memory, theirs.fileno(), self._stop.signals, pidfd) if file is not None]
+        # Blocked signals stay blocked in a new process: until the watchdog ignores them itself, none can end it.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             # A session of its own: Ctrl-C, a signal to the launch's group, and a stop of it all pass it by.
-            self._warden = subprocess.Popen(
+            self._watchdog = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -138,7 +138,7 @@ class Heart:
                 os.close(pidfd)
 
     def _obey(self) -> None:
-        """Do what the warden says; where it has gone, start another."""
+        """Do what the watchdog says; where it has gone, start another."""
         assert self._socket is not None
         try:
             said = self._socket.recv(4096)
@@ -153,9 +153,9 @@ class Heart:
             return
         self._stop.unwatch(self._socket.fileno())
         self._socket.close()
-        if self._warden is not None:
-            self._warden.wait()
-        if self._started < _WARDENS:
+        if self._watchdog is not None:
+            self._watchdog.wait()
+        if self._started < _WATCHDOGS:
             self._spawn()
 
     def _forget(self) -> None:
@@ -168,7 +168,7 @@ def _say_stopped() -> None:
     )
 
 
-def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
+def begin(rank: int, timeout: float) -> tuple[Stop, Heartbeat]:
     """Hear signals and be watched from here on, which is before torch is imported: that takes seconds."""
     if "HALFSTEP_REMOTE" in os.environ and processes.is_orphan(os.getpid()):
         raise Fault(
@@ -185,8 +185,8 @@ def begin(rank: int, timeout: float) -> tuple[Stop, Heart]:
     stop = Stop()
     stop.install()
     stop.set_grace(EARLY_GRACE_SECONDS, _say_stopped)
-    heart = Heart(rank, stop)
-    heart.set_timeout(timeout)
-    heart.start()
-    heart.mark("import")
-    return stop, heart
+    heartbeat = Heartbeat(rank, stop)
+    heartbeat.set_timeout(timeout)
+    heartbeat.start()
+    heartbeat.mark("import")
+    return stop, heartbeat

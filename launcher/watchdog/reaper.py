@@ -1,7 +1,7 @@
 """A small process tied to `halfstep run`: when that dies, it ends what the launch has on this host.
 
 Ranks that were started over ssh cannot see `halfstep run`. With pdsh, mpirun and ssh gone, their own sessions end, and
-their wardens see that. Started with the number of the process to watch and the mark of the launch.
+their watchdogs see that. Started with the number of the process to watch and the mark of the launch.
 """
 
 import os
@@ -22,8 +22,8 @@ _SECONDS = 10.0
 
 def main(parent: int, mark: str) -> None:
     """Wait for the parent's end, and kill what bears the launch's mark."""
-    for one in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(one, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     fd = processes.pidfd(parent)
     while os.getppid() == parent:
         if fd is not None:

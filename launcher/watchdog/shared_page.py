@@ -1,4 +1,4 @@
-"""One page of memory that a rank and its warden share: how far the rank is, and what the warden has to know of it."""
+"""One page of memory that a rank and its watchdog share: how far the rank is, and what the watchdog needs to know."""
 
 import json
 import mmap
@@ -16,7 +16,7 @@ ALONE = ("start", "import", "build", "compile", "data", "save")
 """Phases in which a rank waits for nobody: of ranks that are equally far, one that stands here holds up the others."""
 SIZE = 64 * 1024
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a warden ignores: a batch system sends these to everybody, and a warden must not go before its rank."""
+"""What a watchdog ignores: a batch system sends these to everybody, and a watchdog must not go before its rank."""
 
 _NUMBER = {name: number for number, name in enumerate(PHASES)}
 _BEAT = struct.Struct("@4q")
@@ -40,7 +40,7 @@ class Beat:
 
 
 class Pulse:
-    """The shared page; the rank writes, the warden reads."""
+    """The shared page; the rank writes, the watchdog reads."""
 
     def __init__(self, memory: mmap.mmap | bytearray) -> None:
         self.memory = memory
@@ -77,7 +77,7 @@ class Pulse:
         return self.get(name) / 1e9
 
     def put_about(self, about: dict[str, Any]) -> None:
-        """Write what a warden needs to know of the run, and then a new version number."""
+        """Write what a watchdog needs to know of the run, and then a new version number."""
         text = json.dumps(about).encode()
         assert len(text) < SIZE - _ABOUT, "the run directory's name is too long"
         self.memory[_ABOUT : _ABOUT + len(text) + 1] = text + b"\0"

@@ -1,4 +1,4 @@
-"""Who stopped moving: every rank's warden writes down where its rank stands, and one rule names the culprit."""
+"""Who stopped moving: every rank's watchdog writes down where its rank stands, and one rule names the culprit."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from halfstep.launcher.system import files, foreign
 from halfstep.launcher.watchdog.shared_page import ALONE, Beat
 
 MARKER = "stalling"
-"""In the attempt's folder while a rank is suspected: every warden then reports."""
+"""In the attempt's folder while a rank is suspected: every watchdog then reports."""
 _STATES = {
     "T": "is stopped by a signal",
     "t": "is held by a debugger",
@@ -75,35 +75,35 @@ def withdraw(attempt: Path, rank: int) -> None:
 
 def read(attempt: Path) -> list[Report]:
     """Return the reports that can be read, by rank."""
-    found = []
+    reports = []
     for file in attempt.glob("stall-rank-*.json"):
         with contextlib.suppress(OSError, ValueError):
             said = foreign.read_object(file)
             if all(isinstance(said.get(name), kind) for name, kind in _KINDS.items()):
-                found.append(Report(**{name: said[name] for name in _KINDS}))
-    return sorted(found, key=lambda one: one.rank)
+                reports.append(Report(**{name: said[name] for name in _KINDS}))
+    return sorted(reports, key=lambda stall: stall.rank)
 
 
 def culprits(reports: Sequence[Report]) -> list[Report]:
     """Return who holds up the others: the one stopped rank, else who lags, else who waits for nobody, else all."""
-    stopped = [one for one in reports if one.process_state in ("T", "t")]
+    stopped = [stall for stall in reports if stall.process_state in ("T", "t")]
     if len(stopped) == 1:
         return stopped
-    least = min((one.count for one in reports), default=0)
-    lagging = [one for one in reports if one.count == least]
-    return [one for one in lagging if one.phase in ALONE] or lagging
+    least = min((stall.count for stall in reports), default=0)
+    lagging = [stall for stall in reports if stall.count == least]
+    return [stall for stall in lagging if stall.phase in ALONE] or lagging
 
 
 def cause(named: Sequence[Report]) -> str:
     """Return one sentence on the ranks that stopped moving."""
     first = named[0]
-    who = f"rank {first.rank}" if len(named) == 1 else f"ranks {', '.join(str(one.rank) for one in named)}"
+    who = f"rank {first.rank}" if len(named) == 1 else f"ranks {', '.join(str(stall.rank) for stall in named)}"
     step = f" of step {first.step}" if first.step else ""
     doing = f"; process {first.pid} {_STATES[first.process_state]}" if first.process_state in _STATES else ""
     return f"{who} stopped moving in phase {first.phase}{step} (for {first.seconds:.0f} s{doing})"
 
 
-def told(named: Sequence[Report], where: str) -> Stalled:
+def stalled(named: Sequence[Report], where: str) -> Stalled:
     """Return what to say about it."""
     again = "start the same command again"
     fixes = {

@@ -57,27 +57,27 @@ class Stop:
         return self.asked_at + self._grace if self.asked_at is not None and self._grace else None
 
     @property
-    def ears(self) -> int:
-        """Return the file that signals arrive at once installed, for a warden to look into when nobody reads it."""
-        return self._ears.fileno()
+    def signals(self) -> int:
+        """The file that signals arrive at once installed, for the watchdog to look into when nobody reads it."""
+        return self._signals.fileno()
 
     def install(self) -> None:
         """Hear signals from now on; call it in the main thread, and again after a library may have changed handlers."""
-        for one in _SIGNALS:
-            signal.signal(one, self._handle)
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
         if self._thread is None:
             self._selector = selectors.DefaultSelector()
-            self._ears, self._mouth = socket.socketpair()
-            self._ears.setblocking(False)
-            self._mouth.setblocking(False)
-            self._selector.register(self._ears, selectors.EVENT_READ, self._hear)
+            self._signals, self._wakeup = socket.socketpair()
+            self._signals.setblocking(False)
+            self._wakeup.setblocking(False)
+            self._selector.register(self._signals, selectors.EVENT_READ, self._hear)
             # A forked child (a data worker) shares our pipe: its signals would arrive here as ours.
             os.register_at_fork(after_in_child=self._forget)
             self._thread = threading.Thread(target=self._control, name="halfstep-control", daemon=True)
             self._thread.start()
         # Python runs handlers in the main thread only, and that may be inside a collective: the number also goes to a
         # pipe, from the signal's own handler in C.
-        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
 
     def ask(self, why: str) -> None:
         """Ask this rank to stop at its next good moment; the first reason stays."""
@@ -132,7 +132,7 @@ class Stop:
     def _wake(self) -> None:
         if self._thread is not None:
             with contextlib.suppress(OSError):
-                self._mouth.send(b"\0")
+                self._wakeup.send(b"\0")
 
     def _control(self) -> None:
         while True:
@@ -153,7 +153,7 @@ class Stop:
 
     def _hear(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            for number in self._ears.recv(4096):
+            for number in self._signals.recv(4096):
                 if number in _SIGNALS:
                     # Only SIGINT counts: after Ctrl-C, DeepSpeed's launch.py sends its ranks a SIGTERM of its own.
                     self.interrupts += number == signal.SIGINT
@@ -167,5 +167,5 @@ class Stop:
         with contextlib.suppress(ValueError):
             if self._thread is not None and signal.getsignal(signal.SIGTERM) == self._handle:
                 signal.set_wakeup_fd(-1)
-                for one in _SIGNALS:
-                    signal.signal(one, signal.SIG_DFL if one == signal.SIGTERM else signal.SIG_IGN)
+                for number in _SIGNALS:
+                    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)

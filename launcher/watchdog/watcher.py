@@ -1,4 +1,4 @@
-"""A rank's warden: a small process that sees the rank, its launcher or another rank fail, and ends what is left.
+"""A rank's watchdog: a small process that sees the rank, its launcher or another rank fail, and ends what is left.
 
 Started by `watchdog.heartbeat` with one JSON argument. Nothing here may wait for the rank, nor long for a file system.
 """
@@ -42,7 +42,7 @@ GAP = 5.0
 
 
 @dataclass(kw_only=True)
-class Sentence:
+class KillOrder:
     """That the rank has to end: with which code, why, and when."""
 
     code: int
@@ -53,15 +53,15 @@ class Sentence:
     ordered: bool = False
 
 
-class Warden:
-    """One rank's warden."""
+class Watchdog:
+    """Watches one rank."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.rank, self.pid = given["rank"], given["pid"]
         self.pulse = Pulse(mmap.mmap(given["memory"], SIZE))
         self.socket = socket.socket(fileno=given["socket"])
         self.socket.setblocking(False)
-        self.ears = socket.socket(fileno=given["ears"])
+        self.signals = socket.socket(fileno=given["signals"])
         rank = processes.Process(pid=self.pid, start=given["start"], name=f"rank {self.rank}")
         self.child = processes.Watched(rank, given["pidfd"])
         self.launchers = [
@@ -69,15 +69,15 @@ class Warden:
             for pid, start, name in given["launchers"]
         ]
         self.poller = select.poll()
-        for one in (self.child, *self.launchers):
-            if one.fd is not None:
-                self.poller.register(one.fd, select.POLLIN)
+        for process in (self.child, *self.launchers):
+            if process.fd is not None:
+                self.poller.register(process.fd, select.POLLIN)
         self.attempt: Path | None = None
         self.log, self.world_size, self.version = "stderr", 1, 0
-        self.sentence: Sentence | None = None
-        self.launcher_died_at = self.unheard_since = self.looked_at = self.told_at = self.alarm_at = 0.0
+        self.kill_order: KillOrder | None = None
+        self.launcher_died_at = self.unheard_since = self.looked_at = self.written_at = self.alarm_at = 0.0
         self.made_marker = self.ended = self.reported = False
-        self.told: tuple[str, int] | None = None
+        self.written: tuple[str, int] | None = None
         self.awake_since = time.monotonic()
         self.memory_kills = processes.out_of_memory_kills()
 
@@ -111,24 +111,24 @@ class Warden:
             self.attempt, self.log, self.world_size = Path(about["attempt"]), about["log"], about["world_size"]
 
     def _look_at_launchers(self, now: float) -> None:
-        for one in [one for one in self.launchers if one.gone()]:
-            self.launchers.remove(one)
-            if one.fd is not None:
-                self.poller.unregister(one.fd)
+        for launcher in [launcher for launcher in self.launchers if launcher.gone()]:
+            self.launchers.remove(launcher)
+            if launcher.fd is not None:
+                self.poller.unregister(launcher.fd)
             if not self.launcher_died_at:
                 self.launcher_died_at = now
-                cause = f"the launcher died: {one.process.name}, process {one.process.pid}"
+                cause = f"the launcher died: {launcher.process.name}, process {launcher.process.pid}"
                 self._send(stop=cause)
-                self._condemn(1, cause, now + LAUNCHER_LIMIT, now + LAUNCHER_KILL)
+                self._order_kill(1, cause, now + LAUNCHER_LIMIT, now + LAUNCHER_KILL)
 
     def _look_at_stop(self, now: float) -> None:
         """See to it that a stop's limit holds even where the rank's own control thread cannot run."""
         deadline = self.pulse.get_seconds("deadline")
         if deadline and now > deadline + 3:
             cause = f"rank {self.rank} was asked to stop and did not within the time it had"
-            self._condemn(EXIT_STOPPED, cause, now, now + 1.5)
+            self._order_kill(EXIT_STOPPED, cause, now, now + 1.5)
         try:
-            unheard = self.ears.recv(4096, socket.MSG_PEEK | socket.MSG_DONTWAIT).count(signal.SIGINT)
+            unheard = self.signals.recv(4096, socket.MSG_PEEK | socket.MSG_DONTWAIT).count(signal.SIGINT)
         except OSError:
             unheard = 0
         if not unheard or unheard + self.pulse.get("interrupts") < 2:
@@ -136,24 +136,24 @@ class Warden:
         elif not self.unheard_since:
             self.unheard_since = now
         elif now - self.unheard_since > 1:  # something in C holds Python's lock
-            self._condemn(Interrupted.exit_code, "interrupted", now, now)
+            self._order_kill(Interrupted.exit_code, "interrupted", now, now)
         if self.pulse.get("ended") and not self.ended:
             self.ended = True
-            self._condemn(self.pulse.get("code"), None, now + LINGER, now + LINGER + 2)
+            self._order_kill(self.pulse.get("code"), None, now + LINGER, now + LINGER + 2)
 
     def _look_at_others(self, now: float) -> None:
         """End this rank some time after the attempt has ended, and leave it the chance to do so by itself."""
-        found = None if self.attempt is None else _beside(exits.read_exit, self.attempt)
-        if found is None or self.reported:
+        ending = None if self.attempt is None else _beside(exits.read_exit, self.attempt)
+        if ending is None or self.reported:
             return
-        self.reported, code = True, found.code
+        self.reported, code = True, ending.code
         if code == EXIT_STALLED:
             self._dump_stacks()
-            self._condemn(code, None, now, now + 1.5)
+            self._order_kill(code, None, now, now + 1.5)
         elif code == 0:
-            self._condemn(code, None, now + 2 * LINGER, now + 2 * LINGER + 2)
+            self._order_kill(code, None, now + 2 * LINGER, now + 2 * LINGER + 2)
         else:
-            self._condemn(code, None, now + OTHERS_LIMIT, now + OTHERS_KILL)
+            self._order_kill(code, None, now + OTHERS_LIMIT, now + OTHERS_KILL)
 
     def _look_for_stall(self, now: float) -> None:
         if self.reported or self.ended:
@@ -164,9 +164,9 @@ class Warden:
         if stalled and self._suspended():
             self.awake_since, stalled = now, False
         if self.attempt is None:
-            # Who waits for the others to join gives their wardens time to speak first.
+            # Who waits for the others to join gives their watchdogs time to speak first.
             if stalled and quiet > timeout + (3 if beat.phase == "join" else 0):
-                self._convict([self._report(quiet)], now)
+                self._mark_failed([self._report(quiet)], now)
             return
         marker = self.attempt / stalls.MARKER
         suspected = _beside(marker.exists, otherwise=False)
@@ -184,8 +184,8 @@ class Warden:
                 return
             named = stalls.culprits(reports)
             # Whom the others wait for may be slow, and moving.
-            if all(one.seconds >= timeout - 2 * FILES_EVERY for one in named):
-                self._convict(named, now)
+            if all(stall.seconds >= timeout - 2 * FILES_EVERY for stall in named):
+                self._mark_failed(named, now)
 
     def _call_off(self) -> None:
         """Take back what was written on a suspicion: the rank moves, or has ended."""
@@ -195,21 +195,21 @@ class Warden:
             _beside(stalls.withdraw, self.attempt, self.rank)
         self.made_marker, self.alarm_at = False, 0.0
 
-    def _convict(self, named: list[stalls.Report], now: float) -> None:
+    def _mark_failed(self, named: list[stalls.Report], now: float) -> None:
         where = self.log if self.attempt is None else str(self.attempt / f"rank-{named[0].rank}.log")
         first = None
         if self.attempt is not None:
-            # Before the stacks are asked for: that wakes a stopped rank, and the run would go on for a moment.
+            # Before the stacks are asked for: that wakes a stopped rank, and the run would continue for a moment.
             first = _beside(exits.write_exit, self.attempt, EXIT_STALLED, stalls.cause(named), named[0].rank)
             if first == 0:
                 return
             if self.made_marker:
                 _beside((self.attempt / stalls.MARKER).unlink)
         if first is None and (self.attempt is not None or not self.pulse.get("signalled")):
-            exits.say(stalls.told(named, f"{where} (the stacks of its threads)"))
+            exits.say(stalls.stalled(named, f"{where} (the stacks of its threads)"))
         self._dump_stacks()
         self.reported = True
-        self._condemn(EXIT_STALLED if first is None else first, None, now, time.monotonic() + 1.5)
+        self._order_kill(EXIT_STALLED if first is None else first, None, now, time.monotonic() + 1.5)
 
     def _report(self, quiet: float) -> stalls.Report:
         own = processes.stat(self.pid)
@@ -228,31 +228,31 @@ class Warden:
             if self.child.fd is not None:
                 select.select([self.child.fd], [], [], 0.5)
 
-    def _condemn(self, code: int, cause: str | None, order_at: float, kill_at: float) -> None:
+    def _order_kill(self, code: int, cause: str | None, order_at: float, kill_at: float) -> None:
         """Let the rank end at a time, unless that has been settled for an earlier one."""
-        if self.sentence is None or kill_at < self.sentence.kill_at:
-            self.sentence = Sentence(code=code, cause=cause, order_at=order_at, kill_at=kill_at)
+        if self.kill_order is None or kill_at < self.kill_order.kill_at:
+            self.kill_order = KillOrder(code=code, cause=cause, order_at=order_at, kill_at=kill_at)
 
     def _carry_out(self, now: float) -> None:
-        sentence = self.sentence
-        if sentence is None or now < sentence.order_at:
+        order = self.kill_order
+        if order is None or now < order.order_at:
             return
-        if not sentence.ordered:
+        if not order.ordered:
             signalled, deadline = self.pulse.get_seconds("signalled"), self.pulse.get_seconds("deadline")
             if self.launcher_died_at and 0 < signalled < self.launcher_died_at + 2 and deadline > now:
                 # A batch system has told everybody to stop: the launcher went at once, the rank has its grace.
-                self.sentence = None
+                self.kill_order = None
                 return
-            if self.launcher_died_at and 0 < signalled < self.launcher_died_at + 2 and sentence.code == 1:
-                sentence.code, sentence.cause = EXIT_STOPPED, "asked to stop; the launcher left before all was saved"
-            sentence.ordered = True
-            if sentence.cause is not None and self.attempt is not None:
-                before = _beside(exits.write_exit, self.attempt, sentence.code, sentence.cause, self.rank)
-                sentence.code = sentence.code if before is None else before
-                if before is None and sentence.code != Interrupted.exit_code:
-                    exits.say(Fault(sentence.cause, where=self.log, fix="start the same command again"))
-            self._send(exit=sentence.code)
-        if now >= sentence.kill_at:
+            if self.launcher_died_at and 0 < signalled < self.launcher_died_at + 2 and order.code == 1:
+                order.code, order.cause = EXIT_STOPPED, "asked to stop; the launcher left before all was saved"
+            order.ordered = True
+            if order.cause is not None and self.attempt is not None:
+                before = _beside(exits.write_exit, self.attempt, order.code, order.cause, self.rank)
+                order.code = order.code if before is None else before
+                if before is None and order.code != Interrupted.exit_code:
+                    exits.say(Fault(order.cause, where=self.log, fix="start the same command again"))
+            self._send(exit=order.code)
+        if now >= order.kill_at:
             self._signal(signal.SIGKILL)
 
     def _tell_death(self) -> None:
@@ -269,11 +269,11 @@ class Warden:
         beat = self.pulse.beat()
         if (
             self.attempt is None
-            or self.told == (beat.phase, beat.step)
-            or (now - self.told_at < HEARTBEAT_EVERY and not at_end)
+            or self.written == (beat.phase, beat.step)
+            or (now - self.written_at < HEARTBEAT_EVERY and not at_end)
         ):
             return
-        self.told, self.told_at = (beat.phase, beat.step), now
+        self.written, self.written_at = (beat.phase, beat.step), now
         self.memory_kills = processes.out_of_memory_kills() if not at_end else self.memory_kills
         text = {"rank": self.rank, "host": os.uname().nodename, "pid": self.pid, "phase": beat.phase,
                 "step": beat.step, "time": time.time()}  # fmt: skip
@@ -293,15 +293,15 @@ class Warden:
 
 def main(argument: str) -> None:
     """Watch the rank that started this process."""
-    for one in IGNORED:
-        signal.signal(one, signal.SIG_IGN)
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
-    Warden(json.loads(argument)).watch()
+    Watchdog(json.loads(argument)).watch()
     os._exit(0)  # a thread may still wait for a file system
 
 
 def _beside(call: Callable[..., Any], *arguments: Any, otherwise: Any = None) -> Any:
-    """Call something that touches files in a thread, and go on without it when the file system hangs or refuses."""
+    """Call something that touches files in a thread, and continue without it when the file system hangs or refuses."""
     result = [otherwise]
 
     def run() -> None:

@@ -108,7 +108,7 @@ def test_what_does_not_belong_is_refused_in_one_sentence(
     newest = run / "checkpoints/step-00000030"
     must = launch(tmp_path / "empty", *CELL, "checkpoint.resume=must")
     assert must.wait() == [2, 2]
-    assert "error: there is no checkpoint to go on from" in must.output
+    assert "error: there is no checkpoint to resume from" in must.output
 
     _rewrite(newest, lambda tree: tree["identity"].update({"seed": 7}))
     other = launch(run, *CELL)

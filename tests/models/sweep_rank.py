@@ -27,6 +27,7 @@ from halfstep.launcher.checkpoint.manifest import read
 from halfstep.launcher.config.load import Request, load
 from halfstep.launcher.engine import attempt as attempt_page
 from halfstep.launcher.engine.attempt import Attempt
+from halfstep.launcher.engine.loop import train
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.ranks.places import file_store
 from halfstep.launcher.engine.state import restoring
@@ -85,9 +86,10 @@ class Sweep:
 
         where = RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start))
         stub = SimpleNamespace(mark=lambda *_: None, touch=lambda: None, set_timeout=lambda _: None, asked=None)
-        given: dict[str, Any] = {"choice": choice, "stop": stub, "heart": stub}
+        given: dict[str, Any] = {"choice": choice, "stop": stub, "heartbeat": stub}
         try:
-            attempt_page.make(Attempt(where=where, plan=plan, rank=self.rank, **given))
+            with attempt_page.prepared(Attempt(where=where, plan=plan, rank=self.rank, **given)) as training:
+                train(training)
         finally:
             while self.engines:
                 self.engines.pop().destroy()

@@ -473,6 +473,6 @@ def _stalls(attempt: Path) -> Reader:
 
     def name(_: Case) -> Any:
         seen = stalls.read(attempt)
-        return [item.rank for item in stalls.culprits(seen)], str(stalls.told(stalls.culprits(seen), "here"))
+        return [item.rank for item in stalls.culprits(seen)], str(stalls.stalled(stalls.culprits(seen), "here"))
 
     return Reader(name="stall reports", read=name, cases=cases, count=300)

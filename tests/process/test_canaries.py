@@ -23,8 +23,8 @@ SCALING_DEEPSPEED = """
 import sys
 from tools.canaries import __main__ as command, bench
 made = bench.engine
-def engine(zero, *words, **keys):
-    one = made(zero, *words, **keys)
+def engine(zero, *arguments, **keys):
+    one = made(zero, *arguments, **keys)
     if zero == 0 and one.fp16_enabled():
         backward = one.backward
         one.backward = lambda loss: backward(loss * one.optimizer.loss_scale)

@@ -59,8 +59,8 @@ def rank_main() -> None:
                 series = trial.on_deepspeed(plan, 0)
             finally:
                 setattr(place, attribute, old)
-            found = distance.deviations(case, series, reference, "oracle")
-            wrong = {one.measure: one.value for one in found if not one.ok}
+            deviations = distance.deviations(case, series, reference, "oracle")
+            wrong = {deviation.measure: deviation.value for deviation in deviations if not deviation.ok}
             rows.append([name, case.precision, wrappers[-1], list(series.repairs), wrong])
     print("\n" + json.dumps(rows))
     distributed.leave()

@@ -28,9 +28,9 @@ def held() -> Iterator[contextlib.ExitStack]:
 @pytest.fixture(params=["this host", "network"])
 def server(request: pytest.FixtureRequest, held: Held) -> Server:
     place = f"\0halfstep-test-{os.urandom(8).hex()}" if request.param == "this host" else ("127.0.0.1", 0)
-    one = Server(place, SECRET)
-    held.callback(one.close)
-    return one
+    server = Server(place, SECRET)
+    held.callback(server.close)
+    return server
 
 
 def address(server: Server) -> meeting.Address:

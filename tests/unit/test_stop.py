@@ -11,7 +11,7 @@ from halfstep.launcher.errors import HalfstepError
 from halfstep.launcher.rundir.exits import Kind, read_exit, write_exit, write_follow_up
 from halfstep.launcher.system import processes
 from halfstep.launcher.watchdog import stalls
-from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
 from halfstep.launcher.watchdog.shared_page import Beat
 from halfstep.launcher.watchdog.stalls import death
 from halfstep.launcher.watchdog.stop import Stop
@@ -27,8 +27,8 @@ stop.install()
 """
 
 
-def run(text: str, *words: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-c", BEGIN + text, *words], capture_output=True, text=True, timeout=30)
+def run(text: str, *arguments: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-c", BEGIN + text, *arguments], capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -114,16 +114,16 @@ print(stop.asked)
 
 def test_marking_progress_costs_less_than_five_microseconds() -> None:
     text = """
-from halfstep.launcher.watchdog.heartbeat import Heart
-heart = Heart(0, stop)
-heart.start()
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
+heartbeat = Heartbeat(0, stop)
+heartbeat.start()
 best = 1e9
 for _ in range(20):
     began = time.perf_counter()
     for step in range(1000):
-        heart.mark("forward", step)
+        heartbeat.mark("forward", step)
     best = min(best, time.perf_counter() - began)
-heart.end(0)
+heartbeat.end(0)
 print(best * 1000)
 """
     code, said = run(text)
@@ -131,15 +131,15 @@ print(best * 1000)
     assert float(said) < 5, "microseconds"
 
 
-def test_what_is_set_before_the_warden_starts_is_kept() -> None:
+def test_what_is_set_before_the_watchdog_starts_is_kept() -> None:
     stop = Stop()
-    heart = Heart(3, stop)
-    heart.set_timeout(12.5)
+    heartbeat = Heartbeat(3, stop)
+    heartbeat.set_timeout(12.5)
     stop.ask("x")
     stop.set_grace(5, lambda: None)
-    assert heart._pulse.get_seconds("timeout") == 12.5
-    assert heart._pulse.get_seconds("deadline") > 0
-    assert heart._pulse.get("signalled") == 0, "asked from within"
+    assert heartbeat._pulse.get_seconds("timeout") == 12.5
+    assert heartbeat._pulse.get_seconds("deadline") > 0
+    assert heartbeat._pulse.get("signalled") == 0, "asked from within"
 
 
 def test_the_first_to_write_how_an_attempt_ended_wins(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def report(rank: int, count: int, phase: str, state: str = "S") -> stalls.Report
 
 def test_who_stalls_the_run_is_the_stopped_one_then_who_lags_then_who_waits_for_nobody() -> None:
     def named(*reports: stalls.Report) -> list[int]:
-        return [one.rank for one in stalls.culprits(reports)]
+        return [stall.rank for stall in stalls.culprits(reports)]
 
     assert named(report(0, 7, "backward"), report(1, 9, "forward", "T")) == [1]
     assert named(report(0, 7, "backward", "T"), report(1, 6, "forward", "T")) == [1]
@@ -185,17 +185,17 @@ def test_who_stalls_the_run_is_the_stopped_one_then_who_lags_then_who_waits_for_
     assert named(report(0, 9, "step"), report(1, 9, "data")) == [1]
     both = stalls.culprits([report(0, 9, "backward"), report(1, 9, "backward")])
     assert stalls.cause(both) == "ranks 0, 1 stopped moving in phase backward of step 3 (for 12 s)"
-    told = stalls.told([report(1, 9, "save", "D")], "rank-1.log")
-    assert told.what.endswith("(for 12 s; process 101 waits for a disk or another device)")
-    assert isinstance(told, HalfstepError)
-    assert told.exit_code == 77
+    stalled = stalls.stalled([report(1, 9, "save", "D")], "rank-1.log")
+    assert stalled.what.endswith("(for 12 s; process 101 waits for a disk or another device)")
+    assert isinstance(stalled, HalfstepError)
+    assert stalled.exit_code == 77
 
 
 def test_a_report_that_is_damaged_is_passed_over(tmp_path: Path) -> None:
     stalls.write(tmp_path, report(0, 9, "step"))
     (tmp_path / "stall-rank-1.json").write_text("{")
     (tmp_path / "stall-rank-2.json").write_text(json.dumps({"rank": 2}))
-    assert [one.rank for one in stalls.read(tmp_path)] == [0]
+    assert [stall.rank for stall in stalls.read(tmp_path)] == [0]
     stalls.withdraw(tmp_path, 0)
     assert stalls.read(tmp_path) == []
 

@@ -23,16 +23,16 @@ from tools.canaries import CANARIES
 from tools.canaries.bench import Canary, Seen
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Look at the canaries that are named, or at all of them, and return the exit code."""
-    arguments = _parser().parse_args(words)
+    options = _parser().parse_args(arguments)
     known = {canary.name: canary for canary in CANARIES}
-    if unknown := next((name for name in arguments.names if name not in known), None):
+    if unknown := next((name for name in options.names if name not in known), None):
         close = nearest(unknown, known)
         _parser().error(f"no canary {unknown!r}; " + (f"did you mean {close[0]}?" if close else "--list names them"))
-    chosen = [known[name] for name in arguments.names] or list(CANARIES)
+    chosen = [known[name] for name in options.names] or list(CANARIES)
     width = max(len(canary.name) for canary in chosen)
-    if arguments.list:
+    if options.list:
         print("\n".join(f"{canary.name:<{width}}  {canary.sentence}" for canary in chosen))
         return 0
     rows = []
@@ -42,14 +42,14 @@ def main(words: list[str]) -> int:
                 good, seen = look(canary)
                 row = {"name": canary.name, "ok": good, "seen": seen}
                 rows.append({**row, "sentence": canary.sentence, "changed": canary.changed})
-                if not arguments.json:
+                if not options.json:
                     print(f"{canary.name:<{width}}  {'as documented' if good else 'CHANGED'}: {seen}", flush=True)
                     if not good:
                         print(f"  documented: {canary.sentence} ({canary.reference})\n  to do: {canary.changed}")
     except HalfstepError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    if arguments.json:
+    if options.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     return 0 if all(row["ok"] for row in rows) else 1
 

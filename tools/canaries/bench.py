@@ -64,7 +64,8 @@ def engine(
     from deepspeed.runtime import torch_autocast
 
     # Whether this CPU has fp16 instructions is no behaviour of DeepSpeed; what it computes is left as it is.
-    cpu_fp16.prepare(precision, get_accelerator().device_name(), compiled=True)
+    accelerator: Any = get_accelerator()
+    cpu_fp16.prepare(precision, accelerator.device_name(), compiled=True)
     if first:
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     whole: dict[str, Any] = {
@@ -81,7 +82,8 @@ def engine(
         whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
     whole = {key: value for key, value in whole.items() if value is not None}
     model = model or one_weight()
-    made, _, _, _ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=whole)
+    parameters: Any = list(model.parameters())  # DeepSpeed's annotation says Module
+    made, _, _, _ = deepspeed.initialize(model=model, model_parameters=parameters, config=whole)
     return made
 
 
@@ -108,10 +110,10 @@ def step(of: Engine, gradient: float = 1.0, *, by_hand: float = 1.0) -> float:
     return before - weight(of)
 
 
-def near(found: Iterable[float], wanted: Iterable[float]) -> bool:
+def near(measured: Iterable[float], wanted: Iterable[float]) -> bool:
     """Tell whether all numbers are as wanted, to one part in a hundred."""
-    pairs = zip(found, wanted, strict=True)
-    return all(math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-9) for one, other in pairs)
+    pairs = zip(measured, wanted, strict=True)
+    return all(math.isclose(value, other, rel_tol=1e-2, abs_tol=1e-9) for value, other in pairs)
 
 
 def said(numbers: Iterable[float | None]) -> str:

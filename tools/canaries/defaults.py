@@ -16,7 +16,9 @@ def clipping_by_default() -> Seen:
 
 def unknown_key_accepted() -> Seen:
     """Misspell a key at the top, a section, and a key inside a section."""
-    top = [raised(lambda key=key: engine(0, **{key: {}})) for key in ("gradient_cliping", "BF16", "zero_optimisation")]
+    nothing: Any = {}
+    misspelt = ("gradient_cliping", "BF16", "zero_optimisation")
+    top = [raised(lambda key=key: engine(0, **{key: nothing})) for key in misspelt]
     nested = raised(lambda: engine(0, zero_optimization={"stagee": 2}))
     seen = f"accepted {top.count('')} of 3 at the top; inside zero_optimization: {nested or 'accepted'}"
     return not any(top) and nested.startswith("ValidationError"), seen
@@ -24,10 +26,11 @@ def unknown_key_accepted() -> Seen:
 
 def auto_is_off() -> Seen:
     """Write "auto" where a precision, the stage or the clipping belongs."""
-    fp16, bf16 = (engine(0, half, **{half: {"enabled": "auto"}}) for half in HALF)
+    enabled: Any = {"enabled": "auto"}
+    fp16, bf16 = (engine(0, half, **{half: enabled}) for half in HALF)
     stage = engine(0, zero_optimization={"stage": "auto"}).zero_optimization_stage()
     clipping = engine(0, gradient_clipping="auto").gradient_clipping()
-    kinds = [str(one.module.weight.dtype).removeprefix("torch.") for one in (fp16, bf16)]
+    kinds = [str(built.module.weight.dtype).removeprefix("torch.") for built in (fp16, bf16)]
     seen = f"weights are {kinds[0]} (fp16) and {kinds[1]} (bf16), the stage is {stage}, the clipping is {clipping!r}"
     return (kinds, stage, clipping) == (["float32"] * 2, 0, "auto"), seen
 
@@ -37,8 +40,9 @@ def batch_derived() -> Seen:
 
     def triple(**keys: int | None) -> tuple[int, int]:
         names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        one = engine(0, **{name: keys.get(name) for name in names})
-        return one.train_micro_batch_size_per_gpu(), one.gradient_accumulation_steps()
+        batch: dict[str, Any] = {name: keys.get(name) for name in names}
+        built = engine(0, **batch)
+        return built.train_micro_batch_size_per_gpu(), built.gradient_accumulation_steps()
 
     two, alone = triple(train_batch_size=16, train_micro_batch_size_per_gpu=4), triple(train_batch_size=16)
     keys = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
@@ -60,7 +64,7 @@ def adam_is_adamw() -> Seen:
 def defaults_move() -> Seen:
     """Read two keys that nobody set, at every stage and in every precision."""
     overlap = [engine(zero)._config.zero_config.overlap_comm for zero in STAGES]
-    kinds = [str(engine(1, one).communication_data_type).removeprefix("torch.") for one in ("fp32", *HALF)]
+    kinds = [str(engine(1, precision).communication_data_type).removeprefix("torch.") for precision in ("fp32", *HALF)]
     seen = f"overlap_comm at stages 0 to 3: {', '.join(map(str, overlap))}; gradients travel as {', '.join(kinds)} in "
     return (overlap, kinds) == ([False] * 3 + [True], ["float32", "float16", "bfloat16"]), seen + "fp32, fp16, bf16"
 
@@ -85,8 +89,8 @@ def untested_refused() -> Seen:
 def warmup_starts_twice() -> Seen:
     """Train five steps with WarmupLR from 0 to 0.01 in 10 steps, and the optimizer's own rate at 1."""
     params = {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 10, "warmup_type": "linear"}
-    one = engine(0, scheduler={"type": "WarmupLR", "params": params})
-    rates = [step(one) for _ in range(5)]
+    built = engine(0, scheduler={"type": "WarmupLR", "params": params})
+    rates = [step(built) for _ in range(5)]
     return near(rates, [0, 0, 0.001, 0.002, 0.003]), f"the first five updates have the rates {said(rates)}"
 
 
@@ -94,29 +98,29 @@ def initialisation_lost() -> Seen:
     """Build a GPT-2 under zero.Init with and without a live HfDeepSpeedConfig."""
     import deepspeed
     from transformers import AutoModelForCausalLM, GPT2Config
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     names = ("transformer.wte.weight", "transformer.h.0.mlp.c_proj.weight")
-    sizes = {"n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 512, "n_positions": 32}
+    sizes: dict[str, Any] = {"n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 512, "n_positions": 32}
     shape = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
     def deviations(model: nn.Module) -> list[float]:
-        found = []
+        deviations = []
         for parameter in (model.get_parameter(name) for name in names):
             with deepspeed.zero.GatheredParameters([parameter]):
-                found.append(float(parameter.float().std()))
-        return found
+                deviations.append(float(parameter.float().std()))
+        return deviations
 
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=config):
         alone = deviations(AutoModelForCausalLM.from_config(shape))
-    told = HfDeepSpeedConfig(config)  # transformers holds it weakly: it counts while this name lives
+    held = HfDeepSpeedConfig(config)  # transformers holds it weakly: it counts while this name lives
     live = deviations(AutoModelForCausalLM.from_config(shape))
-    del told
+    del held
     seen = f"standard deviations of the embedding and of mlp.c_proj: {said(alone)}; with HfDeepSpeedConfig {said(live)}"
     return all(
-        abs(one / wanted - 1) < 0.1 for one, wanted in zip([*alone, *live], [1, 0.02, 0.02, 0.0141], strict=True)
+        abs(value / wanted - 1) < 0.1 for value, wanted in zip([*alone, *live], [1, 0.02, 0.02, 0.0141], strict=True)
     ), seen
 
 
@@ -238,7 +242,7 @@ CANARIES = (
         reference="runtime/engine.py; since v0.19.2 (#8066)",
         look=buffers_stay_fp32,
         changed=(
-            "rotary embeddings may be rounded now: compare the cells again with `halfstep verify`, and mend "
+            "rotary embeddings may be rounded now: compare the cells again with `halfstep verify`, and fix "
             "models/network.py"
         ),
     ),

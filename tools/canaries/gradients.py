@@ -23,105 +23,107 @@ from tools.canaries.bench import (
 
 # 256 and four times 0.25: bf16 has steps of 2 above 256, so that each addition is lost there.
 _LARGE_THEN_SMALL = [256 * 5.0, *[0.25 * 5] * 4]
-_FP32_SUM = {"data_types": {"grad_accum_dtype": "fp32"}}
+_FP32_SUM: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def nan_poisons() -> Seen:
     """Take one step on a NaN gradient and one on a gradient of 1, in fp32 without ZeRO."""
-    one = engine(0)
-    step(one, math.nan)
-    applied = one.was_step_applied()
-    step(one)
+    built = engine(0)
+    step(built, math.nan)
+    applied = built.was_step_applied()
+    step(built)
     return applied and math.isnan(
-        weight(one)
-    ), f"the step was applied: {applied}; the weight is {weight(one):g} after it"
+        weight(built)
+    ), f"the step was applied: {applied}; the weight is {weight(built):g} after it"
 
 
 def step_dropped() -> Seen:
     """Put a step of one's own in the optimizer's place in fp32 without ZeRO, as a run does, and leave a NaN out."""
-    one = engine(0, optimizer=adamw(0.01, decay=0.1))
-    step(one)
-    before, own = weight(one), one.optimizer.step
-    one.optimizer.step = lambda *words, **keys: None
-    step(one, math.nan)
-    after, counter = weight(one), float(one.optimizer.state[one.module.weight]["step"])
-    one.optimizer.step = own
-    moved = step(one)
+    built = engine(0, optimizer=adamw(0.01, decay=0.1))
+    step(built)
+    before, own = weight(built), built.optimizer.step
+    built.optimizer.step = lambda *values, **keys: None
+    step(built, math.nan)
+    after, counter = weight(built), float(built.optimizer.state[built.module.weight]["step"])
+    built.optimizer.step = own
+    moved = step(built)
     seen = f"left out, the weight moves by {after - before:g}, Adam's counter is {counter:g}, DeepSpeed counts "
-    seen += f"{one.global_steps - 1} steps; the next step moves the weight by {moved:.2g}"
-    return (after, counter, one.global_steps) == (before, 1, 3) and math.isfinite(moved) and moved > 0, seen
+    seen += f"{built.global_steps - 1} steps; the next step moves the weight by {moved:.2g}"
+    return (after, counter, built.global_steps) == (before, 1, 3) and math.isfinite(moved) and moved > 0, seen
 
 
 def nan_skipped_silently() -> Seen:
     """Take ten steps on a NaN gradient, then one on a gradient of 1, where DeepSpeed skips without loss scaling."""
-    found = []
+    results = []
     cells: list[tuple[int, str, dict[str, Any]]] = [(zero, "fp32", {}) for zero in SHARDED]
     cells += [(zero, "bf16", {}) for zero in STAGES]
     cells.append((1, "bf16", _FP32_SUM))  # BF16_Optimizer, another class
     for zero, precision, config in cells:
-        one = engine(zero, precision, **config)
-        still = sum(step(one, math.nan) == 0 for _ in range(10))
-        found.append((still, one.skipped_steps, step(one)))
-    skipped = said(count for _, count, _ in found)
+        built = engine(zero, precision, **config)
+        still = sum(step(built, math.nan) == 0 for _ in range(10))
+        results.append((still, built.skipped_steps, step(built)))
+    skipped = said(count for _, count, _ in results)
     seen = f"skipped {skipped} of 10 in fp32 at 1 to 3, in bf16 at 0 to 3, in bf16 at 1 with fp32 sums; nothing raised"
-    return found == [(10, 10, 1)] * len(cells), seen
+    return results == [(10, 10, 1)] * len(cells), seen
 
 
 def unchecked_bf16() -> Seen:
     """Take a step on a NaN gradient with `bf16.check_grad_overflow` off."""
     engines = [engine(zero, "bf16", bf16={"check_grad_overflow": False}) for zero in STAGES]
-    for one in engines:
-        step(one, math.nan)
-    poisoned = [zero for zero, one in zip(STAGES, engines, strict=True) if math.isnan(weight(one))]
+    for built in engines:
+        step(built, math.nan)
+    poisoned = [zero for zero, built in zip(STAGES, engines, strict=True) if math.isnan(weight(built))]
     return poisoned == [1, 2], f"NaN weights at stages {said(poisoned) or 'none'} of 0, 1, 2, 3"
 
 
 def hooks_fire() -> Seen:
     """Read the gradient in a hook on the weight, accumulating over two micro-steps."""
-    found: dict[int, list[float]] = {}
+    gradients: dict[int, list[float]] = {}
     for zero in STAGES:
-        one = engine(zero, "fp16", gradient_accumulation_steps=2)
-        seen_here = found.setdefault(zero, [])
-        one.module.weight.register_hook(lambda gradient, into=seen_here: into.append(float(gradient)))
+        built = engine(zero, "fp16", gradient_accumulation_steps=2)
+        seen_here = gradients.setdefault(zero, [])
+        built.module.weight.register_hook(lambda gradient, into=seen_here: into.append(float(gradient)))
         for _ in range(2):
-            step(one)
-    seen = f"half a gradient of 1 at scale 1024, twice: {said(found[0])} at stage 0, {said(found[3])} at stage 3"
-    return found == {0: [0.5, 0.5]} | {zero: [SCALE / 2, SCALE / 2] for zero in SHARDED}, seen
+            step(built)
+    seen = (
+        f"half a gradient of 1 at scale 1024, twice: {said(gradients[0])} at stage 0, {said(gradients[3])} at stage 3"
+    )
+    return gradients == {0: [0.5, 0.5]} | {zero: [SCALE / 2, SCALE / 2] for zero in SHARDED}, seen
 
 
-def _micro_steps(one: Engine, gradients: list[float]) -> Engine:
+def _micro_steps(built: Engine, gradients: list[float]) -> Engine:
     for gradient in gradients:
-        step(one, gradient)
-    return one
+        step(built, gradient)
+    return built
 
 
 def boundary_only() -> Seen:
     """Call `engine.step` at the end of each window of four micro-steps only, three times."""
-    found = []
+    results = []
     for zero in STAGES:
-        one = engine(zero, gradient_accumulation_steps=4)
+        built = engine(zero, gradient_accumulation_steps=4)
         for micro_step in range(1, 13):
-            one.backward(loss(one))
+            built.backward(loss(built))
             if micro_step % 4 == 0:
-                one.step()
-        found.append((weight(one), one.global_steps))
-    weights, steps = zip(*found, strict=True)
+                built.step()
+        results.append((weight(built), built.global_steps))
+    weights, steps = zip(*results, strict=True)
     seen = (
         f"after 3 windows of 4 the weight has moved by {said(weights)} at stages 0 to 3, global_steps is {said(steps)}"
     )
-    return found == [(0, 0)] * 4, seen
+    return results == [(0, 0)] * 4, seen
 
 
 def loss_divided() -> Seen:
     """Read what `engine.backward` returns for a loss of 1 with accumulation 4."""
-    one = engine(1, model=one_weight(1.0), gradient_accumulation_steps=4)
-    returned = float(one.backward(loss(one)))
+    built = engine(1, model=one_weight(1.0), gradient_accumulation_steps=4)
+    returned = float(built.backward(loss(built)))
     return returned == 0.25, f"a loss of 1 comes back as {returned:g}"
 
 
 def _bf16_norms(**config: Any) -> list[float]:
     engines = [engine(zero, "bf16", gradient_accumulation_steps=5, **config) for zero in SHARDED]
-    return [float(_micro_steps(one, _LARGE_THEN_SMALL).get_global_grad_norm()) for one in engines]
+    return [float(_micro_steps(built, _LARGE_THEN_SMALL).get_global_grad_norm()) for built in engines]
 
 
 def half_accumulation() -> Seen:
@@ -194,7 +196,7 @@ CANARIES = (
         reference="launcher/engine/numerics/forensics.py",
         look=hooks_fire,
         changed=(
-            "mend GradientWatch in launcher/engine/numerics/forensics.py, which finds the first non-finite gradient by "
+            "fix GradientWatch in launcher/engine/numerics/forensics.py, which finds the first non-finite gradient by "
             "such hooks"
         ),
     ),

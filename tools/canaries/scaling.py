@@ -1,6 +1,7 @@
 """Loss scales: three rules for one thing, the step on which they grow, and torch_autocast's own."""
 
 import math
+from typing import Any
 
 from tools.canaries.bench import SCALE, SHARDED, STAGES, Canary, Seen, engine, loss, near, raised, said, step, weight
 
@@ -9,22 +10,22 @@ _AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}, "gradient_
 
 def _after_overflows(zero: int, overflows: int, **fp16: float) -> tuple[list[float], str, int]:
     """Return the loss scale after each overflow from 2^8, what was raised, and DeepSpeed's count of skipped steps."""
-    one = engine(zero, "fp16", fp16={"initial_scale_power": 8, **fp16})
+    built = engine(zero, "fp16", fp16={"initial_scale_power": 8, **fp16})
     scales: list[float] = []
 
     def overflow() -> None:
         for _ in range(overflows):
-            step(one, math.inf)
-            scales.append(float(one.optimizer.loss_scale))
+            step(built, math.inf)
+            scales.append(float(built.optimizer.loss_scale))
 
-    return scales, raised(overflow), one.skipped_steps
+    return scales, raised(overflow), built.skipped_steps
 
 
 def hysteresis_ignored() -> Seen:
     """Overflow three times from a scale of 256 with a hysteresis of 3."""
-    found = [_after_overflows(zero, 3, hysteresis=3)[0] for zero in STAGES]
-    seen = f"after three overflows from 256: {said(found[0])} at stage 0; {said(found[1])} at stage 1"
-    return found == [[128, 64, 32]] + [[256, 256, 128]] * 3, seen
+    scales = [_after_overflows(zero, 3, hysteresis=3)[0] for zero in STAGES]
+    seen = f"after three overflows from 256: {said(scales[0])} at stage 0; {said(scales[1])} at stage 1"
+    return scales == [[128, 64, 32]] + [[256, 256, 128]] * 3, seen
 
 
 def stays_at_minimum() -> Seen:
@@ -36,17 +37,20 @@ def stays_at_minimum() -> Seen:
 
 def raises_at_minimum() -> Seen:
     """Overflow at stages 1 to 3 with a smallest scale of 64."""
-    found = [_after_overflows(zero, 20, hysteresis=1, min_loss_scale=64) for zero in SHARDED]
-    good = all(scales == [128, 64] and "Current loss scale already at minimum" in error for scales, error, _ in found)
-    return good, f"overflows survived at stages 1 to 3: {said(len(scales) for scales, _, _ in found)}; {found[0][1]}"
+    results = [_after_overflows(zero, 20, hysteresis=1, min_loss_scale=64) for zero in SHARDED]
+    good = all(scales == [128, 64] and "Current loss scale already at minimum" in error for scales, error, _ in results)
+    return (
+        good,
+        f"overflows survived at stages 1 to 3: {said(len(scales) for scales, _, _ in results)}; {results[0][1]}",
+    )
 
 
 def _growth(zero: int) -> tuple[list[float], list[float]]:
     """Return how far three steps go and their norms, while the scale doubles from the second one on."""
-    one, moved, norms = engine(zero, "fp16", fp16={"initial_scale_power": 8, "loss_scale_window": 1}), [], []
+    built, moved, norms = engine(zero, "fp16", fp16={"initial_scale_power": 8, "loss_scale_window": 1}), [], []
     for _ in range(3):
-        moved.append(step(one, by_hand=float(one.optimizer.loss_scale) if zero == 0 else 1.0))
-        norms.append(float(one.get_global_grad_norm()))
+        moved.append(step(built, by_hand=float(built.optimizer.loss_scale) if zero == 0 else 1.0))
+        norms.append(float(built.get_global_grad_norm()))
     return moved, norms
 
 
@@ -54,7 +58,7 @@ def growth_step_halved() -> Seen:
     """Take steps of 1 while the scale doubles from the second step on."""
     moved = [_growth(zero)[0] for zero in STAGES]
     seen = f"steps of 1 as the scale grows: {said(moved[0])} (stage 0, loss scaled by hand); stages 1 to 3: "
-    return moved == [[1, 0.5, 0.5]] * 4, seen + "; ".join(said(one) for one in moved[1:])
+    return moved == [[1, 0.5, 0.5]] * 4, seen + "; ".join(said(scales) for scales in moved[1:])
 
 
 def growth_norm_halved() -> Seen:
@@ -70,17 +74,17 @@ def scale_taken_over() -> Seen:
 
     moved, scales = [], []
     for zero in STAGES:
-        one = engine(zero, "fp16", fp16={"loss_scale_window": 1})
-        holder = one.optimizer.loss_scale_config if zero == 0 else LossScaler(SCALE)
+        built = engine(zero, "fp16", fp16={"loss_scale_window": 1})
+        holder: Any = built.optimizer.loss_scale_config if zero == 0 else LossScaler(int(SCALE))
         if zero == 0:
             holder.dynamic_loss_scale = False
         else:
-            one.optimizer.loss_scaler = holder
+            built.optimizer.loss_scaler = holder
         for scale in (256.0, 512.0, 64.0, 64.0):
             holder.cur_scale = scale
             gradient = math.inf if len(moved) % 4 == 3 else 1.0
-            moved.append(step(one, gradient, by_hand=scale if zero == 0 else 1.0))
-        scales.append(float(one.optimizer.loss_scale))
+            moved.append(step(built, gradient, by_hand=scale if zero == 0 else 1.0))
+        scales.append(float(built.optimizer.loss_scale))
     seen = f"steps of 1 at scales 256, 512, 64, then an overflow: {said(moved[:4])} at stage 0, {said(moved[4:8])} at "
     return moved == [1, 1, 1, 0] * 4 and scales == [64] * 4, seen + f"stage 1; the scale stays {said(scales)}"
 
@@ -89,10 +93,10 @@ def direct_backward_unscaled() -> Seen:
     """Call `loss.backward()` with a fixed scale, and with a dynamic one for comparison."""
 
     def direct(zero: int, **fp16: float) -> float:
-        one = engine(zero, "fp16", fp16=fp16)
-        loss(one).backward()
-        one.step()
-        return -weight(one)
+        built = engine(zero, "fp16", fp16=fp16)
+        loss(built).backward()
+        built.step()
+        return -weight(built)
 
     moved = [direct(zero, loss_scale=SCALE) for zero in SHARDED]
     errors = [
@@ -108,7 +112,7 @@ def direct_backward_unscaled() -> Seen:
 def autocast_clips_scaled() -> Seen:
     """Take a step on a gradient of 0.5, which clipping at 1 should leave alone."""
     engines = [engine(zero, **_AUTOCAST) for zero in STAGES]
-    moved = [step(one, 0.5) for one in engines]
+    moved = [step(built, 0.5) for built in engines]
     norm = float(engines[1].get_global_grad_norm())
     seen = f"a step of 0.5 moves the weight by {said(moved)} at stages 0 to 3; stage 1 reports the norm {norm:g}"
     return near([*moved, norm], [0.5, *[0.5 / 32768] * 3, 32768]), seen
@@ -118,8 +122,8 @@ def autocast_stuck() -> Seen:
     """Take twenty steps on a gradient of 1, which overflows at the scale 65536 that GradScaler starts from."""
     applied = []
     for zero in STAGES:
-        one = engine(zero, **_AUTOCAST)
-        applied.append(sum(step(one) != 0 for _ in range(20)))
+        built = engine(zero, **_AUTOCAST)
+        applied.append(sum(step(built) != 0 for _ in range(20)))
     return applied == [19, 0, 0, 0], f"of 20 steps, those that moved the weight at stages 0 to 3: {said(applied)}"
 
 
@@ -191,7 +195,7 @@ CANARIES = (
         reference="launcher/engine/numerics/guard.py",
         look=scale_taken_over,
         changed=(
-            "mend Guard._take_over and Guard._write_scale in launcher/engine/numerics/guard.py: the loss scale is no "
+            "fix Guard._take_over and Guard._write_scale in launcher/engine/numerics/guard.py: the loss scale is no "
             "longer Halfstep's"
         ),
     ),

@@ -49,11 +49,11 @@ def _counters(of: Engine) -> list[float]:
 
 def false_step() -> Seen:
     """Read Adam's step counters right after `deepspeed.initialize`."""
-    found = {(zero, half): _counters(engine(zero, half, optimizer=adamw(0.01))) for half in HALF for zero in STAGES}
-    good = all(counters == ([1.0] if zero == 0 else []) for (zero, _), counters in found.items())
+    counted = {(zero, half): _counters(engine(zero, half, optimizer=adamw(0.01))) for half in HALF for zero in STAGES}
+    good = all(counters == ([1.0] if zero == 0 else []) for (zero, _), counters in counted.items())
     return good, "Adam's counter before the first step, " + "; ".join(
-        f"{half}: {said(found[0, half]) or 'none'} at stage 0, "
-        f"{said(number for zero in SHARDED for number in found[zero, half]) or 'none'} at 1 to 3"
+        f"{half}: {said(counted[0, half]) or 'none'} at stage 0, "
+        f"{said(number for zero in SHARDED for number in counted[zero, half]) or 'none'} at 1 to 3"
         for half in HALF
     )
 
@@ -61,30 +61,32 @@ def false_step() -> Seen:
 def spurious_decay() -> Seen:
     """Read a master weight of 1 before training, at learning rate 0.01 and weight decay 0.1."""
     engines = [engine(0, half, one_weight(1.0), optimizer=adamw(0.01, decay=0.1)) for half in HALF]
-    masters = [float(one.optimizer.fp32_groups[0][0]) for one in engines]
+    masters = [float(built.optimizer.fp32_groups[0][0]) for built in engines]
     seen = f"a master of 1 is {masters[0]:.4f} in fp16 and {masters[1]:.4f} in bf16 before training"
-    return all(math.isclose(one, 0.999, abs_tol=1e-4) for one in masters), seen
+    return all(math.isclose(master, 0.999, abs_tol=1e-4) for master in masters), seen
 
 
-def _first_updates(mend: Callable[[Engine], None] | None = None) -> dict[tuple[int, str], float]:
+def _first_updates(undo: Callable[[Engine], None] | None = None) -> dict[tuple[int, str], float]:
     """Return Adam's first update as a part of the learning rate, at stages 0 and 1, with the loss scaled by hand."""
-    rate, found = 2.0**-6, {}
+    rate, updates = 2.0**-6, {}
     for half in HALF:
         for zero in (0, 1):
-            one = engine(zero, half, optimizer=adamw(rate))
-            if mend and zero == 0:
-                mend(one)
-            moved = step(one, by_hand=SCALE if zero == 0 and half == "fp16" else 1.0)
-            found[zero, half] = (-float(one.optimizer.fp32_groups[0][0]) if zero == 0 else moved) / rate
-    return found
+            built = engine(zero, half, optimizer=adamw(rate))
+            if undo and zero == 0:
+                undo(built)
+            moved = step(built, by_hand=SCALE if zero == 0 and half == "fp16" else 1.0)
+            updates[zero, half] = (-float(built.optimizer.fp32_groups[0][0]) if zero == 0 else moved) / rate
+    return updates
 
 
 def first_update() -> Seen:
     """Compare Adam's first update, which the second step's bias correction makes too small."""
-    found = _first_updates()
-    seen = f"the first update, in learning rates: {found[0, 'fp16']:.3f} (fp16) and {found[0, 'bf16']:.3f} (bf16) at "
-    seen += f"stage 0, {found[1, 'fp16']:.3f} and {found[1, 'bf16']:.3f} at stage 1"
-    return near(found.values(), [0.744, 1, 0.744, 1]), seen
+    updates = _first_updates()
+    seen = (
+        f"the first update, in learning rates: {updates[0, 'fp16']:.3f} (fp16) and {updates[0, 'bf16']:.3f} (bf16) at "
+    )
+    seen += f"stage 0, {updates[1, 'fp16']:.3f} and {updates[1, 'bf16']:.3f} at stage 1"
+    return near(updates.values(), [0.744, 1, 0.744, 1]), seen
 
 
 def false_step_undone() -> Seen:
@@ -93,46 +95,48 @@ def false_step_undone() -> Seen:
 
     noticed, masters = [], []
 
-    def mend(one: Engine) -> None:
-        noticed.append(repair.took_false_step(one))
-        repair.undo_false_step(one)
+    def undo(built: Engine) -> None:
+        noticed.append(repair.took_false_step(built))
+        repair.undo_false_step(built)
 
-    found = _first_updates(mend)
+    updates = _first_updates(undo)
     for half in HALF:
         decayed = engine(0, half, one_weight(1.0), optimizer=adamw(0.01, decay=0.1))
-        mend(decayed)
+        undo(decayed)
         masters.append(float(decayed.optimizer.fp32_groups[0][0]))
-    seen = f"noticed {sum(noticed)} times of {len(noticed)}; undone, the first update is {found[0, 'fp16']:.3f} (fp16) "
-    seen += f"and {found[0, 'bf16']:.3f} (bf16) learning rates, a master of 1 is {said(masters)}"
-    return all(noticed) and near([*found.values(), *masters], [1] * 6), seen
+    seen = (
+        f"noticed {sum(noticed)} times of {len(noticed)}; undone, the first update is {updates[0, 'fp16']:.3f} (fp16) "
+    )
+    seen += f"and {updates[0, 'bf16']:.3f} (bf16) learning rates, a master of 1 is {said(masters)}"
+    return all(noticed) and near([*updates.values(), *masters], [1] * 6), seen
 
 
 def norm_times_scale() -> Seen:
     """Read the norm of a gradient of 1, the loss scaled by hand where DeepSpeed does not."""
     engines = [engine(zero, "fp16") for zero in (0, 1)]
-    for one, by_hand in zip(engines, (SCALE, 1.0), strict=True):
-        step(one, by_hand=by_hand)
-    norms = [float(one.get_global_grad_norm()) for one in engines]
+    for built, by_hand in zip(engines, (SCALE, 1.0), strict=True):
+        step(built, by_hand=by_hand)
+    norms = [float(built.get_global_grad_norm()) for built in engines]
     return near(norms, [SCALE, 1]), f"the norm of a gradient of 1 is {norms[0]:g} at stage 0, {norms[1]:g} at stage 1"
 
 
 def no_norm_in_fp32() -> Seen:
     """Ask every stage for its gradient norm after a step in fp32."""
     engines = [engine(zero) for zero in STAGES]
-    for one in engines:
-        step(one)
-    norms = [one.get_global_grad_norm() for one in engines]
-    known = [float(one) for one in norms[1:] if one is not None]
+    for built in engines:
+        step(built)
+    norms = [built.get_global_grad_norm() for built in engines]
+    known = [float(norm) for norm in norms[1:] if norm is not None]
     return norms[0] is None and known == [1.0] * 3, f"the norm of a gradient of 1 at stages 0 to 3: {said(norms)}"
 
 
 def norm_in_16_bits() -> Seen:
     """Give the wrapper a gradient of 100000 in fp32, which fp16 cannot hold, and ask whether the step was applied."""
-    one = engine(0, "fp16")
-    one.optimizer.loss_scale_config.cur_scale = 1.0
-    one.module.weight.grad_dtype = None
-    one.module.weight.grad = one.module.weight.new_full((1, 1), 1e5, dtype=torch.float32)
-    skipped = bool(one.optimizer.step())
+    built = engine(0, "fp16")
+    built.optimizer.loss_scale_config.cur_scale = 1.0
+    built.module.weight.grad_dtype = None
+    built.module.weight.grad = built.module.weight.new_full((1, 1), 1e5, dtype=torch.float32)
+    skipped = bool(built.optimizer.step())
     return skipped, f"an fp32 gradient of 100000 is {'skipped' if skipped else 'applied'} at stage 0"
 
 
@@ -140,15 +144,15 @@ def fp32_sums() -> Seen:
     """Accumulate 256 and four times 0.25 in bf16 at stage 0 as a run does, and clip the sum to 1."""
     from halfstep.launcher.engine.numerics import repair
 
-    one = engine(0, "bf16", gradient_accumulation_steps=5, communication_data_type="fp32")
-    repair.accumulate_in_fp32(one)
+    built = engine(0, "bf16", gradient_accumulation_steps=5, communication_data_type="fp32")
+    repair.accumulate_in_fp32(built)
     for gradient in (256, 0.25, 0.25, 0.25):
-        step(one, gradient * 5)
-    one.backward(loss(one, 0.25 * 5))
-    total = float(one.module.weight.grad)
-    repair.unscale_and_clip(one, norm=total, scale=1.0, clip=1.0)
-    one.step()
-    moved = -float(one.optimizer.fp32_groups[0][0])
+        step(built, gradient * 5)
+    built.backward(loss(built, 0.25 * 5))
+    total = float(built.module.weight.grad)
+    repair.unscale_and_clip(built, norm=total, scale=1.0, clip=1.0)
+    built.step()
+    moved = -float(built.optimizer.fp32_groups[0][0])
     return near(
         [total, moved], [257, 1]
     ), f"256 + 4 x 0.25 is {total:g}; clipped to 1, it moves the master by {moved:g}"
@@ -169,7 +173,7 @@ CANARIES = (
         trap="T9",
         reference="runtime/engine.py, buffered_allreduce_fallback; launcher/engine/numerics/repair.py",
         look=fp32_sums,
-        changed="mend accumulate_in_fp32 in launcher/engine/numerics/repair.py",
+        changed="fix accumulate_in_fp32 in launcher/engine/numerics/repair.py",
     ),
     Canary(
         name="fp16-stage-0-loss-unscaled",
@@ -238,7 +242,7 @@ CANARIES = (
         reference="launcher/engine/numerics/repair.py",
         look=false_step_undone,
         changed=(
-            "mend undo_false_step and took_false_step in launcher/engine/numerics/repair.py, and refuse zero=0 in half "
+            "fix undo_false_step and took_false_step in launcher/engine/numerics/repair.py, and refuse zero=0 in half "
             "precision until then"
         ),
     ),

@@ -17,7 +17,7 @@ class _Widened(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _PRODUCTS and args[0].dtype is torch.float16 and args[0].device.type == "cpu":
-            wide = (one.float() if isinstance(one, torch.Tensor) else one for one in args)
+            wide = (argument.float() if isinstance(argument, torch.Tensor) else argument for argument in args)
             return func(*wide, **kwargs).half()
         return func(*args, **kwargs)
 
@@ -38,7 +38,7 @@ def prepare(precision: str, accelerator: str, *, compiled: bool) -> None:
         return
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().is_fp16_supported = lambda: True
+    get_accelerator().is_fp16_supported = lambda: True  # pyright: ignore[reportOptionalMemberAccess]
     if not compiled:
         mode = _Widened()
         mode.__enter__()

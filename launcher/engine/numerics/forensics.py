@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.models.micro_batch import MicroBatch
 
 FP16_UNDERFLOW = 2.0**-25
 """A magnitude up to this one rounds to zero in fp16: half the smallest subnormal number, 2^-24."""
@@ -59,11 +61,11 @@ class GradientWatch:
         self._sums.append((self._micro_step, number, gradient.sum(dtype=torch.float32)))
         if self._statistics is not None:
             layer = layer_of(self._names[number])
-            found = self._measure(gradient)
+            measured = self._measure(gradient)
             known = self._statistics.get(layer)
             if known is not None:
-                found = torch.cat([found[:-1] + known[:-1], torch.maximum(found[-1:], known[-1:])])
-            self._statistics[layer] = found
+                measured = torch.cat([measured[:-1] + known[:-1], torch.maximum(measured[-1:], known[-1:])])
+            self._statistics[layer] = measured
 
     def _measure(self, gradient: Tensor) -> Tensor:
         """Return elements, zeros, losses without and with scaling, and the largest magnitude, in fp64."""
@@ -78,36 +80,36 @@ class GradientWatch:
         else:
             lost_scaled = ~zero & (magnitude * self._scale <= FP16_UNDERFLOW)
         counts = [zero.sum(), lost_unscaled.sum(), lost_scaled.sum(), magnitude.max()]
-        return torch.stack([torch.tensor(float(zero.numel())), *(one.double().cpu() for one in counts)]).double()
+        return torch.stack([torch.tensor(float(zero.numel())), *(count.double().cpu() for count in counts)]).double()
 
     def non_finite(self) -> list[dict[str, Any]]:
         """Return the parameters whose gradient was not finite on this rank, in the order they came, each once."""
         if not self._sums:
             return []
-        finite = torch.stack([one for _, _, one in self._sums]).isfinite().tolist()
-        found: dict[int, int] = {}
+        finite = torch.stack([total for _, _, total in self._sums]).isfinite().tolist()
+        first_seen: dict[int, int] = {}
         for (micro_step, number, _), good in zip(self._sums, finite, strict=True):
             if not good:
-                found.setdefault(number, micro_step)
+                first_seen.setdefault(number, micro_step)
         return [
             {"parameter": self._names[number], "layer": layer_of(self._names[number]), "micro_step": micro_step}
-            for number, micro_step in found.items()
+            for number, micro_step in first_seen.items()
         ]
 
     def statistics(self) -> dict[str, list[float]]:
         """Return this rank's counts by layer, as `_measure` orders them, in the model's order."""
-        found = self._statistics or {}
+        layers = self._statistics or {}
         order = dict.fromkeys(layer_of(name) for name in self._names)
-        return {layer: found[layer].tolist() for layer in order if layer in found}
+        return {layer: layers[layer].tolist() for layer in order if layer in layers}
 
 
 def first_of(ranks: list[list[dict[str, Any]]]) -> tuple[int, list[dict[str, Any]]]:
     """Merge what every rank found: how many parameters in all, and the first of them with their ranks."""
-    found = [{**one, "rank": rank} for rank, part in enumerate(ranks) for one in part]
+    findings = [{**finding, "rank": rank} for rank, part in enumerate(ranks) for finding in part]
     places = [place for part in ranks for place in range(len(part))]
-    ordered = [one for _, one in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
-    ordered.sort(key=lambda one: one["micro_step"])
-    return len({one["parameter"] for one in found}), ordered[:_NAMED]
+    ordered = [finding for _, finding in sorted(zip(places, findings, strict=True), key=lambda pair: pair[0])]
+    ordered.sort(key=lambda finding: finding["micro_step"])
+    return len({finding["parameter"] for finding in findings}), ordered[:_NAMED]
 
 
 def merged_statistics(ranks: list[dict[str, list[float]]]) -> dict[str, dict[str, float | int | None]]:
@@ -128,24 +130,26 @@ def merged_statistics(ranks: list[dict[str, list[float]]]) -> dict[str, dict[str
 
 
 @torch.no_grad()
-def first_bad_activation(engine: DeepSpeedEngine, batches: Iterator[Tensor]) -> str | None:
+def first_bad_activation(engine: Engine, batches: Iterator[MicroBatch]) -> str | None:
     """Run the forward pass again and return the first module on this rank whose output is not finite, or None.
 
     Every rank must call, with as many batches: stage 3 gathers weights on the way.
     """
-    found: list[str] = []
+    bad: list[str] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        tensors = [output] if isinstance(output, Tensor) else [one for one in output if isinstance(one, Tensor)]
-        if not found and any(one.is_floating_point() and not one.isfinite().all() for one in tensors):
-            found.append(name)
+        tensors = (
+            [output] if isinstance(output, Tensor) else [tensor for tensor in output if isinstance(tensor, Tensor)]
+        )
+        if not bad and any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors):
+            bad.append(name)
 
     leaves = [(name, module) for name, module in engine.module.named_modules() if not any(module.children())]
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
     try:
-        for tokens in batches:
-            engine(input_ids=tokens[:, :-1])
+        for batch in batches:
+            batch.logits(engine)
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return bad[0] if bad else None

@@ -4,18 +4,20 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from torch import Tensor
 
 from halfstep.launcher import fault_injection
+from halfstep.launcher.checkpoint import manifest
 from halfstep.launcher.engine.numerics import forensics
 from halfstep.launcher.engine.numerics.loss_scale import LossScale
 from halfstep.launcher.engine.numerics.repair import Repairs, unscale_and_clip
 from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import NumericsError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import StepRecord
+from halfstep.models.micro_batch import MicroBatch
 
 _SCALE_IN_OTHER_PRECISIONS = 2.0**16
 """For which loss scale underflow in fp16 is reported where there is none: the default that fp16 starts from."""
@@ -24,9 +26,7 @@ _SCALE_IN_OTHER_PRECISIONS = 2.0**16
 class Guard:
     """Stands between the loop and one engine; every rank has one, and all decide alike."""
 
-    def __init__(
-        self, engine: DeepSpeedEngine, plan: Plan, repairs: Repairs, event: Callable[..., None], rank: int
-    ) -> None:
+    def __init__(self, engine: Engine, plan: Plan, repairs: Repairs, event: Callable[..., None], rank: int) -> None:
         self._engine, self._plan, self._repairs, self._event, self._rank = engine, plan, repairs, event, rank
         self._scale = LossScale.of(plan.deepspeed["fp16"]) if plan.precision == "fp16" else None
         self._watch = forensics.GradientWatch(engine.module, in_fp16=plan.precision == "fp16")
@@ -38,14 +38,14 @@ class Guard:
         if self._unguarded:
             self._guard_bare_optimizer()
         if self._scale is not None:
-            self._take_over()
+            self._take_over(self._scale.value)
 
     @property
     def loss_scale(self) -> float | None:
         """The scale of the step at hand; None without loss scaling."""
         return self._scale.value if self._scale else None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> manifest.Guard:
         """Return everything that the next decision depends on, JSON-able."""
         return {
             "loss_scale": self._scale.state() if self._scale else None,
@@ -56,30 +56,31 @@ class Guard:
             "first": self._first,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned; a run that changed to fp16 begins with a fresh loss scale."""
+    def restore(self, state: manifest.Guard) -> None:
+        """Resume from what `state` returned; a run that changed to fp16 begins with a fresh loss scale."""
         if self._scale and state["loss_scale"]:
             self._scale.restore(state["loss_scale"])
-            self._write_scale()
+            self._write_scale(self._scale.value)
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row, self._bad_losses_in_a_row = state["skipped_in_a_row"], state["bad_losses_in_a_row"]
         self._last_good_step, self._first = state["last_good_step"], state["first"]
 
-    def _take_over(self) -> None:
+    def _take_over(self, scale: float) -> None:
         """Keep DeepSpeed's own rule from moving the scale: there are three, and none leaves a growing step alone."""
         optimizer = self._engine.optimizer
         if self._plan.zero == 0:
             optimizer.loss_scale_config.dynamic_loss_scale = False
         else:
-            optimizer.loss_scaler = LossScaler(self._scale.value)  # DeepSpeed's fixed one, which only logs an overflow
-        self._write_scale()
+            # DeepSpeed's fixed one, which only logs an overflow; its annotation says int and means a number.
+            optimizer.loss_scaler = LossScaler(scale)  # pyright: ignore[reportArgumentType]
+        self._write_scale(scale)
 
-    def _write_scale(self) -> None:
+    def _write_scale(self, scale: float) -> None:
         optimizer = self._engine.optimizer
         if self._plan.zero == 0:
-            optimizer.loss_scale_config.cur_scale = self._scale.value
+            optimizer.loss_scale_config.cur_scale = scale
         else:
-            optimizer.loss_scaler.cur_scale = self._scale.value
+            optimizer.loss_scaler.cur_scale = scale
 
     def start_step(self, step: int) -> None:
         """Begin an optimizer step."""
@@ -101,7 +102,7 @@ class Guard:
             loss = loss * float(action)
         if action := fault_injection.armed("bwd", rank=self._rank, step=self._step):
             loss.register_hook(lambda gradient: gradient * float(action))
-        self._engine.backward(loss * self.loss_scale if self._repairs.scale_loss else loss)
+        self._engine.backward(loss * self.gradient_scale if self._repairs.scale_loss else loss)
         self._watch.next_micro_step()
         return loss.detach()
 
@@ -131,12 +132,12 @@ class Guard:
                 self._engine.optimizer.averaged_gradients[group] = None
         self._curable = self._scale.update(skipped) if self._scale else not skipped
         if self._scale:
-            self._write_scale()
+            self._write_scale(self._scale.value)
         self.skipped_steps += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         return skipped
 
-    def judge(self, record: StepRecord, loss: float, batches: Iterator[Tensor]) -> None:
+    def judge(self, record: StepRecord, loss: float, batches: Iterator[MicroBatch]) -> None:
         """Write down what went wrong in a step; raise NumericsError on every rank where the run has to stop.
 
         `loss` is this rank's own; `batches` are its micro-batches of the step, to look where it came from.
@@ -195,14 +196,14 @@ class Guard:
         if first and self._first is None:
             self._first = f"{first[0]['parameter']} on rank {first[0]['rank']} at step {record.step}"
 
-    def _report_loss(self, record: StepRecord, loss: float, batches: Iterator[Tensor]) -> None:
+    def _report_loss(self, record: StepRecord, loss: float, batches: Iterator[MicroBatch]) -> None:
         """Say which ranks' loss is not finite and, once in a row of them, which module's output was first."""
         first: dict[str, Any] | None = None
         everyone = distributed.gather_objects(math.isfinite(loss))
         ranks = [rank for rank, finite in enumerate(everyone) if not finite]
         if self._bad_losses_in_a_row == 1:
             modules = distributed.gather_objects(forensics.first_bad_activation(self._engine, batches))
-            first = next(({"module": one, "rank": rank} for rank, one in enumerate(modules) if one), None)
+            first = next(({"module": module, "rank": rank} for rank, module in enumerate(modules) if module), None)
             self._first = f"the loss of rank {ranks[0]} at step {record.step}" if ranks else self._first
             if first:
                 self._first = f"the output of {first['module']} on rank {first['rank']} at step {record.step}"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfstep.launcher.checkpoint.manifest import Scale
+
 
 @dataclass(kw_only=True)
 class LossScale:
@@ -45,12 +47,12 @@ class LossScale:
             consecutive_hysteresis=fp16.get("consecutive_hysteresis", False),
         )
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> Scale:
         """Return what moves."""
         return {"value": self.value, "clean": self._clean, "patience": self._patience}
 
-    def restore(self, state: dict[str, float]) -> None:
-        """Go on from what `state` returned."""
+    def restore(self, state: Scale) -> None:
+        """Resume from what `state` returned."""
         self.value, self._clean, self._patience = state["value"], int(state["clean"]), int(state["patience"])
 
     def update(self, overflow: bool) -> bool:

@@ -1,10 +1,10 @@
-"""Mend what DeepSpeed gets wrong at ZeRO stage 0 in half precision, where a canary shows that it does.
+"""Repair what DeepSpeed gets wrong at ZeRO stage 0 in half precision, where a canary shows that it does.
 
 In DeepSpeed 0.19.8 `engine.backward` scales the loss for ZeRO optimizers only, while stage 0's fp16 wrapper still
 divides the gradients by the scale; and the wrapper takes one optimizer step on zero gradients when it is made, so that
 Adam's first real step is its second. It also adds up micro-batches in 16 bits there and refuses anything else, where
-stages 1 to 3 add in fp32. What is mended is decided by what DeepSpeed is seen to do and not by its version: the day it
-is right, nothing is mended twice. See docs/deepspeed.md.
+stages 1 to 3 add in fp32. What is repaired is decided by what DeepSpeed is seen to do and not by its version: the day
+it is right, nothing is repaired twice. See docs/deepspeed.md.
 """
 
 import math
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.plan import Plan
-from halfstep.models.loss import next_token_loss
+from halfstep.models.micro_batch import MicroBatch
 
 FALSE_STEP = "false-optimizer-step"
 UNSCALED_LOSS = "unscaled-loss"
@@ -29,9 +29,9 @@ _PROBE_SCALE = 256.0
 
 @dataclass(frozen=True, kw_only=True)
 class Repairs:
-    """What was found wrong with an engine, and what of it is mended."""
+    """What was found wrong with an engine, and what of it is repaired."""
 
-    found: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
     active: tuple[str, ...] = ()
 
     @property
@@ -47,47 +47,47 @@ class Repairs:
     @property
     def gradients_carry_scale(self) -> bool:
         """Whether fp16 gradients come out of the backward pass multiplied by the scale."""
-        return UNSCALED_LOSS not in self.found or self.scale_loss
+        return UNSCALED_LOSS not in self.faults or self.scale_loss
 
 
-def repair(engine: DeepSpeedEngine, plan: Plan) -> Repairs:
-    """Look for both faults and, unless the plan leaves them, mend them; call between `initialize` and the first step.
+def repair(engine: Engine, plan: Plan) -> Repairs:
+    """Look for both faults and, unless the plan leaves them, repair them; call between `initialize` and the first step.
 
     Every rank must call. Raises RefusedError where stage 0 does neither what it should nor what it is known to do.
     """
     if plan.zero != 0 or plan.precision == "fp32":
         return Repairs()
-    found = []
+    faults = []
     if took_false_step(engine):
-        found.append(FALSE_STEP)
+        faults.append(FALSE_STEP)
         if plan.numerics.repairs:
             undo_false_step(engine)
     if plan.precision == "fp16" and leaves_loss_unscaled(engine, plan.model.vocabulary):
-        found.append(UNSCALED_LOSS)
-    mended = list(found)
+        faults.append(UNSCALED_LOSS)
+    fixed = list(faults)
     if accumulates_in_half(engine):
-        found.append(HALF_ACCUMULATION)
+        faults.append(HALF_ACCUMULATION)
         # A gradient of another type than its parameter's is new in torch; without it, this one stays.
         if plan.numerics.repairs and hasattr(Tensor, "grad_dtype"):
-            mended.append(HALF_ACCUMULATION)
+            fixed.append(HALF_ACCUMULATION)
             accumulate_in_fp32(engine)
-    return Repairs(found=tuple(found), active=tuple(mended) if plan.numerics.repairs else ())
+    return Repairs(faults=tuple(faults), active=tuple(fixed) if plan.numerics.repairs else ())
 
 
-def took_false_step(engine: DeepSpeedEngine) -> bool:
+def took_false_step(engine: Engine) -> bool:
     """Tell whether the optimizer has stepped before training: it has counted a step, or decayed the masters."""
     states = engine.optimizer.optimizer.state.values()
     counted = any(float(state["step"]) > 0 for state in states if "step" in state)
     return counted or any(not torch.equal(master, half.to(master.dtype)) for master, half in _weights(engine))
 
 
-def undo_false_step(engine: DeepSpeedEngine) -> None:
+def undo_false_step(engine: Engine) -> None:
     """Forget the optimizer's states and take the masters from the half-precision weights again."""
     engine.optimizer.optimizer.state.clear()
     engine.optimizer.refresh_fp32_params()
 
 
-def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
+def leaves_loss_unscaled(engine: Engine, vocabulary: int) -> bool:
     """Tell whether `engine.backward` forgets the loss scale: compare a small gradient with that of the raw loss.
 
     Every rank probes with the same tokens, so that averaging over ranks changes nothing, and without dropout. The
@@ -95,15 +95,15 @@ def leaves_loss_unscaled(engine: DeepSpeedEngine, vocabulary: int) -> bool:
     """
     scaling = engine.optimizer.loss_scale_config
     own, scaling.cur_scale = scaling.cur_scale, _PROBE_SCALE  # a run may begin at 1, where nothing can be told
-    tokens = torch.arange(_PROBE_TOKENS + 1, device=engine.device)[None] % vocabulary
+    batch = MicroBatch.of_windows(torch.arange(_PROBE_TOKENS + 1)[None] % vocabulary).to(engine.device)
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     small = sorted(trained, key=Tensor.numel)[:_PROBE_PARAMETERS]
     engine.eval()
-    raw = next_token_loss(engine.module(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+    raw = batch.loss(batch.logits(engine.module))
     references = torch.autograd.grad(raw, small, allow_unused=True)
-    norms = [0.0 if one is None else float(one.float().norm()) for one in references]
+    norms = [0.0 if reference is None else float(reference.float().norm()) for reference in references]
     chosen = max(range(len(small)), key=lambda place: norms[place] if math.isfinite(norms[place]) else 0.0)
-    loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+    loss = batch.loss(batch.logits(engine))
     engine.backward(loss, scale_wrt_gas=False)
     gradient = small[chosen].grad
     seen = 0.0 if gradient is None else float(gradient.float().norm())
@@ -131,13 +131,13 @@ def is_unscaled(seen: float, reference: float, scale: float) -> bool:
     )
 
 
-def accumulates_in_half(engine: DeepSpeedEngine) -> bool:
+def accumulates_in_half(engine: Engine) -> bool:
     """Tell whether gradients are added up, and averaged over ranks, in 16 bits."""
     _, accumulation_dtype = engine.get_data_types()
     return accumulation_dtype != torch.float32
 
 
-def accumulate_in_fp32(engine: DeepSpeedEngine) -> None:
+def accumulate_in_fp32(engine: Engine) -> None:
     """Add up each micro-batch's 16-bit gradients in fp32, as stages 1 to 3 do, and give the sums to DeepSpeed.
 
     The wrapper copies what it finds to fp32 before it steps. But it takes the norm, for clipping and for what it calls
@@ -147,16 +147,18 @@ def accumulate_in_fp32(engine: DeepSpeedEngine) -> None:
     sums: dict[Tensor, Tensor] = {}
 
     def collect(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None, "the hook runs when it has been made"
         if parameter in sums:
-            sums[parameter].add_(parameter.grad)
+            sums[parameter].add_(gradient)
         else:
-            sums[parameter] = parameter.grad.float()
+            sums[parameter] = gradient.float()
         parameter.grad = None
 
     def gradients() -> tuple[list[Tensor], dict]:
         for parameter in parameters:
-            found = sums.pop(parameter, None)  # None: not used in this batch
-            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32) if found is None else found
+            total = sums.pop(parameter, None)  # None: not used in this batch
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total
         return [parameter.grad for parameter in parameters], {}
 
     for parameter in parameters:
@@ -167,18 +169,19 @@ def accumulate_in_fp32(engine: DeepSpeedEngine) -> None:
     engine.optimizer.clip_grad = 0.0
 
 
-def unscale_and_clip(engine: DeepSpeedEngine, *, norm: float, scale: float, clip: float) -> None:
+def unscale_and_clip(engine: Engine, *, norm: float, scale: float, clip: float) -> None:
     """Divide fp32 gradients by the loss scale and clip them, so that the wrapper finds neither left to do.
 
     `norm` is the unscaled one. A gradient that is not finite is left for the wrapper to find.
     """
     if math.isfinite(norm):
         factor = 1 / scale / max(1.0, (norm + 1e-6) / clip if clip else 1.0)
-        torch._foreach_mul_([one.grad for one in engine.module.parameters() if one.grad is not None], factor)
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
     engine.optimizer.loss_scale_config.cur_scale = 1.0
 
 
-def _weights(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tensor]]:
+def _weights(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (fp32 master, half-precision weight) of both wrappers: flat for FusedAdam, one by one for the others."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_flat"):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.engine.ranks import opcache
@@ -27,7 +28,7 @@ from halfstep.launcher.system import caches
 from halfstep.launcher.topology import Rank
 
 
-def join(rank: Rank, plan: Plan, store: dist.Store) -> None:
+def join(rank: Rank, plan: Plan, store: Store) -> None:
     """Join the process group, which meets at a store; raises TopologyError where the ranks cannot meet."""
     # DeepSpeed prints to stdout while it is imported and while it connects; a run's output is ours to write.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -62,7 +63,7 @@ def join(rank: Rank, plan: Plan, store: dist.Store) -> None:
     set_timeouts(max(plan.watch.startup, plan.watch.timeout))
 
 
-def _open_group(rank: Rank, plan: Plan, store: dist.Store) -> None:
+def _open_group(rank: Rank, plan: Plan, store: Store) -> None:
     """Open the group of all ranks as DeepSpeed would (comm/torch.py, init_process_group), but at our own store."""
     from deepspeed.accelerator import get_accelerator
 
@@ -70,7 +71,7 @@ def _open_group(rank: Rank, plan: Plan, store: dist.Store) -> None:
     if plan.topology.accelerator == "cuda" and rank.world_size > 1:
         options["device_id"] = device(rank, plan)
     dist.init_process_group(
-        get_accelerator().communication_backend_name(),
+        get_accelerator().communication_backend_name(),  # pyright: ignore[reportOptionalMemberAccess]
         store=store,
         rank=rank.rank,
         world_size=rank.world_size,
@@ -161,9 +162,7 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
             result = {"error": Fault.of(error, where="rank 0").to_dict()}
     result = _broadcast(result)
     if "error" in result:
-        error = HalfstepError.from_dict(result["error"])
-        error.said_elsewhere = dist.get_rank() != 0
-        raise error
+        raise HalfstepError.from_dict(result["error"], reported=dist.get_rank() != 0)
     return result["value"]
 
 

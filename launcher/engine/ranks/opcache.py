@@ -74,7 +74,7 @@ def load_operators(names: list[str]) -> list[str]:
         for lock in stale_locks(cache):
             lock.unlink(missing_ok=True)
         for name in names:
-            builder = get_accelerator().create_op_builder(name)
+            builder = get_accelerator().create_op_builder(name)  # pyright: ignore[reportOptionalMemberAccess]
             if builder is not None and __compatible_ops__.get(builder.NAME, False):
                 try:
                     builder.load()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from halfstep.launcher.engine.ranks import meeting
 from halfstep.launcher.errors import TopologyError
@@ -79,16 +79,16 @@ class Doorway:
             time.sleep(0.1)
         return None
 
-    def _agent(self, seconds: float) -> dist.Store:
+    def _agent(self, seconds: float) -> Store:
         try:
-            store = dist.TCPStore(self.host, self.port, timeout=datetime.timedelta(seconds=seconds))
+            store = TCPStore(self.host, self.port, timeout=datetime.timedelta(seconds=seconds))
         except (RuntimeError, ValueError) as error:
             raise TopologyError(
                 f"torchrun's store cannot be reached: {str(error).splitlines()[0]}",
                 where=self.where,
                 fix="is the first node up, and can its address be reached from here?",
             ) from None
-        return dist.PrefixStore(f"halfstep/{self._attempt}", store)
+        return PrefixStore(f"halfstep/{self._attempt}", store)
 
     def _sign(self, text: str) -> str:
         return hmac.digest(self._secret, f"meeting {self._attempt} {text}".encode(), "sha256").hex()
@@ -116,17 +116,17 @@ class Stores:
     def __init__(self, rank: Rank, seconds: float) -> None:
         self._rank, self._timeout = rank, datetime.timedelta(seconds=seconds)
 
-    def open_first(self, host: str) -> tuple[Place, dist.Store]:
+    def open_first(self, host: str) -> tuple[Place, Store]:
         """Make the store on rank 0 and return where the others find it."""
         if self._rank.world_size == 1:
-            return Place(), dist.HashStore()
+            return Place(), HashStore()
         if not several_nodes(self._rank):
             place = Place(file=str(caches.scratch() / "store"))
             return place, self.open(place)
         with _bound(host) as listening:
             port = listening.getsockname()[1]
             place = Place(host=host, port=port, prefix=secrets.token_hex(16))
-            store = dist.TCPStore(
+            store = TCPStore(
                 host,
                 port,
                 self._rank.world_size,
@@ -135,23 +135,21 @@ class Stores:
                 wait_for_workers=False,
                 master_listen_fd=listening.detach(),
             )
-        return place, dist.PrefixStore(place.prefix, store)
+        return place, PrefixStore(place.prefix, store)
 
-    def open(self, place: Place) -> dist.Store:
+    def open(self, place: Place) -> Store:
         """Return the store at a place that rank 0 has told."""
         if place.file is not None:
             store = file_store(Path(place.file), self._rank)
             store.set_timeout(self._timeout)
             return store
-        store = dist.TCPStore(
-            place.host, place.port, self._rank.world_size, timeout=self._timeout, wait_for_workers=False
-        )
-        return dist.PrefixStore(place.prefix, store)
+        store = TCPStore(place.host, place.port, self._rank.world_size, timeout=self._timeout, wait_for_workers=False)
+        return PrefixStore(place.prefix, store)
 
 
-def file_store(file: Path, rank: Rank) -> dist.Store:
+def file_store(file: Path, rank: Rank) -> Store:
     """Return a store for ranks of one host in a file whose folder nobody else may enter."""
-    return dist.FileStore(str(file), rank.world_size)
+    return FileStore(str(file), rank.world_size)
 
 
 def _bound(host: str) -> socket.socket:

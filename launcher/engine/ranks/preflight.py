@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from halfstep.launcher.engine.ranks import links, meeting
 from halfstep.launcher.engine.ranks.meeting import Connection, GoneError, Server, StrangerError
@@ -42,7 +42,7 @@ class Met:
 
     seen: dict[str, Any]
     """What is written down about it; empty on all ranks but the first."""
-    store: dist.Store
+    store: Store
     """Where the process group meets."""
 
 
@@ -80,15 +80,11 @@ class RollCall:
             strangers = server.strangers()
         ordered = [reports[number] for number in sorted(reports)]
         verdict = verdict or self._judge(ordered, others)
-        message: dict[str, Any] = {"verdict": verdict}
-        if verdict is None:
-            place, store = self._stores.open_first(self._door.host)
-            message["place"] = place.to_dict()
-        for one in others.values():
-            with contextlib.suppress(GoneError):
-                one.send(message)
         if verdict is not None:
+            _send(others, {"verdict": verdict})
             raise _error(verdict)
+        place, store = self._stores.open_first(self._door.host)
+        _send(others, {"verdict": None, "place": place.to_dict()})
         seen = {**summary(ordered, time.perf_counter() - began), "strangers": sorted(strangers)}
         return Met(seen=seen, store=store)
 
@@ -144,11 +140,11 @@ class RollCall:
 
     def _left(self, reports: dict[int, Report], others: dict[int, Connection]) -> Verdict | None:
         """Return what a rank that has reported says meanwhile, if it was asked to stop or is gone."""
-        for number, one in others.items():
-            if not one.ready():
+        for number, connection in others.items():
+            if not connection.ready():
                 continue
             try:
-                message = one.receive(0) or {}
+                message = connection.receive(0) or {}
             except (GoneError, StrangerError, ValueError):
                 message = {}
             if why := message.get("stopping"):
@@ -163,10 +159,10 @@ class RollCall:
 
     def _judge(self, reports: Sequence[Report], others: dict[int, Connection]) -> Verdict | None:
         """Return what is wrong, if anything."""
-        for one in reports:
-            if one.problem:
-                fix = "mend that node, or put data where all see it"
-                return "wrong", f"{one.host}: {one.problem}", "the preflight", fix
+        for node in reports:
+            if node.problem:
+                fix = "fix that node, or put data where all see it"
+                return "wrong", f"{node.host}: {node.problem}", "the preflight", fix
         if differs := different(reports):
             fix = "give all nodes the same installation and the same data"
             return "wrong", differs, "the preflight: what every rank has", fix
@@ -198,7 +194,7 @@ class RollCall:
         return [other.address or (self._door.host if other.rank == 0 else ""), other.listens or 0, other.host]
 
     def _absent(self, reports: Sequence[Report]) -> Verdict:
-        there = {one.rank for one in reports}
+        there = {arrived.rank for arrived in reports}
         absent = sorted(set(range(self._rank.world_size)) - there)
         nodes = _names_of_nodes(absent, self._rank, reports)
         return (
@@ -227,9 +223,7 @@ class RollCall:
                 fix="what it said before is the cause",
             ) from None
         if message.get("verdict"):
-            error = _error(message["verdict"])
-            error.said_elsewhere = True
-            raise error
+            raise _error(message["verdict"], reported=True)
         return Met(seen={}, store=self._stores.open(Place(**message["place"])))
 
     def _hear(self, connection: Connection, seconds: float) -> dict[str, Any]:
@@ -263,19 +257,24 @@ class RollCall:
             connection.close()
 
     def _unreachable(self, reason: str) -> HalfstepError:
-        error = Stalled(
+        return Stalled(
             f"{socket.gethostname()} (rank {self._rank.rank}) could not reach {self._door.host} "
             f"within {self._limit:.0f} s: {reason}",
             where=self._door.where,
             fix="is the first node up, does its name resolve to an address that the others see, is there no firewall?",
+            reported=self._rank.local_rank != 0,
         )
-        error.said_elsewhere = self._rank.local_rank != 0
-        return error
 
 
-def _error(verdict: Sequence[str]) -> HalfstepError:
+def _send(others: dict[int, Connection], message: dict[str, Any]) -> None:
+    for connection in others.values():
+        with contextlib.suppress(GoneError):
+            connection.send(message)
+
+
+def _error(verdict: Sequence[str], *, reported: bool = False) -> HalfstepError:
     kind, what, where, fix = verdict
-    return _KINDS[kind](what, where=where, fix=fix)
+    return _KINDS[kind](what, where=where, fix=fix, reported=reported)
 
 
 def _stopped(why: str) -> Verdict:
@@ -284,14 +283,14 @@ def _stopped(why: str) -> Verdict:
 
 def _names_of_nodes(absent: Sequence[int], rank: Rank, reports: Sequence[Report]) -> str:
     """Name the nodes of ranks that never came: by others of the node, else by SLURM's list, else by number."""
-    known = {one.rank // rank.local_world_size: one.host for one in reports}
+    known = {came.rank // rank.local_world_size: came.host for came in reports}
     listed = hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
     names = []
-    for number in dict.fromkeys(one // rank.local_world_size for one in absent):
+    for number in dict.fromkeys(rank_number // rank.local_world_size for rank_number in absent):
         names.append(known.get(number) or (listed[number] if number < len(listed) else f"node {number}"))
     return _some(names)
 
 
 def _some(values: Sequence[Any]) -> str:
-    shown = ", ".join(str(one) for one in values[:4])
+    shown = ", ".join(str(value) for value in values[:4])
     return shown + (f" and {len(values) - 4} more" if len(values) > 4 else "")

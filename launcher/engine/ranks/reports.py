@@ -80,16 +80,16 @@ def report(rank: Rank, plan: Plan, master: tuple[str, int], listens: int | None)
 def different(reports: Sequence[Report]) -> str | None:
     """Return one sentence on the first thing that is not the same everywhere, naming both nodes."""
     first = reports[0]
-    for name in sorted(set[str]().union(*(one.versions for one in reports))):
-        for one in reports:
-            mine, its = first.versions.get(name, "missing"), one.versions.get(name, "missing")
+    for name in sorted(set[str]().union(*(other.versions for other in reports))):
+        for other in reports:
+            mine, its = first.versions.get(name, "missing"), other.versions.get(name, "missing")
             if mine != its:
-                return f"{name} is {mine} on {first.host}, and {its} on {one.host}"
+                return f"{name} is {mine} on {first.host}, and {its} on {other.host}"
     for key, sentence in _ALIKE.items():
-        for one in reports:
-            mine, its = getattr(first, key), getattr(one, key)
+        for other in reports:
+            mine, its = getattr(first, key), getattr(other, key)
             if mine != its:
-                return sentence.format(mine, first.host, its, f"{one.host} (rank {one.rank})")
+                return sentence.format(mine, first.host, its, f"{other.host} (rank {other.rank})")
     return None
 
 
@@ -97,9 +97,11 @@ def summary(reports: Sequence[Report], seconds: float) -> dict[str, Any]:
     """Return what is written down: a row for each host, and what all have in common."""
     first = reports[0]
     rows: dict[str, dict[str, Any]] = {}
-    for one in reports:
-        row = rows.setdefault(one.host, {"host": one.host, "address": one.address, "device": one.device, "ranks": []})
-        row["ranks"].append(one.rank)
+    for other in reports:
+        row = rows.setdefault(
+            other.host, {"host": other.host, "address": other.address, "device": other.device, "ranks": []}
+        )
+        row["ranks"].append(other.rank)
     common = {"versions": first.versions, "halfstep": first.halfstep, "plan": first.plan, "data": first.data}
     return {"seconds": round(seconds, 3), "hosts": list(rows.values()), **common}
 
@@ -125,8 +127,8 @@ def _is_here(host: str) -> bool:
 
 
 def _code_hash() -> str:
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     root = assets.home()
     for file in sorted([*(root / "launcher").rglob("*.py"), *(root / "models").rglob("*.py")]):
-        found.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return found.hexdigest()[:12]
+        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()[:12]

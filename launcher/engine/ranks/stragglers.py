@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 
 WARM_UP_STEPS = 3
@@ -32,7 +32,7 @@ class Pace:
     it: the forward pass. At stage 3 that gathers weights as it goes, and the time in there is taken off again.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self._cuda = str(engine.device).startswith("cuda")
         self._inside = False
         self._worked: list[tuple[Stamp, Stamp]] = []
@@ -128,7 +128,7 @@ class Stragglers:
     def see(self, step: int, seconds: Sequence[float]) -> dict[str, Any] | None:
         """Take one step's seconds of every rank; return who is slow, and how much, once until that has passed."""
         self._seen += 1
-        known = all(math.isfinite(one) and one > 0 for one in seconds)
+        known = all(math.isfinite(value) and value > 0 for value in seconds)
         if self._seen <= WARM_UP_STEPS or not known or self._factor <= 0 or len(self._windows) < 2:
             return None
         for rank, ratio in enumerate(_against_others(seconds)):
@@ -155,4 +155,4 @@ class Stragglers:
 
 def _against_others(values: Sequence[float]) -> list[float]:
     """Return each value over the median of the others."""
-    return [one / statistics.median([*values[:at], *values[at + 1 :]]) for at, one in enumerate(values)]
+    return [value / statistics.median([*values[:at], *values[at + 1 :]]) for at, value in enumerate(values)]

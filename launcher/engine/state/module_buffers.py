@@ -9,15 +9,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import xxhash
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from halfstep.launcher.checkpoint.manifest import Buffer
 from halfstep.launcher.checkpoint.shards import BUFFER, Damaged, Piece, Shards, stored_type
 from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.models.draw import gathered, shape_of
 
 
-def described(engine: DeepSpeedEngine) -> dict[str, dict[str, object]]:
+def described(engine: Engine) -> dict[str, Buffer]:
     """Return shape and type (torch's name) of every persistent buffer and frozen parameter."""
     return {
         name: {"shape": list(shape_of(kept)), "dtype": str(kept.dtype).removeprefix("torch.")}
@@ -26,7 +27,7 @@ def described(engine: DeepSpeedEngine) -> dict[str, dict[str, object]]:
 
 
 @torch.no_grad()
-def pieces(engine: DeepSpeedEngine) -> list[Piece]:
+def pieces(engine: Engine) -> list[Piece]:
     """Return what this rank writes: rank 0 everything, another rank the buffers that are others than rank 0's.
 
     A collective call.
@@ -50,7 +51,7 @@ def pieces(engine: DeepSpeedEngine) -> list[Piece]:
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, files: Shards, rank: int) -> None:
+def restore(engine: Engine, files: Shards, rank: int) -> None:
     """Fill buffers and frozen parameters from a checkpoint; one that was written before they were kept has none.
 
     A collective call. Raises Damaged where they are not those of this model.

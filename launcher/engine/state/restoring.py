@@ -1,4 +1,4 @@
-"""Go on from a checkpoint: choose the newest good one, and fill an engine of any world size, stage and precision.
+"""Resume from a checkpoint: choose the newest good one, and fill an engine of any world size, stage and precision.
 
 Whoever wrote which piece of a parameter, each rank reads the elements that it holds now. The weights that the network
 computes with are not stored: they are their masters, rounded, in every cell.
@@ -7,12 +7,12 @@ computes with are not stored: they are their masters, rounded, in every cell.
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import shards, store
@@ -22,15 +22,16 @@ from halfstep.launcher.checkpoint.store import Candidate
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, saving, training_state
-from halfstep.launcher.errors import HalfstepError, RefusedError, RequestError
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
-from halfstep.launcher.watchdog.heartbeat import Heart
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Where a start goes on from; all ranks make the same."""
+    """What a start resumes from; all ranks make the same."""
 
     checkpoint: Candidate | None
     damaged: tuple[Candidate, ...] = ()
@@ -50,49 +51,41 @@ def choose(run: Path, plan: Plan, rank: int, beat: Callable[[], None]) -> Choice
     Raises RequestError where checkpoints exist and none is good, where one is of another run, and where one must be
     there and is not.
     """
-    try:
-        return _choose(run, plan, rank, beat)
-    except HalfstepError as error:
-        error.said_elsewhere = rank != 0
-        raise
-
-
-def _choose(run: Path, plan: Plan, rank: int, beat: Callable[[], None]) -> Choice:
     if plan.checkpoint.resume == "never":
         return Choice(checkpoint=None)
-    began = time.perf_counter()
-    found = [_received(run, tree) for tree in distributed.on_rank_zero(lambda: _sent(store.candidates(run)))]
-    damaged = [one for one in found if one.manifest is None]
-    for one in found:
-        if one.manifest is None:
+    began, refuse = time.perf_counter(), partial(RequestError, reported=rank != 0)  # all ranks come to the same
+    candidates = [_received(run, tree) for tree in distributed.on_rank_zero(lambda: _sent(store.candidates(run)))]
+    damaged = [candidate for candidate in candidates if candidate.manifest is None]
+    for candidate in candidates:
+        if candidate.manifest is None:
             continue
-        _refuse_another(one, one.manifest, plan)
+        _refuse_another(candidate, candidate.manifest, plan, refuse)
         if not plan.can_save:
-            raise RequestError(
-                f"{one.folder.name} cannot be loaded to where this run keeps its states",
+            raise refuse(
+                f"{candidate.folder.name} cannot be loaded to where this run keeps its states",
                 where="offload=nvme",
-                fix="take offload=cpu, or start anew with checkpoint.resume=never",
+                fix="take offload=cpu, or start from scratch with checkpoint.resume=never",
             )
         world = plan.topology.world_size
-        reasons = distributed.gather_objects(shards.damaged(one.folder, one.manifest, beat, rank, world))
+        reasons = distributed.gather_objects(shards.damaged(candidate.folder, candidate.manifest, beat, rank, world))
         reason = next((reason for reason in reasons if reason), None)
         if reason is None:
             seconds = time.perf_counter() - began
-            return Choice(checkpoint=one, damaged=tuple(damaged), seconds=seconds)
-        damaged.append(replace(one, reason=reason))
+            return Choice(checkpoint=candidate, damaged=tuple(damaged), seconds=seconds)
+        damaged.append(replace(candidate, reason=reason))
     if damaged:
-        told = "; ".join(f"{one.folder.name}: {one.reason}" for one in damaged[:4])
-        raise RequestError(
-            f"none of the {len(damaged)} checkpoint(s) is good: {told}",
+        causes = "; ".join(f"{candidate.folder.name}: {candidate.reason}" for candidate in damaged[:4])
+        raise refuse(
+            f"none of the {len(damaged)} checkpoint(s) is good: {causes}",
             where=str(store.home(run)),
-            fix="restore one from a copy, or start anew: checkpoint.resume=never keeps these in attempts/, "
+            fix="restore one from a copy, or start from scratch: checkpoint.resume=never keeps these in attempts/, "
             "another out leaves them",
         )
     if plan.checkpoint.resume == "must":
-        raise RequestError(
-            "there is no checkpoint to go on from",
+        raise refuse(
+            "there is no checkpoint to resume from",
             where=f"checkpoint.resume=must and {store.home(run)}",
-            fix="check out=DIR, or leave checkpoint.resume=auto to start anew",
+            fix="check out=DIR, or leave checkpoint.resume=auto to start from scratch",
         )
     return Choice(checkpoint=None)
 
@@ -101,12 +94,12 @@ def _sent(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
     """Return candidates as JSON carries them: all ranks choose among what rank 0 sees."""
     return [
         {
-            "folder": one.folder.name,
-            "step": one.step,
-            "manifest": asdict(one.manifest) if one.manifest else None,
-            "reason": one.reason,
+            "folder": candidate.folder.name,
+            "step": candidate.step,
+            "manifest": asdict(candidate.manifest) if candidate.manifest else None,
+            "reason": candidate.reason,
         }
-        for one in candidates
+        for candidate in candidates
     ]
 
 
@@ -118,26 +111,26 @@ def _received(run: Path, tree: dict[str, Any]) -> Candidate:
     return Candidate(folder=folder, step=tree["step"], manifest=manifest, reason=tree["reason"])
 
 
-def _refuse_another(one: Candidate, manifest: Manifest, plan: Plan) -> None:
+def _refuse_another(candidate: Candidate, manifest: Manifest, plan: Plan, refuse: Callable[..., RequestError]) -> None:
     old, new = manifest.identity, plan.identity
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if changed:
-        told = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:3])
-        raise RequestError(
-            f"{one.folder.name} is a checkpoint of a different run: {told}",
-            where=str(one.folder),
+        differences = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:3])
+        raise refuse(
+            f"{candidate.folder.name} is a checkpoint of a different run: {differences}",
+            where=str(candidate.folder),
             fix="move it away, or choose another out",
         )
-    if one.step > plan.steps:
-        raise RequestError(
-            f"the run has done {one.step} steps, and {plan.steps} were asked for",
-            where=str(one.folder),
-            fix=f"ask for steps={one.step} or more, or choose another out",
+    if candidate.step > plan.steps:
+        raise refuse(
+            f"the run has done {candidate.step} steps, and {plan.steps} were asked for",
+            where=str(candidate.folder),
+            fix=f"ask for steps={candidate.step} or more, or choose another out",
         )
 
 
 def restore(
-    engine: DeepSpeedEngine, plan: Plan, choice: Choice, guard: Guard, rank: int, heart: Heart
+    engine: Engine, plan: Plan, choice: Choice, guard: Guard, rank: int, heartbeat: Heartbeat
 ) -> dict[str, Any]:
     """Fill engine, guard and random generators from the chosen checkpoint; return what the event tells of it.
 
@@ -157,16 +150,16 @@ def restore(
     try:
         for piece in training_state.fragments(engine):
             for state, view in training_state.tensors(engine, piece).items():
-                found = files.read(piece.name, state, piece.start, piece.length)
-                if found is not None:
-                    view.copy_(torch.from_numpy(found))
-                heart.touch()
+                values = files.read(piece.name, state, piece.start, piece.length)
+                if values is not None:
+                    view.copy_(torch.from_numpy(values))
+                heartbeat.touch()
         module_buffers.restore(engine, files, rank)
     except Damaged as damage:
         raise _cannot(folder, str(damage)) from None
-    heart.mark("load", manifest.step)
+    heartbeat.mark("load", manifest.step)
     training_state.refresh_weights(engine)
-    heart.mark("load", manifest.step)
+    heartbeat.mark("load", manifest.step)
     engine.global_steps = manifest.step
     engine.micro_steps = manifest.step * plan.batch.accumulation
     engine.global_samples = manifest.step * plan.batch.global_
@@ -186,7 +179,7 @@ def restore(
         "step": manifest.step,
         "folder": folder.name,
         "from": {"world_size": manifest.world_size, "zero": manifest.zero, "precision": manifest.precision},
-        "random_states": "restored" if drawn else "seeded anew: they belong to another number of ranks",
+        "random_states": "restored" if drawn else "seeded again: they belong to another number of ranks",
         "logits_differ_by": difference,
         "other_versions": {
             name: f"{manifest.versions.get(name)} -> {here.get(name)}"
@@ -212,7 +205,7 @@ def _restore_random(folder: Path, rank: int, drawn: dict[str, Any]) -> None:
         raise _cannot(folder, f"the random states of rank {rank} are no such states: {error}") from None
 
 
-def _compare(engine: DeepSpeedEngine, plan: Plan, files: Shards) -> tuple[float, float]:
+def _compare(engine: Engine, plan: Plan, files: Shards) -> tuple[float, float]:
     """Return how far this engine's logits are from those of the engine that was saved, and how far they may be.
 
     To the bit in the same cell on the same machine; another order of summation, or rounding to another precision,
@@ -235,5 +228,5 @@ def _cannot(folder: Path, reason: str) -> RefusedError:
     return RefusedError(
         f"{folder.name} cannot be loaded: {reason}",
         where=str(folder),
-        fix="move it away to go on from an older one; `halfstep checkpoint verify` says which are good",
+        fix="move it away to resume from an older one; `halfstep checkpoint verify` says which are good",
     )

@@ -21,25 +21,25 @@ def seed(plan: Plan, rank: int, step: int) -> None:
 def states() -> dict[str, Any]:
     """Return the states of all generators, JSON-able."""
     kind, keys, *rest = np.random.get_state()
-    found: dict[str, Any] = {
+    drawn: dict[str, Any] = {
         "torch": _hex(torch.get_rng_state()),
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "python": random.getstate(),
     }
     if torch.cuda.is_available():
-        found["cuda"] = _hex(torch.cuda.get_rng_state())
-    return found
+        drawn["cuda"] = _hex(torch.cuda.get_rng_state())
+    return drawn
 
 
-def restore(found: dict[str, Any]) -> None:
+def restore(drawn: dict[str, Any]) -> None:
     """Set all generators to the states that `states` returned."""
-    torch.set_rng_state(_tensor(found["torch"]))
-    kind, keys, *rest = found["numpy"]
+    torch.set_rng_state(_tensor(drawn["torch"]))
+    kind, keys, *rest = drawn["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, inner, gauss = found["python"]
+    version, inner, gauss = drawn["python"]
     random.setstate((version, tuple(inner), gauss))
-    if torch.cuda.is_available() and "cuda" in found:
-        torch.cuda.set_rng_state(_tensor(found["cuda"]))
+    if torch.cuda.is_available() and "cuda" in drawn:
+        torch.cuda.set_rng_state(_tensor(drawn["cuda"]))
 
 
 def _hex(state: torch.Tensor) -> str:

@@ -1,7 +1,7 @@
 """Save the training state: every rank writes its own part, all agree that it is on the disk, rank 0 lets it appear.
 
 What DeepSpeed's own checkpoint lacks (T16 to T19): hashes, a commit that is one rename, RNG states, the guard's state.
-A rank writes its masters and optimizer states while the loop stands still; syncing goes on beside the next step, and
+A rank writes its masters and optimizer states while the loop stands still; syncing continues beside the next step, and
 at the end of that step, before anything is written about it, the checkpoint appears.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import shards, store
@@ -23,6 +22,7 @@ from halfstep.launcher.checkpoint.manifest import File, Manifest
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, training_state
+from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import DiskFull, HalfstepError, RefusedError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
@@ -53,7 +53,7 @@ class Saver:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         plan: Plan,
         where: RunDir,
         guard: Guard,
@@ -82,7 +82,7 @@ class Saver:
     def begin(self, step: int, rate: float) -> None:
         """Write the state after an optimizer step; `finish` makes a checkpoint of it. A collective call.
 
-        Raises RefusedError on every rank where there is not enough space, unless the plan goes on without.
+        Raises RefusedError on every rank where there is not enough space, unless the plan continues without.
         """
         self.finish()
         if step == self.last_step:
@@ -98,7 +98,7 @@ class Saver:
             )
         pieces = [*self._pieces(probe(self._engine, self._plan)), *module_buffers.pieces(self._engine)]
         self._mark(step)
-        needed = sum(distributed.gather_objects(sum(one.bytes for one in pieces) + _SPARE))
+        needed = sum(distributed.gather_objects(sum(piece.bytes for piece in pieces) + _SPARE))
         attempt, distrusted = self._where.attempt.name, step in self._damaged
         try:
             prepared: str | None = distributed.on_rank_zero(
@@ -107,7 +107,7 @@ class Saver:
         except HalfstepError as error:
             self._failed(step, error)
             return
-        if prepared is None:  # a good one stands there: of an attempt that died between saving and going on
+        if prepared is None:  # a good one stands there: of an attempt that died between saving and the next step
             self.last_step = step
             return
         folder = Path(prepared)
@@ -148,7 +148,7 @@ class Saver:
             return
         self.last_step = pending.step
         stalled = pending.stalled + time.perf_counter() - began
-        size = sum(one.bytes for one in everything)
+        size = sum(file.bytes for file in everything)
         self._event("saved", step=pending.step, bytes=size, seconds=round(stalled, 6))
 
     def _prepare(self, step: int, attempt: str, needed: int, *, distrusted: bool) -> str | None:
@@ -185,9 +185,9 @@ class Saver:
         error = (DiskFull if full else RefusedError)(
             f"the checkpoint of step {pending.step} could not be written ({'; '.join(reasons[:3])})",
             where=str(pending.folder.parent),
-            fix="mend that and start the same command again; checkpoint.on_failure=continue trains on without",
+            fix="fix that and start the same command again; checkpoint.on_failure=continue trains on without",
+            reported=self._rank != 0,
         )
-        error.said_elsewhere = self._rank != 0
         self._failed(pending.step, error)
 
     def _failed(self, step: int, error: HalfstepError) -> None:
@@ -263,7 +263,7 @@ class Saver:
             optimizer={
                 "kind": type(training_state.base_optimizer(self._engine)).__name__,
                 "states": sorted(kept),
-                "steps": max((one for one in counts if one is not None), default=0.0),
+                "steps": max((count for count in counts if count is not None), default=0.0),
             },
             guard=self._guard.state(),
             lr=rate,
@@ -279,7 +279,7 @@ def _reader(view: torch.Tensor) -> Callable[[], np.ndarray]:
 
 
 @torch.no_grad()
-def probe(engine: DeepSpeedEngine, plan: Plan) -> np.ndarray:
+def probe(engine: Engine, plan: Plan) -> np.ndarray:
     """Return the engine's logits for a few fixed tokens, flat fp32: what is made of a checkpoint can be compared.
 
     A collective call at stage 3.

@@ -7,13 +7,14 @@ all parameters at stages 1 and 2, a slice of each at stage 3. A fragment names a
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from halfstep.launcher.checkpoint.shards import MASTER
 from halfstep.launcher.config import optimizers
+from halfstep.launcher.engine.untyped import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +37,18 @@ class Fragment:
         return tensor.detach().view(-1).narrow(0, self.offset, self.length)
 
 
-def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
+def fragments(engine: Engine) -> list[Fragment]:
     """Return what this rank holds of every trained parameter, in the model's order."""
     return [piece for piece in _pieces(engine) if piece.length > 0]
 
 
-def shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
+def shapes(engine: Engine) -> dict[str, list[int]]:
     """Return the whole shape of every trained parameter, in the model's order."""
-    trained = ((name, one) for name, one in engine.module.named_parameters() if one.requires_grad)
-    return {name: list(getattr(one, "ds_shape", one.shape)) for name, one in trained}
+    trained = ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained}
 
 
-def _pieces(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+def _pieces(engine: Engine) -> Iterator[Fragment]:
     wrapper = engine.optimizer
     own = _stage_0(engine)
     for name, parameter in engine.module.named_parameters():
@@ -76,14 +77,14 @@ def _pieces(engine: DeepSpeedEngine) -> Iterator[Fragment]:
             )
 
 
-def _stage_0(engine: DeepSpeedEngine) -> dict[Tensor, tuple[Tensor, int]] | None:
+def _stage_0(engine: Engine) -> dict[Tensor, tuple[Tensor, int]] | None:
     """Return where stage 0 keeps each parameter's master, or None at other stages."""
     if engine.zero_optimization():
         return None
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_flat"):  # FusedAdam's
         return {
-            weight: (flat, sum(one.numel() for one in weights[:place]))
+            weight: (flat, sum(earlier.numel() for earlier in weights[:place]))
             for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True)
             for place, weight in enumerate(weights)
         }
@@ -96,7 +97,7 @@ def _stage_0(engine: DeepSpeedEngine) -> dict[Tensor, tuple[Tensor, int]] | None
 
 
 @torch.no_grad()
-def checksum(engine: DeepSpeedEngine) -> int:
+def checksum(engine: Engine) -> int:
     """Return this rank's part of a checksum of all masters; the parts of all ranks add up to it, modulo 2^64.
 
     Every element's bits are weighed by a number that depends on its parameter's name and its place in it, so that the
@@ -122,35 +123,35 @@ def _slices(piece: Fragment, most: int = 1 << 22) -> Iterator[tuple[Tensor, int]
         yield whole[first : first + most].float().contiguous(), piece.start + first
 
 
-def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """Return torch's or DeepSpeed's optimizer under the wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def tensors(engine: DeepSpeedEngine, piece: Fragment) -> dict[str, Tensor]:
+def tensors(engine: Engine, piece: Fragment) -> dict[str, Tensor]:
     """Return a fragment's master and optimizer states, as views."""
     state = base_optimizer(engine).state.get(piece.flat, {})
     kept = {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == piece.flat.shape}
     return {MASTER: piece.view(piece.flat), **{key: piece.view(value) for key, value in kept.items()}}
 
 
-def step_count(engine: DeepSpeedEngine, piece: Fragment) -> float | None:
+def step_count(engine: Engine, piece: Fragment) -> float | None:
     """Return the optimizer's own step count for a fragment; None where it keeps none."""
     step = base_optimizer(engine).state.get(piece.flat, {}).get("step")
     return None if step is None else float(step)
 
 
-def left_out(engine: DeepSpeedEngine) -> list[str]:
+def left_out(engine: Engine) -> list[str]:
     """Return the optimizer states that `tensors` and `step_count` do not show, such as NAdam's running product."""
-    optimizer, found = base_optimizer(engine), set()
+    optimizer, missing = base_optimizer(engine), set()
     for piece in fragments(engine):
         state = optimizer.state.get(piece.flat, {})
         kept = {key for key, value in state.items() if value is None or getattr(value, "shape", 0) == piece.flat.shape}
-        found |= set(state) - kept
-    return sorted(found - {"step"})
+        missing |= set(state) - kept
+    return sorted(missing - {"step"})
 
 
-def create_optimizer_states(engine: DeepSpeedEngine, kinds: list[str], steps: float) -> None:
+def create_optimizer_states(engine: Engine, kinds: list[str], steps: float) -> None:
     """Give an optimizer that has not stepped its states, zero, as after `steps` steps; the values are written later."""
     optimizer = base_optimizer(engine)
     if not kinds and not steps:
@@ -170,7 +171,7 @@ def create_optimizer_states(engine: DeepSpeedEngine, kinds: list[str], steps: fl
             group["step"] = int(steps)
 
 
-def _count_up(optimizer: torch.optim.Optimizer, steps: int) -> None:
+def _count_up(optimizer: Any, steps: int) -> None:
     """Let DeepSpeed's Adam for the host count `steps` steps.
 
     It multiplies its betas step by step, and from a later step on would take their power instead, which differs in the
@@ -185,7 +186,7 @@ def _count_up(optimizer: torch.optim.Optimizer, steps: int) -> None:
         )
 
 
-def refresh_weights(engine: DeepSpeedEngine) -> None:
+def refresh_weights(engine: Engine) -> None:
     """Round the weights that the network computes with from their masters, on every rank. A collective call."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3: as its own step does (stage3.py, step)

@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped or told to stop: real processes, Hearts and wardens, without DeepSpeed."""
+"""Ranks that are killed, stopped or told to stop: real processes, Heartbeats and watchdogs, without DeepSpeed."""
 
 import contextlib
 import json
@@ -26,15 +26,15 @@ def launch(tmp_path: Path) -> Iterator[Start]:
         return started[-1]
 
     yield start
-    for one in started:
-        for pid in [*processes.marked(one.mark)]:
+    for launch in started:
+        for pid in [*processes.marked(launch.mark)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        one.process.kill()
-        one.process.wait()
-        if one.process.stdout:
-            one.process.stdout.close()
-        one.errors.close()
+        launch.process.kill()
+        launch.process.wait()
+        if launch.process.stdout:
+            launch.process.stdout.close()
+        launch.errors.close()
 
 
 def test_a_clean_end_is_reported_by_nobody(launch: Start) -> None:
@@ -116,7 +116,7 @@ def test_of_two_ranks_that_wait_the_one_that_lags_is_named(launch: Start) -> Non
 
 
 def test_waiting_for_a_slow_rank_that_moves_is_no_stall(launch: Start) -> None:
-    slow = "[(time.sleep(0.3), heart.touch()) for _ in range(12)]"
+    slow = "[(time.sleep(0.3), heartbeat.touch()) for _ in range(12)]"
     run = launch(2, 2.0, f"at0-7={slow}", "steps=10")
     run.until_gone(20)
     assert run.exit is None
@@ -147,7 +147,7 @@ def test_a_signal_asks_for_a_stop(launch: Start, number: signal.Signals) -> None
     [
         "time.sleep(60)",
         "os.read(os.pipe()[0], 1)",
-        "sum(range(10**11))",  # holds Python's lock, so that only the warden can act
+        "sum(range(10**11))",  # holds Python's lock, so that only the watchdog can act
     ],
 )
 def test_a_second_interrupt_quits_whatever_the_rank_does(launch: Start, busy: str) -> None:
@@ -184,13 +184,13 @@ def test_a_rank_that_nobody_can_tell_to_stop_is_killed_after_its_grace(launch: S
     assert run.exit["code"] == 75
 
 
-def test_a_killed_warden_is_replaced(launch: Start) -> None:
+def test_a_killed_watchdog_is_replaced(launch: Start) -> None:
     run = launch(1)
     run.until_step(2)
-    (first,) = _wardens(run)
+    (first,) = _watchdogs(run)
     os.kill(first, signal.SIGTERM)
     os.kill(first, signal.SIGKILL)
-    run.wait(lambda: _wardens(run) not in ([], [first]))
+    run.wait(lambda: _watchdogs(run) not in ([], [first]))
     time.sleep(0.2)
     os.kill(run.pids[0], signal.SIGKILL)
     run.wait(lambda: run.exit)
@@ -208,5 +208,5 @@ def test_another_attempts_end_lets_a_stopped_rank_go(launch: Start) -> None:
     assert run.exit["rank"] == 1
 
 
-def _wardens(run: Launch) -> list[int]:
+def _watchdogs(run: Launch) -> list[int]:
     return [pid for pid in processes.marked(run.mark) if pid not in (run.process.pid, *run.pids)]
