@@ -38,9 +38,9 @@ class Engine:
 
     device, global_steps, micro_steps = torch.device("cpu"), 0, 0
 
-    def __init__(self, accumulation: int) -> None:
+    def __init__(self, accumulation: int, peak: float = 1.0) -> None:
         self.module = nn.Sequential(nn.Embedding(VOCABULARY, VOCABULARY))
-        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1.0)
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=peak)
         self.accumulation = accumulation
         self.inputs: list[dict[str, Tensor]] = []
 
@@ -98,7 +98,7 @@ def test_every_target_of_a_step_counts_the_same_however_they_are_spread_over_mic
     plan = replace(
         cases.plan_of(case, Topology(world_size=1, ranks_per_node=1, accelerator="cpu"), repairs=True), steps=1
     )
-    engine, feed = Engine(accumulation=2), Masked()
+    engine, feed = Engine(accumulation=2, peak=plan.schedule.peak), Masked()
     records: list[StepRecord] = []
     evaluations: list[EvaluationRecord] = []
     before = engine.module[0].weight.detach().clone().requires_grad_()
