@@ -62,7 +62,7 @@ def finish(
     attempt.mkdir(parents=True, exist_ok=True)
     about = {"host": "n1", "cpu": "a processor", "versions": {"torch": "2.13.0"}, "load_average": [1.0, 1.0, 1.0]}
     (attempt / "env.json").write_text(json.dumps({**about, "code_revision": "abc"}))
-    (attempt / "exit.json").write_text(json.dumps({"code": 0, "cause": "done", "rank": 0, "time": 1e9}))
+    (attempt / "exit.json").write_text(json.dumps({"code": 0, "cause": "done", "kind": "done", "rank": 0, "time": 1e9}))
     (run / "proof.json").write_text(json.dumps({"proved": proved, "reason": "" if proved else "its repairs are off"}))
     return run
 

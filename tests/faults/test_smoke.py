@@ -24,6 +24,7 @@ def test_a_kill_in_mid_save_and_a_flipped_bit_cost_nothing_but_time(
     assert [folder.name[:9] for folder in (out / "checkpoints").glob(".*")] == [".writing-"]
     cause = rig.exit_of(out)
     assert (cause["code"], "rank 0 was killed by signal 9" in cause["cause"]) == (128 + 9, True), cause
+    assert cause["kind"] == "signal"
 
     shard = out / "checkpoints/step-00000020/rank-00001.safetensors"
     content = bytearray(shard.read_bytes())

@@ -168,6 +168,9 @@ def test_a_death_is_told_by_its_status() -> None:
     assert death(1, beat, 0, starved=False)[0] == 1
     assert death(1, beat, None, starved=False)[0] == 1
     assert death(1, beat, 40, starved=False)[0] == 168
+    assert death(1, beat, 9, starved=True)[3] is Kind.OUT_OF_HOST_MEMORY
+    kinds = [death(1, beat, status, starved=False)[3] for status in (9, 128 + 11, 85 << 8, None)]
+    assert kinds == [Kind.SIGNAL, Kind.SIGNAL, Kind.FAILED, Kind.LOST_RANK]
 
 
 def report(rank: int, count: int, phase: str, state: str = "S") -> stalls.Report:
