@@ -65,7 +65,7 @@ ROOMS = {
 # Imports inside functions, for verbs that need what takes long to load.
 # Imports inside functions, for verbs that need what takes long to load.
 LATE = {
-    "cli": "data doctor engine export metrics parity study",
+    "cli": "data doctor export metrics parity study",
     "train": "engine",
 }
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}

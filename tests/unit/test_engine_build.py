@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.launcher.config import optimizers
 from halfstep.launcher.engine import build
 from halfstep.launcher.engine.build import parameter_groups
 from halfstep.launcher.engine.readings import Readings
@@ -46,6 +47,23 @@ def test_every_group_keeps_its_own_share_of_the_learning_rate() -> None:
             readings.set_learning_rate(rate)
             assert groups[0]["lr"] == rate, "to the bit"
             assert groups[1]["lr"] == pytest.approx(0.4 * rate)
+
+
+@pytest.mark.parametrize("kind", sorted(optimizers.BY_KIND))
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_table_names_what_torch_keeps_of_a_parameter(kind: str, momentum: float) -> None:
+    row, weight = optimizers.BY_KIND[kind], nn.Parameter(torch.ones(3, 2))
+    assert row.reference is not None
+    given = {"momentum": momentum} if "momentum" in row.parameters else {}
+    optimizer = getattr(torch.optim, row.reference)([weight], lr=0.1, **given)
+    weight.grad = torch.ones(3, 2)
+    optimizer.step()
+    kept = optimizer.state.get(weight, {})
+    tensors = {name: value for name, value in kept.items() if torch.is_tensor(value) and value.shape == weight.shape}
+    states = [state for state in row.states if state.only_with is None or given[state.only_with] > 0]
+    assert set(tensors) == {state.name for state in states}
+    assert sum(value.element_size() for value in tensors.values()) == optimizers.state_bytes(row.type, given)
+    assert ("step" in kept) == row.counts_steps
 
 
 class Experts(nn.Module):
