@@ -152,8 +152,8 @@ def _judge_checkpoint(folder: Path, seen: Any) -> str | None:
 
 def _verbs(run: Path) -> None:
     """List, verify, and choose for an export; each says what it finds, and none fails."""
-    for arguments in (["list"], ["list", "--json"], ["verify"], ["verify", "--json"]):
-        code = command(["checkpoint", *arguments, str(run)])
+    for verb in (["list"], ["list", "--json"], ["verify"], ["verify", "--json"]):
+        code = command(["checkpoint", *verb, str(run)])
         assert code in (0, 2), code
     for row in survey.survey(run):
         survey.verified(row)

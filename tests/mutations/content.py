@@ -166,7 +166,7 @@ def _make_model(folder: Path) -> Path:
 
 def _model(folder: Path, corpus: Path) -> Reader:
     there = _make_model(folder / "model")
-    request = [
+    arguments = [
         f"model=hf:{there}",
         f"data={corpus}",
         "batch.global=8",
@@ -178,7 +178,7 @@ def _model(folder: Path, corpus: Path) -> Reader:
     def read(case: Case) -> Any:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            code = command(["plan", "--json", *request])
+            code = command(["plan", "--json", *arguments])
         return json.loads(out.getvalue()) if code == 0 else None
 
     def judge(case: Case, tree: Any) -> str | None:

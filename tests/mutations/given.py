@@ -152,8 +152,8 @@ def _words_of_verbs(folder: Path, corpus: Path) -> Reader:
             "0,1",
             "1,1",
         )
-        drawn = [word.replace("@", draw.choice(values)) for word in line]
-        return Case(what=" ".join(drawn)[:100], given=drawn)
+        arguments = [word.replace("@", draw.choice(values)) for word in line]
+        return Case(what=" ".join(arguments)[:100], given=arguments)
 
     def read(case: Case) -> int:
         here, path = os.getcwd(), os.environ["PATH"]

@@ -135,11 +135,11 @@ def all_readers(folder: Path, corpus: Path) -> list[Reader]:
     ]
 
 
-def _plan(request: list[str]) -> dict[str, Any] | None:
+def _plan(arguments: list[str]) -> dict[str, Any] | None:
     """Plan by the command, and return what it decides; None where it refuses."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = command(["plan", "--json", *request])
+        code = command(["plan", "--json", *arguments])
     if not out.getvalue():
         assert code in (2, 3), code
         return None
@@ -196,7 +196,7 @@ def _of_requests(folder: Path, corpus: Path) -> list[Reader]:
     base = ["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"]
     keys = sorted(key for key in run_keys() if key not in ("out", "data", "model.name", "model", "ds_config"))
 
-    def words(draw: random.Random) -> Case:
+    def arguments(draw: random.Random) -> Case:
         key = (
             draw.choice(keys)
             if draw.random() < 0.8
@@ -242,7 +242,11 @@ def _of_requests(folder: Path, corpus: Path) -> list[Reader]:
             count=600,
         ),
         Reader(
-            name="words of a request", read=lambda case: _plan(case.given), cases=words, judge=judge_words, count=800
+            name="words of a request",
+            read=lambda case: _plan(case.given),
+            cases=arguments,
+            judge=judge_words,
+            count=800,
         ),
         Reader(
             name="DeepSpeed config",

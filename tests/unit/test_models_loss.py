@@ -145,15 +145,15 @@ def test_no_graph_is_kept_without_gradients():
 
 
 @pytest.mark.parametrize(
-    ("change", "phrase"),
+    ("change", "message"),
     [
         ({"reduction": "none"}, "mean or sum, not 'none'"),
         ({"targets": torch.zeros(2, 5, dtype=torch.long)}, r"need targets \(2, 6\), not \(2, 5\)"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(change: dict, phrase: str):
+def test_what_does_not_belong_together_is_refused(change: dict, message: str):
     logits, targets = batch(torch.float32)
-    with pytest.raises(ValueError, match=phrase):
+    with pytest.raises(ValueError, match=message):
         next_token_loss(logits, **{"targets": targets, **change})
 
 
