@@ -85,10 +85,10 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         with quiet():
-            auto: Any = AutoModelForCausalLM  # its annotation knows no loading info
-            return auto.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 weights, config=configuration, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+            return loaded
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a file, or what it was written by, makes torch and safetensors raise

@@ -154,9 +154,9 @@ def _restore_constants(model: PreTrainedModel, made: PreTrainedConfig, options: 
     for module, twin in zip(model.modules(), plain.modules(), strict=True):
         for own, others in ((module._buffers, twin._buffers), (vars(module), vars(twin))):
             for name, value in others.items():
-                replaced = own.get(name)
-                if isinstance(value, Tensor) and isinstance(replaced, Tensor) and not value.is_meta:
-                    own[name] = value.to(replaced.device)
+                kept = own.get(name)
+                if isinstance(value, Tensor) and isinstance(kept, Tensor) and not value.is_meta:
+                    own[name] = value.to(kept.device)
 
 
 def _constructed(made: PreTrainedConfig, trust_remote_code: bool, kind: Kind, seed: int) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ def _constructed(made: PreTrainedConfig, trust_remote_code: bool, kind: Kind, se
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     whole, init_weights = copy.deepcopy(made), PreTrainedModel.init_weights
-    torch.random.default_generator.manual_seed(seed)
+    torch.random.default_generator.manual_seed(seed)  # pyright: ignore[reportPrivateImportUsage]
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not set with nan
         PreTrainedModel.init_weights = lambda self: None

@@ -33,9 +33,7 @@ class Encoded(NamedTuple):
     """How many tokens stand for text that the tokenizer does not know."""
 
 
-def encode(
-    pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int
-) -> Generator[Encoded, None, None]:
+def encode(pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int) -> Generator[Encoded]:
     """Yield the tokens of all pieces in their order; the tokenizer is loaded from `folder` in every process."""
     batches = _batches(pieces)
     if workers == 1:

@@ -23,7 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 class Opened(NamedTuple):
     """A file at its first character."""
 
-    stream: "io.BufferedReader[Any]"
+    stream: io.BufferedReader
     offset: int
     """Bytes, decompressed, that were passed over."""
 
@@ -44,10 +44,10 @@ def opened(path: Path, given: Format) -> Iterator[Opened]:
 
     Raises RequestError, now or while it is read, for files that are not what their names say or are not whole.
     """
-    with io.BufferedReader(io.FileIO(path), _BUFFER_BYTES) as file:
+    with io.BufferedReader(path.open("rb", buffering=0), _BUFFER_BYTES) as file:
         formats.check_head(path, file.peek(formats.HEAD_BYTES)[: formats.HEAD_BYTES], given)
         with contextlib.ExitStack() as stack:
-            stream = file
+            stream: io.BufferedReader[Any] = file
             if given.compression is not None:
                 raw = _Checked(path, given.compression, _decompressor(path, file, given.compression, stack))
                 stream = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))

@@ -32,10 +32,10 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     with _loading(folder, f"transformers cannot load {folder}"):
         # False, not None: transformers would ask at the terminal whether code in the folder may run.
-        auto: Any = AutoModelForCausalLM  # its annotation knows no loading info
-        model, report = auto.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **options
         )
+        model, report = loaded
     wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, names in wrong.items():
         if names:
