@@ -127,7 +127,7 @@ def hub_pieces(name: str, config: str | None, split: str, field: str, skip: Skip
     if problem := hub.unreachable():
         raise RequestError(f"{name!r} is no file here, and {problem}", where=where, fix=fix)
     import datasets
-    from datasets.exceptions import DatasetsError
+    import datasets.exceptions
 
     try:
         table = datasets.load_dataset(name, config, split=split, streaming=True)
@@ -139,6 +139,6 @@ def hub_pieces(name: str, config: str | None, split: str, field: str, skip: Skip
                 raise text
             else:
                 skip(text)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RequestError(f"the hub did not give {name!r}: {reason}", where=where, fix=fix) from None

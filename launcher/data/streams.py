@@ -23,7 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 class Opened(NamedTuple):
     """A file at its first character."""
 
-    stream: "io.BufferedReader[Any]"
+    stream: io.BufferedReader
     offset: int
     """Bytes, decompressed, that were passed over."""
 

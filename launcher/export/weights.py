@@ -99,7 +99,8 @@ def content(manifest: Manifest, dtype: str) -> Content:
         section.use_cache, section.dtype = True, DTYPES[dtype]
     config.architectures = [type(model).__name__]
     if hasattr(config, "auto_map"):
-        delattr(config, "auto_map")  # it names code that is not in the export, and that did not run
+        # It names code that is not in the export, and that did not run.
+        del config.auto_map  # pyright: ignore[reportAttributeAccessIssue]
     parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
     built = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}

@@ -59,7 +59,7 @@ def python_with_dependencies(folder: Path) -> tuple[Path, Path]:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, capture_output=True)
     site = folder / SITE.relative_to(sys.prefix)
     for item in SITE.iterdir():
-        if "halfstep" not in item.name:
+        if "halfstep" not in item.name and item.name not in ("launcher", "models"):
             (site / item.name).symlink_to(item)
     return folder / "bin" / "python", site
 
