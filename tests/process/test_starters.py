@@ -206,7 +206,7 @@ def test_a_wheel_trains_amid_other_people_s_packages(
 ) -> None:  # fmt: skip
     request = [*WORDS, f"zero={zero}", f"precision={precision}", f"data={data}", "out={out}"]
     script = [] if starter[0] == "halfstep" else [str(installed.script)]
-    outcome = start(f"wheel-{starter[-1]}", [str(installed.python), "-m", *starter, *script, *request], **amid)
+    outcome = start(f"wheel-z{zero}-{precision}", [str(installed.python), "-m", *starter, *script, *request], **amid)
     assert outcome.returncode == 0, outcome.output
     assert outcome.losses == cell(zero, precision).losses
     assert json.loads((outcome.out / "attempts/0001/env.json").read_text())["code_revision"] is None
