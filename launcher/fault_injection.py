@@ -90,9 +90,9 @@ def _here(point: str, rank: int, step: int) -> _Fault | None:
 @functools.cache
 def _read(said: str) -> tuple[_Fault, ...]:
     faults = []
-    for one in said.split(","):
+    for entry in said.split(","):
         try:
-            point, rank, steps, action = one.strip().split(":")
+            point, rank, steps, action = entry.strip().split(":")
             action, equals, number = action.partition("=")
             if (f"{action}={_COUNTED.get(action)}" if equals else action) not in POINTS[point]:
                 raise ValueError(action)
@@ -106,9 +106,9 @@ def _read(said: str) -> tuple[_Fault, ...]:
         except (ValueError, KeyError):
             points = ", ".join(POINTS)
             raise RequestError(
-                f"{one!r} is no fault",
+                f"{entry!r} is no fault",
                 where=VARIABLE,
-                fix=f"unset it, or write POINT:RANK:STEPS:ACTION with POINT one of {points}, ACTION one of "
+                fix=f"unset it, or write POINT:RANK:STEPS:ACTION with POINT entry of {points}, ACTION entry of "
                 f"{', '.join(_ACTIONS)}, and {' or '.join(_VALUES)} at fwd and bwd",
             ) from None
     return tuple(faults)
