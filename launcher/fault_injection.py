@@ -108,7 +108,7 @@ def _read(said: str) -> tuple[_Fault, ...]:
             raise RequestError(
                 f"{entry!r} is no fault",
                 where=VARIABLE,
-                fix=f"unset it, or write POINT:RANK:STEPS:ACTION with POINT entry of {points}, ACTION entry of "
+                fix=f"unset it, or write POINT:RANK:STEPS:ACTION with POINT one of {points}, ACTION one of "
                 f"{', '.join(_ACTIONS)}, and {' or '.join(_VALUES)} at fwd and bwd",
             ) from None
     return tuple(faults)
