@@ -8,7 +8,7 @@
 # make test-slurm  jobs on a real SLURM cluster of two nodes on this machine: limits, preemption, lost nodes (about 25 minutes)
 # make measure the memory of real CPU runs against the plan's forecast, into benchmarks/results/memory-cpu.json (half an hour)
 # make gpu     what only a GPU can show, into benchmarks/results/<device>.json
-# make check   formatting, lint, types, generated files
+# make check   formatting, lint, types, names, generated files
 
 PYTHON ?= python3
 # More words for pip: where to find torch's CPU build, say, on a machine without a GPU.
@@ -42,7 +42,7 @@ study: $(STAMP)
 # What the cluster in the tests is made of, where it may be installed; without it those tests are skipped and say so.
 CLUSTER := slurmctld slurmd sbatch munged shellcheck sshd ssh ssh-keygen pdsh mpirun ip iptables mount hostname
 cluster:
-	@(for one in $(CLUSTER); do command -v $$one > /dev/null || exit 1; done) || \
+	@(for program in $(CLUSTER); do command -v $$program > /dev/null || exit 1; done) || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
 	      slurm-wlm munge shellcheck openssh-server openssh-client pdsh openmpi-bin iproute2 iptables mount \
@@ -77,7 +77,8 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m launcher.plan.catalogue --check
+	$(BIN)/python -m pytest -q tests/rules/test_names.py
+	$(BIN)/python -m tools.catalogue --check
 
 format: $(STAMP)
 	$(BIN)/ruff format .

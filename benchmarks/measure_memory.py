@@ -1,7 +1,7 @@
-"""Measure the resident memory of real CPU runs against what the planner foretold: `make measure`.
+"""Measure the resident memory of real CPU runs against what the planner predicted: `make measure`.
 
-Every row is a run of two DeepSpeed ranks, started as a user starts it. It keeps the setting it was made with, so that
-`--score` works the predictions out anew, and `--fit` the constants of launcher/plan/resident.py, without running again.
+Every row is a run of two DeepSpeed ranks, started as a user starts it. It keeps the workload it was made with, so that
+`--score` predicts again, and `--fit` the constants of forecast/memory.py, without running again.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.plan import memory, setting
-from launcher.plan.plan import Plan
-from launcher.topology import free_port
-from models.shapes import Shape
+from halfstep.launcher.forecast import memory, workload
+from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import free_port
+from halfstep.models.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory-cpu.json"
@@ -76,37 +77,37 @@ def measure(only: list[str]) -> None:
     chosen = [case for text in only or [""] for case in cases() if text in " ".join(case)]
     with tempfile.TemporaryDirectory() as scratch:
         data = _data(Path(scratch))
-        for kind, size, words in dict.fromkeys(case for case in chosen if case[1:] not in done):
-            row = _run(Path(scratch) / "run", data, kind, size, words)
+        for kind, size, keys in dict.fromkeys(case for case in chosen if case[1:] not in done):
+            row = _run(Path(scratch) / "run", data, kind, size, keys)
             if "failed" in row:
-                print(f"FAILED {size} {words}: {row['failed']}", flush=True)
+                print(f"FAILED {size} {keys}: {row['failed']}", flush=True)
                 continue
             rows.append(row)
             _write(rows)
             print(
-                f"{row['seconds']:5.0f} s  {row.get('peak_memory_bytes', 0) / 2**20:7.0f} MiB  {size} {words}",
+                f"{row['seconds']:5.0f} s  {row.get('peak_memory_bytes', 0) / 2**20:7.0f} MiB  {size} {keys}",
                 flush=True,
             )
 
 
 def _data(scratch: Path) -> Path:
     out = scratch / "data"
-    words = ["data", "prepare", "--source", "stdlib", "--out", str(out), "--vocab-size", "512"]
-    subprocess.run([BIN / "halfstep", *words], check=True, capture_output=True)
+    arguments = ["data", "prepare", "--source", "stdlib", "--out", str(out), "--vocab-size", "512"]
+    subprocess.run([BIN / "halfstep", *arguments], check=True, capture_output=True)
     return out
 
 
-def _run(out: Path, data: Path, kind: str, size: str, words: str) -> dict[str, Any]:
+def _run(out: Path, data: Path, kind: str, size: str, keys: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
-    every = [*SIZES[size].split(), *COMMON.split(), *words.split(), f"data={data}", f"out={out}"]
+    every = [*SIZES[size].split(), *COMMON.split(), *keys.split(), f"data={data}", f"out={out}"]
     port = f"--master_port={free_port()}"
     command = [str(BIN / "deepspeed"), "--num_gpus", "2", port, str(ROOT / "launcher" / "train.py")]
     began = time.time()
     done = subprocess.run([*command, *every], cwd=ROOT, capture_output=True, text=True, env=_environment())
-    row: dict[str, Any] = {"kind": kind, "size": size, "words": words, "seconds": round(time.time() - began, 1)}
+    row: dict[str, Any] = {"kind": kind, "size": size, "words": keys, "seconds": round(time.time() - began, 1)}
     if done.returncode:
         return {**row, "failed": (done.stdout + done.stderr)[-300:]}
-    made = setting.of_plan(Plan.from_dict(json.loads((out / "plan.json").read_text())))
+    made = estimate.workload_of(Plan.from_dict(json.loads((out / "plan.json").read_text())))
     summary = json.loads((out / "summary.json").read_text())
     return {**row, "setting": dataclasses.asdict(made), "peak_memory_bytes": summary["peak_memory_bytes"]}
 
@@ -116,15 +117,15 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def settings(rows: list[dict[str, Any]]) -> list[setting.Setting]:
+def workloads_of(rows: list[dict[str, Any]]) -> list[workload.Workload]:
     """Return what every row was made with."""
-    found = []
+    workloads = []
     for row in rows:
         tree = dict(row["setting"])
         scaling = tuple((key, value) for key, value in tree["shape"]["rope_scaling"])
         tree["shape"] = Shape(**{**tree["shape"], "rope_scaling": scaling})
-        found.append(setting.Setting(**tree))
-    return found
+        workloads.append(workload.Workload(**tree))
+    return workloads
 
 
 def fitted_on(row: dict[str, Any]) -> bool:
@@ -138,37 +139,36 @@ def score() -> None:
     """Print each row's error, and the largest of every kind."""
     rows = json.loads(RESULTS.read_text())["rows"]
     errors: dict[str, list[float]] = {}
-    for row, made in zip(rows, settings(rows), strict=True):
-        told, seen = memory.forecast(made), row["peak_memory_bytes"]
-        error = told.peak_bytes / seen - 1
+    for row, made in zip(rows, workloads_of(rows), strict=True):
+        needed, seen = memory.forecast(made), row["peak_memory_bytes"]
+        error = needed.peak_bytes / seen - 1
         half = " in fp16, as fp32 copies" if "precision=fp16" in row["words"] else ""
         part = "fitted on" if fitted_on(row) else f"held out, {row['kind']} of {row['size']}{half}"
         errors.setdefault(part, []).append(error)
-        sizes = f"{told.peak_bytes / 2**20:6.0f} foretold {seen / 2**20:6.0f} MiB seen"
-        print(f"{100 * error:+6.1f} %  {sizes}  {told.peak_at:<18}  {row['size']} {row['words']}")
+        sizes = f"{needed.peak_bytes / 2**20:6.0f} predicted {seen / 2**20:6.0f} MiB seen"
+        print(f"{100 * error:+6.1f} %  {sizes}  {needed.peak_at:<18}  {row['size']} {row['words']}")
     everything = [error for part in errors.values() for error in part]
-    for part, found in [*errors.items(), ("all", everything)]:
-        within = sum(abs(error) <= 0.05 for error in found)
-        mean = statistics.fmean(map(abs, found))
-        worst = max(found, key=abs)
-        print(
-            f"{part:<56} {within:3d} of {len(found):3d} within 5 %, mean {100 * mean:.1f} %, worst {100 * worst:+.1f} %"
-        )
+    for part, values in [*errors.items(), ("all", everything)]:
+        within = sum(abs(error) <= 0.05 for error in values)
+        mean = statistics.fmean(map(abs, values))
+        worst = max(values, key=abs)
+        spread = f"mean {100 * mean:.1f} %, worst {100 * worst:+.1f} %"
+        print(f"{part:<56} {within:3d} of {len(values):3d} within 5 %, {spread}")
 
 
 def fit() -> None:
-    """Print the constants of launcher/plan/resident.py that fit the chosen rows best, in relative least squares."""
+    """Print the constants of launcher/forecast/memory.py that fit the chosen rows best, in relative least squares."""
     import numpy
 
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if fitted_on(row)]
     left, right = [], []
-    for row, made in zip(rows, settings(rows), strict=True):
-        seen, tensors = row["peak_memory_bytes"], max(one.bytes for one in memory.moments_on(made))
+    for row, made in zip(rows, workloads_of(rows), strict=True):
+        seen, tensors = row["peak_memory_bytes"], max(phase.bytes for phase in memory.phases_on(made))
         left.append([value / seen for value in (1, made.zero > 0, memory.heap_bytes(made))])
         right.append((seen - tensors) / seen)
-    found, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
-    rank, sharded = (f"{value / 2**20:.0f} MiB" for value in found[:2])
-    print(f"{len(rows)} rows: CPU_RANK {rank}, CPU_RANK_SHARDED {sharded}, CPU_HEAP {found[2]:.2f}")
+    constants, *_ = numpy.linalg.lstsq(numpy.array(left), numpy.array(right), rcond=None)
+    rank, sharded = (f"{value / 2**20:.0f} MiB" for value in constants[:2])
+    print(f"{len(rows)} rows: CPU_RANK {rank}, CPU_RANK_SHARDED {sharded}, CPU_HEAP {constants[2]:.2f}")
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

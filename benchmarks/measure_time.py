@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.plan import score
+from halfstep.launcher.rundir import prediction_errors
 
 HALFSTEP = Path(sys.executable).parent / "halfstep"
 MODELS = (("gpt2-nano", 8, 128), ("llama-nano", 8, 128), ("gpt2-nano", 2, 128), ("gpt2-nano", 8, 64))
@@ -33,17 +33,17 @@ def main() -> int:
     done = []
     for (model, micro, sequence), *cell in itertools.product(MODELS, *axes):
         out = arguments.out / f"{model}-{micro}x{sequence}-{'-'.join(cell)}"
-        words = [f"model={model}", f"data={arguments.data}", f"out={out}", f"steps={arguments.steps}", *cell]
-        words += [f"batch.micro={micro}", f"batch.global={4 * micro}", f"sequence={sequence}", "eval.every=0"]
-        words += ["eval.sequences=1", "checkpoint.every=0", "checkpoint.at_end=false"]
+        keys = [f"model={model}", f"data={arguments.data}", f"out={out}", f"steps={arguments.steps}", *cell]
+        keys += [f"batch.micro={micro}", f"batch.global={4 * micro}", f"sequence={sequence}", "eval.every=0"]
+        keys += ["eval.sequences=1", "checkpoint.every=0", "checkpoint.at_end=false"]
         if not (out / "summary.json").exists():
-            ended = subprocess.run([HALFSTEP, "run", *words], capture_output=True, text=True)
+            ended = subprocess.run([HALFSTEP, "run", *keys], capture_output=True, text=True)
             if ended.returncode:
                 print(f"{out.name}: exit code {ended.returncode}\n{ended.stderr[-500:]}", file=sys.stderr)
                 continue
-        done.append(score.run(out))
-        print(score.table([done[-1]])[1], flush=True)
-    print("\n".join(score.table(done)))
+        done.append(prediction_errors.run(out))
+        print(prediction_errors.table([done[-1]])[1], flush=True)
+    print("\n".join(prediction_errors.table(done)))
     return 0
 
 

@@ -34,8 +34,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or Path(scratch) / "data"
         if arguments.data is None:
-            words = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
-            subprocess.run([sys.executable, "-m", "launcher", *words], cwd=ROOT, check=True)
+            prepare = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
+            subprocess.run([sys.executable, "-m", "halfstep", *prepare], cwd=ROOT, check=True)
         for precision in arguments.precision:
             result = Path(scratch) / f"{precision}.json"
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _report(precision: str, rounds: list[dict[str, float]]) -> None:
-    ratios = [one["ours"] / one["plain"] for one in rounds]
+    ratios = [times["ours"] / times["plain"] for times in rounds]
     low, middle, high = statistics.quantiles(ratios, n=4)
     print(
         f"{precision}: ratio {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f}, "
@@ -61,21 +61,21 @@ def _report(precision: str, rounds: list[dict[str, float]]) -> None:
 
 def worker(job: dict) -> None:
     """Run the rounds on one rank; rank 0 writes the throughputs."""
-    from launcher import topology
+    from halfstep.launcher import topology
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)
-    from launcher.engine import distributed
-    from launcher.engine.places import file_store
-    from launcher.plan import facts
-    from launcher.plan.resolve import resolve
-    from launcher.spec.load import load
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.ranks.places import file_store
+    from halfstep.launcher.plan import facts
+    from halfstep.launcher.plan.resolve import resolve
 
-    words = [f"model={job['model']}", f"data={job['data']}", f"zero={job['zero']}", f"precision={job['precision']}"]
+    keys = [f"model={job['model']}", f"data={job['data']}", f"zero={job['zero']}", f"precision={job['precision']}"]
     steps = job["steps"] + WARMUP
-    request = load([*words, f"steps={steps}", "schedule.kind=constant", "eval.every=0"])
+    request = load([*keys, f"steps={steps}", "schedule.kind=constant", "eval.every=0"])
     world = topology.describe(rank.world_size, rank.local_world_size)
-    plan = resolve(request, world, facts.read(request.spec, lambda config, trust: 0))
+    plan = resolve(request, world, facts.read(request.spec))
     distributed.join(rank, plan, file_store(Path(f"{job['result']}.store"), rank))
     rounds = []
     for number in range(job["rounds"]):
@@ -91,12 +91,13 @@ def _ours(plan, rank) -> float:
     """Return the tokens per second of Halfstep's loop, records written to a file as in a real run."""
     import tempfile as temporary
 
-    from launcher.engine import distributed
-    from launcher.engine.build import build
-    from launcher.engine.feed import Feed
-    from launcher.engine.guard import Guard
-    from launcher.engine.loop import Listeners, train
-    from launcher.metrics.sinks import JsonLines
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.feed import Feed
+    from halfstep.launcher.engine.loop import train
+    from halfstep.launcher.engine.numerics.guard import Guard
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.training import Training
+    from halfstep.launcher.metrics.sinks import JsonLines
 
     device = distributed.device(rank, plan)
     moments: list[float] = []
@@ -108,18 +109,16 @@ def _ours(plan, rank) -> float:
             moments.append(time.perf_counter())
 
         engine, repairs = build(plan)
-        listeners = Listeners(step=tell, evaluation=lambda record: None, event=lambda kind, **details: None)
-        guard = Guard(engine, plan, repairs, listeners.event, rank.rank)
-        train(engine, plan, Feed(plan, rank, device), listeners, guard)
+        guard = Guard(engine, plan, repairs, lambda kind, **details: None, rank.rank)
+        train(Training(engine=engine, plan=plan, feed=Feed(plan, rank, device), guard=guard, on_step=tell))
     return _throughput(plan, moments)
 
 
 def _plain(plan, rank) -> float:
     """Return the tokens per second of a loop with nothing in it but DeepSpeed, the model and the loss."""
-    from launcher.engine import distributed
-    from launcher.engine.build import build
-    from launcher.engine.feed import Feed
-    from models.loss import next_token_loss
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.feed import Feed
+    from halfstep.launcher.engine.ranks import distributed
 
     device = distributed.device(rank, plan)
     stock = dataclasses.replace(plan, numerics=dataclasses.replace(plan.numerics, repairs=False))
@@ -129,9 +128,8 @@ def _plain(plan, rank) -> float:
     engine.train()
     moments = []
     for step in batches:
-        for tokens in step:
-            loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
-            engine.backward(loss)
+        for batch in step:
+            engine.backward(batch.loss(batch.logits(engine)))
             engine.step()
         moments.append(time.perf_counter())
     return _throughput(plan, moments)

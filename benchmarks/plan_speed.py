@@ -18,12 +18,12 @@ LARGE = ["model=gpt3-175b", "hardware=H100", "nodes=128", "gpus_per_node=8", "ba
 SEARCH = ["--search", "--json", "model=llama-8b", "sequence=2048", "hardware=H100", "batch.global=15360", "gpus=8"]
 
 
-def timed(words: list[str], times: int) -> tuple[float, str]:
+def timed(keys: list[str], times: int) -> tuple[float, str]:
     """Return the median seconds of a command and what it printed last."""
     taken, out = [], ""
     for _ in range(times):
         start = time.perf_counter()
-        out = subprocess.run([HALFSTEP, "plan", *words], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run([HALFSTEP, "plan", *keys], capture_output=True, text=True, check=True).stdout
         taken.append(time.perf_counter() - start)
     return statistics.median(taken), out
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher.plan import rows, rows_memory, score, time
-from launcher.plan.calibration import Calibration
-from launcher.plan.rows import Row
+from halfstep.launcher.forecast import step_time
+from halfstep.launcher.forecast.calibration import Calibration
+from halfstep.launcher.forecast.published import published_runs, run_memory, score
+from halfstep.launcher.forecast.published.published_runs import Row
 
 
 @dataclass
@@ -24,15 +25,15 @@ class Known:
 
     def subset(self, keep: Sequence[bool]) -> "Known":
         chosen = np.array(keep)
-        kept = [row for row, one in zip(self.rows, keep, strict=True) if one]
+        kept = [row for row, kept in zip(self.rows, keep, strict=True) if kept]
         return Known(kept, self.measured[chosen], self.weights[chosen])
 
 
 def predict(row: Row, known: Calibration) -> float | None:
     """Return the logarithm of a row's tokens/s of one device."""
     assert row.device is not None
-    told = time.forecast(row.setting, row.device, layout=row.layout, stack=row.stack, known=known)
-    return math.log(told.tokens_per_second_per_device) if told else None
+    predicted = step_time.forecast(row.workload, row.device, layout=row.layout, stack=row.stack, known=known)
+    return math.log(predicted.tokens_per_second_per_device) if predicted else None
 
 
 def data_parallel_half(row: Row) -> bool:
@@ -41,9 +42,9 @@ def data_parallel_half(row: Row) -> bool:
     return plain and not row.source.startswith("VIA-Research")
 
 
-def errors(told: np.ndarray, known: Known, keep: Sequence[bool]) -> str:
+def errors(predicted: np.ndarray, known: Known, keep: Sequence[bool]) -> str:
     """Return MAPE, its median and its 90th percentile over some rows, in percent."""
-    wrong = sorted(abs(math.expm1(a - b)) for a, b, one in zip(told, known.measured, keep, strict=True) if one)
+    wrong = sorted(abs(math.expm1(a - b)) for a, b, kept in zip(predicted, known.measured, keep, strict=True) if kept)
     if not wrong:
         return "no rows"
     p90 = wrong[min(len(wrong) - 1, math.ceil(0.9 * len(wrong)) - 1)]
@@ -53,7 +54,7 @@ def errors(told: np.ndarray, known: Known, keep: Sequence[bool]) -> str:
     )
 
 
-def report(told: np.ndarray, known: Known, title: str) -> list[str]:
+def report(predicted: np.ndarray, known: Known, title: str) -> list[str]:
     """Return the errors of one way of leaving out, by kind, by stack and by device."""
     own = [data_parallel_half(row) for row in known.rows]
     grid = [row.source.startswith("VIA-Research") for row in known.rows]
@@ -65,19 +66,21 @@ def report(told: np.ndarray, known: Known, title: str) -> list[str]:
         "TP, PP, CP or fp8": [not (a or b) for a, b in zip(own, grid, strict=True)],
         "all": [True] * len(own),
     }
-    lines += [f"  {name:<34} {errors(told, known, keep)}" for name, keep in kinds.items()]
-    moved = told - _stack_medians(told, known)
+    lines += [f"  {name:<34} {errors(predicted, known, keep)}" for name, keep in kinds.items()]
+    moved = predicted - _stack_medians(predicted, known)
     lines.append(f"  {'data-parallel, a constant a stack':<34} {errors(moved, known, own)}")
     for kind, of in (("stack", lambda row: row.stack), ("device", lambda row: row.device.name)):
         for name in sorted({of(row) for row in known.rows}):
-            lines.append(f"  {kind + ' ' + name:<34} {errors(told, known, [of(row) == name for row in known.rows])}")
+            lines.append(
+                f"  {kind + ' ' + name:<34} {errors(predicted, known, [of(row) == name for row in known.rows])}"
+            )
     return lines
 
 
-def _stack_medians(told: np.ndarray, known: Known) -> np.ndarray:
+def _stack_medians(predicted: np.ndarray, known: Known) -> np.ndarray:
     """Return the median error of each row's stack: what one constant for each, fitted to all its rows, takes away."""
     stacks = np.array([row.stack for row in known.rows])
-    off = told - known.measured
+    off = predicted - known.measured
     return np.array([np.median(off[stacks == stack]) for stack in stacks])
 
 
@@ -85,13 +88,13 @@ def memory_report(paths: Iterable[Path]) -> list[str]:
     """Return the error of peak memory by trainer; nothing of it is fitted."""
     by: dict[str, list[float]] = {}
     for path in paths:
-        for row in rows.read(path):
-            seen, told = score.measured_memory(row.text), rows_memory.peak_gib(row)
-            if seen and told:
-                by.setdefault(row.stack, []).append(100 * (told / seen - 1))
+        for row in published_runs.read(path):
+            seen, predicted = score.measured_memory(row.text), run_memory.peak_gib(row)
+            if seen and predicted:
+                by.setdefault(row.stack, []).append(100 * (predicted / seen - 1))
     lines = ["peak memory: rows, mean, mean absolute and median absolute error in percent"]
     for name, wrong in sorted(by.items()):
-        away = [abs(one) for one in wrong]
+        away = [abs(error) for error in wrong]
         lines.append(
             f"  {name:<24} {len(wrong):4d} {statistics.mean(wrong):+7.0f} {statistics.mean(away):6.0f} "
             f"{statistics.median(away):6.0f}"
@@ -108,7 +111,7 @@ def scaling(known: Calibration) -> list[str]:
                                   (64, 10, "FULL_SHARD"), (128, 8, "FULL_SHARD"), (256, 8, "FULL_SHARD"),
                                   (512, 8, "FULL_SHARD")):  # fmt: skip
         more = {"n_gpus": str(devices), "micro_batch": str(micro), "global_batch": str(micro * devices)}
-        row = rows.parse({**text, **more, "precision": "amp_bf16", "sharding": f"FSDP {shard}",
+        row = published_runs.parse({**text, **more, "precision": "amp_bf16", "sharding": f"FSDP {shard}",
                           "activation_checkpointing": "none"})  # fmt: skip
         speed = math.exp(predict(row, known) or 0)
         lines.append(f"  {devices:4d} {micro:3d} {100 * speed * (6 * 6.6589e9 + 12 * 32 * 4096 * 2048) / 989e12:6.1f}")

@@ -20,15 +20,16 @@ from pathlib import Path
 import numpy as np
 from planner_report import Known, errors, memory_report, predict, report, scaling
 
-from launcher.plan import hardware, rows, score
-from launcher.plan import setting as settings
-from launcher.plan.calibration import CPU_STACK, Calibration, factor_keys
-from launcher.plan.hardware import Hardware
-from launcher.plan.layout import Layout
-from launcher.plan.plan import Plan
-from launcher.plan.rows import Row
+from halfstep.launcher.forecast import hardware
+from halfstep.launcher.forecast.calibration import CPU_STACK, Calibration, factor_keys
+from halfstep.launcher.forecast.hardware import Hardware
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.published import published_runs, score
+from halfstep.launcher.forecast.published.published_runs import Row
+from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.plan import Plan
 
-TARGET = Path(__file__).resolve().parents[1] / "launcher" / "plan" / "calibration.toml"
+TARGET = Path(__file__).resolve().parents[1] / "launcher" / "forecast" / "calibration.toml"
 # How far a constant may move from where physics or a guess puts it, as the standard deviation of its logarithm.
 FREEDOM = {
     "matmul": 0.15,
@@ -85,29 +86,29 @@ HUBER = 0.12
 
 def load(paths: Iterable[Path]) -> Known:
     """Read the rows; a group of n weighs as the root of n, so that no grid of one model decides."""
-    found: list[tuple[Row, float]] = []
+    rows: list[tuple[Row, float]] = []
     for path in paths:
-        for row in rows.read(path):
+        for row in published_runs.read(path):
             speed = score.measured_speed(row.text)
             if speed and row.device and predict(row, Calibration()) is not None:
-                found.append((row, math.log(speed)))
-    sizes = Counter(row.group for row, _ in found)
-    weights = np.array([sizes[row.group] ** -0.5 for row, _ in found])
-    return Known([row for row, _ in found], np.array([value for _, value in found]), weights)
+                rows.append((row, math.log(speed)))
+    sizes = Counter(row.group for row, _ in rows)
+    weights = np.array([sizes[row.group] ** -0.5 for row, _ in rows])
+    return Known([row for row, _ in rows], np.array([value for _, value in rows]), weights)
 
 
 def load_runs(paths: Iterable[Path], device: Hardware) -> Known:
     """Read run directories of CPU ranks; runs of the same model and batch, in all cells, are a group."""
-    found = []
+    rows = []
     for path in paths:
         plan = Plan.from_dict(json.loads((path / "plan.json").read_text()))
-        one, tokens = settings.of_plan(plan), plan.batch.global_ * plan.sequence
+        workload, tokens = estimate.workload_of(plan), plan.batch.global_ * plan.sequence
         seconds = json.loads((path / "summary.json").read_text())["step_seconds"]
-        group = f"{plan.model.name} {one.micro} x {one.sequence}"
-        row = Row(row_id=path.name, group=group, source="runs", stack=CPU_STACK, device=device, setting=one,
+        group = f"{plan.model.name} {workload.micro} x {workload.sequence}"
+        row = Row(row_id=path.name, group=group, source="runs", stack=CPU_STACK, device=device, workload=workload,
                   layout=Layout(compiled=plan.compile), text={})  # fmt: skip
-        found.append((row, math.log(tokens / seconds / one.ranks)))
-    return Known([row for row, _ in found], np.array([value for _, value in found]), np.ones(len(found)))
+        rows.append((row, math.log(tokens / seconds / workload.ranks)))
+    return Known([row for row, _ in rows], np.array([value for _, value in rows]), np.ones(len(rows)))
 
 
 def fit(
@@ -154,7 +155,7 @@ def _predictions(chosen: Sequence[Row], known: Calibration) -> np.ndarray:
 
 def _keys(row: Row) -> tuple[str, ...]:
     assert row.device is not None
-    return factor_keys(row.stack, row.device.name, row.layout.arithmetic or row.setting.precision)
+    return factor_keys(row.stack, row.device.name, row.layout.arithmetic or row.workload.precision)
 
 
 def _freedom(key: str) -> float:
@@ -169,16 +170,16 @@ def left_out(
     freedom: dict[str, float] | None = None,
 ) -> np.ndarray:
     """Return every row's prediction by a calibration that has not seen what `by` says it belongs to."""
-    told = np.empty(len(known.rows))
+    predicted = np.empty(len(known.rows))
     names = [by(row) for row in known.rows]
     for name in sorted(set(names)):
-        inside = [one == name for one in names]
-        seen = known.subset([not one for one in inside])
+        inside = [is_inside == name for is_inside in names]
+        seen = known.subset([not is_inside for is_inside in inside])
         without = fit(seen, dataclasses.replace(start, factors=_without(start, seen)), iterations, freedom)
-        told[np.array(inside)] = _predictions(
-            [row for row, one in zip(known.rows, inside, strict=True) if one], without
+        predicted[np.array(inside)] = _predictions(
+            [row for row, is_inside in zip(known.rows, inside, strict=True) if is_inside], without
         )
-    return told
+    return predicted
 
 
 def _without(start: Calibration, seen: Known) -> dict[str, float]:
@@ -200,8 +201,8 @@ def write(known: Calibration, spread: tuple[float, float], count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ninth(told: np.ndarray, known: Known) -> float:
-    wrong = sorted(abs(a - b) for a, b in zip(told, known.measured, strict=True))
+def _ninth(predicted: np.ndarray, known: Known) -> float:
+    wrong = sorted(abs(a - b) for a, b in zip(predicted, known.measured, strict=True))
     return math.exp(wrong[math.ceil(0.9 * len(wrong)) - 1])
 
 
@@ -212,13 +213,13 @@ def _runs(paths: Sequence[Path], write_it: bool) -> int:
     known = load_runs(paths, device)
     start = Calibration(**{**tomllib.loads(TARGET.read_text(encoding="utf-8"))["constants"], "link": 1.0})
     fitted = fit(known, start, freedom=CPU_FREEDOM)
-    told = _predictions(known.rows, fitted)
+    predicted = _predictions(known.rows, fitted)
     apart = left_out(known, lambda row: row.group, start, 12, CPU_FREEDOM)
-    for row, one, other, seen in zip(known.rows, told, apart, known.measured, strict=True):
-        both = (f"{100 * math.expm1(seen - value):+6.1f} %" for value in (one, other))
+    for row, near, far, seen in zip(known.rows, predicted, apart, known.measured, strict=True):
+        both = (f"{100 * math.expm1(seen - value):+6.1f} %" for value in (near, far))
         print(f"  {row.row_id:<48} {' '.join(both)}")
-    print("seconds foretold against measured; second column: model and batch left out")
-    print(f"  nothing left out {errors(told, known, [True] * len(known.rows))}")
+    print("seconds predicted against measured; second column: model and batch left out")
+    print(f"  nothing left out {errors(predicted, known, [True] * len(known.rows))}")
     print(f"  one left out     {errors(apart, known, [True] * len(known.rows))}")
     lines = ["[cpu]", *(f"{name} = {getattr(fitted, name):.4g}" for name in CPU_FREEDOM), "link = 1.0"]
     lines.append(f"spread_unseen = {_ninth(apart, known):.3g}")

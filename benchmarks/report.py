@@ -72,4 +72,4 @@ def _pair(prefix: Path, tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(one) for one in (sys.argv[1:] + ["500", "1000"][len(sys.argv) - 1 :])))
+    main(*(int(number) for number in (sys.argv[1:] + ["500", "1000"][len(sys.argv) - 1 :])))

@@ -37,8 +37,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.disk) as scratch:
         data = arguments.data or Path(scratch) / "data"
         if arguments.data is None:
-            words = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
-            subprocess.run([sys.executable, "-m", "launcher", *words], cwd=ROOT, check=True)
+            prepare = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
+            subprocess.run([sys.executable, "-m", "halfstep", *prepare], cwd=ROOT, check=True)
         result = Path(scratch) / "result.json"
         job = {**vars(arguments), "data": str(data), "result": str(result), "scratch": scratch, "disk": None}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -51,43 +51,48 @@ def main() -> int:
 
 def _report(rounds: list[dict[str, float]]) -> None:
     for name in ("ours", "deepspeed"):
-        per_gb = [one[name] / (one[f"{name}_bytes"] / 1e9) for one in rounds]
+        per_gb = [pair[name] / (pair[f"{name}_bytes"] / 1e9) for pair in rounds]
         size = rounds[0][f"{name}_bytes"] / 1e9
         print(f"{name:>9}: {statistics.median(per_gb):.2f} s/GB of {size:.2f} GB, "
-              f"stall {statistics.median(one[name] for one in rounds):.2f} s (median of {len(rounds)})")  # fmt: skip
-    ratios = [one["ours"] / one["deepspeed"] for one in rounds]
-    per_gb = [(one["ours"] / one["ours_bytes"]) / (one["deepspeed"] / one["deepspeed_bytes"]) for one in rounds]
+              f"stall {statistics.median(pair[name] for pair in rounds):.2f} s (median of {len(rounds)})")  # fmt: skip
+    ratios = [pair["ours"] / pair["deepspeed"] for pair in rounds]
+    per_gb = [(pair["ours"] / pair["ours_bytes"]) / (pair["deepspeed"] / pair["deepspeed_bytes"]) for pair in rounds]
     for what, values in (("of the stalls", ratios), ("of seconds per GB", per_gb)):
         low, _, high = statistics.quantiles(values, n=4)
         print(f"ratio {what}: {statistics.median(values):.3f} (quartiles {low:.3f} to {high:.3f})", flush=True)
 
 
 def _worker(job: dict) -> None:
-    from launcher import rundir, topology
-    from launcher.engine import distributed, guard, loop, saving
-    from launcher.engine.build import build
-    from launcher.engine.feed import Feed
-    from launcher.engine.places import file_store
-    from launcher.plan import facts
-    from launcher.plan.resolve import resolve
-    from launcher.spec.load import load
+    from halfstep.launcher import topology
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.feed import Feed
+    from halfstep.launcher.engine.loop import train
+    from halfstep.launcher.engine.numerics import guard
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.ranks.places import file_store
+    from halfstep.launcher.engine.state import saving
+    from halfstep.launcher.engine.training import Training
+    from halfstep.launcher.plan import facts
+    from halfstep.launcher.plan.resolve import resolve
+    from halfstep.launcher.rundir import run_directory
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)
-    words = [f"model={job['model']}", f"model.layers={job['layers']}", f"data={job['data']}", "sequence=64",
+    keys = [f"model={job['model']}", f"model.layers={job['layers']}", f"data={job['data']}", "sequence=64",
              f"zero={job['zero']}", f"precision={job['precision']}", "batch.global=4", "batch.micro=2",
              "eval.every=0", "checkpoint.keep=2", "fp16.initial_scale_power=8"]  # fmt: skip
     steps = (2 * job["rounds"] + 1) * job["steps"]
-    request = load([*words, f"steps={steps}", f"out={job['scratch']}/run"])
-    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec, lambda config, trust: 0))
+    request = load([*keys, f"steps={steps}", f"out={job['scratch']}/run"])
+    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec))
     distributed.join(rank, plan, file_store(Path(job["scratch"]) / "store", rank))
     where = Path(job["scratch"]) / "run"
 
     def directory() -> str:
-        rundir.write_plan(where, request, plan)
-        return rundir.start_attempt(where, {}).attempt.name
+        run_directory.write_plan(where, request, plan)
+        return run_directory.start_attempt(where, {}).attempt.name
 
-    run = rundir.RunDir(path=where, attempt=where / "attempts" / distributed.on_rank_zero(directory))
+    run = run_directory.RunDir(path=where, attempt=where / "attempts" / distributed.on_rank_zero(directory))
     engine, repairs = build(plan)
     own_guard = guard.Guard(engine, plan, repairs, lambda *_, **__: None, rank.rank)
     events: list[dict] = []
@@ -113,21 +118,20 @@ def _worker(job: dict) -> None:
         begun = time.perf_counter()
         engine.save_checkpoint(str(peer), tag=f"step-{number}")
         seconds = max(distributed.gather_objects(time.perf_counter() - begun))
-        size = sum(one.stat().st_size for one in (peer / f"step-{number}").iterdir())
+        size = sum(file.stat().st_size for file in (peer / f"step-{number}").iterdir())
         theirs[number] = (seconds, size)
         distributed.gather_objects(None)  # all have looked
         if rank.rank == 0:
             shutil.rmtree(peer / f"step-{number}")
         distributed.gather_objects(None)
 
-    tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda *_, **__: None)
-    loop.train(engine, plan, feed, tell, own_guard, done=0, evaluated=True)
+    train(Training(engine=engine, plan=plan, feed=feed, guard=own_guard, evaluated=True, on_step=step))
     saver.finish()
-    ours = [one for one in events if one["kind"] == "saved"]
-    stalls = distributed.gather_objects([one["seconds"] for one in ours])
-    for place, (one, (seconds, size)) in enumerate(zip(ours, theirs.values(), strict=False)):
+    ours = [event for event in events if event["kind"] == "saved"]
+    stalls = distributed.gather_objects([event["seconds"] for event in ours])
+    for place, (event, (seconds, size)) in enumerate(zip(ours, theirs.values(), strict=False)):
         stall = max(own[place] for own in stalls)
-        rounds.append({"ours": stall, "ours_bytes": one["bytes"], "deepspeed": seconds, "deepspeed_bytes": size})
+        rounds.append({"ours": stall, "ours_bytes": event["bytes"], "deepspeed": seconds, "deepspeed_bytes": size})
     if rank.rank == 0:
         Path(job["result"]).write_text(json.dumps(rounds[1:]))  # the first of each pays for warming up
     distributed.leave()

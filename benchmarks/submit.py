@@ -35,8 +35,8 @@ def main() -> int:
         scratch = Path(name)
         data = arguments.data or scratch / "data"
         if arguments.data is None:
-            words = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
-            subprocess.run([HALFSTEP, *words], check=True)
+            prepare = ["data", "prepare", "--source", "stdlib", "--out", str(data), "--vocab-size", "4096"]
+            subprocess.run([HALFSTEP, *prepare], check=True)
         site = scratch / "site.toml"
         site.write_text('[slurm]\npartition = "big"\ntime = "1-00"\n[node]\ngpus = 8\ncpus_per_task = 8\n')
         cluster = Cluster(scratch / "slurm")
@@ -52,10 +52,10 @@ def _measure(cluster: Cluster, site: Path, data: Path, scratch: Path, rounds: in
     seconds: dict[int, list[float]] = {1024: [], 2: []}
     for number in range(rounds + 1):
         for nodes, taken in seconds.items():
-            words = ["model=gpt2-1.5b", f"data={data}", "batch.global=8192", f"nodes={nodes}", f"seed={number}"]
+            keys = ["model=gpt2-1.5b", f"data={data}", "batch.global=8192", f"nodes={nodes}", f"seed={number}"]
             began = time.perf_counter()
             subprocess.run(
-                [HALFSTEP, "submit", "--site", str(site), *words, f"out={scratch}/run-{nodes}-{number}"],
+                [HALFSTEP, "submit", "--site", str(site), *keys, f"out={scratch}/run-{nodes}-{number}"],
                 env={**os.environ, **cluster.environment()},
                 stdout=subprocess.DEVNULL,
                 check=True,

@@ -1,10 +1,9 @@
 """What Halfstep says when it stops: three lines for a person and an exit code for a program."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
-
-from launcher.terminal import printable
 
 EXIT_REQUEST = 2
 EXIT_REFUSED = 3
@@ -16,6 +15,10 @@ _LONGEST = 1000
 """Letters of an unforeseen exception's own text: some carry a stack of another language."""
 _LONGEST_LINE = 4000
 """Letters of a line: what is wrong may be a word of a million."""
+# Control characters (also the 8-bit ones, which terminals obey too), what breaks or turns a line around, and halves of
+# characters, which no terminal takes.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 class HalfstepError(Exception):
@@ -24,15 +27,15 @@ class HalfstepError(Exception):
     exit_code = EXIT_REQUEST
     heading = "error"
 
-    def __init__(self, what: str, *, where: str, fix: str) -> None:
+    def __init__(self, what: str, *, where: str, fix: str, reported: bool = False) -> None:
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
+        self.reported = reported
+        """Whether another rank reports it, so that this one need not."""
         self.more: tuple[HalfstepError, ...] = ()
-        self.said_elsewhere = False
-        """Whether another rank has this to say, so that this one need not."""
 
     def with_more(self, others: Sequence["HalfstepError"]) -> Self:
-        """Report other problems together with this one, so that a user mends them all at once."""
+        """Report other problems together with this one, so that a user fixes them all at once."""
         self.more = tuple(others)
         return self
 
@@ -46,11 +49,11 @@ class HalfstepError(Exception):
         return {"kind": type(self).__name__, "what": self.what, "where": self.where, "fix": self.fix, "more": more}
 
     @staticmethod
-    def from_dict(tree: dict[str, Any]) -> "HalfstepError":
-        """Rebuild an error that `to_dict` wrote."""
-        kind = {one.__name__: one for one in _kinds(HalfstepError)}[tree["kind"]]
-        more = [HalfstepError.from_dict(one) for one in tree["more"]]
-        return kind(tree["what"], where=tree["where"], fix=tree["fix"]).with_more(more)
+    def from_dict(tree: dict[str, Any], *, reported: bool = False) -> "HalfstepError":
+        """Rebuild an error that `to_dict` wrote; `reported` by the rank that wrote it."""
+        kind = {kind.__name__: kind for kind in _kinds(HalfstepError)}[tree["kind"]]
+        more = [HalfstepError.from_dict(error) for error in tree["more"]]
+        return kind(tree["what"], where=tree["where"], fix=tree["fix"], reported=reported).with_more(more)
 
     def __str__(self) -> str:
         # Whatever a file, a path or another program put into them: three lines, and nothing that a terminal obeys.
@@ -59,7 +62,7 @@ class HalfstepError(Exception):
 
 
 def _kinds(kind: type[HalfstepError]) -> list[type[HalfstepError]]:
-    return [kind, *(below for one in kind.__subclasses__() for below in _kinds(one))]
+    return [kind, *(below for child in kind.__subclasses__() for below in _kinds(child))]
 
 
 def _rebuild(
@@ -80,6 +83,18 @@ class RefusedError(HalfstepError):
     """The request is well formed but cannot work: exit code 3."""
 
     exit_code = EXIT_REFUSED
+
+
+class OutOfDeviceMemory(RefusedError):
+    """It does not fit into a device: exit code 3."""
+
+
+class OutOfHostMemory(RefusedError):
+    """It does not fit into the host's memory: exit code 3."""
+
+
+class DiskFull(RefusedError):
+    """No space is left to write to: exit code 3."""
 
 
 class NumericsError(HalfstepError):
@@ -132,3 +147,13 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     score = {match: difflib.SequenceMatcher(None, match, word.lower()).ratio() for match in matches}
     # Far behind the best one, a match only shares a prefix (`optimizer.`) and would mislead.
     return [folded[match] for match in matches if score[match] > score[matches[0]] - 0.1]
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text with every character that a terminal would obey written out, such as \\x1b; those in `keep` stay."""
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _written_out(match[0]), text)
+
+
+def _written_out(letter: str) -> str:
+    # JSON knows \\u009b and no \\x9b; what JSON itself escapes is written as people know it.
+    return _SHORT.get(letter) or (f"\\x{ord(letter):02x}" if ord(letter) < 32 else f"\\u{ord(letter):04x}")

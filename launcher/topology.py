@@ -11,9 +11,9 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import TopologyError
-from launcher.limits import allow_open_files, check_numbers
-from launcher.nodelist import hosts
+from halfstep.launcher.errors import TopologyError
+from halfstep.launcher.system.limits import allow_open_files, check_numbers
+from halfstep.launcher.system.nodelist import hosts
 
 # Rank, local rank, world size, local world size, in the words of each starter. `deepspeed`, `torchrun` and
 # `accelerate launch` all use the first row; the SLURM row is what a bare `srun` sets; the last is Open MPI's.
@@ -32,11 +32,28 @@ _MOST_RANKS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How the processes of a run divide its work: their number is the product."""
+
+    data: int
+    """Which share the sequences of a batch."""
+    model: int = 1
+    """Which share a layer."""
+    sequence: int = 1
+    """Which share the tokens of a sequence."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.data * self.model * self.sequence
+
+
+@dataclass(frozen=True, kw_only=True)
 class Topology:
     """The world a plan is made for: the same on every rank of it."""
 
     world_size: int
-    """Ranks in all."""
+    """Processes in all; what divides a batch among them asks for `ranks.data`."""
     ranks_per_node: int
     """Ranks on each node."""
     accelerator: str
@@ -45,6 +62,11 @@ class Topology:
     """Whether DeepSpeed's fused Adam can be built here: a GPU, and a CUDA compiler beside it."""
     device_name: str = ""
     """What the device calls itself, empty where unknown."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """How they divide the work: by data alone, the one kind of parallelism there is yet."""
+        return Ranks(data=self.world_size)
 
     @property
     def nodes(self) -> int:
@@ -142,7 +164,7 @@ def gpu_count(environ: Mapping[str, str] = os.environ) -> int:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
-    return min(present, len([one for one in visible.split(",") if one.strip() not in ("", "-1")]))
+    return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
 
 
 def has_cuda_compiler(environ: Mapping[str, str] = os.environ) -> bool:
@@ -186,13 +208,13 @@ def _cpu_info(field: str) -> str:
 
 def node_memory_bytes(root: Path = Path("/")) -> int | None:
     """Return the memory of this host, or of the control group that holds this process if that has less; else None."""
-    found = []
+    sizes = []
     for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemTotal:"):
-            found.append(int(line.split()[1]) * 1024)
+            sizes.append(int(line.split()[1]) * 1024)
     for limit in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        found += [int(line) for line in _lines(root / limit) if line.strip().isdigit()]  # `max`: no limit
-    return min(found) if found else None
+        sizes += [int(line) for line in _lines(root / limit) if line.strip().isdigit()]  # `max`: no limit
+    return min(sizes) if sizes else None
 
 
 def _lines(file: Path) -> list[str]:
@@ -222,6 +244,12 @@ def describe(world_size: int, ranks_per_node: int, environ: Mapping[str, str] = 
         fused_adam=on_gpu and has_cuda_compiler(environ),
         device_name=device_name() if on_gpu else "",
     )
+
+
+def local_topology(nodes: int | None, ranks_per_node: int | None, environ: Mapping[str, str] = os.environ) -> Topology:
+    """Describe the ranks that a request names, on nodes like this one; what it leaves open is as it is started here."""
+    ranks_per_node = ranks_per_node or default_ranks_per_node(environ)
+    return describe((nodes or 1) * ranks_per_node, ranks_per_node, environ)
 
 
 def prefer_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -287,10 +315,10 @@ def is_this_host(host: str) -> bool:
     if host == socket.gethostname():
         return True
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
     except OSError:
         return True
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
             probe.bind(address)
             return True

@@ -10,81 +10,80 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Started as a script, Python puts launcher/ itself on the path, where our names would shadow others' modules.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = next(str(f) for f in Path(__file__).resolve().parents if (f / "halfstep" / "__init__.py").is_file())
 
-from launcher import faults, heap, rundir, topology, trust
-from launcher.errors import HalfstepError
-from launcher.files import explained
-from launcher.plan import facts, packages
-from launcher.plan.plan import Plan
-from launcher.plan.pretrained import Network, Source
-from launcher.plan.resolve import resolve
-from launcher.spec.load import Request, load
-from launcher.watch import exits
-from launcher.watch.heart import begin
+from halfstep.launcher import fault_injection, topology
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.plan.decide import decide as make_plan
+from halfstep.launcher.plan.ds import packages
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import exits, run_directory, trust
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.system import heap
+from halfstep.launcher.system.files import explained
+from halfstep.launcher.watchdog.heartbeat import begin
 
 
-def decide(words: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
+def decide(arguments: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
     """Return the run directory, the request and the plan: read from a run directory, or worked out from the words.
 
     A directory that others own or may write is not read from, nor written to, without consent.
     """
-    consent, words = trust.CONSENT in words, [word for word in words if word != trust.CONSENT]
-    path = rundir.named(words)
+    consent, arguments = trust.CONSENT in arguments, [argument for argument in arguments if argument != trust.CONSENT]
+    path = run_directory.named(arguments)
     if path is not None:
         trust.require_own(path, consent=consent)
-        request, plan = rundir.read_plan(path)
+        request, plan = Run(path).require_as_asked()
     else:
-        request = load(words)
+        request = load(arguments)
         world = topology.describe(rank.world_size, rank.local_world_size)
-        plan = resolve(request, world, facts.read(request.spec, _construct))
-        path = rundir.location(request, plan)
+        plan = make_plan(request, world)
+        path = run_directory.location(request, plan)
         trust.require_own(path, consent=consent)
     topology.check(rank, plan.topology.world_size, request.spec.nodes, request.spec.gpus_per_node)
     plan.require_allowed()
     try:
         packages.require(plan.deepspeed, plan.origins)  # a host that planned for others does not know what they have
     except HalfstepError as error:
-        exits.write_refusal(path, error.exit_code, error.what)  # torchrun and accelerate turn every code into 1
+        exits.write_refusal(path, error)  # torchrun and accelerate turn every code into 1
         raise
     return path, request, plan
 
 
-def _construct(source: Source, config: dict, trust_remote_code: bool) -> Network:
-    from launcher.engine.construct import construct
-
-    return construct(source, config, trust_remote_code)
-
-
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run one training process and return its exit code."""
-    if "-h" in words or "--help" in words:
+    if "-h" in arguments or "--help" in arguments:
         print(f"{__doc__}\n`halfstep plan --help` lists the run keys.")
         return 0
-    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank")) and word != "--debug"]
-    rank, heart = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
+    arguments = [
+        argument
+        for argument in arguments
+        if not argument.startswith(("--local_rank", "--local-rank")) and argument != "--debug"
+    ]
+    rank, heartbeat = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
     try:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
-        path, request, plan = decide(words, rank)
-        stop, heart = begin(rank.rank, plan.watch.startup)
-        faults.hit("import", rank=rank.rank)
+        path, request, plan = decide(arguments, rank)
+        stop, heartbeat = begin(rank.rank, plan.watch.startup)
+        fault_injection.hit("import", rank=rank.rank)
         if plan.topology.accelerator == "cpu":
             heap.settle()
-        from launcher.engine import session  # torch and DeepSpeed from here on
+        from halfstep.launcher.engine import session  # torch and DeepSpeed from here on
 
-        code = session.run(path, request, plan, rank, stop, heart)
+        code = session.run(path, request, plan, rank, stop, heartbeat)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # whatever it is, this rank must end, or the others would wait for it
         if "--debug" in sys.argv:
             raise
-        told = explained(error, f"rank {rank.rank}, at the start")
-        if not told.said_elsewhere and (heart or rank.local_rank == 0):  # ranks of one host plan the same
-            print(told, file=sys.stderr, flush=True)
-        code = told.exit_code
-    if heart:
-        heart.end(code)
+        failure = explained(error, f"rank {rank.rank}, at the start")
+        if not failure.reported and (heartbeat or rank.local_rank == 0):  # ranks of one host plan the same
+            print(failure, file=sys.stderr, flush=True)
+        code = failure.exit_code
+    if heartbeat:
+        heartbeat.end(code)
     return code
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
-from models.config import Unfit
-from models.ranks import gather_texts
+from halfstep.models.collective import gather_texts
+from halfstep.models.hf_config import Unfit
 
 Owned = tuple[nn.Module, PreTrainedModel]
 """A module and the (sub-)model whose `_init_weights` knows how to initialise it."""
@@ -95,7 +95,7 @@ def _draw(
         device = "cpu" if real and id(parameter) not in skip else "meta"
         value = torch.full(shape_of(parameter), math.nan, dtype=torch.float32, device=device)
         stand_ins.setdefault(id(parameter), (parameter, nn.Parameter(value, requires_grad=False)))
-    torch.random.default_generator.manual_seed(_seed(f"{seed}:{name}"))
+    torch.random.default_generator.manual_seed(_seed(f"{seed}:{name}"))  # pyright: ignore[reportPrivateImportUsage]
     try:
         for module, key, parameter in places:
             module._parameters[key] = stand_ins[id(parameter)][1]
@@ -140,7 +140,7 @@ def units_of(model: PreTrainedModel) -> Iterator[tuple[str, list[Owned]]]:
     yield from walk("", model, model)
 
 
-def shape_of(parameter: nn.Parameter) -> torch.Size:
+def shape_of(parameter: Tensor) -> torch.Size:
     """Return the shape of a whole parameter: one that stage 3 has partitioned has the shape (0,) itself."""
     return getattr(parameter, "ds_shape", parameter.shape)
 

@@ -12,12 +12,24 @@ CHUNK_ELEMENTS = 1 << 24
 """The same elsewhere: 64 MiB in fp32, large enough that starting the kernels costs nothing."""
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+IGNORED = -100
+"""The target where none is to be predicted, as torch and transformers have it."""
+
+
+def next_token_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    reduction: str = "mean",
+) -> Tensor:
     """Return the cross-entropy in nats of `logits` (batch, sequence, vocabulary) against `targets` (batch, sequence).
 
     `targets[b, t]` is the token that follows position t: nothing is shifted here. Rows whose target is `ignore_index`
-    add nothing and get a gradient of exactly 0; `mean` is over the other rows, and 0 when there are none. The result is
-    a scalar in fp32 (fp64 for fp64 logits).
+    add nothing and get a gradient of exactly 0; `mean` is over the other rows, and 0 when there are none. Where targets
+    have `weights`, each loss is multiplied with its own, and `mean` divides by their sum. The result is a scalar in
+    fp32 (fp64 for fp64 logits).
 
     Log-sum-exp, softmax, the sum and the product with the upstream gradient are fp32, made chunk by chunk; kept for the
     backward pass are the logits as they are and one fp32 number a row. With 16-bit logits the peak is 4 bytes a logit
@@ -31,7 +43,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, ignore_index: int = -100
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, not {tuple(targets.shape)}"
         )
     rows, row_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    return _ChunkedCrossEntropy.apply(rows, row_targets, ignore_index, reduction == "mean")
+    row_weights = None if weights is None else weights.reshape(-1)
+    return _ChunkedCrossEntropy.apply(rows, row_targets, row_weights, ignore_index, reduction == "mean")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -43,8 +56,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, mean: bool) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, mean: bool
+    ) -> Tensor:
         valid = targets != ignore_index
+        if weights is not None:
+            valid = valid & (weights != 0)
         picked = torch.where(valid, targets, 0)[:, None]
         buffer = _buffer(logits)
         log_sum_exp = buffer.new_empty(len(logits))
@@ -55,20 +72,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             largest = values.amax(dim=-1, keepdim=True)
             torch.sub(values, largest, out=exponentials).exp_()
             torch.log(exponentials.sum(dim=-1), out=log_sum_exp[part]).add_(largest[:, 0])
-        losses = log_sum_exp - logits.gather(1, picked)[:, 0]
-        count = valid.sum().clamp(min=1) if mean else log_sum_exp.new_ones(())
-        ctx.save_for_backward(logits, picked, valid, log_sum_exp, count)
-        return losses.masked_fill_(~valid, 0).sum() / count
+        losses = (log_sum_exp - logits.gather(1, picked)[:, 0]).masked_fill_(~valid, 0)
+        if weights is not None:
+            weights = weights.to(losses.dtype)
+            losses *= weights
+        total = valid.sum() if weights is None else weights.masked_fill(~valid, 0).sum()
+        count = torch.where(total == 0, 1, total) if mean else log_sum_exp.new_ones(())
+        ctx.save_for_backward(logits, picked, valid, weights, log_sum_exp, count)
+        return losses.sum() / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, picked, valid, log_sum_exp, count = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        logits, picked, valid, weights, log_sum_exp, count = ctx.saved_tensors
         gradient, buffer = torch.empty_like(logits), _buffer(logits)
         exact = gradient.dtype == buffer.dtype
         # Under loss scaling the upstream gradient is 2^16 and more. It is applied here, before the rounding to 16 bit:
         # after it small probabilities would be 0 already, and a gradient that does not fit must become inf to be seen.
-        scale = torch.where(valid, upstream.to(log_sum_exp.dtype) / count, 0)[:, None]
+        scale = torch.where(valid, upstream.to(log_sum_exp.dtype) / count, 0)
+        scale = (scale if weights is None else scale * weights)[:, None]
         for start in range(0, len(logits), len(buffer)):
             part = slice(start, start + len(buffer))
             probabilities = gradient[part] if exact else buffer[: len(log_sum_exp[part])]
@@ -77,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             probabilities.mul_(scale[part])
             if not exact:
                 gradient[part] = probabilities
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 def _precise(logits: Tensor, buffer: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.presets import Preset
+from halfstep.models.presets import Preset
 
 FFN_MULTIPLE = 32  # elements; a feed-forward width that an override makes fractional is rounded up to a multiple
 
@@ -127,7 +127,7 @@ def from_hf_config(config: Mapping[str, Any]) -> Shape | None:
     """Return the shape of a transformers configuration, or None when its arithmetic is not known.
 
     Known are gpt2, llama, mistral, qwen2 and qwen3, from a full configuration or a `config.json`. A size left out gives
-    None, never transformers' default of the day; `models.build.count_parameters` knows every architecture.
+    None, never transformers' default of the day; `halfstep.models.network.count_parameters` knows every architecture.
     """
     try:
         if config["model_type"] == "gpt2" and not config.get("add_cross_attention"):

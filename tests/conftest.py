@@ -12,12 +12,13 @@ from fakes.pairs import write_pair
 from hypothesis import settings
 from ranks import environment
 
-from launcher.plan import facts, manifest
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.plan.vocabulary import tokenizer_sha256
-from launcher.spec.load import load
-from launcher.topology import Topology
+from halfstep.launcher.config.load import load
+from halfstep.launcher.corpus import corpus_manifest
+from halfstep.launcher.corpus.vocabulary import tokenizer_sha256
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 
 # A deadline would be a test of the machine's load.
 settings.register_profile("halfstep", deadline=None)
@@ -36,8 +37,8 @@ def corpus(tmp_path: Path) -> Path:
         sizes = {ending: (folder / f"{split}.{ending}").stat().st_size for ending in ("bin", "idx")}
         splits[split] = {"tokens": tokens, "documents": 1, "prefix": split, "bytes": sizes}
     content = {
-        "format": manifest.FORMAT,
-        "kind": manifest.KIND,
+        "format": corpus_manifest.FORMAT,
+        "kind": corpus_manifest.KIND,
         "source": {"asked": "by hand"},
         "tokenizer": {
             "kind": "sentencepiece",
@@ -61,10 +62,10 @@ def corpus(tmp_path: Path) -> Path:
 def plan(corpus: Path) -> Callable[..., Plan]:
     """Return a function that plans key=value words for two CPU ranks, or for another topology."""
 
-    def make(*words: str, topology: Topology | None = None) -> Plan:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
+    def make(*pairs: str, topology: Topology | None = None) -> Plan:
+        request = load(["model=gpt2-nano", f"data={corpus}", *pairs])
         world = topology or Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-        return resolve(request, world, facts.read(request.spec, lambda config, trust: 1))
+        return resolve(request, world, facts.read(request.spec))
 
     return make
 
@@ -83,7 +84,7 @@ def data(scratch: Path) -> Path:
     folder.mkdir()
     for file in files:
         (folder / Path(file).with_suffix(".txt").name).write_bytes(Path(file).read_bytes())
-    words = [
+    command = [
         "data",
         "prepare",
         "--source",
@@ -96,7 +97,7 @@ def data(scratch: Path) -> Path:
         "0.05",
     ]
     done = subprocess.run(
-        [Path(sys.executable).parent / "halfstep", *words],
+        [Path(sys.executable).parent / "halfstep", *command],
         capture_output=True,
         text=True,
         env=environment(scratch),

@@ -12,11 +12,11 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from launcher import foreign
-from launcher.errors import RequestError
-from launcher.fields import LARGEST, Count, Finite, Measured, Name, Positive, Text, checked
-from launcher.files import reason
-from launcher.spec.digest import digest
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.fields import LARGEST, Count, Finite, Measured, Name, Positive, Text, checked
+from halfstep.launcher.system.files import reason
 
 FORMAT = 1
 """Raised whenever an older Halfstep could not read what is written."""
@@ -63,6 +63,7 @@ class Model(TypedDict):
     name: Text
     config: dict[str, Any]
     parameters: dict[Text, Shape]
+    vocabulary: NotRequired[Count]
     buffers: NotRequired[dict[Text, Buffer]]
 
 
@@ -187,15 +188,15 @@ def _read(folder: Path) -> Manifest:
         _check(manifest)
     except ValueError as error:
         raise Damaged(f"{NAME} is damaged: {error}") from None
-    for one in manifest.files:
+    for file in manifest.files:
         try:
-            about = (folder / one.name).stat(follow_symlinks=False)
+            about = (folder / file.name).stat(follow_symlinks=False)
         except OSError as error:
-            raise Damaged(f"{one.name}: {reason(error)}") from None
+            raise Damaged(f"{file.name}: {reason(error)}") from None
         if not stat.S_ISREG(about.st_mode):
-            raise Damaged(f"{one.name} is no regular file")
-        if about.st_size != one.bytes:
-            raise Damaged(f"{one.name} has {about.st_size} bytes, {one.bytes} were written")
+            raise Damaged(f"{file.name} is no regular file")
+        if about.st_size != file.bytes:
+            raise Damaged(f"{file.name} has {about.st_size} bytes, {file.bytes} were written")
     return manifest
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from launcher import foreign
-from launcher.checkpoint import layout
-from launcher.checkpoint.layout import BUFFER, MASTER, PROBE, PROBE_TOKENS
-from launcher.checkpoint.manifest import Damaged, File, Manifest, rank_name
-from launcher.files import reason as refusal
+from halfstep.launcher.checkpoint import rank_files
+from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest, rank_name
+from halfstep.launcher.checkpoint.rank_files import BUFFER, MASTER, PROBE, PROBE_TOKENS
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import reason as refusal
 
 __all__ = ("BUFFER", "MASTER", "PROBE", "Piece", "Shards", "damaged", "probe_tokens", "rank_name", "sync", "write")
 _CHUNK = 1 << 22
@@ -53,17 +53,17 @@ def write(file: Path, pieces: Iterable[Piece], beat: Callable[[], None]) -> File
     The library's own writer wants every tensor in memory at once, and a second pass for the hash.
     """
     table, order, offset = {}, list(pieces), 0
-    for one in order:
-        end = offset + one.bytes
-        table[one.key] = {"dtype": one.dtype, "shape": [one.length], "data_offsets": [offset, end]}
+    for piece in order:
+        end = offset + piece.bytes
+        table[piece.key] = {"dtype": piece.dtype, "shape": [piece.length], "data_offsets": [offset, end]}
         offset = end
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format wants the data aligned
     with HashingFile(file) as out:
         out.write(struct.pack("<Q", len(header)) + header)
-        for one in order:
-            array = np.ascontiguousarray(one.array(), dtype=_TYPES[one.dtype])
-            assert array.size == one.length, f"{one.key} has {array.size} elements, not {one.length}"
+        for piece in order:
+            array = np.ascontiguousarray(piece.array(), dtype=_TYPES[piece.dtype])
+            assert array.size == piece.length, f"{piece.key} has {array.size} elements, not {piece.length}"
             out.write(array.data.cast("B"))
             beat()
     return out.file
@@ -130,27 +130,27 @@ def damaged(folder: Path, manifest: Manifest, beat: Callable[[], None], part: in
     try:
         for rank in range(manifest.world_size):
             if f"{rank_name(rank)}.json" in names:
-                layout.check(folder, manifest, rank)
+                rank_files.check(folder, manifest, rank)
         if part == 0:
-            layout.check_whole(folder, manifest)
+            rank_files.check_whole(folder, manifest)
     except Damaged as damage:
         return str(damage)
     return None
 
 
 def _damage(folder: Path, file: File, beat: Callable[[], None]) -> str | None:
-    found, left = xxhash.xxh3_128(), file.bytes
+    digest, left = xxhash.xxh3_128(), file.bytes
     try:
         with foreign.open_regular(folder / file.name) as content:
             while chunk := content.read(min(_CHUNK, left + 1)):
-                found.update(chunk)
+                digest.update(chunk)
                 left -= len(chunk)
                 if left < 0:
                     return f"{file.name} is longer than what was written"
                 beat()
     except OSError as error:
         return f"{file.name} cannot be read: {refusal(error)}"
-    return None if found.hexdigest() == file.xxh3 else f"{file.name} is not what was written: its hash differs"
+    return None if digest.hexdigest() == file.xxh3 else f"{file.name} is not what was written: its hash differs"
 
 
 class Shards:
@@ -162,11 +162,11 @@ class Shards:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.ranks = [rank_name(rank) for rank in range(manifest.world_size)]
-        self._files = {name: layout.tensors(folder, name) for name in self.ranks}
+        self._files = {name: rank_files.tensors(folder, name) for name in self.ranks}
 
     def sidecar(self, rank: int) -> dict[str, Any]:
         """Return what one rank wrote beside its tensors."""
-        return layout.sidecar(self.folder, self.manifest, rank)
+        return rank_files.sidecar(self.folder, self.manifest, rank)
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[str, int, int]]]:
@@ -175,7 +175,7 @@ class Shards:
         for rank, name in enumerate(self.ranks):
             for parameter, (start, length) in self.sidecar(rank)["pieces"].items():
                 places.setdefault(parameter, []).append((name, start, length))
-        return {parameter: sorted(found, key=lambda one: one[1]) for parameter, found in places.items()}
+        return {parameter: sorted(pieces, key=lambda piece: piece[1]) for parameter, pieces in places.items()}
 
     @cached_property
     def _keys(self) -> dict[str, set[str]]:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import faults
-from launcher.checkpoint.manifest import NAME, Damaged, Gone, Manifest, read
-from launcher.errors import RefusedError, RequestError
-from launcher.files import reason, sync_folder
+from halfstep.launcher import fault_injection
+from halfstep.launcher.checkpoint.manifest import NAME, Damaged, Gone, Manifest, read
+from halfstep.launcher.errors import DiskFull, RefusedError, RequestError
+from halfstep.launcher.system.files import reason, sync_folder
 
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _HIDDEN = (".writing-", ".pruned-")
@@ -49,16 +49,16 @@ def candidates(run: Path) -> Iterator[Candidate]:
     One that is deleted meanwhile is none. Raises RequestError for one that a newer Halfstep wrote, and where the folder
     cannot be read.
     """
-    found = []
+    named = []
     try:
-        found = [(match, one) for one in home(run).iterdir() if (match := _NAME.fullmatch(one.name))]
+        named = [(match, folder) for folder in home(run).iterdir() if (match := _NAME.fullmatch(folder.name))]
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise RequestError(
             f"the checkpoints cannot be read: {reason(error)}", where=str(home(run)), fix="check its permissions"
         ) from None
-    for match, folder in sorted(found, key=lambda one: int(one[0][1]), reverse=True):
+    for match, folder in sorted(named, key=lambda item: int(item[0][1]), reverse=True):
         step = int(match[1])
         try:
             manifest = read(folder)
@@ -77,10 +77,10 @@ def sweep(run: Path) -> list[str]:
     """Delete what a dead attempt was writing or deleting, and return the names; call only while holding the lease."""
     swept = []
     with contextlib.suppress(FileNotFoundError):
-        for one in home(run).iterdir():
-            if one.name.startswith(_HIDDEN):
-                shutil.rmtree(one, ignore_errors=True)
-                swept.append(one.name)
+        for folder in home(run).iterdir():
+            if folder.name.startswith(_HIDDEN):
+                shutil.rmtree(folder, ignore_errors=True)
+                swept.append(folder.name)
     return swept
 
 
@@ -88,7 +88,7 @@ def prepare(run: Path, step: int, attempt: str, needed: int, *, distrusted: bool
     """Make the hidden folder that a step is written to; None where a good checkpoint of this step stands already.
 
     A damaged one of this step, or one whose content was found to be (`distrusted`), is renamed, not overwritten.
-    Raises RefusedError where `needed` bytes are not free or the folder cannot be written.
+    Raises DiskFull where `needed` bytes are not free, and RefusedError where the folder cannot be written.
     """
     try:
         return _prepare(home(run), step, attempt, needed, distrusted)
@@ -111,7 +111,7 @@ def _prepare(there: Path, step: int, attempt: str, needed: int, distrusted: bool
         final.rename(_unused(there / f"{final.name}.bad-{attempt}"))
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise RefusedError(
+        raise DiskFull(
             f"the checkpoint of step {step} needs {_size(needed)}, and {_size(free)} are free",
             where=str(there),
             fix="free some space (folders named .bad-* are of no use to a run), or take a smaller checkpoint.keep; "
@@ -141,13 +141,13 @@ def _unused(name: Path) -> Path:
 
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Turn a hidden folder whose files are written and synced into a checkpoint: manifest, sync, rename, sync."""
-    faults.hit("save.manifest", rank=0, step=manifest.step)
+    fault_injection.hit("save.manifest", rank=0, step=manifest.step)
     with (temporary / NAME).open("x", encoding="utf-8") as out:
         out.write(manifest.to_text())
         out.flush()
         os.fsync(out.fileno())
     sync_folder(temporary)
-    faults.hit("save.rename", rank=0, step=manifest.step)
+    fault_injection.hit("save.rename", rank=0, step=manifest.step)
     final = temporary.parent / folder_name(manifest.step)
     temporary.rename(final)
     sync_folder(final.parent)
@@ -159,19 +159,23 @@ def prune(run: Path, keep: int, keep_every: int, *, distrusted: frozenset[int] =
 
     Damaged ones neither count nor go, nor do those of the steps in `distrusted`.
     """
-    good = [one for one in candidates(run) if one.manifest is not None and one.step not in distrusted]
-    gone = [one for one in good[max(keep, 2) :] if not (keep_every and one.step % keep_every == 0)]
-    for one in gone:
-        if one.folder.is_symlink():  # somebody else's folder: only our name for it goes
-            one.folder.unlink()
+    good = [
+        candidate
+        for candidate in candidates(run)
+        if candidate.manifest is not None and candidate.step not in distrusted
+    ]
+    gone = [candidate for candidate in good[max(keep, 2) :] if not (keep_every and candidate.step % keep_every == 0)]
+    for candidate in gone:
+        if candidate.folder.is_symlink():  # somebody else's folder: only our name for it goes
+            candidate.folder.unlink()
             continue
-        hidden = one.folder.with_name(f".pruned-{one.folder.name}")
+        hidden = candidate.folder.with_name(f".pruned-{candidate.folder.name}")
         shutil.rmtree(hidden, ignore_errors=True)
-        one.folder.rename(hidden)  # out of sight at once: a crash from here on leaves no half of a checkpoint
+        candidate.folder.rename(hidden)  # out of sight at once: a crash from here on leaves no half of a checkpoint
         (hidden / NAME).unlink(missing_ok=True)
-        faults.hit("save.prune", rank=0, step=one.step)
+        fault_injection.hit("save.prune", rank=0, step=candidate.step)
         shutil.rmtree(hidden, ignore_errors=True)
-    return [one.step for one in gone]
+    return [candidate.step for candidate in gone]
 
 
 def _size(count: float) -> str:

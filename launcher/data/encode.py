@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from launcher.data import tokenizer
-from launcher.data.readers import Piece
-from launcher.errors import RequestError
+from halfstep.launcher.data import tokenizer
+from halfstep.launcher.data.readers import Piece
+from halfstep.launcher.errors import RequestError
 
 _BATCH_CHARACTERS = 2**18
 _BATCHES_AHEAD = 3
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     """How many tokens stand for text that the tokenizer does not know."""
 
 
-def encode(pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int) -> Iterator[Encoded]:
+def encode(pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int) -> Generator[Encoded]:
     """Yield the tokens of all pieces in their order; the tokenizer is loaded from `folder` in every process."""
     batches = _batches(pieces)
     if workers == 1:

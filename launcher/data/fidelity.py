@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.data.readers import Piece
-from launcher.data.sample import Sample
-from launcher.data.tokenizer import Tokenizer
-from launcher.errors import RequestError
+from halfstep.launcher.data.readers import Piece
+from halfstep.launcher.data.sample import Sample
+from halfstep.launcher.data.tokenizer import Tokenizer
+from halfstep.launcher.errors import RequestError
 
 MOST_LOST = 0.01
 """Share. SentencePiece's own default covers all but 0.05 % of a text's characters; who loses twenty times that lacks

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.errors import RequestError
+from halfstep.launcher.errors import RequestError
 
 AUTO, TEXT, JSON_LINES, CSV, TSV, PARQUET = "auto", "text", "jsonl", "csv", "tsv", "parquet"
 CHOICES = (AUTO, TEXT, JSON_LINES, CSV, TSV, PARQUET)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data import encode, fidelity, folder, formats, sources, tokenizer, vocabulary, write
-from launcher.data.progress import Report, reporter
-from launcher.data.readers import Piece
-from launcher.errors import RequestError
-from launcher.plan import manifest as manifests
-from launcher.plan.corpus import read_data
-from launcher.plan.vocabulary import tokenizer_sha256
+from halfstep.launcher.corpus import corpus_manifest as manifests
+from halfstep.launcher.corpus.description import read_data
+from halfstep.launcher.corpus.vocabulary import tokenizer_sha256
+from halfstep.launcher.data import encode, fidelity, formats, publish, sources, tokenizer, train_tokenizer, write_corpus
+from halfstep.launcher.data.progress_bar import Report, reporter
+from halfstep.launcher.data.readers import Piece
+from halfstep.launcher.errors import RequestError
 
 _LARGEST_FRACTION = 0.3
 _UINT16_VOCABULARY = 2**16
@@ -44,8 +44,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare the corpus folder `out` and return its manifest.
 
-    `source` is what `launcher.data.sources.find` understands. Either SentencePiece is trained with `vocab_size` tokens
-    or `tokenizer` is used, which `launcher.data.tokenizer.named` understands. `format` says what all files hold where
+    `source` is what `data.sources.find` understands. Either SentencePiece is trained with `vocab_size` tokens
+    or `tokenizer` is used, which `data.tokenizer.named` understands. `format` says what all files hold where
     their names do not; with `skip_bad` rows that hold no text are counted and left out; with `allow_lossy` a tokenizer
     may lose any share of the text. `validation` is the share of the tokens held back. The files depend on the source,
     the tokenizer, these options and `seed` only. A folder that holds the same already is left alone.
@@ -71,7 +71,7 @@ def prepare(
         return there
     job = _Job(source=readable, request=request, workers=workers)
     try:
-        with reporter(progress) as report, folder.appearing(out) as partial:
+        with reporter(progress) as report, publish.appearing(out) as partial:
             manifest = job.run(partial, report)
     except FileExistsError:
         if (there := _already_there(out, request)) is None:
@@ -147,7 +147,7 @@ class _Job:
         read = watch.over(_reported(sources.pieces(self.source, tally), tally, report, known))
         encoded = encode.encode(read, folder=home, kind=chosen.kind, dtype=dtype, workers=self.workers)
         with contextlib.closing(encoded):  # Ends the worker processes whatever happens.
-            stream = write.write_stream(encoded, partial / "tokens.unsplit")
+            stream = write_corpus.write_stream(encoded, partial / "tokens.unsplit")
         if not stream.lengths.size:
             raise _no_text(self.source, tally)
         if known is not None and known != tally:
@@ -158,7 +158,7 @@ class _Job:
             )
         came_back = watch.result()
         fraction = self.request["validation_fraction"]
-        splits = write.write_splits(partial, stream, dtype, chosen.end_of_text, fraction=fraction, seed=seed)
+        splits = write_corpus.write_splits(partial, stream, dtype, chosen.end_of_text, fraction=fraction, seed=seed)
         stream.file.unlink()
         manifest = {
             "format": manifests.FORMAT,
@@ -201,11 +201,11 @@ class _Job:
         texts = (piece.text for piece in _reported(sources.pieces(self.source, tally), tally, report, None, "reading"))
         if self.source.kind == sources.HUB:
             texts = _first(texts, _HUB_SAMPLE_CHARACTERS)
-        blocks = vocabulary.sample_blocks(texts, self.request["seed"])
+        blocks = train_tokenizer.sample_blocks(texts, self.request["seed"])
         if not blocks:
             raise _no_text(self.source, tally)
         report("training the tokenizer", 0, None)
-        return vocabulary.train(blocks, vocab_size), None if self.source.kind == sources.HUB else tally
+        return train_tokenizer.train(blocks, vocab_size), None if self.source.kind == sources.HUB else tally
 
     def _describe_source(self, tally: sources.Tally) -> dict[str, Any]:
         return {

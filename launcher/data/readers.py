@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.data import formats, rows, streams
-from launcher.errors import RequestError
-from launcher.plan import hub
+from halfstep.launcher.corpus import hub
+from halfstep.launcher.data import formats, streams, text_rows
+from halfstep.launcher.errors import RequestError
 
 PIECE_CHARACTERS = 2**20
 _SNIFFED_LINES = 5
@@ -37,7 +37,7 @@ def file_pieces(path: Path, field: str, *, kind: str = formats.AUTO, skip: Skip 
         if given.kind == formats.TEXT:
             yield from _text_pieces(path, given, field, sniff=kind == formats.AUTO)
             return
-        for row in rows.texts(path, given, field):
+        for row in text_rows.texts(path, given, field):
             if isinstance(row, str):
                 yield from cut(row)
             elif skip is None:
@@ -96,7 +96,9 @@ def _refuse_json_lines(buffer: bytes, path: Path, field: str) -> None:
             row = json.loads(line)
         except (ValueError, RecursionError):
             return
-        if not isinstance(row, dict) or (len(lines) == 1 and not isinstance(rows.text_of(row, field, "", ""), str)):
+        if not isinstance(row, dict) or (
+            len(lines) == 1 and not isinstance(text_rows.text_of(row, field, "", ""), str)
+        ):
             return
         objects += 1
     if objects:
@@ -125,11 +127,12 @@ def hub_pieces(name: str, config: str | None, split: str, field: str, skip: Skip
     if problem := hub.unreachable():
         raise RequestError(f"{name!r} is no file here, and {problem}", where=where, fix=fix)
     import datasets
+    import datasets.exceptions
 
     try:
         table = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, row in enumerate(table, start=1):
-            text = rows.text_of(row, field, f"{where}, row {number}", f"row {number}")
+            text = text_rows.text_of(row, field, f"{where}, row {number}", f"row {number}")
             if isinstance(text, str):
                 yield from cut(text)
             elif skip is None:

@@ -1,17 +1,18 @@
 """Find out what --source names: the standard library, files, or a hub data set, and read it as a stream of pieces."""
 
+import dataclasses
 import glob
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from launcher.data import formats, readers, walk
-from launcher.data.readers import Piece
-from launcher.data.walk import LeftOut
-from launcher.errors import RequestError
+from halfstep.launcher.data import formats, readers, walk
+from halfstep.launcher.data.readers import Piece
+from halfstep.launcher.data.walk import LeftOut
+from halfstep.launcher.errors import RequestError
 
 STDLIB, FILES, HUB = "stdlib", "files", "hub"
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -35,7 +36,7 @@ class Source:
     """Whether rows that hold no text are left out and counted."""
     files: tuple[Path, ...] = ()
     """Sorted; each is one document or a table of them."""
-    left_out: LeftOut = field(default_factory=LeftOut)
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
     """What lies in the source's folders and is not read."""
     fingerprint: str
     """Identifies the content: names below the common folder and sizes, or the hub id."""
@@ -52,11 +53,11 @@ class Tally:
     """As UTF-8."""
     empty_documents: int = 0
     """Documents of nothing but whitespace, which are left out."""
-    undecodable_files: list[str] = field(default_factory=list)
+    undecodable_files: list[str] = dataclasses.field(default_factory=list)
     """Files of the standard library that Python itself cannot decode, which are left out."""
     bad_rows: int = 0
     """Rows that hold no text, which are left out where the request says so."""
-    bad_examples: list[str] = field(default_factory=list)
+    bad_examples: list[str] = dataclasses.field(default_factory=list)
     """What is wrong with the first of them."""
     bad_advice: str = ""
     """What would have been a way out for the first of them."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from launcher.data.order import permute
+from halfstep.launcher.data.order import permute
 
 # A document is small, and goes to one side as a whole, up to this share of the validation split.
 _SMALL_SHARE = 1 / 16

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.data import formats
-from launcher.data.formats import Format
-from launcher.errors import RequestError
+from halfstep.launcher.data import formats
+from halfstep.launcher.data.formats import Format
+from halfstep.launcher.errors import RequestError
 
 LONGEST_LINE = 2**28
 """Bytes; what is longer is no line of text, and would fill the memory."""
@@ -44,10 +44,10 @@ def opened(path: Path, given: Format) -> Iterator[Opened]:
 
     Raises RequestError, now or while it is read, for files that are not what their names say or are not whole.
     """
-    with path.open("rb", buffering=_BUFFER_BYTES) as file:
+    with io.BufferedReader(path.open("rb", buffering=0), _BUFFER_BYTES) as file:
         formats.check_head(path, file.peek(formats.HEAD_BYTES)[: formats.HEAD_BYTES], given)
         with contextlib.ExitStack() as stack:
-            stream = file
+            stream: io.BufferedReader[Any] = file
             if given.compression is not None:
                 raw = _Checked(path, given.compression, _decompressor(path, file, given.compression, stack))
                 stream = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))
@@ -86,7 +86,7 @@ def decode(data: bytes, path: Path, offset: int) -> str:
 
 
 def _decompressor(
-    path: Path, file: io.BufferedReader, compression: str, stack: contextlib.ExitStack
+    path: Path, file: "io.BufferedReader[Any]", compression: str, stack: contextlib.ExitStack
 ) -> Callable[[int], bytes]:
     """Return a function that gives the next bytes, at most as many as it is asked for."""
     if compression == "gzip":

@@ -6,12 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher import foreign
-from launcher.errors import RequestError
-from launcher.files import reason
-from launcher.plan import hub
-from launcher.plan.pieces import META_SPACE, Pieces
-from launcher.plan.vocabulary import LARGEST_BYTES, MODEL_FILE
+from halfstep.launcher.corpus import hub
+from halfstep.launcher.corpus.pieces import META_SPACE, Pieces
+from halfstep.launcher.corpus.vocabulary import LARGEST_BYTES, MODEL_FILE
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import reason
 
 SENTENCEPIECE, HUGGINGFACE = "sentencepiece", "huggingface"
 _POINTER = b"version https://git-lfs.github.com/spec/"

@@ -9,8 +9,8 @@ import torch
 import xxhash
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
 
-from launcher.errors import RequestError
-from launcher.plan import megatron
+from halfstep.launcher.corpus import megatron
+from halfstep.launcher.errors import RequestError
 
 _MEGATRON_UINT16 = 8
 

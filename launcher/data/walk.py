@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.data import formats
-from launcher.errors import RequestError
+from halfstep.launcher.data import formats
+from halfstep.launcher.errors import RequestError
 
 HIDDEN = "hidden files or folders"
 DANGLING = "links to nothing"

@@ -1,30 +1,30 @@
-"""One attempt at a run: build, go on from a checkpoint, train, and write down how it went."""
+"""One attempt at a run: build, restore from a checkpoint, and write down how it went."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from deepspeed.runtime.engine import DeepSpeedEngine
-
-from launcher import faults
-from launcher.engine import distributed, loop, randomness, readings, restoring, states
-from launcher.engine.build import build
-from launcher.engine.feed import Feed
-from launcher.engine.foresight import refuse_foresight
-from launcher.engine.guard import Guard
-from launcher.engine.loop import Listeners, Outside
-from launcher.engine.pace import Pace
-from launcher.engine.restoring import Choice
-from launcher.engine.saving import Saver
-from launcher.engine.witness import Witness
-from launcher.errors import NumericsError, Stopped
-from launcher.plan import fit, present
-from launcher.plan.plan import Plan
-from launcher.rundir import RunDir
-from launcher.topology import Rank
-from launcher.watch.heart import Heart
-from launcher.watch.stop import Stop
-from models.build import initial_statistics
+from halfstep.launcher import fault_injection
+from halfstep.launcher.engine import readings
+from halfstep.launcher.engine.build import build
+from halfstep.launcher.engine.causal_check import refuse_foresight
+from halfstep.launcher.engine.feed import Feed
+from halfstep.launcher.engine.numerics.guard import Guard
+from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.recorder import Recorder
+from halfstep.launcher.engine.state import restoring, rng, training_state
+from halfstep.launcher.engine.state.restoring import Choice
+from halfstep.launcher.engine.state.saving import Saver
+from halfstep.launcher.engine.training import Training
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.launcher.errors import NumericsError, Stopped
+from halfstep.launcher.plan import cautions, present
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.topology import Rank
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
+from halfstep.launcher.watchdog.stop import Stop
+from halfstep.models.network import initial_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,140 +36,150 @@ class Attempt:
     rank: Rank
     choice: Choice
     stop: Stop
-    heart: Heart
+    heartbeat: Heartbeat
 
-    def asked(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Return why this rank was asked to stop, if it was; rank 0 looks for the file STOP without delay."""
         if self.rank.rank == 0 and self.stop.asked is None and self.where.stop_file.exists():
             self.stop.ask("the file STOP")
         return self.stop.asked
 
 
-def make(attempt: Attempt) -> None:
-    """Build, restore and train; raises what ended it early. Every rank of the run calls this."""
+@contextlib.contextmanager
+def prepared(attempt: Attempt) -> Iterator[Training]:
+    """Build and restore what is to be trained, and write down how the training within ended. Every rank calls this."""
     where, plan, rank = attempt.where, attempt.plan, attempt.rank.rank
     distributed.quiet_deepspeed(where.rank_log(rank))
-    engine: DeepSpeedEngine | None = None
-    with Witness(where, plan, writes=rank == 0, steps_done=attempt.choice.step) as witness:
+    training: Training | None = None
+    with Recorder(where, plan, writes=rank == 0, steps_done=attempt.choice.step) as recorder:
         try:
-            _say_what_is_coming(witness, attempt)
+            _say_what_is_coming(recorder, attempt)
             _stop_if_asked(attempt, "before the model was built")
-            engine, guard, saver = _assemble(attempt, witness)
-            _train(attempt, witness, engine, guard, saver)
+            training = _assemble(attempt, recorder)
+            yield training
         except (NumericsError, Stopped) as error:  # every rank raises it after the same step
-            finite = None if engine is None else all(distributed.gather_objects(_weights_are_finite(engine)))
-            witness.event("stopped", reason=error.what, where=error.where, weights_finite=finite)
-            peak = max(distributed.gather_objects(readings.host_peak_bytes()))
-            if rank == 0:
-                witness.summarise("diverged" if isinstance(error, NumericsError) else "stopped", peak)
-                with contextlib.suppress(OSError):
-                    where.stop_file.unlink(missing_ok=True)  # it has been done; the next start is meant to go on
+            finite = None if training is None else all(distributed.gather_objects(_weights_are_finite(training.engine)))
+            recorder.event("stopped", reason=error.what, where=error.where, weights_finite=finite)
+            _summarise(attempt, recorder, "diverged" if isinstance(error, NumericsError) else "stopped")
             distributed.gather_objects(None)  # a launcher ends everybody when one rank fails: let rank 0 write first
             raise
-        peak = max(distributed.gather_objects(readings.host_peak_bytes()))
-        if rank == 0:
-            witness.summarise("done", peak)
-            with contextlib.suppress(OSError):
-                where.stop_file.unlink(missing_ok=True)  # it came too late to stop anything
+        _summarise(attempt, recorder, "done")
+
+
+def _summarise(attempt: Attempt, recorder: Recorder, status: str) -> None:
+    """Write the summary; a stop that was asked for has been obeyed, or came too late: the next start resumes."""
+    peak = max(distributed.gather_objects(readings.host_peak_bytes()))
+    if attempt.rank.rank == 0:
+        recorder.summarise(status, peak)
+        with contextlib.suppress(OSError):
+            attempt.where.stop_file.unlink(missing_ok=True)
 
 
 def _stop_if_asked(attempt: Attempt, when: str) -> None:
-    reasons = [reason for reason in distributed.gather_objects(attempt.asked()) if reason]
+    reasons = [reason for reason in distributed.gather_objects(attempt.stop_reason()) if reason]
     if reasons:
         state = f"the newest checkpoint is of step {attempt.choice.step}" if attempt.choice.step else "nothing is lost"
-        raise Stopped(f"{reasons[0]}, {when}", where=state, fix="start the same command again to go on")
+        raise Stopped(f"{reasons[0]}, {when}", where=state, fix="start the same command again to resume")
 
 
-def _assemble(attempt: Attempt, witness: Witness) -> tuple[DeepSpeedEngine, Guard, Saver | None]:
+def _assemble(attempt: Attempt, recorder: Recorder) -> Training:
     """Build the engine and fill it from the checkpoint, if there is one."""
-    plan, rank, choice, heart = attempt.plan, attempt.rank.rank, attempt.choice, attempt.heart
-    heart.mark("build")
-    faults.hit("init", rank=rank)
-    heart.mark("build")
+    plan, rank, choice, heartbeat = attempt.plan, attempt.rank.rank, attempt.choice, attempt.heartbeat
+    heartbeat.mark("build")
+    fault_injection.hit("init", rank=rank)
+    heartbeat.mark("build")
     engine, repairs = build(plan)
     distributed.set_timeouts(max(plan.watch.startup, plan.watch.timeout))
-    randomness.seed(plan, rank, 0)
-    witness.event(
+    rng.seed(plan, rank, 0)
+    recorder.event(
         "built",
         optimizer=type(engine.optimizer).__name__,
         compiled=engine.is_compiled,
         activation_checkpointing=engine.module.is_activation_checkpointing,
     )
-    witness.repaired(repairs.active)
-    guard = Guard(engine, plan, repairs, witness.event, rank)
+    recorder.repaired(repairs.active)
+    guard = Guard(engine, plan, repairs, recorder.event, rank)
     _stop_if_asked(attempt, "before the first step")
     saver = Saver(
         engine,
         plan,
         attempt.where,
         guard,
-        event=witness.event,
-        sync_records=witness.sync,
-        beat=heart.touch,
-        mark=lambda step: heart.mark("save", step),
-        damaged=frozenset(one.step for one in choice.damaged),
+        event=recorder.event,
+        sync_records=recorder.sync,
+        beat=heartbeat.touch,
+        mark=lambda step: heartbeat.mark("save", step),
+        damaged=frozenset(candidate.step for candidate in choice.damaged),
         last_step=choice.step,
     )
     if choice.checkpoint is not None:
-        heart.mark("load", choice.step)
-        witness.resumed(restoring.restore(engine, plan, choice, guard, rank, heart))
+        heartbeat.mark("load", choice.step)
+        recorder.resumed(restoring.restore(engine, plan, choice, guard, rank, heartbeat))
     else:
         drawn = initial_statistics(engine.module) if plan.model.weights is None else None
-        witness.event("initialised", mean_and_std=drawn, checksum=_checksum(engine, plan))
-    heart.mark("build")
-    witness.event("causal", **refuse_foresight(engine, plan))
-    return engine, guard, saver if plan.can_save else None
-
-
-def _train(attempt: Attempt, witness: Witness, engine: DeepSpeedEngine, guard: Guard, saver: Saver | None) -> None:
-    plan, rank, done = attempt.plan, attempt.rank, attempt.choice.step
-    evaluated = all(distributed.gather_objects(witness.evaluated(done)))
-    witness.event("training", first_step=done + 1)
-    outside = Outside(mark=_mark_of(attempt), asked=attempt.asked, saver=saver, pace=Pace(engine, plan))
-    tell = Listeners(step=witness.step, evaluation=witness.evaluation, event=witness.event, traffic=witness.traffic)
-    feed = Feed(plan, rank, distributed.device(rank, plan))
-    loop.train(engine, plan, feed, tell, guard, outside, done=done, evaluated=evaluated)
+        recorder.event("initialised", mean_and_std=drawn, checksum=_checksum(engine, plan))
+    heartbeat.mark("build")
+    recorder.event("causal", **refuse_foresight(engine, plan))
+    evaluated = all(distributed.gather_objects(recorder.evaluated(choice.step)))
+    recorder.event("training", first_step=choice.step + 1)
+    return Training(
+        engine=engine,
+        plan=plan,
+        feed=Feed(plan, attempt.rank, distributed.device(attempt.rank, plan)),
+        guard=guard,
+        saver=saver if plan.can_save else None,
+        done=choice.step,
+        evaluated=evaluated,
+        on_step=recorder.step,
+        on_evaluation=recorder.evaluation,
+        on_event=recorder.event,
+        on_traffic=recorder.traffic,
+        mark=_mark_of(attempt),
+        stop_reason=attempt.stop_reason,
+    )
 
 
 def _mark_of(attempt: Attempt) -> Callable[[str, int], None]:
     """Return how the loop marks its progress; from the second step on, when all is compiled, `watch.timeout` counts."""
-    heart, watch, first = attempt.heart, attempt.plan.watch, attempt.choice.step + 1
+    heartbeat, watch, first = attempt.heartbeat, attempt.plan.watch, attempt.choice.step + 1
     starting = True
 
     def mark(phase: str, step: int) -> None:
         nonlocal starting
         if starting and step > first:
             starting = False
-            heart.set_timeout(watch.timeout)
+            heartbeat.set_timeout(watch.timeout)
             distributed.set_timeouts(watch.timeout)
-        heart.mark(phase, step)
+        heartbeat.mark(phase, step)
 
     return mark
 
 
-def _say_what_is_coming(witness: Witness, attempt: Attempt) -> None:
+def _say_what_is_coming(recorder: Recorder, attempt: Attempt) -> None:
     plan, choice = attempt.plan, attempt.choice
     for line in [*present.headline(plan), f"run directory {attempt.where.path}", *present.warnings(plan)]:
-        witness.screen.say(line)
-    if risk := fit.warning(plan, readings.capacity_bytes(plan)):
-        witness.screen.say(f"WARNING: {risk}")
+        recorder.say(line)
+    if risk := cautions.memory_warning(plan, readings.capacity_bytes(plan)):
+        recorder.say(f"WARNING: {risk}")
     if choice.step:
-        witness.take_over()
-    for one in choice.damaged:
-        witness.event("checkpoint_damaged", folder=one.folder.name, reason=one.reason)
-        witness.screen.say(f"WARNING: checkpoint {one.folder.name} is damaged and passed over: {one.reason}")
-    if fault := faults.set_here():
-        witness.event("fault_set", fault=fault)
-        witness.screen.say(f"WARNING: {faults.VARIABLE}={fault}: this run is being broken on purpose")
+        recorder.take_over()
+    for candidate in choice.damaged:
+        recorder.event("checkpoint_damaged", folder=candidate.folder.name, reason=candidate.reason)
+        recorder.say(f"WARNING: checkpoint {candidate.folder.name} is damaged and passed over: {candidate.reason}")
+    if fault := fault_injection.set_here():
+        recorder.event("fault_set", fault=fault)
+        recorder.say(f"WARNING: {fault_injection.VARIABLE}={fault}: this run is being broken on purpose")
 
 
-def _checksum(engine: DeepSpeedEngine, plan: Plan) -> str | None:
+def _checksum(engine: Engine, plan: Plan) -> str | None:
     """Return a checksum of the initial masters, equal at all stages and world sizes; None where they lie on NVMe."""
     if not plan.can_save:
         return None
-    return f"{sum(distributed.gather_objects(states.checksum(engine))) % 2**64:016x}"
+    return f"{sum(distributed.gather_objects(training_state.checksum(engine))) % 2**64:016x}"
 
 
-def _weights_are_finite(engine: DeepSpeedEngine) -> bool:
+def _weights_are_finite(engine: Engine) -> bool:
     # At stage 3 a rank holds its part of a parameter beside it.
-    return all(bool(getattr(one, "ds_tensor", one).isfinite().all()) for one in engine.module.parameters())
+    return all(
+        bool(getattr(parameter, "ds_tensor", parameter).isfinite().all()) for parameter in engine.module.parameters()
+    )

@@ -7,25 +7,27 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import PreTrainedModel
 
-from launcher.engine import half, opcache
-from launcher.engine.construct import unfit
-from launcher.engine.repair import Repairs, repair
-from launcher.errors import RefusedError
-from launcher.plan.plan import Plan
-from models import build as model_build
+from halfstep.launcher.config import optimizers
+from halfstep.launcher.engine.numerics import cpu_fp16
+from halfstep.launcher.engine.numerics.repair import Repairs, repair
+from halfstep.launcher.engine.ranks import opcache
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.plan.construct import unfit
+from halfstep.launcher.plan.plan import Plan
+from halfstep.models import network as model_build
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
-    """Return an engine whose optimizer holds the planned parameters, and what had to be mended in it.
+def build(plan: Plan) -> tuple[Engine, Repairs]:
+    """Return an engine whose optimizer holds the planned parameters, and what had to be repaired in it.
 
     Raises RequestError for a model that cannot be built.
     """
-    half.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
+    cpu_fp16.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
     model = _model(plan)
     if plan.zero == 3:
         _gather_experts_at_once(model)
@@ -34,9 +36,8 @@ def build(plan: Plan) -> tuple[DeepSpeedEngine, Repairs]:
         if names:
             opcache.load_operators(names)
         # An optimizer built by DeepSpeed from the config, over our parameter groups.
-        engine, _, _, _ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups(model, plan), config=plan.deepspeed
-        )
+        groups: Any = parameter_groups(model, plan)  # DeepSpeed's annotation says Module
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
     _check(engine, plan)
     repairs = repair(engine, plan)
     if plan.compile:
@@ -64,10 +65,12 @@ def _gather_experts_at_once(model: PreTrainedModel) -> None:
 def _compiled_optimizer(plan: Plan) -> list[str]:
     """Return the operator that DeepSpeed will compile for the optimizer (engine.py, _configure_basic_optimizer)."""
     optimizer = plan.deepspeed["optimizer"]
-    if optimizer["type"].lower() not in ("adam", "adamw") or optimizer.get("params", {}).get("torch_adam", False):
+    operators = optimizers.of(optimizer["type"]).operators
+    if operators is None or optimizer.get("params", {}).get("torch_adam", False):
         return []
     offloaded = plan.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    return ["CPUAdamBuilder" if offloaded or plan.topology.accelerator == "cpu" else "FusedAdamBuilder"]
+    on_host, on_device = operators
+    return [on_host if offloaded or plan.topology.accelerator == "cpu" else on_device]
 
 
 def _model(plan: Plan) -> PreTrainedModel:
@@ -95,26 +98,23 @@ def _home(name: str) -> str | None:
 
 
 def parameter_groups(model: torch.nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """Split the parameters into decayed matrices and undecayed vectors (biases, norms).
-
-    Decaying a norm's gain towards zero is not regularisation; matrices and embeddings are what GPT-3 decays.
-    """
+    """Split the parameters into the groups of the optimizer's row: decayed matrices, undecayed biases and norms."""
+    row = optimizers.of(plan.deepspeed["optimizer"]["type"])
     decay = plan.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    groups: dict[optimizers.Group, list[torch.nn.Parameter]] = {group: [] for group in row.groups}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue  # DeepSpeed ends in an IndexError over a group in which nothing is trained
         # Under zero.Init a parameter's own shape is empty; ds_shape is the real one.
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        groups[dimensions >= 2].append(parameter)
+        groups[row.group_of(len(getattr(parameter, "ds_shape", parameter.shape)))].append(parameter)
     return [
-        {"params": members, "weight_decay": decay if is_matrix else 0.0}
-        for is_matrix, members in groups.items()
+        {"params": members, "weight_decay": decay if group.decayed else 0.0}
+        for group, members in groups.items()
         if members
     ]
 
 
-def _check(engine: DeepSpeedEngine, plan: Plan) -> None:
+def _check(engine: Engine, plan: Plan) -> None:
     """Compare what DeepSpeed built with what was planned: it accepts what it does not understand (T6)."""
     built = {
         "stage": (engine.zero_optimization_stage(), plan.zero),

@@ -1,13 +1,34 @@
 """Give a rank its share of every batch: the same global batch for any world size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from launcher.data.order import windows_of_step
-from launcher.data.tokens import TokenFile
-from launcher.plan.plan import Plan
-from launcher.topology import Rank
+from halfstep.launcher.data.order import windows_of_step
+from halfstep.launcher.data.tokens import TokenFile
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Rank
+from halfstep.models.micro_batch import MicroBatch
+
+
+class Batches(Protocol):
+    """What the loop asks of whatever feeds it."""
+
+    rank: int
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """Yield this rank's micro-batches of a step."""
+        ...
+
+    def target_count(self, step: int) -> float:
+        """Return the sum of `target_count` over all micro-batches of a step, of all ranks."""
+        ...
+
+    def validation_batches(self) -> Iterator[tuple[MicroBatch, int]]:
+        """Yield this rank's validation batches and how many rows of each count; every rank gets as many batches."""
+        ...
 
 
 class Feed:
@@ -19,8 +40,8 @@ class Feed:
         prefix = plan.data.validation_prefix
         self._validation = TokenFile(prefix, vocabulary=plan.model.vocabulary) if prefix else None
 
-    def micro_batches(self, step: int) -> Iterator[torch.Tensor]:
-        """Yield this rank's micro-batches of a step, each (micro, sequence + 1) token ids.
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """Yield this rank's micro-batches of a step, `batch.micro` windows each.
 
         The windows of the step are dealt out micro-step by micro-step, rank by rank: which sequences make up the
         global batch does not depend on how many ranks share it.
@@ -29,10 +50,14 @@ class Feed:
         windows = windows_of_step(plan.seed, step, plan.batch.global_, plan.data.train_windows)
         shares = windows.reshape(plan.batch.accumulation, plan.batch.ranks, plan.batch.micro)[:, self.rank]
         for share in shares:
-            yield self._train.batch(share, plan.sequence).to(self._device)
+            yield self._batch(self._train, share)
 
-    def validation_batches(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """Yield this rank's validation batches, each (micro, sequence + 1) token ids and how many rows count.
+    def target_count(self, step: int) -> float:
+        """Return how many targets the global batch has: in whole windows every token but the first is one."""
+        return self._plan.batch.global_ * self._plan.sequence
+
+    def validation_batches(self) -> Iterator[tuple[MicroBatch, int]]:
+        """Yield this rank's validation batches, `batch.micro` windows each, and how many rows count.
 
         Every rank gets the same number of batches, or ZeRO stage 3 would wait for ever; the surplus rows count nothing.
         """
@@ -43,5 +68,7 @@ class Feed:
         for start in range(0, total, micro * ranks):
             first = start + self.rank * micro
             rows = [min(row, total - 1) for row in range(first, first + micro)]
-            counted = max(0, min(micro, total - first))
-            yield self._validation.batch(rows, plan.sequence).to(self._device), counted
+            yield self._batch(self._validation, rows), max(0, min(micro, total - first))
+
+    def _batch(self, file: TokenFile, windows: Sequence[int] | np.ndarray) -> MicroBatch:
+        return MicroBatch.of_windows(file.batch(windows, self._plan.sequence)).to(self._device)

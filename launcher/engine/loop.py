@@ -1,154 +1,87 @@
 """The training loop: one optimizer step after another, each leaving one record."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import clock, faults
-from launcher.checkpoint.store import folder_name
-from launcher.engine.distributed import gather_objects
-from launcher.engine.feed import Feed
-from launcher.engine.guard import Guard
-from launcher.engine.pace import Pace, Stragglers
-from launcher.engine.readings import Readings, StepReading, sum_over_ranks
-from launcher.engine.saving import Saver
-from launcher.engine.traffic import Traffic
-from launcher.errors import Stopped
-from launcher.metrics import derive
-from launcher.metrics.record import EvaluationRecord, StepRecord
-from launcher.plan.plan import Plan
-from models.loss import next_token_loss
-
-_COUNTED = 5
-"""The step whose traffic is counted: its time is not averaged yet (metrics/derive.py), and by then stage 3 has learnt
-the order of modules again that the evaluation before the first step had made it forget."""
+from halfstep.launcher.checkpoint.store import folder_name
+from halfstep.launcher.engine.meter import StepMeter
+from halfstep.launcher.engine.ranks.distributed import gather_objects
+from halfstep.launcher.engine.readings import Readings, sum_over_ranks
+from halfstep.launcher.engine.training import Training
+from halfstep.launcher.errors import Stopped
+from halfstep.launcher.metrics import derive
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.metric_rows import EvaluationRecord
+from halfstep.launcher.system import clock
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listeners:
-    """Who hears of each record; every rank calls them, rank 0's write."""
+def train(run: Training) -> None:
+    """Train from the step after `run.done` to the plan's last, evaluating before, in between and at the end.
 
-    step: Callable[[StepRecord], None]
-    evaluation: Callable[[EvaluationRecord], None]
-    event: Callable[..., None]
-    traffic: Callable[[int, int], None] = lambda sent, collectives: None
-    """Bytes and collectives of one optimizer step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outside:
-    """What a loop knows of the world around it: who watches it, who wants it to stop, where it saves."""
-
-    mark: Callable[[str, int], None] = lambda phase, step: None
-    """Called with the phase and the step whenever something has moved."""
-    asked: Callable[[], str | None] = lambda: None
-    """Why this rank was asked to stop, if it was."""
-    saver: Saver | None = None
-    pace: Pace | None = None
-
-
-def train(
-    engine: DeepSpeedEngine,
-    plan: Plan,
-    feed: Feed,
-    tell: Listeners,
-    guard: Guard,
-    outside: Outside = Outside(),
-    *,
-    done: int = 0,
-    evaluated: bool = False,
-) -> None:
-    """Train from the step after `done` to the plan's last, evaluating before, in between and at the end.
-
-    `evaluated`: whether the evaluation that is due after `done` has been made. Raises NumericsError on every rank where
-    the run can make no progress, Stopped on every rank after the same step where one was asked to stop.
+    Raises NumericsError on every rank where the run can make no progress, Stopped on every rank after the same step
+    where one was asked to stop.
     """
-    readings = Readings(engine, plan)
-    stragglers = Stragglers(plan.topology.world_size, plan.watch.slow)
-    saver = outside.saver
-    finished = evaluated or not _evaluation_due(plan, done) or _evaluate(engine, feed, tell, outside, done)
-    if not finished or _agreed(outside, engine.device):
-        raise _stopped(outside, done)
-    for step in range(done + 1, plan.steps + 1):
-        started = time.perf_counter()
+    engine, plan, feed, guard, saver = run.engine, run.plan, run.feed, run.guard, run.saver
+    readings, meter, accumulation = Readings(engine, plan), StepMeter(run), plan.batch.accumulation
+    _begin(run)
+    for step in range(run.done + 1, plan.steps + 1):
         rate = plan.schedule.learning_rate(step)
+        meter.start(step, rate, guard.loss_scale)
         readings.set_learning_rate(rate)
         guard.start_step(step)
-        scale = guard.loss_scale
-        with _counting(plan, tell, step == min(done + _COUNTED, plan.steps)):
-            own_loss, waited = _forward_and_backward(engine, plan, feed, guard, readings, outside, step)
+        engine.train()
+        loss_sum, batches = torch.zeros((), device=engine.device), feed.micro_batches(step)
+        mean_count = feed.target_count(step) / (accumulation * plan.batch.ranks)
+        with meter.traffic():
+            for micro_step in range(1, accumulation + 1):
+                with meter.waiting():
+                    run.phase("data", step)
+                    batch = next(batches)
+                with meter.computing():
+                    run.phase("forward", step)
+                    logits = batch.logits(engine)
+                # DeepSpeed averages over micro-batches and ranks: one with fewer targets than others counts less.
+                loss = batch.loss(logits) * (batch.target_count / mean_count)
+                run.phase("backward", step)
+                loss_sum += guard.backward(loss)
+                if micro_step == accumulation:
+                    run.phase("step", step)
+                    guard.before_step(readings.before_step(guard.gradient_scale))
+                engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
-        skipped = guard.after_step()
-        computed = outside.pace.seconds() if outside.pace else 0.0
-        reading = readings.after_step(own_loss, waited, computed, skipped=skipped, stop=outside.asked() is not None)
-        seconds = time.perf_counter() - started
+        skipped, own_loss, stop = guard.after_step(), float(loss_sum / accumulation), run.stop_reason() is not None
+        reading = readings.after_step(own_loss, meter.waited, meter.computed(), skipped=skipped, stop=stop)
+        meter.stop()
         if saver and saver.pending:
-            outside.mark("save", step)
+            run.mark("save", step)
             saver.finish()  # before this step is written down: a resume never redoes more than an interval
-        counts = {"loss_scale": scale, "overflow": skipped, "skipped_steps": guard.skipped_steps}
-        record = _record(plan, step, rate, reading, seconds, **counts)
-        tell.step(record)
-        if slow := stragglers.see(step, reading.compute_seconds):
-            tell.event("slow_rank", step=step, **slow)
+        record = meter.record(reading, skipped=skipped, skipped_steps=guard.skipped_steps)
         guard.judge(record, own_loss, feed.micro_batches(step))
-        stopping, finished = reading.stop, True
-        if _evaluation_due(plan, step):
-            finished = not stopping and _evaluate(engine, feed, tell, outside, step)
-            stopping = stopping or not finished
-        if saver and (stopping or plan.checkpoint.due(step, plan.steps)):
-            outside.mark("save", step)
-            saver.begin(step, rate)
-            stopping = stopping or _agreed(outside, engine.device)
-            if stopping or step == plan.steps:
-                saver.finish()
-        if stopping and not (finished and step == plan.steps):
-            raise _stopped(outside, step)
+        _boundary(run, step, rate, stopping=reading.stop)
 
 
-@contextlib.contextmanager
-def _counting(plan: Plan, tell: Listeners, due: bool) -> Iterator[None]:
-    """Tell what one step sends."""
-    if not due or plan.compile:  # a compiler does not see through what counts
-        yield
-        return
-    with Traffic() as sent:
-        yield
-    tell.traffic(sent.bytes, sent.collectives)
+def _begin(run: Training) -> None:
+    """Evaluate before the first step, unless that was done before the run was interrupted."""
+    finished = run.evaluated or not _evaluation_due(run.plan, run.done) or _evaluate(run, run.done)
+    if not finished or run.stopping_anywhere():
+        raise _stopped(run, run.done)
 
 
-def _forward_and_backward(
-    engine: DeepSpeedEngine, plan: Plan, feed: Feed, guard: Guard, readings: Readings, outside: Outside, step: int
-) -> tuple[float, float]:
-    """Run the micro-steps of one optimizer step and the step; return this rank's mean loss and its wait for data."""
-    engine.train()
-    mark, waited = outside.mark, 0.0
-    total = torch.zeros((), device=engine.device)
-    batches = feed.micro_batches(step)
-    for micro_step in range(1, plan.batch.accumulation + 1):
-        mark("data", step)
-        asked = time.perf_counter()
-        faults.hit("data", rank=feed.rank, step=step)
-        tokens = next(batches)
-        waited += time.perf_counter() - asked
-        mark("forward", step)
-        with outside.pace.forward() if outside.pace else contextlib.nullcontext():
-            faults.hit("fwd", rank=feed.rank, step=step)
-            logits = engine(input_ids=tokens[:, :-1]).logits
-        loss = next_token_loss(logits, tokens[:, 1:])
-        mark("backward", step)
-        faults.hit("bwd", rank=feed.rank, step=step)
-        total += guard.backward(loss)
-        mark("step", step)
-        if micro_step == plan.batch.accumulation:
-            faults.hit("step", rank=feed.rank, step=step)
-            mark("step", step)
-            guard.before_step(readings.before_step(guard.gradient_scale))
-        engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
-    return float(total / plan.batch.accumulation), waited
+def _boundary(run: Training, step: int, rate: float, *, stopping: bool) -> None:
+    """Evaluate and save after a step where that is due, and leave where a rank was asked to stop. A collective call."""
+    finished = True
+    if _evaluation_due(run.plan, step):
+        finished = not stopping and _evaluate(run, step)
+        stopping = stopping or not finished
+    if run.saver and (stopping or run.plan.checkpoint.due(step, run.plan.steps)):
+        run.mark("save", step)
+        run.saver.begin(step, rate)
+        stopping = stopping or run.stopping_anywhere()
+        if stopping or step == run.plan.steps:
+            run.saver.finish()
+    if stopping and not (finished and step == run.plan.steps):
+        raise _stopped(run, step)
 
 
 def _evaluation_due(plan: Plan, step: int) -> bool:
@@ -156,43 +89,31 @@ def _evaluation_due(plan: Plan, step: int) -> bool:
 
 
 @torch.no_grad()
-def _evaluate(engine: DeepSpeedEngine, feed: Feed, tell: Listeners, outside: Outside, step: int) -> bool:
-    """Tell the mean loss over the validation sequences of all ranks; False where a rank was asked to stop meanwhile.
-
-    A collective call.
-    """
-    began = time.perf_counter()
-    engine.eval()
-    loss_sum, tokens_seen = 0.0, 0
-    for tokens, counted in feed.validation_batches():
-        outside.mark("evaluate", step)
-        faults.hit("eval", rank=feed.rank, step=step)
-        outside.mark("evaluate", step)  # again before the ranks wait for each other
-        if _agreed(outside, engine.device):
+def _evaluate(run: Training, step: int) -> bool:
+    """Tell the mean loss over the validation sequences of all ranks; False where a rank was asked to stop meanwhile."""
+    began, loss_sum, target_count = time.perf_counter(), 0.0, 0.0
+    run.engine.eval()
+    for batch, rows in run.feed.validation_batches():
+        run.phase("evaluate", step)
+        if run.stopping_anywhere():
             return False
-        logits = engine(input_ids=tokens[:, :-1]).logits
-        if counted:
-            loss_sum += float(next_token_loss(logits[:counted], tokens[:counted, 1:], reduction="sum"))
-            tokens_seen += counted * (tokens.shape[1] - 1)
-    total, count = sum_over_ranks([loss_sum, tokens_seen], engine.device)
+        logits = batch.logits(run.engine)
+        if rows:
+            own = batch.rows(rows)
+            loss_sum += float(own.loss(logits[:rows], reduction="sum"))
+            target_count += own.target_count
+    total, count = sum_over_ranks([loss_sum, target_count], run.engine.device)
     if count:
-        loss = derive.finite(total / count)
-        perplexity = derive.perplexity(total / count)
-        tell.evaluation(EvaluationRecord(step=step, eval_loss=loss, perplexity=perplexity, time=clock.now()))
-        tell.event("evaluated", step=step, seconds=round(time.perf_counter() - began, 6))
+        loss, perplexity = derive.finite(total / count), derive.perplexity(total / count)
+        run.on_evaluation(EvaluationRecord(step=step, eval_loss=loss, perplexity=perplexity, time=clock.now()))
+        run.on_event("evaluated", step=step, seconds=round(time.perf_counter() - began, 6))
     return True
 
 
-def _agreed(outside: Outside, device: torch.device) -> bool:
-    """Tell whether any rank was asked to stop. A collective call."""
-    return sum_over_ranks([float(outside.asked() is not None)], device)[0] > 0
-
-
-def _stopped(outside: Outside, step: int) -> Stopped:
+def _stopped(run: Training, step: int) -> Stopped:
     """Return the error that every rank leaves with. A collective call."""
-    reasons = gather_objects(outside.asked())
-    reason = next((one for one in reasons if one), "another rank")
-    last = outside.saver.last_step if outside.saver else 0
+    reason = next(filter(None, gather_objects(run.stop_reason())), "another rank")
+    last = run.saver.last_step if run.saver else 0
     if step == 0:
         state = "no step was trained"
     elif last == step:
@@ -200,36 +121,5 @@ def _stopped(outside: Outside, step: int) -> Stopped:
     elif last:
         state = f"it could not be saved: {step - last} steps will be done again, from {folder_name(last)}"
     else:
-        state = "it could not be saved: the next start begins anew"
-    return Stopped(f"{reason} after step {step}", where=state, fix="start the same command again to go on")
-
-
-def _record(
-    plan: Plan,
-    step: int,
-    rate: float,
-    reading: StepReading,
-    seconds: float,
-    *,
-    loss_scale: float | None,
-    overflow: bool,
-    skipped_steps: int,
-) -> StepRecord:
-    tokens = plan.batch.global_ * plan.sequence
-    throughput = derive.tokens_per_second(tokens, seconds)
-    return StepRecord(
-        step=step,
-        tokens=step * tokens,
-        loss=derive.finite(reading.loss),
-        lr=rate,
-        grad_norm=derive.finite(reading.grad_norm),
-        loss_scale=loss_scale,
-        overflow=overflow,
-        skipped_steps=skipped_steps,
-        step_seconds=seconds,
-        data_seconds=reading.data_seconds,
-        tokens_per_second=throughput,
-        mfu=derive.mfu(throughput, plan.model.flops_per_token, plan.peak_flops, plan.topology.world_size),
-        peak_memory_bytes=reading.peak_memory_bytes,
-        time=clock.now(),
-    )
+        state = "it could not be saved: the next start begins from scratch"
+    return Stopped(f"{reason} after step {step}", where=state, fix="start the same command again to resume")

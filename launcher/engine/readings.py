@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 
-from launcher import topology
-from launcher.plan.plan import Plan
+from halfstep.launcher import topology
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.launcher.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,16 @@ class StepReading:
 class Readings:
     """One adapter over one engine."""
 
-    def __init__(self, engine: DeepSpeedEngine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine, self._plan = engine, plan
         self._own_norm: float | None = None
 
     def set_learning_rate(self, rate: float) -> None:
-        """Write the learning rate that the next step will use."""
+        """Write the learning rate that the next step will use; a group keeps its ratio to the plan's peak."""
+        peak = self._plan.schedule.peak
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            built = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = rate * (built / peak if peak else 1.0)
 
     def before_step(self, gradient_scale: float) -> float | None:
         """Work out the unscaled gradient norm where DeepSpeed has none to be believed, at stage 0; else return None.
@@ -54,7 +56,7 @@ class Readings:
         """
         if self._plan.zero == 0:
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
             self._own_norm = float(torch.stack(norms).norm()) / gradient_scale
         return self._own_norm
 

@@ -10,25 +10,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher import clock, faults, rundir, trust
-from launcher.checkpoint import store
-from launcher.engine import distributed, preflight, restoring, traffic
-from launcher.engine.attempt import Attempt, make
-from launcher.errors import Fault, HalfstepError, RefusedError, Stopped
-from launcher.files import explained, write_json
-from launcher.lease import lease
-from launcher.plan.plan import Plan
-from launcher.rundir import RunDir
-from launcher.spec.load import Request
-from launcher.topology import Rank
-from launcher.watch import exits
-from launcher.watch.heart import Heart
-from launcher.watch.stop import Stop
+from halfstep.launcher import fault_injection
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.config.load import Request
+from halfstep.launcher.engine.attempt import Attempt, prepared
+from halfstep.launcher.engine.loop import train
+from halfstep.launcher.engine.ranks import distributed, preflight, traffic
+from halfstep.launcher.engine.state import restoring
+from halfstep.launcher.errors import Fault, HalfstepError, OutOfDeviceMemory, OutOfHostMemory, Stopped
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import exits, run_directory, trust
+from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.system import clock
+from halfstep.launcher.system.files import explained, write_json
+from halfstep.launcher.topology import Rank
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
+from halfstep.launcher.watchdog.stop import Stop
 
 
-def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart: Heart) -> int:
+def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heartbeat: Heartbeat) -> int:
     """Train the plan in its run directory and return the exit code; every rank of the run calls this."""
-    heart.mark("join")
+    heartbeat.mark("join")
     met = _meet(path, plan, rank, stop)
     distributed.join(rank, plan, met.store)
     reduced = traffic.bandwidth(distributed.device(rank, plan))
@@ -36,40 +40,42 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
     with contextlib.ExitStack() as held:
 
         def open_directory() -> bool:
-            rundir.refuse_another_run(path, plan)
+            run_directory.refuse_another_run(path, plan)
             held.enter_context(lease(path))
-            done = rundir.finished(path)
-            if done is not None and done["run_id"] == plan.run_id:
+            done = Run(path).finished
+            if done is not None and done.run_id == plan.run_id:
                 return False
             store.sweep(path)
             return True
 
         if not distributed.on_rank_zero(open_directory):
             if rank.rank == 0:
-                print(f"{path} is finished: summary.json has its result. Another out, or another request, starts anew.")
+                print(f"{path} is finished: summary.json has its result. Another out or request starts from scratch.")
             distributed.leave()
             return 0
-        heart.mark("load")
-        choice = restoring.choose(path, plan, rank.rank, heart.touch)
+        heartbeat.mark("load")
+        choice = restoring.choose(path, plan, rank.rank, heartbeat.touch)
 
         def start_attempt() -> str:
-            rundir.write_plan(path, request, plan)
+            run_directory.write_plan(path, request, plan)
             about: dict[str, Any] = {"launcher": rank.source, "world_size": rank.world_size, "steps_done": choice.step}
             about["began"] = _began()
-            where = rundir.start_attempt(path, about, steps_done=choice.step)
+            where = run_directory.start_attempt(path, about, steps_done=choice.step)
             write_json(where.attempt / "preflight.json", {**met.seen, "all_reduce": reduced})
             return where.attempt.name
 
-        where = rundir.RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start_attempt))
+        where = run_directory.RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start_attempt))
         if rank.rank == 0:
             stop.look_for(where.stop_file)
-        heart.set_attempt(where.attempt, rank.world_size)
+        heartbeat.set_attempt(where.attempt, rank.world_size)
         stop.set_grace(plan.checkpoint.grace, lambda: _out_of_grace(where, rank))
         try:
-            make(Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heart=heart))
+            attempt = Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heartbeat=heartbeat)
+            with prepared(attempt) as training:
+                train(training)
         except BaseException as error:
             return _fail(where, rank, error)
-        faults.hit("exit", rank=rank.rank, step=plan.steps)
+        fault_injection.hit("exit", rank=rank.rank, step=plan.steps)
         if rank.rank == 0:  # the others are done before rank 0 has written the summary
             exits.write_exit(where.attempt, 0, "done", rank.rank)
         distributed.leave()
@@ -78,17 +84,13 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heart:
 
 def _meet(path: Path, plan: Plan, rank: Rank, stop: Stop) -> preflight.Met:
     """Hold the roll call; a start that it ends is written down for the job script."""
-    try:
-        rundir.refuse_another_run(path, plan)
-    except HalfstepError as error:
-        error.said_elsewhere = rank.local_rank != 0  # every rank of a host sees the same directory
-        raise
+    run_directory.refuse_another_run(path, plan, reported=rank.local_rank != 0)
     secret = trust.secret(path) if rank.world_size > 1 else b""
     try:
         met = preflight.RollCall(rank, plan, secret, lambda: stop.asked).answer()
     except HalfstepError as error:
-        if not error.said_elsewhere and not isinstance(error, Fault | Stopped):
-            exits.write_refusal(path, error.exit_code, error.what)
+        if not error.reported and not isinstance(error, Fault | Stopped):
+            exits.write_refusal(path, error)
         raise
     for stranger in met.seen.get("strangers", []):
         print(f"WARNING: sent away {stranger}", file=sys.stderr, flush=True)
@@ -102,14 +104,16 @@ def _began() -> float:
 
 
 def _out_of_grace(where: RunDir, rank: Rank) -> None:
-    newest = next((one.folder.name for one in store.candidates(where.path) if one.manifest), "there is none yet")
-    told = Stopped(
+    newest = next(
+        (candidate.folder.name for candidate in store.candidates(where.path) if candidate.manifest), "there is none yet"
+    )
+    stopped = Stopped(
         "the time to stop in was over before the state was saved",
         where=f"checkpoint.grace; the last good checkpoint: {newest}",
-        fix="start the same command again to go on from there",
+        fix="start the same command again to resume from there",
     )
-    if exits.write_exit(where.attempt, told.exit_code, told.what, rank.rank) is None:
-        print(told, file=sys.stderr, flush=True)
+    if exits.write_exit(where.attempt, stopped.exit_code, stopped.what, rank.rank) is None:
+        print(stopped, file=sys.stderr, flush=True)
 
 
 def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
@@ -117,30 +121,33 @@ def _fail(where: RunDir, rank: Rank, error: BaseException) -> int:
     log = where.rank_log(rank.rank)
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be what failed
         traceback.print_exception(error, file=file)
-    told = _explain(error, log)
+    failure = _explain(error, log)
     # A connection that broke is what a rank's death looks like to the others: whoever knows of it comes first.
     write = exits.write_follow_up if isinstance(error, dist.DistError | RuntimeError) else exits.write_exit
-    cause = write(where.attempt, told.exit_code, told.what, rank.rank)
+    kind = exits.Kind.LOST_RANK if isinstance(error, dist.DistError) else exits.kind_of_error(failure)
+    cause = write(where.attempt, failure.exit_code, failure.what, rank.rank, kind)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     # Where nothing can be written any more, none is first: then the rank says it that is meant to.
-    if cause is None and not (told.said_elsewhere and exits.read_exit(where.attempt) is None):
-        print(told, file=sys.stderr, flush=True)
-    return told.exit_code if cause is None else cause  # of the rank that failed first, and broke this one's connection
+    if cause is None and not (failure.reported and exits.read_exit(where.attempt) is None):
+        print(failure, file=sys.stderr, flush=True)
+    return (
+        failure.exit_code if cause is None else cause
+    )  # of the rank that failed first, and broke this one's connection
 
 
 def _explain(error: BaseException, log: Path) -> HalfstepError:
     if isinstance(error, HalfstepError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        return RefusedError(
+        return OutOfDeviceMemory(
             f"out of device memory: {str(error).splitlines()[0]}",
             where=str(log),
             fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",
         )
     # torch's allocator for the host has no error type of its own (c10/core/impl/alloc_cpu.cpp).
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
-        return RefusedError(
+        return OutOfHostMemory(
             f"out of host memory: {(str(error).splitlines() or ['MemoryError'])[0]}",
             where=str(log),
             fix="take a smaller batch.micro, activation_checkpointing=true, or a higher zero",

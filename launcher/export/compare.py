@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.shards import MASTER, Shards, probe_tokens
-from launcher.errors import RefusedError
-from launcher.export import model
-from launcher.export.weights import DTYPES
+from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.shards import MASTER, Shards, probe_tokens
+from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.export import exported
+from halfstep.launcher.export.weights import DTYPES
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 """Of the largest logit: what the order of additions and the kernels of another device explain. For 16 bit it is about
@@ -73,7 +73,7 @@ def compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comp
     saved = files.probe()
     if saved is None:
         return None
-    network = model.load(folder, DTYPES[manifest.precision])
+    network = exported.load(folder, DTYPES[manifest.precision])
     rounded = None
     if not _holds(dtype, manifest.precision):
         rounded = _largest(_logits(network, manifest, saved.shape[-1]) - saved)
@@ -111,7 +111,7 @@ def _holds(dtype: str, precision: str) -> bool:
 @torch.no_grad()
 def _logits(network: PreTrainedModel, manifest: Manifest, vocabulary: int) -> np.ndarray:
     tokens = probe_tokens(manifest.sequence, manifest.model.get("vocabulary") or vocabulary)
-    return model.logits(network, torch.tensor([tokens], device=network.device))[0].float().cpu().numpy()
+    return exported.logits(network, torch.tensor([tokens], device=network.device))[0].float().cpu().numpy()
 
 
 @torch.no_grad()
@@ -143,8 +143,9 @@ def _as_in_training(network: PreTrainedModel, files: Shards, precision: torch.dt
     for name, about in files.buffers().items():
         owner, _, leaf = name.rpartition(".")
         module = network.get_submodule(owner)
-        if leaf in module._buffers and not module._buffers[leaf].is_meta:
-            module._buffers[leaf] = module._buffers[leaf].to(getattr(torch, about["dtype"]))
+        buffer = module._buffers.get(leaf)
+        if buffer is not None and not buffer.is_meta:
+            module._buffers[leaf] = buffer.to(getattr(torch, about["dtype"]))
 
 
 def _has_router(network: PreTrainedModel) -> bool:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from launcher import foreign
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, File, Manifest
-from launcher.checkpoint.shards import BUFFER, MASTER, PROBE, Piece, Shards
-from launcher.errors import RefusedError, RequestError
-from launcher.export import source, target
-from launcher.files import pretty, write_atomic
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest
+from halfstep.launcher.checkpoint.shards import BUFFER, MASTER, PROBE, Piece, Shards
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import source, target
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import pretty, write_atomic
 
 _DESCRIPTION = ("plan.json", "ds_config.json", "request.toml", "origins.json")
 _SPARE = 1 << 20
@@ -36,16 +36,16 @@ class Converted:
 
 
 def convert(run: Path, to: Path, *, step: int | None = None, ranks: int = 1) -> Converted:
-    """Write one checkpoint for `ranks` ranks into a new run directory, which goes on with the same command.
+    """Write one checkpoint for `ranks` ranks into a new run directory, which resumes with the same command.
 
     The training needs no such thing, it reads a checkpoint of any number of ranks: this consolidates and moves.
     Memory stays near one rank's part of one parameter. Raises RequestError for a damaged checkpoint.
     """
     if ranks < 1:
         raise RequestError(f"{ranks} ranks hold nothing", where=f"--ranks {ranks}", fix="--ranks 1")
-    words = [str(run), "--to", str(to), *(["--ranks", str(ranks)] if ranks != 1 else [])]
+    arguments = [str(run), "--to", str(to), *(["--ranks", str(ranks)] if ranks != 1 else [])]
     new = target.absolute(to)
-    chosen = source.choose(run, step, f"halfstep checkpoint convert {shlex.join(words)}")
+    chosen = source.choose(run, step, f"halfstep checkpoint convert {shlex.join(arguments)}")
     description = _description(run, new)
     old = chosen.manifest
     with target.filling(new, old.bytes + ranks * _SPARE) as partial:
@@ -89,9 +89,9 @@ def _description(run: Path, new: Path) -> dict[str, str]:
     is missing or damaged.
     """
     try:
-        found = {name: foreign.read_text(run / name) for name in _DESCRIPTION}
-        request = {**tomllib.loads(found["request.toml"]), "out": str(new)}
-        origins = foreign.loads(found["origins.json"])
+        texts = {name: foreign.read_text(run / name) for name in _DESCRIPTION}
+        request = {**tomllib.loads(texts["request.toml"]), "out": str(new)}
+        origins = foreign.loads(texts["origins.json"])
         origins["request"] = {**origins["request"], "out": "halfstep checkpoint convert --to"}
     except OSError as error:
         raise RequestError(
@@ -105,7 +105,7 @@ def _description(run: Path, new: Path) -> dict[str, str]:
             where=f"request.toml or origins.json in {run}",
             fix="restore them from a copy",
         ) from None
-    return {**found, "request.toml": tomli_w.dumps(request), "origins.json": pretty(origins)}
+    return {**texts, "request.toml": tomli_w.dumps(request), "origins.json": pretty(origins)}
 
 
 def _lines(file: Path, step: int) -> Iterator[str]:
@@ -133,8 +133,8 @@ def _write(folder: Path, files: Shards, ranks: int) -> tuple[File, ...]:
             kept = {key: value for key, value in files.sidecar(rank).items() if key != "pieces"}
         sidecar = {"pieces": {parameter: list(place) for parameter, place in pieces.items()}, **kept}
         written.append(shards.write_json(folder / f"{name}.json", sidecar))
-        for one in written[-2:]:
-            shards.sync(folder / one.name)
+        for file in written[-2:]:
+            shards.sync(folder / file.name)
     return tuple(sorted(written, key=lambda file: file.name))
 
 
@@ -176,8 +176,8 @@ def _buffers(files: Shards, rank: int, ranks: int) -> Iterator[Piece]:
 
 def _reader(files: Shards, parameter: str, state: str, first: int, length: int) -> Any:
     def read() -> np.ndarray:
-        found = files.read(parameter, state, first, length)
-        assert found is not None, (parameter, state)
-        return found.reshape(-1)
+        values = files.read(parameter, state, first, length)
+        assert values is not None, (parameter, state)
+        return values.reshape(-1)
 
     return read

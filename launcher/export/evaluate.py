@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from launcher.data.tokens import TokenFile
-from launcher.errors import RefusedError, RequestError
-from launcher.export import model
-from launcher.export.weights import DTYPES
-from launcher.metrics import derive
-from launcher.plan.corpus import DataFacts, read_data
-from launcher.plan.vocabulary import of_folder
-from models import config
-from models.loss import next_token_loss
+from halfstep.launcher.corpus.description import DataFacts, read_data
+from halfstep.launcher.corpus.vocabulary import of_folder
+from halfstep.launcher.data.tokens import TokenFile
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import exported
+from halfstep.launcher.export.weights import DTYPES
+from halfstep.launcher.metrics import derive
+from halfstep.models import hf_config
+from halfstep.models.micro_batch import MicroBatch
 
 _SEQUENCE = 1024
 """Tokens, for a folder that does not say what it was trained with."""
@@ -61,9 +61,9 @@ def evaluate(
     for option, value, least in (("--batch", batch, 1), ("--sequence", sequence, 1), ("--sequences", sequences, 0)):
         if value is not None and value < least:
             raise RequestError(f"{value} is too few", where=f"{option} {value}", fix=f"{option} {least} or more")
-    told = model.note(folder) or {}
+    note = exported.note(folder) or {}
     facts = read_data(data)
-    match = _match(folder, told, facts)
+    match = _match(folder, note, facts)
     prefix = facts.validation_prefix
     if prefix is None:
         raise RequestError(
@@ -71,15 +71,15 @@ def evaluate(
             where=f"--data {data}",
             fix="prepare one with --validation-fraction, or name a prepared folder",
         )
-    network: Any = model.load(folder, DTYPES[dtype] if dtype else "auto")
-    context = model.context(network)
-    length = sequence or told.get("sequence") or min(context or _SEQUENCE, _SEQUENCE)
+    network: Any = exported.load(folder, DTYPES[dtype] if dtype else "auto")
+    context = exported.context(network)
+    length = sequence or note.get("sequence") or min(context or _SEQUENCE, _SEQUENCE)
     if context is not None and length > context:
         raise RequestError(
             f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
         )
-    file = TokenFile(prefix, vocabulary=config.vocabulary(network))
-    count = _count(file.windows(length), sequences, told, length, facts)
+    file = TokenFile(prefix, vocabulary=hf_config.vocabulary(network))
+    count = _count(file.windows(length), sequences, note, length, facts)
     loss, tokens = _loss(network, _batches(file, count, batch, length))
     return Evaluated(
         loss=derive.finite(loss),
@@ -89,15 +89,15 @@ def evaluate(
         sequence=length,
         data=facts.path,
         tokenizer=match,
-        step=told.get("step"),
+        step=note.get("step"),
         dtype=str(network.dtype).removeprefix("torch."),
         device=str(network.device),
     )
 
 
-def _match(folder: Path, told: dict[str, Any], facts: DataFacts) -> str:
+def _match(folder: Path, note: dict[str, Any], facts: DataFacts) -> str:
     """Tell whether the corpus was made with the export's tokenizer; raises RequestError where it was not."""
-    trained_on = told.get("data")
+    trained_on = note.get("data")
     if isinstance(trained_on, dict) and trained_on.get("digest") == facts.digest:
         return "same"
     own = of_folder(folder)
@@ -112,14 +112,14 @@ def _match(folder: Path, told: dict[str, Any], facts: DataFacts) -> str:
     )
 
 
-def _count(windows: int, asked: int | None, told: dict[str, Any], length: int, facts: DataFacts) -> int:
+def _count(windows: int, asked: int | None, note: dict[str, Any], length: int, facts: DataFacts) -> int:
     if windows == 0:
         raise RequestError(
             f"the validation split has {facts.validation_tokens} tokens, too few for one sequence of {length}",
             where=f"--data {facts.path}",
             fix=f"--sequence {max(1, facts.validation_tokens - 1)} or less",
         )
-    wanted = told.get("evaluation_sequences") if asked is None else asked
+    wanted = note.get("evaluation_sequences") if asked is None else asked
     return min(windows, wanted) if wanted else windows
 
 
@@ -133,9 +133,9 @@ def _loss(network: Any, batches: Iterator[torch.Tensor]) -> tuple[float, int]:
     try:
         with torch.no_grad():
             for ids in batches:
-                ids = ids.to(network.device)
-                logits = model.logits(network, ids[:, :-1])
-                total += float(next_token_loss(logits, ids[:, 1:].to(logits.device), reduction="sum"))
+                batch = MicroBatch.of_windows(ids)
+                logits = exported.logits(network, batch.inputs.to(network.device))
+                total += float(batch.to(logits.device).loss(logits, reduction="sum"))
                 tokens += ids[:, 1:].numel()
     except torch.OutOfMemoryError as error:
         raise RefusedError(

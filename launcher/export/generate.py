@@ -1,4 +1,4 @@
-"""Let an exported model go on from a text."""
+"""Let an exported model continue a text."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from launcher.errors import RefusedError, RequestError
-from launcher.export import model
-from models.config import one_line
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import exported
+from halfstep.models.hf_config import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +45,26 @@ def generate(
     Raises RequestError for settings that mean nothing and for a prompt that leaves no room in the model's context.
     """
     _check(max_new_tokens, temperature, top_k)
-    words: Any = model.tokenizer(folder)
-    ids = words(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    tokenizer: Any = exported.tokenizer(folder)
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
-        if words.bos_token_id is None:
-            raise RequestError("there is nothing to go on from", where="--prompt ''", fix="give a text")
-        ids = [words.bos_token_id]
-    network: Any = model.load(folder)
+        if tokenizer.bos_token_id is None:
+            raise RequestError("there is no text to continue", where="--prompt ''", fix="give a text")
+        ids = [tokenizer.bos_token_id]
+    network: Any = exported.load(folder)
     room = _room(network, len(ids), max_new_tokens, folder)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         # top_k is named even where it is off: left out, transformers takes 50.
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
     end = network.generation_config.eos_token_id
-    sampling["pad_token_id"] = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
+    sampling["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = torch.tensor([ids], device=network.device)
     new = _continued(network, tokens, seed, folder, max_new_tokens=room, **sampling)
     ends = end if isinstance(end, list) else [end]
     return Generated(
         prompt=prompt,
-        text=words.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        text=tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         prompt_tokens=len(ids),
         new_tokens=len(new),
         stopped="end of text" if new and new[-1] in ends else "length",
@@ -116,7 +116,7 @@ def _check(max_new_tokens: int, temperature: float, top_k: int) -> None:
 
 def _room(network: Any, prompt_tokens: int, wanted: int, folder: Path) -> int:
     """Return how many tokens may follow: what was asked for, or what is left of the context."""
-    context = model.context(network)
+    context = exported.context(network)
     if context is None or prompt_tokens + wanted <= context:
         return wanted
     if prompt_tokens >= context:

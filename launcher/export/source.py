@@ -1,15 +1,17 @@
 """Choose the checkpoint that something is made of, and make sure that it is what was written."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import foreign, records
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.store import Candidate
-from launcher.errors import RequestError
-from launcher.fields import checked
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.store import Candidate
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.rundir import records
+from halfstep.launcher.rundir.run_reader import rows
+from halfstep.launcher.system.fields import checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +29,18 @@ def choose(run: Path, step: int | None, again: str) -> Source:
     `again` is the command that is being run, without `--step`; an error ends in it. Raises RequestError where there is
     no such checkpoint and where it is damaged: an older one is proposed, never taken silently.
     """
-    found = list(store.candidates(run))
-    if not found:
+    candidates = list(store.candidates(run))
+    if not candidates:
         raise none_there(run)
     if step is None:
-        chosen = found[0]
+        chosen = candidates[0]
     else:
-        matching = [one for one in found if one.step == step]
+        matching = [candidate for candidate in candidates if candidate.step == step]
         if not matching:
-            raise no_such_step(run, step, [one.step for one in found])
+            raise no_such_step(run, step, [candidate.step for candidate in candidates])
         chosen = matching[0]
     if chosen.manifest is None:
-        raise _damaged(run, chosen, chosen.reason or "it is damaged", found, again)
+        raise _damaged(run, chosen, chosen.reason or "it is damaged", candidates, again)
     reason = shards.damaged(chosen.folder, chosen.manifest, lambda: None)
     if reason and not os.path.lexists(chosen.folder):
         raise RequestError(
@@ -47,7 +49,7 @@ def choose(run: Path, step: int | None, again: str) -> Source:
             fix=f"{again}, which takes the newest",
         )
     if reason:
-        raise _damaged(run, chosen, reason, found, again)
+        raise _damaged(run, chosen, reason, candidates, again)
     return Source(run=run, folder=chosen.folder, manifest=chosen.manifest)
 
 
@@ -71,8 +73,10 @@ def no_such_step(run: Path, step: int, there: list[int]) -> RequestError:
     )
 
 
-def _damaged(run: Path, chosen: Candidate, reason: str, found: list[Candidate], again: str) -> RequestError:
-    others = [one.step for one in found if one.manifest is not None and one.step != chosen.step]
+def _damaged(run: Path, chosen: Candidate, reason: str, candidates: list[Candidate], again: str) -> RequestError:
+    others = [
+        candidate.step for candidate in candidates if candidate.manifest is not None and candidate.step != chosen.step
+    ]
     older = next((step for step in others if step < chosen.step), None)
     other = older if older is not None else next(iter(others), None)
     return RequestError(
@@ -85,15 +89,11 @@ def _damaged(run: Path, chosen: Candidate, reason: str, found: list[Candidate], 
 
 
 def losses(run: Path) -> dict[int, float | None]:
-    """Return the training loss of every step that the run's metrics.jsonl tells of; lines that cannot be read are
-    left out.
-    """
-    found: dict[int, float | None] = {}
-    for row in foreign.objects(run / "metrics.jsonl"):
-        try:
-            reached = checked(records.Reached, row) if "loss" in row else None
-        except ValueError:
-            continue  # not one of ours
-        if reached is not None:
-            found[reached.step] = reached.loss
-    return found
+    """Return the training loss of every step that metrics.jsonl has; lines that cannot be read are left out."""
+    losses: dict[int, float | None] = {}
+    for row in rows(run / "metrics.jsonl"):
+        with contextlib.suppress(ValueError):  # not one of ours
+            if "loss" in row:
+                reached = checked(records.Reached, row)
+                losses[reached.step] = reached.loss
+    return losses

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, Gone, Manifest, read
-from launcher.errors import HalfstepError, RequestError
-from launcher.export import source
-from launcher.files import reason as refusal
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Damaged, Gone, Manifest, read
+from halfstep.launcher.errors import HalfstepError, RequestError
+from halfstep.launcher.export import source
+from halfstep.launcher.system.files import reason as refusal
 
 GOOD, DAMAGED, SET_ASIDE, UNFINISHED, LEFTOVER = "good", "damaged", "set aside", "unfinished", "being deleted"
 _TRIES = 3
@@ -94,9 +94,9 @@ def _row(folder: Path, losses: dict[int, float | None]) -> Row | None:
 
 
 def _step(name: str) -> int | None:
-    _, found, rest = name.partition("step-")
+    _, marker, rest = name.partition("step-")
     digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-    return int(digits) if found and 0 < len(digits) <= 18 else None
+    return int(digits) if marker and 0 < len(digits) <= 18 else None
 
 
 def verified(row: Row) -> Row:

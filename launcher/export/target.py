@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.data.folder import appearing
-from launcher.errors import RefusedError, RequestError
-from launcher.export.survey import size
+from halfstep.launcher.data.publish import appearing
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export.survey import size
 
 
 def absolute(to: Path) -> Path:

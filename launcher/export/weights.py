@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.shards import MASTER, HashingFile, Shards
-from launcher.errors import RefusedError, RequestError
-from models.build import skeleton
-from models.config import Unfit, configuration, positions
+from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.shards import MASTER, HashingFile, Shards
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.models.hf_config import Unfit, configuration, positions
+from halfstep.models.network import skeleton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {
@@ -99,7 +99,8 @@ def content(manifest: Manifest, dtype: str) -> Content:
         section.use_cache, section.dtype = True, DTYPES[dtype]
     config.architectures = [type(model).__name__]
     if hasattr(config, "auto_map"):
-        del config.auto_map  # it names code that is not in the export, and that did not run
+        # It names code that is not in the export, and that did not run.
+        del config.auto_map  # pyright: ignore[reportAttributeAccessIssue]
     parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
     built = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -212,7 +213,7 @@ def _chunks(files: Shards, entry: Entry) -> Iterator[np.ndarray]:
 
 def _converted(values: np.ndarray, entry: Entry) -> memoryview:
     if entry.dtype.is_complex:
-        return memoryview(values).cast("B")  # a checkpoint has the two parts beside each other, as they lie in memory
+        return values.data.cast("B")  # a checkpoint has the two parts beside each other, as they lie in memory
     rounded = torch.from_numpy(values).to(entry.dtype)
     if entry.dtype is torch.float16 and bool((rounded.isinf() & ~torch.from_numpy(values).isinf()).any()):
         raise RefusedError(
@@ -220,4 +221,4 @@ def _converted(values: np.ndarray, entry: Entry) -> memoryview:
             where="--dtype fp16",
             fix="--dtype bf16 or --dtype fp32",
         )
-    return memoryview(rounded.reshape(-1).view(torch.uint8).numpy())
+    return rounded.reshape(-1).view(torch.uint8).numpy().data

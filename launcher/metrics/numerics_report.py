@@ -1,6 +1,6 @@
 """Say a run's numerics to a person: one line on the run, the loss scale's moves, every layer at the last reading."""
 
-from launcher.metrics.numerics import Numerics
+from halfstep.launcher.metrics.numerics_history import Numerics
 
 _SHOWN = 10
 """Moves shown from either end of a long list."""
@@ -47,10 +47,10 @@ def _move_lines(run: Numerics) -> list[str]:
     if not run.moves:
         return unscaled or ["the loss scale never moved, no step was skipped"]
     rows = [["step", "scale", "", "next", "why"]]
-    rows += [[f"{one.step:,}", scale_text(one.before), "->", scale_text(one.after), one.why] for one in run.moves]
+    rows += [[f"{move.step:,}", scale_text(move.before), "->", scale_text(move.after), move.why] for move in run.moves]
     table = _table([[row[0], row[-1]] for row in rows] if unscaled else rows, left=(1,) if unscaled else (4,))
     if between := run.moves[_SHOWN:-_SHOWN]:
-        skipped = sum(one.skipped for one in between)
+        skipped = sum(move.skipped for move in between)
         table[1 + _SHOWN : -_SHOWN] = [f"... {len(between):,} more, {skipped:,} of them skipped ..."]
     return [*unscaled, *table]
 
@@ -63,10 +63,10 @@ def _gradient_lines(run: Numerics) -> list[str]:
     shares = (seen.zero, seen.underflow_unscaled, seen.underflow_scaled)
     rows = [["layer", "grad max", "zero", "unscaled", "scaled", "most unscaled", "most scaled"]]
     for index, layer in enumerate(seen.layers):
-        rows.append([layer, _magnitude(seen.grad_max[index][-1]), *_share_cells([one[index] for one in shares])])
+        rows.append([layer, _magnitude(seen.grad_max[index][-1]), *_share_cells([matrix[index] for matrix in shares])])
     last_maxima = [row[-1] for row in seen.grad_max]
-    together = None if None in last_maxima else max(one for one in last_maxima if one is not None)
-    rows.append(["all layers", _magnitude(together), *_share_cells([seen.whole_model(one) for one in shares])])
+    together = None if None in last_maxima else max(maximum for maximum in last_maxima if maximum is not None)
+    rows.append(["all layers", _magnitude(together), *_share_cells([seen.whole_model(matrix) for matrix in shares])])
     return [
         f"gradients at step {seen.steps[-1]:,} (reading {len(seen.steps):,}), in percent of each layer's elements",
         f"zero: as computed; unscaled: lost in fp16 without scaling; scaled: {lost} {scale_text(seen.scales[-1])}; "
@@ -76,8 +76,8 @@ def _gradient_lines(run: Numerics) -> list[str]:
 
 
 def _share_cells(series: list[list[float | None]]) -> list[str]:
-    most = [max((share for share in one if share is not None), default=None) for one in series[1:]]
-    return [percent_text(share) for share in [*(one[-1] for one in series), *most]]
+    most = [max((share for share in shares if share is not None), default=None) for shares in series[1:]]
+    return [percent_text(share) for share in [*(shares[-1] for shares in series), *most]]
 
 
 def _magnitude(value: float | None) -> str:

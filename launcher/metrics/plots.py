@@ -16,11 +16,10 @@ from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from launcher.errors import RequestError
-from launcher.files import reason, write_atomic
-from launcher.metrics.numerics import Matrix, Numerics
-from launcher.metrics.numerics_report import percent_text, scale_text
-from launcher.terminal import printable
+from halfstep.launcher.errors import RequestError, printable
+from halfstep.launcher.metrics.numerics_history import Matrix, Numerics
+from halfstep.launcher.metrics.numerics_report import percent_text, scale_text
+from halfstep.launcher.system.files import reason, write_atomic
 
 DOTS_PER_INCH = 150
 _FAINTEST = 1e-5
@@ -89,24 +88,24 @@ def _our_style() -> AbstractContextManager[None]:
 
 
 def _title(run: Numerics) -> str:
-    words = [run.model, run.precision, None if run.zero is None else f"zero={run.zero}"]
-    return printable(f"{run.path.resolve().name}: " + ", ".join(word for word in words if word))
+    parts = [run.model, run.precision, None if run.zero is None else f"zero={run.zero}"]
+    return printable(f"{run.path.resolve().name}: " + ", ".join(word for word in parts if word))
 
 
 def _draw_scale(panel: Axes, run: Numerics) -> None:
-    steps = [0, *(one.step for one in run.steps)]
-    scales = _with_gaps([run.steps[0].loss_scale, *(one.loss_scale for one in run.steps)])
+    steps = [0, *(row.step for row in run.steps)]
+    scales = _with_gaps([run.steps[0].loss_scale, *(row.loss_scale for row in run.steps)])
     panel.plot(steps, scales, drawstyle="steps-pre", color=_BLUE, linewidth=1.8)
     panel.set_yscale("log", base=2)
     low, high = np.nanmin(scales), np.nanmax(scales)
     panel.set_ylim(low / 4, high * 4)  # a scale that never moved would have no height
     panel.set_ylabel("loss scale")
     panel.set_title(f"Loss scale {scale_text(run.steps[0].loss_scale)} \u2192 {scale_text(run.steps[-1].loss_scale)}")
-    _mark(panel, run, {one.step: one.loss_scale for one in run.steps})
+    _mark(panel, run, {row.step: row.loss_scale for row in run.steps})
 
 
 def _draw_norm(panel: Axes, run: Numerics) -> None:
-    norms = {one.step: one.grad_norm for one in run.steps}
+    norms = {row.step: row.grad_norm for row in run.steps}
     panel.plot(list(norms), _with_gaps(norms.values()), **_line(run))
     positive = [norm for norm in norms.values() if norm]
     if positive:
@@ -122,8 +121,8 @@ def _draw_norm(panel: Axes, run: Numerics) -> None:
 
 
 def _draw_loss(panel: Axes, run: Numerics) -> None:
-    steps = [one.step for one in run.steps]
-    panel.plot(steps, _with_gaps(one.loss for one in run.steps), label="training", **_line(run))
+    steps = [row.step for row in run.steps]
+    panel.plot(steps, _with_gaps(row.loss for row in run.steps), label="training", **_line(run))
     if run.evaluations:
         done, losses = zip(*run.evaluations, strict=True)
         points: dict[str, Any] = {"marker": "o", "color": _ORANGE, "markeredgecolor": "black", "markersize": 5}
@@ -142,7 +141,7 @@ def _line(run: Numerics) -> dict[str, Any]:
 
 def _mark(panel: Axes, run: Numerics, heights: Mapping[int, float | None]) -> None:
     """Mark skipped steps at their height, or at the bottom where they have none."""
-    skipped = [one.step for one in run.steps if one.overflow]
+    skipped = [row.step for row in run.steps if row.overflow]
     known = [step for step in skipped if heights[step] is not None]
     unknown = [step for step in skipped if heights[step] is None]
     size = 7 if len(skipped) <= 50 else 4
@@ -159,7 +158,7 @@ def _mark(panel: Axes, run: Numerics, heights: Mapping[int, float | None]) -> No
 
 
 def _mark_lost(panel: Axes, run: Numerics) -> None:
-    lost = [one.step for one in run.steps if one.loss is None]
+    lost = [row.step for row in run.steps if row.loss is None]
     if lost:
         panel.plot(
             lost,
@@ -190,7 +189,7 @@ def _draw_maps(panels: Sequence[Axes], run: Numerics) -> QuadMesh:
     assert run.gradients is not None, "drawn only where there is a reading"
     seen, meshes = run.gradients, []
     unscaled, scaled = (
-        percent_text(seen.whole_model(one)[-1]) for one in (seen.underflow_unscaled, seen.underflow_scaled)
+        percent_text(seen.whole_model(matrix)[-1]) for matrix in (seen.underflow_unscaled, seen.underflow_scaled)
     )
     scale = "at the step's loss scale" if run.scaled else f"at a loss scale of {scale_text(seen.scales[-1])}"
     last = f"at step {seen.steps[-1]:,}"

@@ -1,4 +1,7 @@
-"""Where records go: JSON lines that survive a crash, and a console for a terminal or a file."""
+"""Where records go: the `Sink` protocol, the sinks there are, and `of_run`, which lists those of a run.
+
+A sink for a tracker would be a class beside `ConsoleSink`, and a line in `of_run`.
+"""
 
 import contextlib
 import json
@@ -7,15 +10,42 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launcher import clock, files
-from launcher.metrics.record import EvaluationRecord, StepRecord
-from launcher.terminal import printable
+from halfstep.launcher.errors import printable
+from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
+from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.system import files
+
+
+class Sink(Protocol):
+    """What takes the records of a run, on rank 0. Whoever inherits from it writes the methods that it has a use for."""
+
+    def record(self, row: StepRecord | EvaluationRecord) -> None:
+        """Take an optimizer step or an evaluation."""
+
+    def event(self, row: dict[str, Any]) -> None:
+        """Take what happened besides: its kind as `event`, its `time`, and what belongs to it."""
+
+    def say(self, text: str) -> None:
+        """Take a sentence for people."""
+
+    def summary(self, tree: dict[str, Any]) -> None:
+        """Take the result."""
+
+    def sync(self) -> None:
+        """Return when nothing that was taken can be lost any more."""
+
+    def close(self) -> None:
+        """Take nothing more."""
+
+
+def of_run(where: RunDir, *, steps: int, every: int) -> list[Sink]:
+    """Open the sinks of a run of so many steps, of which people see some; records go to them in this order."""
+    return [FileSink(where), ConsoleSink(steps, every)]
 
 
 class JsonLines:
@@ -35,10 +65,6 @@ class JsonLines:
         content = row if isinstance(row, dict) else asdict(row)
         with self._refusals():
             files.write_all(self._file, (json.dumps(content, allow_nan=False) + "\n").encode())
-
-    def event(self, kind: str, **details: Any) -> None:
-        """Append one event."""
-        self.write({"event": kind, **details, "time": clock.now()})
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
@@ -65,12 +91,42 @@ class JsonLines:
             raise files.explained(error, str(self._path)) from None
 
 
-class Screen:
+class FileSink(Sink):
+    """The files of the run directory: metrics.jsonl, events.jsonl and summary.json."""
+
+    def __init__(self, where: RunDir) -> None:
+        self._summary = where.summary
+        self._metrics, self._events = JsonLines(where.metrics), JsonLines(where.events)
+
+    def record(self, row: StepRecord | EvaluationRecord) -> None:
+        """Append it to metrics.jsonl."""
+        self._metrics.write(row)
+
+    def event(self, row: dict[str, Any]) -> None:
+        """Append it to events.jsonl."""
+        self._events.write(row)
+
+    def summary(self, tree: dict[str, Any]) -> None:
+        """Write summary.json."""
+        files.write_json(self._summary, tree)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        self._metrics.sync()
+        self._events.sync()
+
+    def close(self) -> None:
+        """Sync and close."""
+        self._metrics.close()
+        self._events.close()
+
+
+class ConsoleSink(Sink):
     """What a person sees: a live bar and every step on a terminal, a plain line now and then in a file."""
 
-    def __init__(self, steps: int, every: int, *, quiet: bool) -> None:
-        self._steps, self._every, self._quiet = steps, every, quiet
-        live = not quiet and sys.stdout is not None and sys.stdout.isatty()
+    def __init__(self, steps: int, every: int) -> None:
+        self._steps, self._every = steps, every
+        self._live = sys.stdout is not None and sys.stdout.isatty()
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, emoji=False, markup=False)
         self._progress = Progress(
             TextColumn("step"),
@@ -79,37 +135,34 @@ class Screen:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not live,
+            disable=not self._live,
         )
         self._task = self._progress.add_task("", total=steps)
-        self._live = live
-
-    def __enter__(self) -> Self:
         self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def say(self, text: str) -> None:
         """Print a line."""
-        if not self._quiet:
-            self._console.print(printable(text, keep="\n"))
+        self._console.print(printable(text, keep="\n"))
 
-    def step(self, record: StepRecord) -> None:
-        """Show one optimizer step."""
-        text = _step_text(record)
-        self._progress.update(self._task, completed=record.step, description=text)
-        if not self._live and (record.step % self._every == 0 or record.step in (1, self._steps) or record.overflow):
-            self.say(f"step {record.step:>6}/{self._steps}  {text}")
+    def record(self, row: StepRecord | EvaluationRecord) -> None:
+        """Show an optimizer step, as far as it is due, or an evaluation."""
+        if isinstance(row, EvaluationRecord):
+            self.say(f"eval {row.step:>6}/{self._steps}  {_evaluation_text(row)}")
+            return
+        text = _step_text(row)
+        self._progress.update(self._task, completed=row.step, description=text)
+        if not self._live and (row.step % self._every == 0 or row.step in (1, self._steps) or row.overflow):
+            self.say(f"step {row.step:>6}/{self._steps}  {text}")
 
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """Show one evaluation."""
-        loss = "not finite" if record.eval_loss is None else f"{record.eval_loss:.4f}"
-        perplexity = "-" if record.perplexity is None else f"{record.perplexity:,.1f}"
-        self.say(f"eval {record.step:>6}/{self._steps}  validation loss {loss}  perplexity {perplexity}")
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+def _evaluation_text(record: EvaluationRecord) -> str:
+    loss = "not finite" if record.eval_loss is None else f"{record.eval_loss:.4f}"
+    perplexity = "-" if record.perplexity is None else f"{record.perplexity:,.1f}"
+    return f"validation loss {loss}  perplexity {perplexity}"
 
 
 def _step_text(record: StepRecord) -> str:

@@ -4,13 +4,13 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher.errors import RequestError, nearest
-from launcher.plan.corpus import DataFacts
-from launcher.plan.facts import Facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.load import load
-from launcher.topology import Topology
+from halfstep.launcher.config.load import load
+from halfstep.launcher.corpus.description import DataFacts
+from halfstep.launcher.errors import RequestError, nearest
+from halfstep.launcher.plan.facts import Facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 
 STEPS = 20
 POISONED_STEP = 7
@@ -21,10 +21,11 @@ BINDING_CLIP = 0.05
 """A largest gradient norm that binds on every step: these models' norms are near 1."""
 _GLOBAL_BATCH, _SEQUENCE, _VOCABULARY = 8, 32, 64
 # A constant lr of 1e-3 is the largest at which a tiny AdamW model does not amplify rounding by itself.
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "adamw": ["optimizer.kind=adamw", "optimizer.lr=1e-3"],
     "sgd": ["optimizer.kind=sgd", "optimizer.lr=0.02", "optimizer.momentum=0.9"],
 }
+"""The run keys that each optimizer of the table is tried with."""
 # The scale grows twice and is halved once within the 20 steps.
 _SCALING = ["fp16.initial_scale_power=10", "fp16.window=5", "fp16.hysteresis=1"]
 
@@ -69,7 +70,7 @@ def every_case() -> list[Case]:
         )
         for family, optimizer, clip, accumulation, world_size, precision, zero in itertools.product(
             ("gpt2", "llama"),
-            ("adamw", "sgd"),
+            OPTIMIZERS,
             (BINDING_CLIP, 0.0),
             (1, 2),
             (1, 2),
@@ -91,8 +92,8 @@ def cases_of(zero: int, precision: str, offload: str) -> list[Case]:
     What is on the device and what is not changes where the same arithmetic is done; both numbers of ranks are tried.
     """
     if offload != "none":
-        conditions = [one for one in _DEFAULT[:2] if one["optimizer"] == "adamw"]
-        return [Case(zero=zero, precision=precision, offload=offload, **one) for one in conditions]
+        conditions = [row for row in _DEFAULT[:2] if row["optimizer"] == "adamw"]
+        return [Case(zero=zero, precision=precision, offload=offload, **row) for row in conditions]
     return [case for case in default_cases() if (case.zero, case.precision) == (zero, precision)]
 
 
@@ -121,9 +122,9 @@ def _cells(conditions: dict[str, Any]) -> list[Case]:
     ]
 
 
-def select(cases: list[Case], words: list[str]) -> list[Case]:
+def select(cases: list[Case], conditions: list[str]) -> list[Case]:
     """Return the cases that every `key=value[|value]` word admits; raises RequestError for a word that admits none."""
-    for word in words:
+    for word in conditions:
         key, _, text = word.partition("=")
         known = list(asdict(cases[0])) if cases else []
         if key not in known:
@@ -150,7 +151,7 @@ def _plain(value: object) -> str:
 def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
     """Return the plan of a case: the same one that `halfstep run` would make of these run keys."""
     micro = _GLOBAL_BATCH // (case.accumulation * case.world_size)
-    words = [
+    arguments = [
         f"model={case.family}-nano",
         "model.width=32",
         f"model.vocabulary={_VOCABULARY}",
@@ -161,7 +162,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         f"batch.micro={micro}",
         f"zero={case.zero}",
         f"precision={case.precision}",
-        *_OPTIMIZERS[case.optimizer],
+        *OPTIMIZERS[case.optimizer],
         f"optimizer.clip={case.clip}",
         "schedule.kind=constant",
         "schedule.warmup=0",
@@ -170,7 +171,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         f"offload={case.offload}",
         f"numerics.repairs={str(repairs).lower()}",
     ]
-    request = load(words)
+    request = load(arguments)
     tokens = 10**9
     data = DataFacts(
         path="synthetic",

@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from launcher.engine import loop, states
-from launcher.engine.build import build
-from launcher.engine.guard import Guard
-from launcher.errors import NumericsError
-from launcher.metrics.record import StepRecord
-from launcher.parity.cases import POISONED_STEP
-from launcher.parity.oracle import MixedPrecisionTrainer, ParameterGroups, Scale
-from launcher.plan.plan import Plan
-from models import build as model_build
-from models.loss import next_token_loss
+from halfstep.launcher.config import optimizers
+from halfstep.launcher.engine.build import build
+from halfstep.launcher.engine.loop import train
+from halfstep.launcher.engine.numerics.guard import Guard
+from halfstep.launcher.engine.state import training_state
+from halfstep.launcher.engine.training import Training
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.launcher.errors import NumericsError
+from halfstep.launcher.parity.cases import POISONED_STEP
+from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterGroups, Scale
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.metric_rows import StepRecord
+from halfstep.models import network as model_build
+from halfstep.models.micro_batch import MicroBatch
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -46,9 +49,14 @@ class SyntheticFeed:
     def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
         self._plan, self.rank, self._device = plan, rank, device
 
-    def micro_batches(self, step: int) -> Iterator[Tensor]:
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of a step, dealt out as `engine.feed.Feed` does."""
-        yield from self.shares(step)[:, self.rank]
+        for share in self.shares(step)[:, self.rank]:
+            yield MicroBatch.of_windows(share).to(self._device)
+
+    def target_count(self, step: int) -> float:
+        """Return how many targets the global batch has."""
+        return self._plan.batch.global_ * self._plan.sequence
 
     def shares(self, step: int) -> Tensor:
         """Return the global batch, (accumulation, ranks, micro, sequence + 1) token ids."""
@@ -56,9 +64,9 @@ class SyntheticFeed:
         random = torch.Generator().manual_seed(1000 + step)
         strides = torch.randint(1, 4, (batch.global_, self._plan.sequence + 1), generator=random)
         tokens = strides.cumsum(dim=1) % self._plan.model.vocabulary
-        return tokens.reshape(batch.accumulation, batch.ranks, batch.micro, -1).to(self._device)
+        return tokens.reshape(batch.accumulation, batch.ranks, batch.micro, -1)
 
-    def validation_batches(self) -> Iterator[tuple[Tensor, int]]:
+    def validation_batches(self) -> Iterator[tuple[MicroBatch, int]]:
         """Yield nothing: the gate looks at training."""
         return iter(())
 
@@ -78,10 +86,10 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
             series.first_update = _masters(engine) - before
             series.optimizer_steps = _optimizer_steps(engine)
 
-    tell = loop.Listeners(step=step, evaluation=lambda record: None, event=lambda kind, **details: None)
     try:
-        guard = Guard(engine, plan, repairs, tell.event, rank)
-        loop.train(engine, plan, SyntheticFeed(plan, rank, engine.device), tell, guard)
+        guard = Guard(engine, plan, repairs, lambda kind, **details: None, rank)
+        feed = SyntheticFeed(plan, rank, engine.device)
+        train(Training(engine=engine, plan=plan, feed=feed, guard=guard, on_step=step))
     except NumericsError:  # on every rank; what it did not train counts as different
         missing = plan.steps - len(series.loss)
         series.loss += [None] * missing
@@ -94,7 +102,7 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
     return series
 
 
-def _weights(engine: DeepSpeedEngine) -> Tensor:
+def _weights(engine: Engine) -> Tensor:
     """Return all weights as one flat fp32 tensor, in the model's order. A collective call."""
     parts = []
     for parameter in engine.module.parameters():
@@ -104,13 +112,13 @@ def _weights(engine: DeepSpeedEngine) -> Tensor:
     return torch.cat(parts)
 
 
-def _masters(engine: DeepSpeedEngine) -> Tensor:
+def _masters(engine: Engine) -> Tensor:
     """Return all fp32 masters likewise. A collective call."""
     wholes: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         wholes[name] = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=engine.device)
-    for piece in states.fragments(engine):
-        held = states.tensors(engine, piece)[states.MASTER]
+    for piece in training_state.fragments(engine):
+        held = training_state.tensors(engine, piece)[training_state.MASTER]
         wholes[piece.name].narrow(0, piece.start, piece.length).copy_(held)
     flat = torch.cat(list(wholes.values()))
     if engine.zero_optimization():  # each element is held by one rank, at stage 0 by all
@@ -118,15 +126,16 @@ def _masters(engine: DeepSpeedEngine) -> Tensor:
     return flat.cpu()
 
 
-def _optimizer_steps(engine: DeepSpeedEngine) -> float | None:
-    counts = [states.step_count(engine, piece) for piece in states.fragments(engine)]
+def _optimizer_steps(engine: Engine) -> float | None:
+    counts = [training_state.step_count(engine, piece) for piece in training_state.fragments(engine)]
     return max((count for count in counts if count is not None), default=None)
 
 
 def on_the_reference(plan: Plan) -> Series:
     """Train a plan with `oracle.MixedPrecisionTrainer`, the global batch in this one process."""
     model = model_build.build(plan.model.config, seed=plan.seed, dtype=_DTYPES[plan.precision])
-    model = model.to("cuda") if plan.topology.accelerator == "cuda" else model
+    if plan.topology.accelerator == "cuda":
+        nn.Module.to(model, "cuda")
     fp16 = plan.deepspeed["fp16"]
     scale = Scale(
         value=2.0 ** fp16["initial_scale_power"], window=fp16["loss_scale_window"], hysteresis=fp16["hysteresis"]
@@ -138,21 +147,31 @@ def on_the_reference(plan: Plan) -> Series:
         return {"weight_decay": decay if weight.dim() >= 2 else 0.0}
 
     def make_optimizer(groups: ParameterGroups) -> torch.optim.Optimizer:
-        if plan.deepspeed["optimizer"]["type"] == "SGD":
-            return torch.optim.SGD(groups, lr=settings["lr"], momentum=settings["momentum"])
-        return torch.optim.AdamW(groups, lr=settings["lr"], betas=tuple(settings["betas"]), eps=settings["eps"])
+        row = optimizers.of(plan.deepspeed["optimizer"]["type"])
+        assert row.reference, f"the gate knows no reference for {row.type}"
+        return getattr(torch.optim, row.reference)(
+            groups, lr=settings["lr"], **{name: settings[name] for name in row.parameters}
+        )
 
     trainer = MixedPrecisionTrainer(model, make_optimizer, clip=plan.clip, scale=scale, group_of=group_of)
-    feed = SyntheticFeed(plan, 0, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    feed = SyntheticFeed(plan, 0, device)
     before = torch.cat([master.flatten() for master in trainer.masters.values()]).cpu()
     series = Series()
     for step in range(1, plan.steps + 1):
         # (accumulation, rank) share by share, and the poison where the fault puts it: on rank 0.
-        shares = [(share, rank) for part in feed.shares(step) for rank, share in enumerate(part)]
+        shares = [
+            (MicroBatch.of_windows(share).to(device), rank)
+            for part in feed.shares(step)
+            for rank, share in enumerate(part)
+        ]
+        mean_count = sum(batch.target_count for batch, _ in shares) / len(shares)
 
-        def loss_of(model: nn.Module, share: tuple[Tensor, int], step: int = step) -> Tensor:
-            tokens, rank = share
-            loss = next_token_loss(model(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
+        def loss_of(
+            model: nn.Module, share: tuple[MicroBatch, int], step: int = step, mean_count: float = mean_count
+        ) -> Tensor:
+            batch, rank = share
+            loss = batch.loss(batch.logits(model)) * (batch.target_count / mean_count)
             return loss * math.nan if step == POISONED_STEP and rank == 0 else loss
 
         done = trainer.step(shares, loss_of, plan.schedule.learning_rate(step))

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from launcher.errors import RequestError
+from halfstep.launcher.errors import RequestError
 
 _LARGEST_DEFAULT_MICRO = 8
 
@@ -61,12 +61,6 @@ def nearest_divisors(number: int, wanted: int, count: int = 3) -> list[int]:
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     divisors = sorted({*small, *(number // size for size in small)})
     return sorted(sorted(divisors, key=lambda size: abs(size - wanted))[:count])
-
-
-def largest_part(number: int) -> int:
-    """Return the largest divisor of a number above 1 that is smaller than it."""
-    smallest = next((size for size in range(2, math.isqrt(number) + 1) if number % size == 0), number)
-    return number // smallest
 
 
 def _listed(numbers: list[int]) -> str:

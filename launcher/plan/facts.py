@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.plan import dsfile, hardware
-from launcher.plan.corpus import DataFacts, read_data
-from launcher.plan.pretrained import Construct, ModelFacts, read_model
-from launcher.spec.schema import RunSpec
+from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.corpus.description import DataFacts, read_data
+from halfstep.launcher.forecast import hardware
+from halfstep.launcher.plan.ds import dsfile
+from halfstep.launcher.plan.pretrained import ModelFacts, read_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +27,15 @@ class Facts:
     """The user's own table of devices, this CPU among them."""
 
 
-def read(spec: RunSpec, construct: Construct, node_memory_bytes: int | None = None) -> Facts:
-    """Read the facts for a request; `construct`, which loads torch, is called for `hf:` models only.
+def read(spec: RunSpec, node_memory_bytes: int | None = None) -> Facts:
+    """Read the facts for a request; an `hf:` model is constructed, which loads torch.
 
     `node_memory_bytes` is asked for by who plans for one host: ranks that plan by themselves have to plan alike, and
     two hosts seldom have the same memory to the byte.
     """
     return Facts(
         data=None if spec.data is None else read_data(spec.data),
-        model=read_model(spec, construct) if spec.model.name.startswith("hf:") else None,
+        model=read_model(spec) if spec.model.name.startswith("hf:") else None,
         ds_config=ds_config(spec),
         hardware=hardware.read_own(),
         node_memory_bytes=node_memory_bytes,

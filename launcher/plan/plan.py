@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from launcher.errors import RequestError
-from launcher.plan.batch import Batch
-from launcher.plan.schedule import Schedule
-from launcher.spec.digest import digest
-from launcher.topology import Topology
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.batch import Batch
+from halfstep.launcher.plan.schedule import Schedule
+from halfstep.launcher.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Plan:
     origins: dict[str, str]
     memory: dict[str, Any]
     time: dict[str, Any]
-    """A step's seconds and what follows from them (`plan/outlook.py`); null where the device is not known."""
+    """A step's seconds and what follows from them (`forecast/run_estimate.py`); null where the device is not known."""
     warnings: list[str]
     refused_by: list[dict[str, str]]
 
@@ -169,11 +169,11 @@ class Plan:
     def can_save(self) -> bool:
         """Whether the state can be written down; what lies on NVMe cannot yet."""
         moved = (self.deepspeed["zero_optimization"].get(f"offload_{what}", {}) for what in ("param", "optimizer"))
-        return all(one.get("device") != "nvme" for one in moved)
+        return all(section.get("device") != "nvme" for section in moved)
 
     @property
     def repairs_on(self) -> bool:
-        """Whether what DeepSpeed gets wrong in this cell is mended; only stage 0 in half precision needs it."""
+        """Whether what DeepSpeed gets wrong in this cell is repaired; only stage 0 in half precision needs it."""
         return self.numerics.repairs or self.zero != 0 or self.precision == "fp32"
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,8 +197,10 @@ class Plan:
     def require_allowed(self) -> None:
         """Raise RequestError with every rule the request breaks."""
         problems = [
-            RequestError(f"{one['sentence']} (rule {one['rule']})", where=one["where"], fix=one["fix"])
-            for one in self.refused_by
+            RequestError(
+                f"{violation['sentence']} (rule {violation['rule']})", where=violation["where"], fix=violation["fix"]
+            )
+            for violation in self.refused_by
         ]
         if problems:
             raise problems[0].with_more(problems[1:])
@@ -240,6 +242,8 @@ def run_id_of(tree: dict[str, Any]) -> str:
     }.items():
         for key in keys:
             kept[section].pop(key, None)
+    if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
+        kept["schedule"].pop("decay", None)
     for section in kept["deepspeed"]["zero_optimization"].values():
         if isinstance(section, dict):
             section.pop("nvme_path", None)

@@ -1,8 +1,8 @@
 """Show a Plan to a person."""
 
-from launcher.plan import present_memory, present_time
-from launcher.plan.plan import DataPlan, Plan
-from launcher.spec.dotted import flatten
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.forecast import memory_table, time_table
+from halfstep.launcher.plan.plan import DataPlan, Plan
 
 
 def headline(plan: Plan) -> list[str]:
@@ -23,7 +23,7 @@ def warnings(plan: Plan) -> list[str]:
 def lines(plan: Plan) -> list[str]:
     """Return the plan as text: shape, batch equation, data, memory, the resolved config with origins, and refusals."""
     model, data = plan.model, plan.data
-    told = [
+    text = [
         f"model        {model.name}: {model.parameters:,} parameters, {_shape(model.config)}, "
         f"vocabulary {model.vocabulary:,}",
         f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
@@ -33,11 +33,12 @@ def lines(plan: Plan) -> list[str]:
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
         f"data         {_data(data)}",
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
-        f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}",
+        f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}"
+        + (f" in the last {plan.schedule.decay} steps" if plan.schedule.decay else ""),
         f"ranks        {plan.topology.world_size} on {plan.topology.nodes} node(s), "
         f"{plan.topology.device_name or plan.topology.accelerator}",
-        *present_memory.lines(plan.memory, plan.activation_checkpointing),
-        *present_time.lines(plan.time),
+        *memory_table.lines(plan.memory, plan.activation_checkpointing),
+        *time_table.lines(plan.time),
         f"checkpoints  {_checkpoints(plan)}",
         f"run id       {plan.run_id or 'needs data='}",
         "",
@@ -46,13 +47,14 @@ def lines(plan: Plan) -> list[str]:
     leaves = flatten(plan.deepspeed)
     width = max(len(key) for key in leaves) + max(len(_value(value)) for value in leaves.values()) + 2
     for key in sorted(leaves):
-        told.append(f"  {f'{key} {_value(leaves[key]):>{width - len(key) - 1}}'}  # {plan.origins[key]}")
-    told += ["", *warnings(plan)]
-    told += [
-        f"REFUSED by rule {one['rule']}: {one['sentence']}\n     from: {one['where']}\n      try: {one['fix']}"
-        for one in plan.refused_by
+        text.append(f"  {f'{key} {_value(leaves[key]):>{width - len(key) - 1}}'}  # {plan.origins[key]}")
+    text += ["", *warnings(plan)]
+    text += [
+        f"REFUSED by rule {broken['rule']}: {broken['sentence']}\n"
+        f"     from: {broken['where']}\n      try: {broken['fix']}"
+        for broken in plan.refused_by
     ]
-    return told if told[-1] else told[:-1]
+    return text if text[-1] else text[:-1]
 
 
 def _data(data: DataPlan) -> str:

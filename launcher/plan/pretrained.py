@@ -2,53 +2,32 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import foreign
-from launcher.errors import RequestError
-from launcher.plan import hub, largest, weights
-from launcher.plan.vocabulary import TokenizerFacts, of_folder
-from launcher.spec.schema import RunSpec
-from models import shapes
+from halfstep.launcher.config import counts
+from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.corpus import hub
+from halfstep.launcher.corpus.vocabulary import TokenizerFacts, of_folder
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan import pretrained_weights
+from halfstep.launcher.plan.construct import Network, Source, construct
+from halfstep.launcher.system import foreign
+from halfstep.models import shapes
 
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """What is known of an `hf:` model once it has been constructed, on the meta device."""
-
-    parameters: int
-    """Distinct ones; a tied head counts once."""
-    vocabulary: int
-    """Token ids that it reads and predicts."""
-    positions: int | None
-    """The most tokens that it can look at; None where there is no limit."""
-    width: int
-    """Columns of the embedding."""
-
-
-Construct = Callable[["Source", dict[str, Any], bool], Network]
-"""Constructs the model of a config, given whether its own Python code may run; loads torch. Raises RequestError."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where an `hf:` model lies."""
-
-    name: str
-    """As the request names it, without `hf:`."""
-    home: str
-    """The folder, or the hub id: where weights and the model's own code are."""
-    weights: str | None
-    """Where trained weights are loaded from; None for a bare config."""
-    local: bool
-
-    @property
-    def where(self) -> str:
-        """What an error names as the place."""
-        return f"model=hf:{self.name}"
+_LIMITS = {
+    counts.LAYERS: (
+        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers",
+        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+    ),
+    counts.WIDTH: ("hidden_size", "n_embd", "d_model", "dim", "num_attention_heads", "n_head", "n_heads", "num_heads"),
+    16 * counts.WIDTH: ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size"),
+    counts.ROWS: ("vocab_size",),
+    10**12: ("n_positions", "max_position_embeddings", "max_seq_len", "max_sequence_length"),
+}  # fmt: skip
+"""By the most that is planned, what transformers calls it in one family or another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +46,7 @@ class ModelFacts:
     """Identifies the tokenizer beside the model."""
 
 
-def read_model(spec: RunSpec, construct: Construct) -> ModelFacts:
+def read_model(spec: RunSpec) -> ModelFacts:
     """Read the config of `model=hf:PATH_OR_ID` and construct the model once, so that what cannot be is refused now.
 
     Raises RequestError for what is missing, damaged, contradictory, quantised or cannot be constructed.
@@ -79,7 +58,7 @@ def read_model(spec: RunSpec, construct: Construct) -> ModelFacts:
     )
     config = _read_config(config_file, where)
     _refuse_quantised(config, config_file, where)
-    has_weights = not local or weights.present(config_file, config, where)
+    has_weights = not local or pretrained_weights.present(config_file, config, where)
     config = _overridden(config, spec, config_file, has_weights=has_weights)
     _refuse_skipped_layers(config, spec, where)
     home = str(config_file.parent) if local else name
@@ -89,7 +68,7 @@ def read_model(spec: RunSpec, construct: Construct) -> ModelFacts:
         config=config,
         network=network,
         weights=source.weights,
-        weights_digest=(weights.fingerprint(config_file.parent) if local else name) if has_weights else None,
+        weights_digest=(pretrained_weights.fingerprint(config_file.parent) if local else name) if has_weights else None,
         tokenizer=of_folder(config_file.parent),
     )
 
@@ -161,7 +140,7 @@ def _overridden(config: dict[str, Any], spec: RunSpec, file: Path, *, has_weight
             config["text_config"] = {**text, "vocab_size": keys.vocabulary}
         else:
             config["vocab_size"] = keys.vocabulary
-    largest.check(config, str(file))
+    _require_plannable(config, str(file))
     return config
 
 
@@ -180,3 +159,19 @@ def _download(name: str, where: str) -> Path:
             where=where,
             fix="check the spelling, or fetch it where there is a network and name the folder: model=hf:/PATH",
         ) from None
+
+
+def _require_plannable(config: Mapping[str, Any], where: str) -> None:
+    """Raise RequestError for a number beyond its limit, in the config or in a section of it."""
+    for most, names in _LIMITS.items():
+        for name in names:
+            value = config.get(name)
+            if isinstance(value, int | float) and value > most:
+                raise RequestError(
+                    f"the model's config says {name} {value:.6g}; at most {most} can be planned",
+                    where=where,
+                    fix="check the file",
+                )
+    for section in config.values():
+        if isinstance(section, Mapping):
+            _require_plannable(section, where)

@@ -3,20 +3,23 @@
 import dataclasses
 from typing import Any
 
-from launcher.errors import RequestError
-from launcher.plan import adopt, dsconfig, fit, hardware, outlook, rules, schedule, setting
-from launcher.plan import batch as batch_equation
-from launcher.plan.corpus import DataFacts
-from launcher.plan.facts import Facts
-from launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan, run_id_of
-from launcher.plan.pretrained import ModelFacts
-from launcher.plan.warnings import warnings_of
-from launcher.spec.digest import digest, identity
-from launcher.spec.load import Request
-from launcher.spec.schema import RunSpec
-from launcher.topology import Topology
-from models import shapes
-from models.presets import PRESETS
+from halfstep.launcher.config.bucket_sizes import Sizes
+from halfstep.launcher.config.digest import digest, identity
+from halfstep.launcher.config.load import Request
+from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.corpus.description import DataFacts
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.forecast import hardware
+from halfstep.launcher.plan import batch as batch_equation
+from halfstep.launcher.plan import estimate, rules, schedule
+from halfstep.launcher.plan.cautions import warnings_of
+from halfstep.launcher.plan.ds import adopt, dsconfig
+from halfstep.launcher.plan.facts import Facts
+from halfstep.launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan, run_id_of
+from halfstep.launcher.plan.pretrained import ModelFacts
+from halfstep.launcher.topology import Topology
+from halfstep.models import shapes
+from halfstep.models.presets import PRESETS
 
 _DEFAULT_STEPS = 1000
 _LONGEST_DEFAULT_SEQUENCE = 8192
@@ -27,12 +30,12 @@ _DEFAULT_SEQUENCE = 1024
 def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
     """Decide everything about a run; raises RequestError for what cannot be decided, lists broken rules in the plan."""
     asked = request.spec
-    request, own = adopt.adopt(request, facts.ds_config, topology.world_size)
+    request, own = adopt.adopt(request, facts.ds_config, topology.ranks.data)
     spec = request.spec
     model, sizes, sequence = _model(spec, facts)
     data = _data(spec, facts, sequence, model.vocabulary)
     batch = batch_equation.solve(
-        spec.batch.global_, spec.batch.micro, topology.world_size, request.origins.get("batch.global", "batch.global")
+        spec.batch.global_, spec.batch.micro, topology.ranks.data, request.origins.get("batch.global", "batch.global")
     )
     tokens_per_step = batch.global_ * sequence
     steps = spec.steps or (-(-spec.tokens // tokens_per_step) if spec.tokens else _DEFAULT_STEPS)
@@ -52,6 +55,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         warmup=schedule.default_warmup(steps) if spec.schedule.warmup is None else spec.schedule.warmup,
         steps=steps,
         min_ratio=spec.schedule.min_ratio,
+        decay=max(1, round(spec.schedule.decay * steps)) if spec.schedule.kind == "wsd" else 0,
     )
     demanded = dsconfig.demanded_by_run_keys(spec, batch, learning_rate, topology)
     case = rules.Case(
@@ -96,18 +100,18 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "origins": composed.origins,
         "memory": {},
         "warnings": warnings_of(spec, batch, data, curve, sequence) + list(own.warnings if own else ()),
-        "refused_by": [dataclasses.asdict(one) for one in rules.violations(case)],
+        "refused_by": [dataclasses.asdict(violation) for violation in rules.violations(case)],
     }
     plan = Plan(run_id="", time={}, **decided)
     plan = dataclasses.replace(
         plan,
-        memory=fit.described(setting.of_plan(plan), _capacity(spec, topology, facts)),
-        time=time_of(plan, facts, spec.hardware),
+        memory=estimate.memory_of(plan, facts, spec.hardware),
+        time=estimate.time_of(plan, facts, spec.hardware),
     )
     return dataclasses.replace(plan, run_id=run_id_of(plan.to_dict())) if data.known else plan
 
 
-def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]:
+def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, Sizes, int]:
     keys = spec.model
     where = f"model={keys.name}"
     try:
@@ -141,7 +145,7 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
         ) from None
     if shape is not None:
         parameters, flops = shapes.parameters(shape), shapes.flops_per_token(shape, sequence, "causal")
-        sizes = dsconfig.Sizes(parameters=parameters, largest_tensor=shapes.largest_tensor(shape), width=shape.width)
+        sizes = Sizes(parameters=parameters, largest_tensor=shapes.largest_tensor(shape), width=shape.width)
     else:
         assert network is not None, "facts construct a model whose family the formulas do not know"
         parameters, flops = network.parameters, None
@@ -149,7 +153,7 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, dsconfig.Sizes, int]
         width = int(
             config.get("hidden_size", config.get("d_model", network.width if "text_config" in config else 1024))
         )
-        sizes = dsconfig.Sizes(parameters=parameters, largest_tensor=vocabulary * width, width=width)
+        sizes = Sizes(parameters=parameters, largest_tensor=vocabulary * width, width=width)
     model = ModelPlan(
         name=keys.name,
         config=config,
@@ -237,23 +241,3 @@ def _require_rows(spec: RunSpec, data: DataFacts, model: ModelFacts | None, voca
         where=f"data={data.path} and model={spec.model.name}",
         fix=fix,
     )
-
-
-def time_of(plan: Plan, facts: Facts, named: str | None, terms: outlook.Terms | None = None) -> dict[str, Any]:
-    """Return how long a plan takes; `named` is the run key `hardware`."""
-    topology = plan.topology
-    device = hardware.of(named, topology.device_name, topology.accelerator, facts.hardware)
-    work = outlook.Work(
-        steps=plan.steps,
-        evaluations=plan.evaluations,
-        evaluation_sequences=plan.data.validation_windows,
-        checkpoints=plan.checkpoint.count(plan.steps),
-    )
-    return outlook.of(setting.of_plan(plan), device, topology.device_name, work, terms)
-
-
-def _capacity(spec: RunSpec, topology: Topology, facts: Facts) -> int | None:
-    """Return the bytes that one rank has: its GPU's, or its share of the host's."""
-    if topology.accelerator == "cuda":
-        return hardware.memory_bytes(spec.hardware, topology.device_name, facts.hardware)
-    return facts.node_memory_bytes // topology.ranks_per_node if facts.node_memory_bytes else None

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.spec.schema import RunSpec
-from launcher.topology import Topology
+from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)

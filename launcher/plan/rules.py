@@ -1,8 +1,9 @@
 """What may not be combined: a table of named rules, one sentence each, all violations reported together."""
 
-from launcher.plan import rules_deepspeed
-from launcher.plan.dsconfig import OFFLOADS, named
-from launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
+from halfstep.launcher.config import optimizers
+from halfstep.launcher.plan import rules_deepspeed
+from halfstep.launcher.plan.ds.dsconfig import OFFLOADS, named
+from halfstep.launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
 
 __all__ = ["RULES", "Case", "Rule", "Violation", "violations"]
 
@@ -110,7 +111,7 @@ RULES: tuple[Rule, ...] = (
         sentence="at ZeRO 1 to 3 DeepSpeed takes Adam, AdamW, Adagrad, Lion and Muon only, unless told otherwise",
         broken=lambda c: (
             c.spec.zero > 0
-            and str(c.leaves.get("optimizer.type")).lower() not in ("adam", "adamw", "adagrad", "lion", "muon")
+            and not optimizers.of(str(c.leaves.get("optimizer.type"))).tested_with_zero
             and not c.leaves.get("zero_allow_untested_optimizer")
         ),
         where=set_by("optimizer.type"),
@@ -147,12 +148,12 @@ RULES: tuple[Rule, ...] = (
 
 def violations(case: Case) -> list[Violation]:
     """Return every rule a request breaks, then every key on which the DeepSpeed config and the run keys disagree."""
-    found = [
+    broken = [
         Violation(rule=rule.name, sentence=rule.sentence, where=rule.where(case), fix=rule.fix)
         for rule in RULES
         if rule.broken(case)
     ]
-    return found + _disagreements(case) + _offloaded_otherwise(case) + _dropped(case)
+    return broken + _disagreements(case) + _offloaded_otherwise(case) + _dropped(case)
 
 
 def _dropped(case: Case) -> list[Violation]:

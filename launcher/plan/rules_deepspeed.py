@@ -1,6 +1,6 @@
 """Combinations that DeepSpeed 0.19.8 accepts in its configuration and ends at when it builds or trains."""
 
-from launcher.plan.rule import Case, Rule, offload, set_by
+from halfstep.launcher.plan.rule import Case, Rule, offload, set_by
 
 _ALLGATHER = "zero_optimization.allgather_bucket_size"
 _MASTERS = ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")

@@ -1,6 +1,7 @@
 """The learning rate: a pure function of the optimizer step, and its default peak by model size."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 # (parameters up to, peak learning rate), Brown et al. 2020, table 2.1; the first row is ours, for models that
@@ -23,7 +24,7 @@ class Schedule:
     """A learning-rate curve over a run."""
 
     kind: str
-    """`cosine`, `linear` or `constant`."""
+    """A name in `SHAPES`."""
     peak: float
     """Highest learning rate."""
     warmup: int
@@ -32,17 +33,51 @@ class Schedule:
     """Length of the run."""
     min_ratio: float
     """Final learning rate / peak."""
+    decay: int = 0
+    """Steps at the end in which `wsd` falls; 0 for the others."""
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 1."""
         if step < self.warmup:
             return self.peak * step / self.warmup
-        if self.kind == "constant" or self.steps <= self.warmup:
-            return self.peak
-        start = max(self.warmup, 1)
-        progress = min(1.0, (step - start) / max(1, self.steps - start))
-        falling = 1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.peak * (self.min_ratio + (1 - self.min_ratio) * falling)
+        return self.peak * (1.0 if self.steps <= self.warmup else SHAPES[self.kind](self, step))
+
+
+def _constant(curve: Schedule, step: int) -> float:
+    return 1.0
+
+
+def _cosine(curve: Schedule, step: int) -> float:
+    return _fallen(curve, (1 + math.cos(math.pi * _progress(curve, step, curve.warmup))) / 2)
+
+
+def _linear(curve: Schedule, step: int) -> float:
+    return _fallen(curve, 1 - _progress(curve, step, curve.warmup))
+
+
+def _wsd(curve: Schedule, step: int) -> float:
+    start = max(curve.warmup, curve.steps - curve.decay)
+    return 1.0 if step <= start else _fallen(curve, 1 - _progress(curve, step, start))
+
+
+def _progress(curve: Schedule, step: int, start: int) -> float:
+    """Return how much of the way from step `start`, the last at the peak, to the end of the run is done."""
+    start = max(start, 1)
+    return min(1.0, (step - start) / max(1, curve.steps - start))
+
+
+def _fallen(curve: Schedule, height: float) -> float:
+    return curve.min_ratio + (1 - curve.min_ratio) * height
+
+
+SHAPES: Mapping[str, Callable[[Schedule, int], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    # Warm-up, stable, decay: Hu et al. 2024, MiniCPM, section 4.
+    "wsd": _wsd,
+    "constant": _constant,
+}
+"""Each kind of schedule: the learning rate of a step after the warm-up, as a fraction of the peak."""
 
 
 def default_peak(parameters: int) -> float:

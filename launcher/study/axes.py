@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RequestError, nearest
-from launcher.spec import legal
-from launcher.spec.dotted import flatten
-from launcher.spec.load import PATH_KEYS, local_model
-from launcher.spec.schema import run_keys
+from halfstep.launcher.config import legal
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.load import PATH_KEYS, local_model
+from halfstep.launcher.config.schema import run_keys
+from halfstep.launcher.errors import RequestError, nearest
 
 Pattern = dict[str, tuple[str, ...]]
 """By axis, the labels of the values that match."""
@@ -61,12 +61,14 @@ def axis(name: str, values: Any, where: object, base: Path | None = None) -> Axi
         raise RequestError(
             f"axis {name} has no values", where=f"[axes] in {where}", fix="name at least one, or drop the axis"
         )
-    found = [one if isinstance(one, Value) else _value(name, one, where, base or Path.cwd()) for one in values]
-    labels = [one.label for one in found]
-    twice = next((one for one in labels if labels.count(one) > 1), None)
+    checked = [
+        value if isinstance(value, Value) else _value(name, value, where, base or Path.cwd()) for value in values
+    ]
+    labels = [value.label for value in checked]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise RequestError(f"axis {name} has {twice} twice", where=f"[axes] in {where}", fix="name every value once")
-    return Axis(name=long_name(name), values=tuple(found))
+    return Axis(name=long_name(name), values=tuple(checked))
 
 
 def _value(name: str, value: Any, where: object, base: Path) -> Value:
@@ -78,7 +80,11 @@ def _value(name: str, value: Any, where: object, base: Path) -> Value:
                 fix="a text, a number, true or false",
             )
         return Value(label=label(value), keys={long_name(name): absolute(long_name(name), value, base)})
-    keys = {long_name(key): absolute(long_name(key), one, base) for key, one in flatten(value).items() if key != "name"}
+    keys = {
+        long_name(key): absolute(long_name(key), setting, base)
+        for key, setting in flatten(value).items()
+        if key != "name"
+    }
     if not isinstance(value.get("name"), str) or not keys:
         raise RequestError(
             f"a value of axis {name} that sets several keys needs a name, and keys",
@@ -94,16 +100,18 @@ def _value(name: str, value: Any, where: object, base: Path) -> Value:
 
 def chosen(old: Axis, labels: Iterable[str]) -> Axis:
     """Return an axis with the values that a command line names: its own by their labels, and new ones."""
-    own = {one.label: one for one in old.values}
-    named = [own.get(one, one) for one in labels]
-    plain = all(list(one.keys) == [old.name] for one in old.values)
-    unknown = next((one for one in named if isinstance(one, str)), None)
+    own = {value.label: value for value in old.values}
+    named = [own.get(label, label) for label in labels]
+    plain = all(list(value.keys) == [old.name] for value in old.values)
+    unknown = next((choice for choice in named if isinstance(choice, str)), None)
     if unknown is not None and (not plain or not unknown):
         raise RequestError(
             f"axis {old.name} has no value {unknown!r}", where="the command line", fix=f"one of {', '.join(own)}"
         )
     return axis(
-        old.name, [one if isinstance(one, Value) else literal(old.name, one) for one in named], "the command line"
+        old.name,
+        [choice if isinstance(choice, Value) else literal(old.name, choice) for choice in named],
+        "the command line",
     )
 
 
@@ -119,8 +127,8 @@ def check_keys(base: Mapping[str, Any], axes: Mapping[str, Axis], file: object) 
     """Raise RequestError where an axis is no run key, or is one of the base too."""
     known = run_keys()
     problems = []
-    for name, one in axes.items():
-        for key in dict.fromkeys(key for value in one.values for key in value.keys):
+    for name, axis in axes.items():
+        for key in dict.fromkeys(key for value in axis.values for key in value.keys):
             where = f"[axes] in {file}"
             if key in _NO_AXIS:
                 problems.append(RequestError(f"{key} is no axis", where=where, fix=_NO_AXIS[key]))
@@ -130,11 +138,11 @@ def check_keys(base: Mapping[str, Any], axes: Mapping[str, Axis], file: object) 
                     RequestError(f"axis {name}: {key!r} is no run key", where=where, fix=f"did you mean {close[0]}?")
                 )
             elif key in base:
-                fix = f"drop one of the two; on the command line {key}=A,B names an axis's values anew"
+                fix = f"drop one of the two; on the command line {key}=A,B names an axis's values"
                 problems.append(RequestError(f"{key} is an axis and a base key", where=str(file), fix=fix))
     owners: dict[str, str] = {}
-    for name, one in axes.items():
-        for key in {key for value in one.values for key in value.keys}:
+    for name, axis in axes.items():
+        for key in {key for value in axis.values for key in value.keys}:
             if owners.setdefault(key, name) != name:
                 fix = "let one axis decide it"
                 problems.append(RequestError(f"axes {owners[key]} and {name} both set {key}", where=str(file), fix=fix))
@@ -149,9 +157,9 @@ def check_keys(base: Mapping[str, Any], axes: Mapping[str, Axis], file: object) 
 def patterns(given: list[dict[str, Any]], axes: Mapping[str, Axis], where: str) -> tuple[Pattern, ...]:
     """Return tables of a file that name cells by their values; raises RequestError for a key that is no axis."""
     names = list(axes)
-    found = []
-    for one in given:
-        pattern = {long_name(key): value for key, value in flatten(one).items()}
+    parsed = []
+    for tree in given:
+        pattern = {long_name(key): value for key, value in flatten(tree).items()}
         for key in pattern:
             if key not in names:
                 close = nearest(key, names) or names
@@ -159,19 +167,19 @@ def patterns(given: list[dict[str, Any]], axes: Mapping[str, Axis], where: str) 
                     f"{key!r} is no axis of this study", where=where, fix=f"its axes: {', '.join(close)}"
                 )
         for key, value in pattern.items():
-            has = [one.label for one in axes[key].values]
+            has = [value.label for value in axes[key].values]
             for wanted in value if isinstance(value, list) else [value]:
                 if label(wanted) not in has:
                     raise RequestError(
                         f"{key} has no value {label(wanted)}", where=where, fix=f"{key} has {', '.join(has)}"
                     )
-        found.append(
+        parsed.append(
             {
-                key: tuple(label(one) for one in (value if isinstance(value, list) else [value]))
+                key: tuple(label(item) for item in (value if isinstance(value, list) else [value]))
                 for key, value in pattern.items()
             }
         )
-    return tuple(found)
+    return tuple(parsed)
 
 
 def long_name(key: str) -> str:

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from launcher.study.collect import Result
-from launcher.study.judge import Summary, Verdict
-from launcher.terminal import printable
+from halfstep.launcher.errors import printable
+from halfstep.launcher.study.collect import Result
+from halfstep.launcher.study.conclusions import Summary, Verdict
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; dashes and marks differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -40,14 +40,14 @@ def draw(verdict: Verdict) -> dict[str, str]:
         ("Throughput and peak memory", lambda: _bars(verdict)),
         ("Speed against memory", lambda: _trade(verdict)),
     ]
-    found = {}
+    drawn = {}
     for title, make in pictures:
         with _our_style(title), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
             figure = make()
             if figure is not None:
-                found[title] = svg(figure)
-    return found
+                drawn[title] = svg(figure)
+    return drawn
 
 
 def svg(figure: Figure) -> str:
@@ -68,10 +68,12 @@ def _our_style(salt: str) -> AbstractContextManager[None]:
 
 def look(verdict: Verdict, cell: Summary) -> dict[str, Any]:
     """Return a cell's colour, dash and mark: by its value on the first axis that varies, and on the second."""
-    axes = [axis for axis in cell.values if len({one.values[axis] for one in verdict.cells}) > 1] or list(cell.values)
+    axes = [axis for axis in cell.values if len({other.values[axis] for other in verdict.cells}) > 1] or list(
+        cell.values
+    )
     places = []
     for axis in axes[:2]:
-        labels = list(dict.fromkeys(one.values[axis] for one in verdict.cells))
+        labels = list(dict.fromkeys(other.values[axis] for other in verdict.cells))
         places.append(labels.index(cell.values[axis]))
     second = places[1] if len(places) > 1 else 0
     return {
@@ -83,7 +85,7 @@ def look(verdict: Verdict, cell: Summary) -> dict[str, Any]:
 
 def _shown(verdict: Verdict) -> list[Summary]:
     """Return the cells whose curves are drawn: the reference, the ones to choose from, then the others in order."""
-    with_steps = [cell for cell in verdict.cells if any(one.curve.steps for one in cell.results)]
+    with_steps = [cell for cell in verdict.cells if any(result.curve.steps for result in cell.results)]
     first = [cell for cell in (verdict.reference, verdict.best, *verdict.frontier) if cell in with_steps]
     chosen = list({cell.name: cell for cell in [*first, *with_steps]}.values())[:MOST_CURVES]
     return [cell for cell in verdict.cells if cell in chosen]
@@ -130,7 +132,7 @@ def _draw_band(panel: Axes, band: dict[int, float], largest: float) -> None:
 
 
 def _scales(verdict: Verdict) -> Figure | None:
-    scaled = [cell for cell in _shown(verdict) if any(one is not None for one in cell.results[0].curve.loss_scale)]
+    scaled = [cell for cell in _shown(verdict) if any(scale is not None for scale in cell.results[0].curve.loss_scale)]
     if not scaled:
         return None
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -172,10 +174,10 @@ def _bars(verdict: Verdict) -> Figure | None:
     left.barh(places, [cell.tokens_per_second or 0 for cell in cells], color=colours, height=0.7)
     right.barh(places, [(cell.peak_memory_bytes or 0) / _GIB for cell in cells], color=colours, height=0.7)
     predicted = [cell.results[0].predicted_memory_bytes for cell in cells]
-    known = [(place, one / _GIB) for place, one in zip(places, predicted, strict=True) if one]
+    known = [(place, size / _GIB) for place, size in zip(places, predicted, strict=True) if size]
     if known:
         right.plot(
-            [one for _, one in known],
+            [size for _, size in known],
             [place for place, _ in known],
             "|",
             color="black",
@@ -215,11 +217,11 @@ def _trade(verdict: Verdict) -> Figure | None:
             markersize=8,
             fillstyle="full" if usable else "none",
         )
-    line = sorted(verdict.frontier, key=lambda one: one.peak_memory_bytes or 0)
+    line = sorted(verdict.frontier, key=lambda cell: cell.peak_memory_bytes or 0)
     if line:
         panel.plot(
-            [(one.peak_memory_bytes or 0) / _GIB for one in line],
-            [one.tokens_per_second or 0.0 for one in line],
+            [(cell.peak_memory_bytes or 0) / _GIB for cell in line],
+            [cell.tokens_per_second or 0.0 for cell in line],
             color="black",
             linewidth=1,
             zorder=0,
@@ -241,7 +243,7 @@ def _name(panel: Axes, cells: Sequence[Summary]) -> None:
     speeds = [cell.tokens_per_second or 0.0 for cell in cells]
     apart = 0.045 * ((max(speeds) - min(speeds)) or 1.0)
     last = math.inf
-    for cell in sorted(cells, key=lambda one: -(one.tokens_per_second or 0.0)):
+    for cell in sorted(cells, key=lambda summary: -(summary.tokens_per_second or 0.0)):
         height = min(cell.tokens_per_second or 0.0, last - apart)
         last = height
         point = ((cell.peak_memory_bytes or 0) / _GIB, cell.tokens_per_second or 0.0)
@@ -267,12 +269,12 @@ def _short(name: str) -> str:
 
 
 def _seeds(cell: Summary) -> set[int]:
-    return {one.seed for one in _drawn(cell)}
+    return {result.seed for result in _drawn(cell)}
 
 
 def _mean_curve(cell: Summary, seeds: set[int] | None = None) -> dict[int, float]:
     """Return the mean loss over the seeds, for the steps that all of them have."""
-    chosen = [one for one in _drawn(cell) if seeds is None or one.seed in seeds]
+    chosen = [result for result in _drawn(cell) if seeds is None or result.seed in seeds]
     columns = _columns(chosen)
     return {step: statistics.fmean(losses) for step, losses in columns.items() if len(losses) == len(chosen)}
 
@@ -284,18 +286,18 @@ def _band(cell: Summary) -> dict[int, float]:
 
 def _drawn(cell: Summary) -> list[Result]:
     """Return the runs whose curves stand for a cell: those that are done; where none is, what there is."""
-    done = [one for one in cell.results if one.done and one.curve.steps]
-    return done or [one for one in cell.results if one.curve.steps]
+    done = [result for result in cell.results if result.done and result.curve.steps]
+    return done or [result for result in cell.results if result.curve.steps]
 
 
 def _columns(results: Sequence[Result]) -> dict[int, list[float]]:
     """Return the losses of each step."""
-    found: dict[int, list[float]] = {}
-    for one in results:
-        for step, loss in zip(one.curve.steps, one.curve.loss, strict=True):
+    columns: dict[int, list[float]] = {}
+    for result in results:
+        for step, loss in zip(result.curve.steps, result.curve.loss, strict=True):
             if loss is not None:
-                found.setdefault(step, []).append(loss)
-    return found
+                columns.setdefault(step, []).append(loss)
+    return columns
 
 
 def _thinned(curve: dict[int, float]) -> tuple[list[float], list[float]]:

@@ -1,23 +1,31 @@
 """What a study's run directories say: one result for each run, and nothing from anywhere else."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import foreign, records
-from launcher.metrics.record import EvaluationRecord, StepRecord, of_row
-from launcher.plan.plan import Plan, run_id_of
-from launcher.records import Damaged
-from launcher.study import state
-from launcher.submit import progress
-from launcher.submit.slurm import Queued
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import records
+from halfstep.launcher.rundir.records import Damaged, damaged
+from halfstep.launcher.rundir.run_reader import Run, rows
+from halfstep.launcher.study import run_status
+from halfstep.launcher.submit.slurm import Queued
 
 WARM_UP = 5
 """Steps at a start that do not count for timing, as in summary.json."""
 _LAST = 0.1
 """Share of the steps that the final training loss is the mean of."""
+_OF_SUMMARY = (
+    "tokens_per_second",
+    "mfu",
+    "loss_scale",
+    "wall_seconds",
+    "peak_memory_bytes",
+    "skipped_steps",
+    "tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class Result:
     values: dict[str, str]
     """By axis, the value's label."""
     seed: int
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     run: Path | None
     status: str
     reason: str
@@ -104,113 +112,94 @@ def results(study: dict[str, Any], folder: Path, queued: Sequence[Queued] = ()) 
 
 
 def _result(cell: dict[str, Any], folder: Path, queued: Sequence[Queued]) -> Result:
-    told = state.of(cell, folder, queued)
-    run = None if cell["run"] is None else folder / cell["run"]
+    state = run_status.of(cell, folder, queued)
+    path = None if cell["run"] is None else folder / cell["run"]
     about: dict[str, Any] = {
         "values": cell["values"],
         "seed": cell["seed"],
-        "words": tuple(cell["words"]),
-        "run": run,
-        "status": told.status,
-        "reason": told.reason,
+        "arguments": tuple(cell["words"]),
+        "run": path,
+        "status": state.status,
+        "reason": state.reason,
         "proved": None,
         "unproved_because": "it was not run",
         **_cell_of(cell["words"]),
     }
-    if run is None:
+    if path is None:
         return Result(**about)
     try:
-        about |= _read(run, done=told.status == "done")
+        about |= _read(Run(path), done=state.status == "done")
     except Damaged as error:
-        about |= {"status": "failed", "reason": f"damaged: {error}"}
+        about |= {"status": "failed", "reason": error.what}
     return Result(**about)
 
 
-def _read(run: Path, *, done: bool) -> dict[str, Any]:
+def _read(run: Run, *, done: bool) -> dict[str, Any]:
     """Return what a run directory says; raises Damaged where it contradicts itself, or could not be ours."""
-    found: dict[str, Any] = {}
-    proof = records.read(run / "proof.json", records.Proof)
-    if proof is not None:
-        found |= {"proved": proof.proved, "unproved_because": proof.reason}
-    environment, plan = _environment(run), _plan(run)
-    measured = _measured(run, environment, done=done)
-    if plan is None:
-        return {**found, "environment": environment, **measured}
-    steps: list[int] = measured["curve"].steps
-    if done and len(steps) != plan.steps:
-        raise Damaged(f"metrics.jsonl has {len(steps)} of its {plan.steps} steps")
+    about: dict[str, Any] = {"environment": run.attempts[-1].environment if run.attempts else None}
+    if run.proof is not None:
+        about |= {"proved": run.proof.proved, "unproved_because": run.proof.reason}
+    about |= _measured(run, about["environment"], done=done)
+    if run.planned is None:
+        return about
+    steps: list[int] = about["curve"].steps
+    metrics = run.path / "metrics.jsonl"
+    if done and len(steps) != run.plan.steps:
+        raise damaged(metrics, f"it has {len(steps)} of its {run.plan.steps} steps")
     if done and any(step != place for place, step in enumerate(steps, 1)):
-        raise Damaged("metrics.jsonl has its steps in another order than they were made")
-    if done and plan.data.validation_prefix and measured.get("eval_loss") is None:
-        raise Damaged("metrics.jsonl has no loss of an evaluation at its end")
-    return {**found, **_planned(run, plan), "environment": environment, **measured}
+        raise damaged(metrics, "it has its steps in another order than they were made")
+    if done and run.plan.data.validation_prefix and about.get("eval_loss") is None:
+        raise damaged(metrics, "it has no loss of an evaluation at its end")
+    return {**about, **_planned(run.plan, run.planned)}
 
 
-def _plan(run: Path) -> Plan | None:
-    """Return the plan that the run was started with; raises Damaged where it is another."""
-    if records.read(run / "plan.json", records.Planned) is None:
-        return None
-    try:
-        tree = foreign.read_object(run / "plan.json")
-        plan = Plan.from_dict(tree)
-        same = run_id_of(tree) == plan.run_id
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Damaged(f"plan.json: {type(error).__name__}: {error}") from None
-    if not same:
-        raise Damaged("plan.json was changed: it is not the plan of this run")
-    return plan
-
-
-def _planned(run: Path, plan: Plan) -> dict[str, Any]:
-    shown = records.read(run / "plan.json", records.Planned)
+def _planned(plan: Plan, shown: records.Planned) -> dict[str, Any]:
     return {
         "plan": plan.to_dict(),
         "zero": plan.zero,
         "precision": plan.precision,
         "devices": plan.topology.world_size,
-        "predicted_memory_bytes": shown.memory.predicted_peak_bytes if shown and shown.memory else None,
-        "predicted_step_seconds": shown.time.step_seconds if shown and shown.time else None,
+        "predicted_memory_bytes": shown.memory.predicted_peak_bytes if shown.memory else None,
+        "predicted_step_seconds": shown.time.step_seconds if shown.time else None,
     }
 
 
-def _cell_of(words: Sequence[str]) -> dict[str, Any]:
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+def _cell_of(arguments: Sequence[str]) -> dict[str, Any]:
+    given = {key: value for key, _, value in (word.partition("=") for word in arguments)}
     zero = given.get("zero", "1")
     return {"zero": int(zero) if zero in ("0", "1", "2", "3") else None, "precision": given.get("precision", "bf16")}
 
 
-def _environment(run: Path) -> records.Environment | None:
-    starts = progress.attempts(run)
-    return records.read(starts[-1] / "env.json", records.Environment) if starts else None
-
-
-def _measured(run: Path, environment: records.Environment | None, *, done: bool) -> dict[str, Any]:
+def _measured(run: Run, environment: records.Environment | None, *, done: bool) -> dict[str, Any]:
     """Return what metrics.jsonl, events.jsonl and summary.json have of a run."""
-    summary = records.read(run / "summary.json", records.Summary) or records.Summary()
-    curve, seconds, evaluation = Curve(), [], None
-    for row in _rows(run / "metrics.jsonl"):
-        if isinstance(row, EvaluationRecord):
-            evaluation = row
-            continue
-        curve.steps.append(row.step)
-        curve.loss.append(row.loss)
-        curve.loss_scale.append(row.loss_scale)
-        seconds.append(row.step_seconds)
-        if row.overflow:
-            curve.skipped.append(row.step)
-    found: dict[str, Any] = {"curve": curve, **_events(run / "events.jsonl")}
-    last = [one for one in curve.loss[-max(1, round(_LAST * len(curve.loss))) :] if one is not None]
-    found["loss"] = statistics.fmean(last) if last else None
-    found |= _spread(seconds[WARM_UP:] or seconds)
-    for key in ("tokens_per_second", "mfu", "loss_scale", "wall_seconds"):
-        found[key] = getattr(summary, key)
-    for key in ("peak_memory_bytes", "skipped_steps", "tokens"):
-        found[key] = getattr(summary, key)
-    if done and evaluation is not None and evaluation.step == (curve.steps or [0])[-1]:
-        found |= {"eval_loss": evaluation.eval_loss, "perplexity": evaluation.perplexity}
-    loads = [one.load_average[0] for one in (environment, summary) if one and one.load_average]
-    found["load"] = statistics.fmean(loads) if loads else None
-    return found
+    steps, summary = run.steps(), run.summary or records.Summary()
+    curve = Curve(
+        steps=[row.step for row in steps],
+        loss=[row.loss for row in steps],
+        loss_scale=[row.loss_scale for row in steps],
+        skipped=[row.step for row in steps if row.overflow],
+    )
+    last = [loss for loss in curve.loss[-max(1, round(_LAST * len(curve.loss))) :] if loss is not None]
+    seconds = [row.step_seconds for row in steps]
+    loads = [record.load_average[0] for record in (environment, summary) if record and record.load_average]
+    return {
+        "curve": curve,
+        **_events(run.path / "events.jsonl"),
+        "loss": statistics.fmean(last) if last else None,
+        **_spread(seconds[WARM_UP:] or seconds),
+        **{key: getattr(summary, key) for key in _OF_SUMMARY},
+        **(_last_evaluation(run) if done else {}),
+        "load": statistics.fmean(loads) if loads else None,
+    }
+
+
+def _last_evaluation(run: Run) -> dict[str, Any]:
+    """Return the loss of the evaluation after the last step; nothing where there is none."""
+    last = (run.steps() or [None])[-1]
+    evaluation = (run.evaluations() or [None])[-1]
+    if evaluation is None or evaluation.step != (last.step if last else 0):
+        return {}
+    return {"eval_loss": evaluation.eval_loss, "perplexity": evaluation.perplexity}
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:
@@ -221,21 +210,12 @@ def _spread(seconds: list[float]) -> dict[str, float]:
 
 
 def _events(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"checksum": None, "has_gradients": False}
-    for row in foreign.objects(file):
+    """Return what the events of all attempts say: only the first has initialised the weights."""
+    checksum, has_gradients = None, False
+    for row in rows(file):
         if row.get("event") == "initialised":
             checksum = row.get("checksum")
             if not isinstance(checksum, str | None):
-                raise Damaged(f"events.jsonl: checksum = {checksum!r} is no text")
-            found["checksum"] = checksum
-        found["has_gradients"] |= row.get("event") == "numerics"
-    return found
-
-
-def _rows(file: Path) -> Iterator[StepRecord | EvaluationRecord]:
-    """Yield the rows that stand; a torn last line is of a run that is going, or was killed."""
-    for row in foreign.objects(file):
-        try:
-            yield of_row(row)
-        except ValueError as error:
-            raise Damaged(f"{file.name}: {error}") from None
+                raise damaged(file, f"checksum = {checksum!r} is no text")
+        has_gradients |= row.get("event") == "numerics"
+    return {"checksum": checksum, "has_gradients": has_gradients}

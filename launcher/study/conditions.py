@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.spec.dotted import flatten
-from launcher.study.collect import Result
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.study.collect import Result
 
 ABSENT = "not used"
 WHOLE = "the cell as a whole"
@@ -62,7 +62,7 @@ class Condition:
     @property
     def pinned(self) -> bool:
         """Whether it is the same in every cell that uses it."""
-        return len([one for one in self.values if one != ABSENT]) <= 1
+        return len([value for value in self.values if value != ABSENT]) <= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,38 +86,48 @@ class Conditions:
     @property
     def unexplained(self) -> tuple[Condition, ...]:
         """Return what differs between the seeds of one cell."""
-        return tuple(one for one in self.differences if one.follows_from is None and not one.pinned)
+        return tuple(
+            difference for difference in self.differences if difference.follows_from is None and not difference.pinned
+        )
 
 
 def conditions(results: Sequence[Result], axes: dict[str, Any]) -> Conditions:
     """Compare what the run directories say was really asked of DeepSpeed, cell by cell."""
-    planned = [one for one in results if one.plan]
-    leaves = {id(one): flatten(one.plan["deepspeed"]) for one in planned}
-    names = sorted(set[str]().union(*(set(one) for one in leaves.values())) if leaves else [])
-    found = {key: _condition(key, planned, lambda one, key=key: leaves[id(one)].get(key), axes) for key in names}
+    planned = [result for result in results if result.plan]
+    leaves = {id(result): flatten(result.plan["deepspeed"]) for result in planned}
+    names = sorted(set[str]().union(*(set(tree) for tree in leaves.values())) if leaves else [])
+    of_deepspeed = {
+        key: _condition(key, planned, lambda result, key=key: leaves[id(result)].get(key), axes) for key in names
+    }
     others = [
-        _condition(title, planned, lambda one, key=key: flatten(one.plan).get(key), axes)
+        _condition(title, planned, lambda result, key=key: flatten(result.plan).get(key), axes)
         for key, title in _PLANNED.items()
     ]
-    named = [_renamed(found[key], title) for title, key in _CONFOUNDERS.items() if key in found]
-    started = [one for one in planned if one.environment]
+    named = [_renamed(of_deepspeed[key], title) for title, key in _CONFOUNDERS.items() if key in of_deepspeed]
+    started = [result for result in planned if result.environment]
     versions, revisions = (
         _versions(started),
-        _seen(str(one.environment and one.environment.code_revision) for one in started),
+        _seen(str(result.environment and result.environment.code_revision) for result in started),
     )
     several = {name: seen for name, seen in versions.items() if len(seen) > 1}
     several |= {
         name: seen for name, seen in (("device", _seen(map(_device, started))), ("code", revisions)) if len(seen) > 1
     }
-    moved = [one.name for one in others if one.name in ("sequence, tokens", "corpus") and not one.pinned]
-    moved += [one.name for one in named if one.name.startswith("global batch") and not one.pinned]
+    moved = [
+        condition.name
+        for condition in others
+        if condition.name in ("sequence, tokens", "corpus") and not condition.pinned
+    ]
+    moved += [
+        condition.name for condition in named if condition.name.startswith("global batch") and not condition.pinned
+    ]
     return Conditions(
         confounders=(*named, *others),
-        differences=tuple(one for one in [*found.values(), *others] if len(one.values) > 1),
+        differences=tuple(condition for condition in [*of_deepspeed.values(), *others] if len(condition.values) > 1),
         weights=_weights(planned),
         other_data=", ".join(moved),
         mixed=several,
-        machines=_seen(f"{one.environment and one.environment.host}: {_device(one)}" for one in started),
+        machines=_seen(f"{result.environment and result.environment.host}: {_device(result)}" for result in started),
         versions=versions,
         revisions=revisions,
     )
@@ -125,9 +135,9 @@ def conditions(results: Sequence[Result], axes: dict[str, Any]) -> Conditions:
 
 def _condition(name: str, results: Sequence[Result], value: Any, axes: dict[str, Any]) -> Condition:
     values: dict[str, list[str]] = {}
-    for one in results:
-        got = value(one)
-        values.setdefault(ABSENT if got is None else _text(got), []).append(one.name)
+    for result in results:
+        got = value(result)
+        values.setdefault(ABSENT if got is None else _text(got), []).append(result.name)
     cells = {text: tuple(dict.fromkeys(names)) for text, names in values.items()}
     return Condition(name=name, values=cells, follows_from=_follows(results, value, axes) if len(cells) > 1 else None)
 
@@ -138,8 +148,9 @@ def _follows(results: Sequence[Result], value: Any, axes: dict[str, Any]) -> str
     for chosen in [*([axis] for axis in several), several]:
         decided: dict[tuple[str, ...], str] = {}
         if chosen and all(
-            decided.setdefault(tuple(one.values[axis] for axis in chosen), _text(value(one))) == _text(value(one))
-            for one in results
+            decided.setdefault(tuple(result.values[axis] for axis in chosen), _text(value(result)))
+            == _text(value(result))
+            for result in results
         ):
             return chosen[0].removesuffix(".name") if len(chosen) == 1 else WHOLE
     return None
@@ -155,26 +166,28 @@ def _weights(results: Sequence[Result]) -> dict[str, tuple[str, ...]]:
     A half-precision cell begins with the same draw, rounded to its type: one checksum for each precision and model.
     """
     groups: dict[str, dict[str, None]] = {}
-    for one in results:
-        if one.checksum is not None:
-            parameters = (one.plan.get("model") or {}).get("parameters")
-            groups.setdefault(f"seed {one.seed}, {one.precision}, {parameters} parameters", {})[one.checksum] = None
+    for result in results:
+        if result.checksum is not None:
+            parameters = (result.plan.get("model") or {}).get("parameters")
+            groups.setdefault(f"seed {result.seed}, {result.precision}, {parameters} parameters", {})[
+                result.checksum
+            ] = None
     return {name: tuple(seen) for name, seen in groups.items() if len(seen) > 1}
 
 
-def _device(one: Result) -> str:
-    named = (one.plan.get("topology") or {}).get("device_name")
-    return named or (one.environment.cpu if one.environment else "unknown processor")
+def _device(result: Result) -> str:
+    named = (result.plan.get("topology") or {}).get("device_name")
+    return named or (result.environment.cpu if result.environment else "unknown processor")
 
 
 def _versions(results: Sequence[Result]) -> dict[str, tuple[str, ...]]:
-    known = [one.environment.versions for one in results if one.environment]
+    known = [result.environment.versions for result in results if result.environment]
     names = dict.fromkeys(name for versions in known for name in versions)
     return {name: _seen(versions.get(name) for versions in known) for name in names}
 
 
 def _seen(values: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(one) for one in values if one is not None))
+    return tuple(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def _text(value: Any) -> str:

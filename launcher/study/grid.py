@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import HalfstepError, RefusedError, RequestError
-from launcher.plan.plan import Plan
-from launcher.spec.digest import digest
-from launcher.spec.load import Request, load
-from launcher.study.axes import Pattern, Value, word_of
-from launcher.study.file import Study
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.errors import HalfstepError, RefusedError, RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.study.axes import Pattern, Value, word_of
+from halfstep.launcher.study.study_file import Study
 
 Decide = Callable[[Request], Plan]
 """How a request is planned, for the world that the study will run in."""
@@ -30,7 +30,7 @@ class Cell:
     values: dict[str, str]
     """By axis, the value's label."""
     seed: int
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     """Run keys that make it, but for `out`."""
     request: Request
     plan: Plan | None
@@ -47,11 +47,11 @@ class Cell:
     def folder(self) -> str:
         """Return the name of its run directory: another plan gets another one."""
         assert self.plan is not None, "a cell that could not be planned has no run"
-        words = [_short(*pair) for pair in self.values.items()]
-        name = "-".join(words)
+        parts = [_short(*pair) for pair in self.values.items()]
+        name = "-".join(parts)
         # Where letters had to be replaced, or cut off, two cells could come by one name.
         lossy = len(name) > _LONGEST or any(
-            _told(*pair) != word for pair, word in zip(self.values.items(), words, strict=True)
+            _told(*pair) != word for pair, word in zip(self.values.items(), parts, strict=True)
         )
         name = f"{name[:_LONGEST]}-{digest(self.values)[:6]}" if lossy else name
         return f"{name}-s{self.seed}-{self.plan.run_id[:8]}"
@@ -63,33 +63,33 @@ def cells(study: Study, decide: Decide) -> list[Cell]:
     Raises RequestError for a value that its key does not take, and where not a single cell can be planned.
     """
     errors: list[HalfstepError] = []
-    found = [
+    planned = [
         _cell(study, chosen, seed, decide, errors)
         for seed in study.seeds
         for chosen in itertools.product(*(axis.values for axis in study.axes))
         if _wanted(study, _labels(study, chosen))
     ]
-    if errors and len(errors) == len(found):
+    if errors and len(errors) == len(planned):
         raise errors[0]
-    if not found:
+    if not planned:
         raise RequestError("no cell is left", where=f"only and exclude in {study.source}", fix="leave more")
-    if not any(_matches(cell.values, {key: (value,) for key, value in study.reference.items()}) for cell in found):
+    if not any(_matches(cell.values, {key: (value,) for key, value in study.reference.items()}) for cell in planned):
         name = " ".join(f"{key}={value}" for key, value in study.reference.items())
         raise RequestError(
             f"the reference {name} is not in the grid",
             where=f"compare.reference, only and exclude in {study.source}",
             fix="leave it in, or name another",
         )
-    return found
+    return planned
 
 
-def order(found: Sequence[Cell], seeds: Sequence[int]) -> Iterator[Cell]:
+def order(cells: Sequence[Cell], seeds: Sequence[int]) -> Iterator[Cell]:
     """Yield cells in the order in which they run: pass by pass, every other one backwards.
 
     A machine that gets slower, or faster, over the hours then favours no cell.
     """
     for place, seed in enumerate(seeds):
-        those = [cell for cell in found if cell.seed == seed]
+        those = [cell for cell in cells if cell.seed == seed]
         yield from those if place % 2 == 0 else reversed(those)
 
 
@@ -111,24 +111,24 @@ def _cell(study: Study, chosen: Sequence[Value], seed: int, decide: Decide, erro
     for value in chosen:
         keys |= value.keys
     where = f"{Path(study.source).name} or the command line"
-    words = _words(keys, seed)
-    if load(words, origin=where).spec.zero > 0 and "ds_config" not in keys:
-        words = _words({**keys, **{key: value for key, value in PINNED.items() if key not in keys}}, seed)
+    arguments = _words(keys, seed)
+    if load(arguments, origin=where).spec.zero > 0 and "ds_config" not in keys:
+        arguments = _words({**keys, **{key: value for key, value in PINNED.items() if key not in keys}}, seed)
     labels = _labels(study, chosen)
-    request = load(words, origin=where)
+    request = load(arguments, origin=where)
     plan = refused = None
     try:
         plan = decide(request)
-        refused = "; ".join(f"{one['rule']}: {one['sentence']}" for one in plan.refused_by) or None
+        refused = "; ".join(f"{refusal['rule']}: {refusal['sentence']}" for refusal in plan.refused_by) or None
     except HalfstepError as error:
         errors.append(error)
         refused = f"{'does-not-fit' if isinstance(error, RefusedError) else 'request'}: {error.what}"
-    return Cell(values=labels, seed=seed, words=words, request=request, plan=plan, refused=refused)
+    return Cell(values=labels, seed=seed, arguments=arguments, request=request, plan=plan, refused=refused)
 
 
 def _words(keys: dict[str, Any], seed: int) -> tuple[str, ...]:
-    words = [word_of("model" if key == "model.name" else key, value) for key, value in keys.items()]
-    return (*words, f"seed={seed}")
+    arguments = [word_of("model" if key == "model.name" else key, value) for key, value in keys.items()]
+    return (*arguments, f"seed={seed}")
 
 
 def _told(axis: str, value: str) -> str:

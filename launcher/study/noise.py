@@ -45,7 +45,7 @@ def between_seeds(values: Mapping[str, Sequence[float]]) -> dict[str, Noise]:
     With two seeds a cell's own deviation rests on one degree of freedom, which says next to nothing; so cells that
     behave alike are pooled.
     """
-    own = {name: statistics.stdev(one) for name, one in values.items() if len(one) > 1}
+    own = {name: statistics.stdev(of_seeds) for name, of_seeds in values.items() if len(of_seeds) > 1}
     limit = _OUTLIER * statistics.median(own.values()) if own else 0.0
     pool = [name for name, deviation in own.items() if deviation <= limit]
     freedom = sum(len(values[name]) - 1 for name in pool)

@@ -10,15 +10,17 @@ from typing import Any
 
 if __name__ == "__main__":
     # Started as a script, Python puts launcher/study/ itself on the path, where our names would shadow others' modules.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = next(str(f) for f in Path(__file__).resolve().parents if (f / "halfstep" / "__init__.py").is_file())
 
-from launcher import foreign, rundir, topology, verdict
-from launcher.errors import EXIT_REFUSED, Fault, HalfstepError
-from launcher.files import cannot_write, write_json
-from launcher.parity import drive
-from launcher.parity.cases import Case, cases_of
-from launcher.plan.plan import Plan
-from launcher.terminal import say
+from halfstep.launcher import topology
+from halfstep.launcher.errors import EXIT_REFUSED, Fault, HalfstepError
+from halfstep.launcher.parity import gate, verdict
+from halfstep.launcher.parity.cases import Case, cases_of
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import cannot_write, write_json
+from halfstep.launcher.system.terminal import say
 
 FILE = "proof.json"
 RULE = "offload-proved-here"
@@ -36,17 +38,21 @@ def run(plans: Iterable[Plan], say: Callable[[str], None]) -> list[dict[str, Any
 
     A cell with offload is tried by itself: where the device cannot do it, DeepSpeed raises.
     """
-    missing, found = needed(plans), []
+    missing, verdicts = needed(plans), []
     plain = [case for case in missing if case.offload == "none"]
     groups = [plain] if plain else []
     offloaded = dict.fromkeys(_cell(case) for case in missing if case.offload != "none")
     groups += [[case for case in missing if _cell(case) == cell] for cell in offloaded]
     for cases in groups:
-        one = cases[0]
-        what = f"zero={one.zero} {one.precision} offload={one.offload}" if cases is not plain else f"{len(cases)} cases"
+        first = cases[0]
+        what = (
+            f"zero={first.zero} {first.precision} offload={first.offload}"
+            if cases is not plain
+            else f"{len(cases)} cases"
+        )
         say(f"the parity gate has to run first: {what} on this hardware and these versions")
         try:
-            outcome = drive.verify(cases, repairs=True, quiet=False)
+            outcome = gate.verify(cases, repairs=True, quiet=False)
         except HalfstepError as error:
             say(f"not proved: {error.what}")
             if cases is plain or not isinstance(error, Fault):
@@ -56,45 +62,45 @@ def run(plans: Iterable[Plan], say: Callable[[str], None]) -> list[dict[str, Any
             cells = outcome.cells
             good = sum(bool(cell["ok"]) for cell in cells)
             say(f"{good} of {len(cells)} train the same model, {outcome.seconds:.0f} s")
-        found += cells
+        verdicts += cells
         try:
             verdict.store(topology.describe(1, 1), cells)
         except OSError as error:  # a home that cannot be written, as on some nodes: what was found counts all the same
             say(f"the verdict cannot be kept for next time: {error}")
-    return found
+    return verdicts
 
 
-def tell(path: Path, plan: Plan, found: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+def tell(path: Path, plan: Plan, verdicts: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
     """Write into a run directory whether its cell is proved here, and return it.
 
     `found` is what `run` has just returned. `proved` is True, False, or None where the gate was not run; `refused`
     names the rule that forbids the run.
     """
     here, cases = topology.describe(1, 1), _cases(plan)
-    told: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(cases)}
+    record: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(cases)}
     if not plan.repairs_on:
-        told |= {"proved": False, "reason": "stage 0 in half precision without its repairs (numerics.repairs=false)"}
+        record |= {"proved": False, "reason": "stage 0 in half precision without its repairs (numerics.repairs=false)"}
     else:
-        told["proved"] = verdict.proved(here, [vars(case) for case in cases], found)
-        if told["proved"] is None:
-            told["reason"] = "the parity gate was not run for it here"
-        elif not told["proved"]:
-            told["reason"] = "the parity gate found that it trains another model"
+        record["proved"] = verdict.proved(here, [vars(case) for case in cases], verdicts)
+        if record["proved"] is None:
+            record["reason"] = "the parity gate was not run for it here"
+        elif not record["proved"]:
+            record["reason"] = "the parity gate found that it trains another model"
     offload = _offload(plan)
-    if offload != "none" and not told["proved"]:
-        told["refused"] = f"{RULE}: offload={offload} is not proved to train the same model on this device"
-    told["conditions"] = verdict.conditions(here)
+    if offload != "none" and not record["proved"]:
+        record["refused"] = f"{RULE}: offload={offload} is not proved to train the same model on this device"
+    record["conditions"] = verdict.conditions(here)
     with cannot_write(path):
-        write_json(path / FILE, told)
-    return told
+        write_json(path / FILE, record)
+    return record
 
 
 def can_be_told_again(path: Path, plan: Plan) -> bool:
     """Tell whether a run was told nothing, on this hardware and with these versions: the gate may have run since."""
     try:
-        told = foreign.read_object(path / FILE)
-        same = told["conditions"] == verdict.conditions(topology.describe(1, 1))
-        return told["proved"] is None and plan.repairs_on and same
+        record = foreign.read_object(path / FILE)
+        same = record["conditions"] == verdict.conditions(topology.describe(1, 1))
+        return record["proved"] is None and plan.repairs_on and same
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -129,12 +135,12 @@ def _failed(case: Case, why: str) -> dict[str, Any]:
 
 def main(path: Path) -> int:
     """Prove one run's cell on this host and return the exit code; 3 where the run may not start."""
-    _, plan = rundir.read_plan(path)
-    found = run([plan], lambda line: say(f"--- {line}"))
-    told = tell(path, plan, found)
-    if told["refused"]:
-        say(f"--- {told['refused']}")
-    return EXIT_REFUSED if told["refused"] else 0
+    _, plan = Run(path).require_as_asked()
+    verdicts = run([plan], lambda line: say(f"--- {line}"))
+    record = tell(path, plan, verdicts)
+    if record["refused"]:
+        say(f"--- {record['refused']}")
+    return EXIT_REFUSED if record["refused"] else 0
 
 
 if __name__ == "__main__":
@@ -142,4 +148,4 @@ if __name__ == "__main__":
         sys.exit(main(Path(sys.argv[1])))
     except HalfstepError as error:
         say(*str(error).splitlines(), error=True)
-        sys.exit(0)  # unproved, and the report says so; the run itself goes on
+        sys.exit(0)  # unproved, and the report says so; the run itself starts

@@ -12,15 +12,14 @@ from typing import Any
 
 import jinja2
 
-from launcher.errors import HalfstepError
-from launcher.files import cannot_write, csv_cell, write_atomic
-from launcher.metrics import numerics, plots
-from launcher.study import charts, folder, state, words
-from launcher.study.collect import Result, results
-from launcher.study.conditions import Conditions, conditions
-from launcher.study.file import READY
-from launcher.study.judge import Summary, Verdict, judge
-from launcher.terminal import printable
+from halfstep.launcher.errors import HalfstepError, printable
+from halfstep.launcher.metrics import numerics_history, plots
+from halfstep.launcher.study import charts, run_status, study_folder, tables
+from halfstep.launcher.study.collect import Result, results
+from halfstep.launcher.study.conclusions import Summary, Verdict, judge
+from halfstep.launcher.study.conditions import Conditions, conditions
+from halfstep.launcher.study.study_file import READY
+from halfstep.launcher.system.files import cannot_write, csv_cell, write_atomic
 
 _LEADING = ("zero", "precision", "seed", "status", "reason", "proved")
 _MEASURED = (
@@ -53,15 +52,15 @@ class Report:
 
 def make(where: Path, price: float | None = None) -> Report:
     """Read a study's folder; `price` of a device-hour wins over the study file's."""
-    tree = folder.read(where)
+    tree = study_folder.read(where)
     about = tree["study"]
-    found = results(tree, where, state.queue(where, tree["cells"]))
-    verdict = judge(found, about["reference"])
-    seen = conditions(found, about["axes"])
+    collected = results(tree, where, run_status.queue(where, tree["cells"]))
+    verdict = judge(collected, about["reference"])
+    seen = conditions(collected, about["axes"])
     return Report(
         about=about,
         folder=where,
-        results=found,
+        results=collected,
         verdict=verdict,
         conditions=seen,
         price=about["price"] if price is None else price,
@@ -84,7 +83,7 @@ def write(report: Report) -> list[Path]:
 
 def answer(report: Report) -> list[str]:
     """Return the answer in three sentences."""
-    return words.answer(report.verdict, report.price, report.about["currency"])
+    return tables.answer(report.verdict, report.price, report.about["currency"])
 
 
 def html(report: Report, pictures: dict[str, str]) -> str:
@@ -93,9 +92,9 @@ def html(report: Report, pictures: dict[str, str]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
     )
     return environment.get_template("report.html.j2").render(
-        quality=words.QUALITY,
-        price=words.PRICE,
-        notes=words.NOTES,
+        quality=tables.QUALITY,
+        price=tables.PRICE,
+        notes=tables.NOTES,
         recommended=report.verdict.best is not None,
         pictures=[(title, picture, _caption(title)) for title, picture in pictures.items()],
         **_parts(report),
@@ -108,28 +107,28 @@ def _parts(report: Report) -> dict[str, Any]:
         "title": f"Study {about['name']}",
         "subtitle": _subtitle(report),
         "answer": answer(report),
-        "warnings": words.warnings(verdict, seen),
-        "rows": words.rows(verdict, report.price, about["currency"]),
-        "failures": [one for one in report.results if not one.done],
-        "equality": words.equality(verdict, seen),
-        "confounders": [words.condition(one, len(verdict.cells)) for one in seen.confounders],
-        "differences": [words.condition(one, len(verdict.cells)) for one in seen.differences],
+        "warnings": tables.warnings(verdict, seen),
+        "rows": tables.rows(verdict, report.price, about["currency"]),
+        "failures": [result for result in report.results if not result.done],
+        "equality": tables.equality(verdict, seen),
+        "confounders": [tables.condition(condition, len(verdict.cells)) for condition in seen.confounders],
+        "differences": [tables.condition(condition, len(verdict.cells)) for condition in seen.differences],
         "machines": _machines(seen),
         "again": again(report),
-        "commands": [(f"{one.name}, seed {one.seed}", words.command(one)) for one in report.results],
+        "commands": [(f"{result.name}, seed {result.seed}", tables.command(result)) for result in report.results],
     }
 
 
 def markdown(report: Report, pictures: dict[str, str]) -> str:
     """Return the same as Markdown, with the pictures in files beside it."""
     parts = _parts(report)
-    lines = [f"# {parts['title']}", "", parts["subtitle"], "", *[f"**{one}**" for one in parts["answer"]], ""]
-    lines += [line for one in parts["warnings"] for line in (f"> {one}", "")]
-    lines += ["## Quality, cell by cell", "", *_table(words.QUALITY, [row.quality for row in parts["rows"]]), ""]
-    lines += ["## Speed, memory and cost", "", *_table(words.PRICE, [row.price for row in parts["rows"]]), ""]
-    lines += [line for one in words.NOTES for line in (one, "")]
+    lines = [f"# {parts['title']}", "", parts["subtitle"], "", *[f"**{sentence}**" for sentence in parts["answer"]], ""]
+    lines += [line for sentence in parts["warnings"] for line in (f"> {sentence}", "")]
+    lines += ["## Quality, cell by cell", "", *_table(tables.QUALITY, [row.quality for row in parts["rows"]]), ""]
+    lines += ["## Speed, memory and cost", "", *_table(tables.PRICE, [row.price for row in parts["rows"]]), ""]
+    lines += [line for note in tables.NOTES for line in (note, "")]
     if parts["failures"]:
-        failed = [(one.name, str(one.seed), one.status, one.reason) for one in parts["failures"]]
+        failed = [(result.name, str(result.seed), result.status, result.reason) for result in parts["failures"]]
         lines += [
             "## What did not run to its end, and why",
             "",
@@ -138,13 +137,13 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
         ]
     for title in pictures:
         lines += [f"## {_plain(title)}", "", f"![{_plain(title)}]({_file_of(title)})", "", _caption(title), ""]
-    lines += ["## Were the conditions equal?", "", *[line for one in parts["equality"] for line in (one, "")]]
+    lines += ["## Were the conditions equal?", "", *[line for sentence in parts["equality"] for line in (sentence, "")]]
     for title, key in (("confounder", "confounders"), ("key in which cells differ", "differences")):
-        listed = [(one["name"], one["text"], one["why"]) for one in parts[key]]
+        listed = [(condition["name"], condition["text"], condition["why"]) for condition in parts[key]]
         lines += [*_table((title, "value", "follows from"), listed), ""]
-    lines += ["## On what it ran", "", *[f"- {one}" for one in parts["machines"]], ""]
+    lines += ["## On what it ran", "", *[f"- {machine}" for machine in parts["machines"]], ""]
     lines += ["## To do it again", "", "```console", f"$ {parts['again']}", "```", ""]
-    commands = [f"$ {one}" for _, one in parts["commands"]]
+    commands = [f"$ {command}" for _, command in parts["commands"]]
     lines += ["Each run by itself:", "", "```console", *commands, "```", ""]
     return "\n".join(printable(line, keep="\t") for line in lines)
 
@@ -155,11 +154,11 @@ def as_csv(report: Report) -> str:
     axes = [axis for axis in report.about["axes"] if axis not in _LEADING]
     out = csv.writer(text, lineterminator="\n")
     out.writerow(map(csv_cell, [*_LEADING, *axes, *_MEASURED, "run"]))
-    for one in report.results:
-        leading = [one.zero, one.precision, one.seed, one.status, one.reason, _truth(one.proved)]
-        measured = [getattr(one, name) for name in _MEASURED]
-        run = "" if one.run is None else str(one.run.relative_to(report.folder))
-        out.writerow(map(csv_cell, [*leading, *(one.values[axis] for axis in axes), *measured, run]))
+    for result in report.results:
+        leading = [result.zero, result.precision, result.seed, result.status, result.reason, _truth(result.proved)]
+        measured = [getattr(result, name) for name in _MEASURED]
+        run = "" if result.run is None else str(result.run.relative_to(report.folder))
+        out.writerow(map(csv_cell, [*leading, *(result.values[axis] for axis in axes), *measured, run]))
     return text.getvalue()
 
 
@@ -167,14 +166,20 @@ def as_json(report: Report) -> str:
     """Return the answer, the cells and the runs as JSON."""
     verdict = report.verdict
 
-    def cell(one: Summary) -> dict[str, Any]:
+    def cell(summary: Summary) -> dict[str, Any]:
         skipped = ("results",)
-        kept = {name: value for name, value in vars(one).items() if name not in skipped}
-        return {**kept, "name": one.name, "done": one.done, "proved": one.proved, "usable": one in verdict.usable}
+        kept = {name: value for name, value in vars(summary).items() if name not in skipped}
+        return {
+            **kept,
+            "name": summary.name,
+            "done": summary.done,
+            "proved": summary.proved,
+            "usable": summary in verdict.usable,
+        }
 
     named = {
-        key: one and one.name
-        for key, one in {
+        key: chosen and chosen.name
+        for key, chosen in {
             "best": verdict.best,
             "fastest": verdict.fastest,
             "smallest": verdict.smallest,
@@ -182,20 +187,29 @@ def as_json(report: Report) -> str:
         }.items()
     }
     runs = [
-        {"values": one.values, "seed": one.seed, "status": one.status, "reason": one.reason, "proved": one.proved}
-        | {name: getattr(one, name) for name in _MEASURED}
-        | {"run": None if one.run is None else str(one.run.relative_to(report.folder)), "command": words.command(one)}
-        for one in report.results
+        {
+            "values": result.values,
+            "seed": result.seed,
+            "status": result.status,
+            "reason": result.reason,
+            "proved": result.proved,
+        }
+        | {name: getattr(result, name) for name in _MEASURED}
+        | {
+            "run": None if result.run is None else str(result.run.relative_to(report.folder)),
+            "command": tables.command(result),
+        }
+        for result in report.results
     ]
     tree = {
         "study": report.about["name"],
         "answer": answer(report),
         "reference": report.about["reference"],
         **named,
-        "frontier": [one.name for one in verdict.frontier],
-        "cells": [cell(one) for one in verdict.cells],
+        "frontier": [summary.name for summary in verdict.frontier],
+        "cells": [cell(summary) for summary in verdict.cells],
         "runs": runs,
-        "unexplained": [one.name for one in report.conditions.unexplained],
+        "unexplained": [condition.name for condition in report.conditions.unexplained],
     }
     return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -211,7 +225,7 @@ def _subtitle(report: Report) -> str:
     axes = "; ".join(
         f"{axis.removesuffix('.name')}: {', '.join(labels)}" for axis, labels in report.about["axes"].items()
     )
-    plans = [one.plan for one in report.results if one.plan]
+    plans = [result.plan for result in report.results if result.plan]
     what = f"{plans[0]['model']['name']}, {plans[0]['steps']:,} steps; " if plans else ""
     return (
         f"{what}{axes}; seeds {', '.join(map(str, report.about['seeds']))}. Reference: {report.verdict.reference.name}."
@@ -219,26 +233,30 @@ def _subtitle(report: Report) -> str:
 
 
 def _machines(seen: Conditions) -> list[str]:
-    versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in seen.versions.items())
+    versions = ", ".join(f"{name} {' and '.join(seen_versions)}" for name, seen_versions in seen.versions.items())
     lines = [*seen.machines, versions]
-    return [line for line in [*lines, *(f"Halfstep's code: {one}" for one in seen.revisions if one != "None")] if line]
+    return [
+        line
+        for line in [*lines, *(f"Halfstep's code: {revision}" for revision in seen.revisions if revision != "None")]
+        if line
+    ]
 
 
 def _maps(report: Report) -> dict[str, str]:
     """Return what fp16 loses of each layer, for the first cells that have recorded it."""
-    found: dict[str, str] = {}
+    maps: dict[str, str] = {}
     with_readings = [cell for cell in report.verdict.cells if cell.results[0].has_gradients and cell.results[0].run]
     for cell in with_readings[:_MOST_MAPS]:
         run = cell.results[0].run
         assert run is not None, "chosen because it has one"
         try:
-            read = numerics.read(run)
+            read = numerics_history.read(run)
         except HalfstepError:
             continue
         with python_warnings.catch_warnings():
             python_warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-            found[f"Gradients that fp16 loses: {cell.name}"] = charts.svg(plots.draw(read))
-    return found
+            maps[f"Gradients that fp16 loses: {cell.name}"] = charts.svg(plots.draw(read))
+    return maps
 
 
 def _caption(title: str) -> str:

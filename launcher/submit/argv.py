@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher import assets
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.topology import free_port
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import free_port
 
 Starter = Callable[[Plan, Path], list[str]]
 ACCELERATE_CONFIG = ("--config_file", str(Path(__file__).with_name("accelerate.yaml")))
@@ -31,15 +31,15 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
 
     With --num_gpus it ignores CUDA_VISIBLE_DEVICES (launcher/runner.py, main): where that is set, devices are named.
     """
-    words = tool("deepspeed", "deepspeed.launcher.runner")
+    command = tool("deepspeed", "deepspeed.launcher.runner")
     ranks = plan.topology.ranks_per_node
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if plan.topology.accelerator == "cuda" else None
     # Without --hostfile it takes /job/hostfile, which many images have, and then starts ranks over ssh (runner.py).
     hostfile = ["--hostfile", os.devnull]
     devices = ["--num_gpus", str(ranks)]
     if visible:
-        chosen = [one.strip() for one in visible.split(",")][:ranks]
-        if not all(one.isdigit() for one in chosen):
+        chosen = [device.strip() for device in visible.split(",")][:ranks]
+        if not all(device.isdigit() for device in chosen):
             raise RequestError(
                 "the deepspeed launcher knows GPUs by number only",
                 where=f"CUDA_VISIBLE_DEVICES={visible}",
@@ -47,14 +47,14 @@ def deepspeed(plan: Plan, run: Path) -> list[str]:
             )
         devices = ["--include", f"localhost:{','.join(chosen)}"]
     quiet = ["--log_level", "error"]  # its own lines about processes and ports would bury the run's
-    return [*words, *devices, "--master_port", str(free_port()), *quiet, *hostfile, *script_words(run)]
+    return [*command, *devices, "--master_port", str(free_port()), *quiet, *hostfile, *script_words(run)]
 
 
 def torchrun(plan: Plan, run: Path) -> list[str]:
     """Return the `torchrun` command; --standalone finds its own port."""
-    words = tool("torchrun", "torch.distributed.run")
+    command = tool("torchrun", "torch.distributed.run")
     ranks = ["--nproc_per_node", str(plan.topology.ranks_per_node)]
-    return [*words, "--standalone", "--nnodes", "1", *ranks, *script_words(run)]
+    return [*command, "--standalone", "--nnodes", "1", *ranks, *script_words(run)]
 
 
 def accelerate(plan: Plan, run: Path) -> list[str]:
@@ -67,9 +67,9 @@ def accelerate(plan: Plan, run: Path) -> list[str]:
     spread = ["--multi_gpu"] if ranks > 1 else []
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     options += ["--main_process_port", str(free_port())]
-    words = tool("accelerate", "accelerate.commands.accelerate_cli")
+    command = tool("accelerate", "accelerate.commands.accelerate_cli")
     return [
-        *words,
+        *command,
         "launch",
         *ACCELERATE_CONFIG,
         *spread,

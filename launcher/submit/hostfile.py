@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import foreign
-from launcher.errors import RequestError
-from launcher.files import cannot_write, reason
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.files import cannot_write, reason
 
 REMOTE = "HALFSTEP_REMOTE"
 """Set for ranks that an ssh session started for us: with the end of that session they end as well."""
@@ -46,35 +46,35 @@ def read(file: Path, nodes: int | None, ranks_per_node: int | None, ssh_port: in
         ) from None
     except ValueError as error:
         raise RequestError(f"the hostfile is no text: {error}", where=str(file), fix="save it as UTF-8") from None
-    found: dict[str, int] = {}
+    hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
         # A name that begins with a dash would be an option of ssh.
         match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.:-]*)\s+slots\s*=\s*([0-9]{1,6})", text)
-        if match is None or match[1] in found or int(match[2]) < 1:
+        if match is None or match[1] in hosts or int(match[2]) < 1:
             raise RequestError(
-                f"line {number} of the hostfile is {text[:100]!r}" + (_why(match[1] in found) if match else ""),
+                f"line {number} of the hostfile is {text[:100]!r}" + (_why(match[1] in hosts) if match else ""),
                 where=str(file),
                 fix="write one line a host, such as: node-1 slots=8",
             )
-        found[match[1]] = int(match[2])
-    names, slots = tuple(found)[: nodes or None], min(found.values(), default=0)
-    if not names or (nodes or 0) > len(found):
-        raise RequestError(f"{len(found)} host(s), {nodes or 1} are needed", where=str(file), fix=f"nodes={len(found)}")
-    if ranks_per_node is None and len({found[name] for name in names}) > 1:
+        hosts[match[1]] = int(match[2])
+    names, slots = tuple(hosts)[: nodes or None], min(hosts.values(), default=0)
+    if not names or (nodes or 0) > len(hosts):
+        raise RequestError(f"{len(hosts)} host(s), {nodes or 1} are needed", where=str(file), fix=f"nodes={len(hosts)}")
+    if ranks_per_node is None and len({hosts[name] for name in names}) > 1:
         raise RequestError(
             "the hosts have different numbers of slots",
             where=str(file),
             fix=f"take the same on all: gpus_per_node={slots}",
         )
     for name in names:
-        if ranks_per_node and ranks_per_node > found[name]:
+        if ranks_per_node and ranks_per_node > hosts[name]:
             raise RequestError(
-                f"{ranks_per_node} ranks on {name}, which has {found[name]} slots",
+                f"{ranks_per_node} ranks on {name}, which has {hosts[name]} slots",
                 where=f"gpus_per_node, and {file}",
-                fix=f"gpus_per_node={found[name]}",
+                fix=f"gpus_per_node={hosts[name]}",
             )
     return Hosts(file=file, names=names, slots=ranks_per_node or slots, ssh_port=ssh_port)
 

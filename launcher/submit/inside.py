@@ -1,9 +1,9 @@
-"""What a job script asks from inside its allocation: where the ranks may meet, and whether the run goes on.
+"""What a job script asks from inside its allocation: where the ranks may meet, and whether the run is to resume.
 
 python inside.py begin RUN            prints a free port
-python inside.py end RUN STATUS TOLD  ends with 0 (done), 75 (put the job back into the queue) or the run's own code
+python inside.py end RUN STATUS USED  ends with 0 (done), 75 (put the job back into the queue) or the run's own code
 
-TOLD is empty, or what the job had used of its time when SLURM told it to end, and the limit: `1:02:03 2:00:00`.
+USED is empty, or what the job had used of its time when SLURM told it to end, and the limit: `1:02:03 2:00:00`.
 """
 
 import contextlib
@@ -21,10 +21,9 @@ from typing import Any
 
 if __name__ == "__main__":
     # Started as a script, Python puts launcher/submit/ itself on the path, where `site` would not be Python's.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = next(str(f) for f in Path(__file__).resolve().parents if (f / "halfstep" / "__init__.py").is_file())
 
-from launcher import files, foreign
-from launcher.errors import (
+from halfstep.launcher.errors import (
     EXIT_NUMERICS,
     EXIT_REFUSED,
     EXIT_REQUEST,
@@ -34,10 +33,11 @@ from launcher.errors import (
     RequestError,
     TopologyError,
 )
-from launcher.submit import progress
-from launcher.submit.times import seconds
-from launcher.terminal import say
-from launcher.watch.exits import read_exit, read_refusal, start_of_job
+from halfstep.launcher.rundir import layout
+from halfstep.launcher.rundir.exits import attempt_of_this_start, read_exit, read_refusal, start_of_job
+from halfstep.launcher.submit.times import seconds
+from halfstep.launcher.system import files, foreign
+from halfstep.launcher.system.terminal import say
 
 STUCK = 3
 """So many starts in a row may end by themselves without a newer checkpoint; of others there is no limit."""
@@ -78,21 +78,21 @@ def free_port(job: int, index: int) -> int:
     raise TopologyError("no port is free", where=socket.gethostname(), fix="look for what holds them: ss -ltn")
 
 
-def end(run: Path, status: int, told: str = "") -> int:
+def end(run: Path, status: int, used: str = "") -> int:
     """Return what the job has to do after its ranks have ended with `status`, and say why."""
-    attempt = _attempt(run)
-    found = read_refusal(run) or (read_exit(attempt) if attempt else None)
-    code = found["code"] if found else status
+    attempt = attempt_of_this_start(run)
+    ending = read_refusal(run) or (read_exit(attempt) if attempt else None)
+    code = ending.code if ending else status
     if code == 0 and not (run / "summary.json").is_file():
         code = 1  # the ranks never began
-    why = f"{found['cause']} (exit code {code})" if found else f"the ranks ended with exit code {code}"
+    why = f"{ending.cause} (exit code {code})" if ending else f"the ranks ended with exit code {code}"
     if code in _FOR_GOOD:
         say("--- the run is done" if code == 0 else f"--- the run ends: {why}")
         return code
-    if told and not _limit_reached(told):
+    if used and not _limit_reached(used):
         say(f"--- {why}; the job was cancelled, or SLURM puts it back by itself")
         return 128 + signal.SIGTERM
-    newest = progress.newest_checkpoint(run) or 0
+    newest = layout.newest_checkpoint(run) or 0
     starts = [*_starts(run), {**start_of_job(), "newest": newest, "code": code, "time": time.time()}]
     with contextlib.suppress(OSError):
         files.append(run / _STARTS, json.dumps(starts[-1]) + "\n")
@@ -101,7 +101,7 @@ def end(run: Path, status: int, told: str = "") -> int:
         cause = NumericsError(
             f"{count} starts in a row came no further than {at}: {why}",
             where=str(attempt or run),
-            fix="mend the cause and submit it again; where a time limit is too short for one checkpoint, more --time",
+            fix="fix the cause and submit it again; where a time limit is too short for one checkpoint, more --time",
         )
         say(*str(cause).splitlines())
         return cause.exit_code
@@ -114,7 +114,7 @@ def stuck(starts: Sequence[Mapping[str, Any]]) -> int:
 
     The start that wrote that checkpoint is one of them if it then failed; if it was stopped, it got somewhere.
     """
-    trail = list(itertools.takewhile(lambda one: one["newest"] == starts[-1]["newest"], reversed(starts)))
+    trail = list(itertools.takewhile(lambda start: start["newest"] == starts[-1]["newest"], reversed(starts)))
     first = trail[-1]
     if first["code"] == EXIT_STOPPED and first["newest"]:
         trail.pop()
@@ -132,44 +132,31 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _limit_reached(told: str) -> bool:
+def _limit_reached(times: str) -> bool:
     """Tell whether the time that a job had used was all of its limit, as squeue writes both."""
-    used, _, limit = told.partition(" ")
+    used, _, limit = times.partition(" ")
     try:
         return seconds(used) >= seconds(limit)
     except ValueError:  # UNLIMITED, or nothing
         return False
 
 
-def _attempt(run: Path) -> Path | None:
-    """Return the attempt that this start of the job has made, if its ranks came so far."""
-    attempts = progress.attempts(run)
-    try:
-        about = foreign.read_object(attempts[-1] / "env.json").get("environment")
-    except (OSError, ValueError, IndexError):
-        return None
-    if not isinstance(about, dict):
-        return None
-    made_by = {"job": about.get("SLURM_JOB_ID", ""), "start": about.get("SLURM_RESTART_COUNT", "0")}
-    return attempts[-1] if made_by == start_of_job() else None
-
-
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Do one of the two, and return the exit code."""
     try:
-        if words[0] == "begin":
-            say(str(begin(Path(words[1]))))
+        if arguments[0] == "begin":
+            say(str(begin(Path(arguments[1]))))
             return 0
-        return end(Path(words[1]), int(words[2]), " ".join(words[3:]))
+        return end(Path(arguments[1]), int(arguments[2]), " ".join(arguments[3:]))
     except HalfstepError as error:
         say(*str(error).splitlines(), error=True)
         return error.exit_code
     except OSError as error:  # the file server may be away for a moment; how the ranks ended is known all the same
-        cause = files.explained(error, words[1])
+        cause = files.explained(error, arguments[1])
         say(*str(cause).splitlines(), error=True)
-        if words[0] == "begin":
+        if arguments[0] == "begin":
             return cause.exit_code
-        return int(words[2]) if int(words[2]) in _FOR_GOOD else EXIT_STOPPED
+        return int(arguments[2]) if int(arguments[2]) in _FOR_GOOD else EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import assets, trust
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit.site import Container, Site
-from launcher.submit.times import seconds
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import trust
+from halfstep.launcher.submit.site_file import Container, Site
+from halfstep.launcher.submit.times import seconds
+from halfstep.launcher.system import assets
 
 LOG = "slurm.log"
 """In the run directory: what all jobs of the run print, one after another."""
@@ -51,7 +52,7 @@ class Job:
     after: tuple[str, ...] = ()
     """Jobs of other runs that must have ended well before this one begins."""
     behind: tuple[str, ...] = ()
-    """Jobs of the same run, which this one goes on from however they end."""
+    """Jobs of the same run, which this one resumes however they end."""
     array: Array | None = None
     trusted: bool = False
     """Whether the run directory is taken as it is, whoever may write it."""
@@ -94,8 +95,10 @@ class Job:
             "array": f"0-{len(self.array.runs) - 1}%{self.array.at_once}" if self.array else None,
             "runs": self.array and self.array.list,
             "python": self._python(on_the_batch_host=True),
-            "helper": _ours(site.container, "submit/inside.py", "launcher.submit.inside"),
-            "prove": self.array and self.array.gate and _ours(site.container, "study/proof.py", "launcher.study.proof"),
+            "helper": _ours(site.container, "submit/inside.py", "halfstep.launcher.submit.inside"),
+            "prove": self.array
+            and self.array.gate
+            and _ours(site.container, "study/proof.py", "halfstep.launcher.study.proof"),
             "ranks": self._ranks(torchrun),
             "torchrun": torchrun,
             "image": site.container if site.container and site.container.kind == "pyxis" else None,
@@ -122,7 +125,7 @@ class Job:
         if box is None:
             return [own]
         if box.kind == "apptainer":
-            mounts = [word for one in box.mounts for word in ("--bind", one)]
+            mounts = [word for mount in box.mounts for word in ("--bind", mount)]
             return ["apptainer", "exec", *box.options, *mounts, box.image, own]
         if not on_the_batch_host:
             return [own]
@@ -133,13 +136,13 @@ class Job:
     def _ranks(self, torchrun: bool) -> list[str]:
         """Return the words of one task, less `run=DIR` at their end."""
         python = self._python(on_the_batch_host=False)
-        train = _ours(self.site.container, "train.py", "launcher.train")
+        train = _ours(self.site.container, "train.py", "halfstep.launcher.train")
         agreed = [trust.CONSENT] if self.trusted else []
         if not torchrun:
             return [*python, *train, *agreed]
         topology = self.plan.topology
         options = [f"--nnodes={topology.nodes}", f"--nproc-per-node={topology.ranks_per_node}"]
-        module = ["--module", "launcher.train"] if train[0] == "-m" else train
+        module = ["--module", "halfstep.launcher.train"] if train[0] == "-m" else train
         return [*python, "-m", "torch.distributed.run", *options, *module, *agreed]
 
     def check(self) -> None:
@@ -148,7 +151,7 @@ class Job:
         self._check_folders()
         if plan.checkpoint.resume == "never":
             raise RequestError(
-                "a job that never resumes would begin anew at every start",
+                "a job that never resumes would begin from scratch at every start",
                 where="checkpoint.resume=never",
                 fix="leave it out, and choose an out that does not exist yet",
             )
@@ -181,13 +184,13 @@ class Job:
             )
 
     def _check_folders(self) -> None:
-        shared = [Path(one) for one in self.site.environment.shared]
+        shared = [Path(folder) for folder in self.site.environment.shared]
         needed = {"out": self.folder, "data": Path(self.plan.data.path)}
         for path in (self.folder, *(self.array.runs if self.array else ())):
             if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(path)):
                 raise RequestError(f"{str(path)!r} holds a control character", where="out", fix="choose another out")
         for key, path in needed.items():
-            if shared and not any(path.absolute().is_relative_to(one) for one in shared):
+            if shared and not any(path.absolute().is_relative_to(folder) for folder in shared):
                 raise RequestError(
                     f"{path} cannot be seen from the compute nodes",
                     where=f"{key}, and environment.shared of site {self.site.name}: {', '.join(map(str, shared))}",

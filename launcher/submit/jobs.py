@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import foreign, records
-from launcher.errors import RequestError
-from launcher.fields import Finite, Text, checked
-from launcher.files import reason
-from launcher.submit import progress, slurm
-from launcher.submit.job import LOG
-from launcher.watch.exits import damaged_exit, read_exit
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.rundir.exits import Exit
+from halfstep.launcher.rundir.records import Damaged
+from halfstep.launcher.rundir.run_reader import Attempt, Run
+from halfstep.launcher.submit import slurm
+from halfstep.launcher.submit.job import LOG
+from halfstep.launcher.system import foreign
+from halfstep.launcher.system.fields import Finite, Text, checked
+from halfstep.launcher.system.files import reason
 
 _TAIL = 64 * 1024
 _LIST_BYTES = 1 << 24
@@ -78,12 +80,12 @@ def submitted(run: Path) -> list[str]:
 def alive(run: Path, queued: Sequence[slurm.Queued] | None = None) -> list[slurm.Queued]:
     """Return the jobs of a run or of an array's folder that wait or run, whoever submitted them, oldest first."""
     wanted = run.absolute()
-    found = []
-    for one in slurm.queue() if queued is None else queued:
-        named = Path(one.run)
-        if (wanted == named.parent and named.suffix == ".txt") or wanted in runs_of(one):
-            found.append(one)
-    return sorted(found, key=lambda one: [int(part) for part in re.findall(r"[0-9]+", one.job)])
+    living = []
+    for job in slurm.queue() if queued is None else queued:
+        named = Path(job.run)
+        if (wanted == named.parent and named.suffix == ".txt") or wanted in runs_of(job):
+            living.append(job)
+    return sorted(living, key=lambda job: [int(part) for part in re.findall(r"[0-9]+", job.job)])
 
 
 def survey(places: Iterable[Path]) -> list[Row]:
@@ -96,7 +98,7 @@ def survey(places: Iterable[Path]) -> list[Row]:
             f"a folder cannot be read: {reason(error)}", where=str(error.filename), fix="check its permissions"
         ) from None
     if not named:
-        named = [run for one in queued for run in runs_of(one)]
+        named = [run for job in queued for run in runs_of(job)]
         named += [run for run in _runs(Path("runs")) if submitted(run)]
     return [_row(run, alive(run, queued)) for run in dict.fromkeys(run.absolute() for run in named)]
 
@@ -108,17 +110,17 @@ def find(word: str) -> tuple[Path, list[str]]:
     """
     path = Path(word)
     if path.is_dir():
-        return path.absolute(), [one.job for one in alive(path)]
-    found = slurm.queue(word) if slurm.is_job(word) else []
-    if not found:
+        return path.absolute(), [job.job for job in alive(path)]
+    queued = slurm.queue(word) if slurm.is_job(word) else []
+    if not queued:
         raise RequestError(
             f"{word} is neither a run directory nor a job of a run",
             where="the command line",
             fix="`halfstep jobs` lists both",
         )
-    runs = runs_of(found[0])
-    one_run = len(found) == 1 and len(runs) == 1
-    return (runs[0] if one_run else Path(found[0].run).parent), [one.job for one in found]
+    runs = runs_of(queued[0])
+    one_run = len(queued) == 1 and len(runs) == 1
+    return (runs[0] if one_run else Path(queued[0].run).parent), [job.job for job in queued]
 
 
 def log_of(run: Path) -> Path:
@@ -160,7 +162,7 @@ def _runs(place: Path) -> Iterator[Path]:
     if (place / "plan.json").is_file():
         yield place
     elif place.is_dir():
-        yield from sorted(one.parent for one in place.glob("*/plan.json"))
+        yield from sorted(plan.parent for plan in place.glob("*/plan.json"))
 
 
 def runs_of(job: slurm.Queued) -> list[Path]:
@@ -176,26 +178,28 @@ def runs_of(job: slurm.Queued) -> list[Path]:
     return [runs[int(task)]] if re.fullmatch("[0-9]{1,9}", task) and int(task) < len(runs) else runs
 
 
-def _row(run: Path, living: list[slurm.Queued]) -> Row:
+def _row(path: Path, living: list[slurm.Queued]) -> Row:
     job = living[0] if living else None
-    damage: list[str] = []
+    run, damage = Run(path), []
 
-    def read(what: Callable[[], Any]) -> Any:
+    def read(what: str) -> Any:
         try:
-            return what()
-        except records.Damaged as error:
-            damage.append(str(error))
+            return getattr(run, what)
+        except Damaged as error:
+            damage.append(error.what)
             return None
 
-    last: records.Reached | None = read(lambda: records.reached(run / "metrics.jsonl"))
-    plan: records.PlannedSteps | None = read(lambda: records.read(run / "plan.json", records.PlannedSteps))
-    summary: records.Summary | None = read(lambda: records.read(run / "summary.json", records.Summary))
-    starts = progress.attempts(run)
-    state, why = (job.state.lower(), job.reason) if job else _ending(starts, summary)
+    last, plan, summary = read("reached"), read("planned"), read("summary")
+    if job:
+        state, why = job.state.lower(), job.reason
+    elif summary is not None and summary.status == "done":
+        state, why = "done", ""
+    else:
+        state, why = _ending(run.attempts, read("exit"))
     if damage:
         state, why = state if job else "damaged", "; ".join(damage)
     return Row(
-        run=_short(run),
+        run=_short(path),
         job=job.job if job else None,
         state=state,
         reason="" if why == "None" else why,
@@ -203,21 +207,16 @@ def _row(run: Path, living: list[slurm.Queued]) -> Row:
         steps=plan.steps if plan else None,
         loss=last.loss if last else None,
         tokens_per_second=last.tokens_per_second if last else None,
-        checkpoint=progress.newest_checkpoint(run),
-        attempts=len(starts),
+        checkpoint=run.newest_checkpoint,
+        attempts=len(run.attempts),
         left=job.left if job and not job.waits else None,
     )
 
 
-def _ending(starts: list[Path], summary: records.Summary | None) -> tuple[str, str]:
-    if summary is not None and summary.status == "done":
-        return "done", ""
-    if not starts:
+def _ending(attempts: Sequence[Attempt], end: Exit | None) -> tuple[str, str]:
+    if not attempts:
         return "ended", "before its ranks began"
-    end = read_exit(starts[-1])
-    if end is None and damaged_exit(starts[-1]):
-        return "damaged", "exit.json is damaged"
-    return ("ended", f"{end['cause']} ({end['code']})") if end else ("lost", "nobody wrote how it ended")
+    return ("ended", f"{end.cause} ({end.code})") if end else ("lost", "nobody wrote how it ended")
 
 
 def _short(run: Path) -> str:

@@ -7,26 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from launcher import rundir
-from launcher.errors import Fault, Interrupted
-from launcher.submit.hostfile import write_environment
-from launcher.topology import prefer_cpu, usable_cores
-from launcher.trust import CONSENT_VARIABLE, SECRET_VARIABLE
-from launcher.watch import rope as rope_page
-from launcher.watch.exits import read_exit, write_exit
-from launcher.watch.processes import LAUNCHER, marked, this_process
+from halfstep.launcher.errors import Fault, Interrupted
+from halfstep.launcher.rundir import layout
+from halfstep.launcher.rundir.exits import EXIT_TIMED_OUT, read_exit, write_exit
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.rundir.trust import CONSENT_VARIABLE, SECRET_VARIABLE
+from halfstep.launcher.submit.hostfile import write_environment
+from halfstep.launcher.system.processes import LAUNCHER, marked, this_process
+from halfstep.launcher.topology import prefer_cpu, usable_cores
+from halfstep.launcher.watchdog import reaper as reaper_page
 
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""
-TIMED_OUT = 124
-"""Exit code of a run that took longer than its limit, as timeout(1) has it."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LEAVING_SECONDS = 15.0
-"""How long what the launcher leaves behind may take to end; the ranks' wardens need ten at most."""
+"""How long what the launcher leaves behind may take to end; the ranks' watchdogs need ten at most."""
 
 
 def start(
@@ -50,7 +49,7 @@ def start(
     their next step; a second one ends them at once. torchrun and accelerate turn every failure into 1, so the code
     that the run itself wrote down comes first.
     """
-    before = _attempts(run)
+    before = layout.attempts(run)
     # torchrun takes options of its own from PET_*: those of a shell inside another launch are not this one's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     prefer_cpu(environment)
@@ -62,11 +61,11 @@ def start(
         environment[CONSENT_VARIABLE] = str(run)
     environment[SECRET_VARIABLE] = secrets.token_hex(32)
     environment[LAUNCHER] = this_process()
-    rope = None
+    reaper = None
     if remote is not None:
         write_environment(remote, environment)
-        tied = [sys.executable, "-S", "-P", rope_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={launch}"]
-        rope = subprocess.Popen(tied, stdin=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-S", "-P", reaper_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={launch}"]
+        reaper = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     stop, end = run / STOP_FILE, time.monotonic() + limit
     with _output(log) as out, _heard() as signals, subprocess.Popen(
         argv, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
@@ -81,9 +80,9 @@ def start(
                     return Interrupted.exit_code
                 if limit and time.monotonic() > end:
                     cause = f"it took longer than the {limit:g} s it was given"
-                    _end(f"HALFSTEP_LAUNCH={launch}", _newest(run, before), TIMED_OUT, cause)
+                    _end(f"HALFSTEP_LAUNCH={launch}", _newest(run, before), EXIT_TIMED_OUT, cause)
                     process.wait()
-                    return TIMED_OUT
+                    return EXIT_TIMED_OUT
                 if signals and not asked:
                     asked, ours = True, _ask(stop, signals[0])
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -95,9 +94,9 @@ def start(
                 stop.unlink(missing_ok=True)
             if remote is not None:
                 remote.unlink(missing_ok=True)
-            if rope is not None:
-                rope.kill()
-                rope.wait()
+            if reaper is not None:
+                reaper.kill()
+                reaper.wait()
     return _verdict(run, _newest(run, before), status)
 
 
@@ -116,14 +115,14 @@ def _heard() -> Iterator[list[int]]:
     """Collect signals instead of being ended by them."""
     heard: list[int] = []
     try:
-        former = {one: signal.signal(one, lambda number, _: heard.append(number)) for one in _SIGNALS}
+        former = {number: signal.signal(number, lambda caught, _: heard.append(caught)) for number in _SIGNALS}
     except ValueError:  # not the main thread: whoever started this hears the signals
         former = {}
     try:
         yield heard
     finally:
-        for one, handler in former.items():
-            signal.signal(one, signal.SIG_DFL if handler is None else handler)
+        for number, handler in former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _ask(stop: Path, number: int) -> bool:
@@ -164,10 +163,10 @@ def _wait_for_the_rest(mark: str, signals: list[int]) -> None:
 
 def _verdict(run: Path, attempt: Path | None, status: int) -> int:
     """Return the code the run wrote down; where it wrote none, the launcher's own, but 0 only for a finished run."""
-    found = None if attempt is None else read_exit(attempt)
-    if found is not None:
-        return int(found["code"])
-    if status == 0 and (attempt is not None or rundir.finished(run) is None):
+    end = None if attempt is None else read_exit(attempt)
+    if end is not None:
+        return end.code
+    if status == 0 and (attempt is not None or Run(run).finished is None):
         # The deepspeed command ends with 0 when what it started is killed (T22).
         what = "the launcher ended, and no rank wrote how the run did"
         print(Fault(what, where=str(attempt or run), fix="start the same command again"), file=sys.stderr, flush=True)
@@ -182,9 +181,5 @@ def _status(status: int) -> int:
     return 128 + 256 - status if 256 - signal.NSIG < status < 255 else status
 
 
-def _attempts(run: Path) -> set[Path]:
-    return set((run / "attempts").glob("[0-9]*"))
-
-
-def _newest(run: Path, before: set[Path]) -> Path | None:
-    return max(_attempts(run) - before, default=None)
+def _newest(run: Path, before: Sequence[Path]) -> Path | None:
+    return next((attempt for attempt in reversed(layout.attempts(run)) if attempt not in before), None)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jinja2
 
-from launcher import assets
-from launcher.submit.job import Job
+from halfstep.launcher.submit.job import Job
+from halfstep.launcher.system import assets
 
 
 class Shell(str):
@@ -36,5 +36,5 @@ def _quoted(value: Any) -> str:
     if isinstance(value, Shell):
         return value
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return shlex.join(str(one) for one in value)
+        return shlex.join(str(item) for item in value)
     return shlex.quote(str(value))

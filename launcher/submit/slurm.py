@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.errors import RefusedError, RequestError
-from launcher.files import reason
-from launcher.submit.job import COMMENT, Job
-from launcher.submit.times import clock, seconds
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.submit.job import COMMENT, Job
+from halfstep.launcher.submit.times import clock, seconds
+from halfstep.launcher.system.files import reason
 
 _SECONDS = 120
 """How long one of SLURM's commands may take; their own limits are shorter."""
@@ -76,7 +76,7 @@ def submit(job: Job) -> str:
     done = _call(sbatch_line(job))
     if done.returncode:
         raise RequestError(
-            f"sbatch refused: {_words(done)}", where=shlex.join(sbatch_line(job)), fix="mend that, and submit again"
+            f"sbatch refused: {_words(done)}", where=shlex.join(sbatch_line(job)), fix="fix that, and submit again"
         )
     number = done.stdout.strip().partition(";")[0]
     if not is_job(number):
@@ -102,7 +102,7 @@ def queue(*jobs: str) -> list[Queued]:
         if jobs and "Invalid job id" in done.stderr:
             return []
         raise RefusedError(f"squeue failed: {_words(done)}", where="squeue", fix="is SLURM up? `sinfo` tells")
-    found = []
+    queued = []
     for line in done.stdout.splitlines():
         parts = line.split("|", 6)
         if len(parts) < 7:
@@ -111,8 +111,8 @@ def queue(*jobs: str) -> list[Queued]:
         if is_job(job) and comment.startswith(COMMENT) and state in (*_PENDING, "RUNNING", "COMPLETING"):
             why = waits_for if state in _PENDING else nodes
             run = comment.removeprefix(COMMENT)
-            found.append(Queued(job=job, state=state, reason=why, run=run, left=left, partition=partition))
-    return found
+            queued.append(Queued(job=job, state=state, reason=why, run=run, left=left, partition=partition))
+    return queued
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -127,30 +127,30 @@ def partitions() -> list[Partition]:
     done = _call(["scontrol", "--oneliner", "show", "partition"])
     if done.returncode:
         raise RefusedError(f"scontrol failed: {_words(done)}", where="scontrol", fix="is SLURM up? `sinfo` tells")
-    found = []
+    listed = []
     for line in done.stdout.splitlines():
         values = {key: value for key, given, value in (word.partition("=") for word in line.split()) if given}
         if "PartitionName" not in values:
             continue
         limits = [values.get(name, "") for name in ("MaxNodes", "TotalNodes")]
-        found.append(
+        listed.append(
             Partition(
                 name=values["PartitionName"],
                 seconds=_limit(values.get("MaxTime", "UNLIMITED")),
-                nodes=min((int(one) for one in limits if re.fullmatch("[0-9]{1,9}", one)), default=None),
+                nodes=min((int(limit) for limit in limits if re.fullmatch("[0-9]{1,9}", limit)), default=None),
                 default=values.get("Default") == "YES",
                 state=values.get("State", "UP"),
             )
         )
-    return found
+    return listed
 
 
 def node_memory(partition: str | None) -> int | None:
     """Return the MB of the largest node of a partition, or of all."""
     chosen = [f"--partition={partition}"] if partition else []
     done = _call(["sinfo", "--noheader", "--format=%m", *chosen])
-    sizes = [one.rstrip("+") for one in done.stdout.split()]
-    return max((int(one) for one in sizes if re.fullmatch("[0-9]{1,15}", one)), default=None)
+    sizes = [size.rstrip("+") for size in done.stdout.split()]
+    return max((int(size) for size in sizes if re.fullmatch("[0-9]{1,15}", size)), default=None)
 
 
 def _limit(text: str) -> int | None:
@@ -167,24 +167,29 @@ def _check_partition(job: Job) -> None:
     names = asked.split(",") if asked else []
     where = f"slurm.partition of site {job.site.name}, or --partition"
     for name in names:
-        if name not in [one.name for one in known]:
-            has = ", ".join(one.name for one in known)
+        if name not in [partition.name for partition in known]:
+            has = ", ".join(partition.name for partition in known)
             raise RequestError(f"there is no partition {name!r}", where=where, fix=f"this cluster has: {has}")
-    chosen = [one for one in known if one.name in names or (not names and one.default)]
+    chosen = [partition for partition in known if partition.name in names or (not names and partition.default)]
     wanted, nodes = seconds(job.site.slurm.time), job.plan.topology.nodes
-    fitting = [one for one in chosen if wanted <= (one.seconds or wanted) and nodes <= (one.nodes or nodes)]
-    for one in chosen if not fitting else []:
-        if one.seconds is not None and wanted > one.seconds:
+    fitting = [
+        partition
+        for partition in chosen
+        if wanted <= (partition.seconds or wanted) and nodes <= (partition.nodes or nodes)
+    ]
+    for partition in chosen if not fitting else []:
+        if partition.seconds is not None and wanted > partition.seconds:
             raise RequestError(
-                f"a time limit of {job.site.slurm.time} is over the {clock(one.seconds)} of partition {one.name}",
+                f"a time limit of {job.site.slurm.time} is over the {clock(partition.seconds)} of partition "
+                f"{partition.name}",
                 where=f"slurm.time of site {job.site.name}, or --time",
-                fix=f"--time {clock(one.seconds)}: a run that needs longer requeues and goes on",
+                fix=f"--time {clock(partition.seconds)}: a run that needs longer requeues and resumes",
             )
-        if one.nodes is not None and nodes > one.nodes:
+        if partition.nodes is not None and nodes > partition.nodes:
             raise RequestError(
-                f"{nodes} nodes are more than the {one.nodes} of partition {one.name}",
+                f"{nodes} nodes are more than the {partition.nodes} of partition {partition.name}",
                 where="nodes",
-                fix=f"nodes={one.nodes}, or another --partition",
+                fix=f"nodes={partition.nodes}, or another --partition",
             )
     memory, has = _megabytes(job.site.slurm.memory), None
     if memory:
@@ -198,16 +203,16 @@ def _check_partition(job: Job) -> None:
 
 
 def _megabytes(text: str | None) -> int | None:
-    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text or "", re.IGNORECASE)
-    if not found:
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text or "", re.IGNORECASE)
+    if not match:
         return None
-    return int(int(found[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[found[2].upper()])
+    return int(int(match[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[match[2].upper()])
 
 
-def _call(words: list[str], text: str | None = None) -> "subprocess.CompletedProcess[str]":
-    if shutil.which(words[0]) is None:
+def _call(command: list[str], text: str | None = None) -> "subprocess.CompletedProcess[str]":
+    if shutil.which(command[0]) is None:
         raise RefusedError(
-            f"{words[0]} is not here: this is no host that submits to SLURM",
+            f"{command[0]} is not here: this is no host that submits to SLURM",
             where="PATH",
             fix="log in to the cluster; `halfstep submit --dry-run` shows the script without it",
         )
@@ -215,7 +220,7 @@ def _call(words: list[str], text: str | None = None) -> "subprocess.CompletedPro
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
     try:
         return subprocess.run(
-            words,
+            command,
             input=text,
             capture_output=True,
             encoding="utf-8",
@@ -226,16 +231,16 @@ def _call(words: list[str], text: str | None = None) -> "subprocess.CompletedPro
         )
     except subprocess.TimeoutExpired:
         raise RefusedError(
-            f"{words[0]} did not answer within {_SECONDS} s",
-            where=shlex.join(words),
+            f"{command[0]} did not answer within {_SECONDS} s",
+            where=shlex.join(command),
             fix="is SLURM up? `scontrol ping` tells; `squeue --me` shows what it has taken all the same",
         ) from None
     except OSError as error:
         raise RefusedError(
-            f"{words[0]} cannot be started: {reason(error)}", where=shlex.join(words), fix="check it on this host"
+            f"{command[0]} cannot be started: {reason(error)}", where=shlex.join(command), fix="check it on this host"
         ) from None
 
 
 def _words(done: "subprocess.CompletedProcess[str]") -> str:
-    lines = [one.strip() for one in (done.stderr or done.stdout).splitlines() if one.strip()]
-    return "; ".join(re.sub(r"^(sbatch|squeue|scontrol|scancel): (error: )?", "", one) for one in lines) or "no word"
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    return "; ".join(re.sub(r"^(sbatch|squeue|scontrol|scancel): (error: )?", "", line) for line in lines) or "no word"

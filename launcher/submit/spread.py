@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit.argv import ACCELERATE_CONFIG, script_words, tool
-from launcher.submit.hostfile import Hosts, exported
-from launcher.topology import free_port
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.submit.argv import ACCELERATE_CONFIG, script_words, tool
+from halfstep.launcher.submit.hostfile import Hosts, exported
+from halfstep.launcher.topology import free_port
 
 BACKENDS = ("pdsh", "openmpi")
 _NODE = "@NODE@"
@@ -27,43 +27,43 @@ def environment_file(run: Path) -> Path:
 
 def deepspeed(plan: Plan, run: Path, hosts: Hosts, backend: str) -> list[str]:
     """Return the `deepspeed` command for pdsh or Open MPI."""
-    words = [*tool("deepspeed", "deepspeed.launcher.runner"), "--hostfile", str(hosts.file), "--launcher", backend]
+    command = [*tool("deepspeed", "deepspeed.launcher.runner"), "--hostfile", str(hosts.file), "--launcher", backend]
     address, port = hosts.names[0], str(free_port())
-    words += ["--master_addr", address, "--master_port", port, "--log_level", "error"]
+    command += ["--master_addr", address, "--master_port", port, "--log_level", "error"]
     if backend == "pdsh":
-        words += ["--num_nodes", str(len(hosts.names)), "--num_gpus", str(hosts.slots)]
-        words += ["--venv_script", _plain(environment_file(run)), "--launcher_args=-N"]
+        command += ["--num_nodes", str(len(hosts.names)), "--num_gpus", str(hosts.slots)]
+        command += ["--venv_script", _plain(environment_file(run)), "--launcher_args=-N"]
         if hosts.ssh_port:
-            words += ["--ssh_port", str(hosts.ssh_port)]
-        return [*words, *script_words(Path(_plain(run)))]
+            command += ["--ssh_port", str(hosts.ssh_port)]
+        return [*command, *script_words(Path(_plain(run)))]
     # DeepSpeed tells mpirun neither address nor port. mpirun takes the names of variables, and their values from here.
     named = [*exported(), "DS_ACCELERATOR", "OMP_NUM_THREADS", "HALFSTEP_LAUNCH", "MASTER_ADDR", "MASTER_PORT"]
     options = " ".join(f"-x {name}" for name in dict.fromkeys(named))
     met = ["env", f"MASTER_ADDR={address}", f"MASTER_PORT={port}"]
-    return [*met, *words, f"--launcher_args={options}", *script_words(run)]
+    return [*met, *command, f"--launcher_args={options}", *script_words(run)]
 
 
 def torchrun(plan: Plan, run: Path, hosts: Hosts, backend: str) -> list[str]:
     """Return the command that starts one `torchrun` on each host."""
-    words = [*tool("torchrun", "torch.distributed.run"), "--nnodes", str(len(hosts.names)), "--node-rank", _NODE]
-    words += ["--nproc-per-node", str(hosts.slots), "--master-addr", hosts.names[0]]
-    return _pdsh([*words, "--master-port", str(free_port()), *script_words(run)], run, hosts)
+    command = [*tool("torchrun", "torch.distributed.run"), "--nnodes", str(len(hosts.names)), "--node-rank", _NODE]
+    command += ["--nproc-per-node", str(hosts.slots), "--master-addr", hosts.names[0]]
+    return _pdsh([*command, "--master-port", str(free_port()), *script_words(run)], run, hosts)
 
 
 def accelerate(plan: Plan, run: Path, hosts: Hosts, backend: str) -> list[str]:
     """Return the command that starts one `accelerate launch` on each host."""
     nodes = len(hosts.names)
-    words = [*tool("accelerate", "accelerate.commands.accelerate_cli"), "launch", *ACCELERATE_CONFIG, "--multi_gpu"]
-    words += ["--num_machines", str(nodes), "--machine_rank", _NODE, "--num_processes", str(nodes * hosts.slots)]
-    words += ["--main_process_ip", hosts.names[0], "--main_process_port", str(free_port())]
-    words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "static"]
-    return _pdsh([*words, *script_words(run)], run, hosts)
+    command = [*tool("accelerate", "accelerate.commands.accelerate_cli"), "launch", *ACCELERATE_CONFIG, "--multi_gpu"]
+    command += ["--num_machines", str(nodes), "--machine_rank", _NODE, "--num_processes", str(nodes * hosts.slots)]
+    command += ["--main_process_ip", hosts.names[0], "--main_process_port", str(free_port())]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "static"]
+    return _pdsh([*command, *script_words(run)], run, hosts)
 
 
-def _pdsh(words: list[str], run: Path, hosts: Hosts) -> list[str]:
+def _pdsh(command: list[str], run: Path, hosts: Hosts) -> list[str]:
     """Return a pdsh command that runs words on each host; pdsh writes the host's number for %n, and % for %%."""
     file, folder = shlex.quote(str(environment_file(run))), shlex.quote(str(Path.cwd()))
-    text = f". {file} && cd {folder} && exec {shlex.join(words)}".replace("%", "%%").replace(_NODE, "%n")
+    text = f". {file} && cd {folder} && exec {shlex.join(command)}".replace("%", "%%").replace(_NODE, "%n")
     remote = ["env", f"PDSH_SSH_ARGS_APPEND=-p {hosts.ssh_port}"] if hosts.ssh_port else []
     return [*remote, "pdsh", "-S", "-N", "-R", "ssh", "-w", ",".join(hosts.names), text]
 

@@ -8,11 +8,11 @@ def seconds(limit: str) -> int:
 
     Raises ValueError for anything else.
     """
-    found = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit, re.ASCII)
-    if not found:
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit, re.ASCII)
+    if not match:
         raise ValueError(f"{limit!r} is no SLURM time, such as 90, 12:00:00 or 2-12")
-    days, *rest = found.groups()
-    numbers = [int(one) for one in rest if one is not None]
+    days, *rest = match.groups()
+    numbers = [int(number) for number in rest if number is not None]
     if days is not None:
         hours, minutes, left = (*numbers, 0, 0)[:3]
     elif len(numbers) == 3:

@@ -119,7 +119,7 @@ REAL: dict[str, tuple[str, str]] = {
     "one cycle": (
         """{"train_batch_size": 32, "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1e-5,
         "cycle_max_lr": 1e-3}}}""",
-        "give schedule.kind (cosine, linear, constant) and schedule.warmup",
+        "give schedule.kind (cosine, linear, wsd, constant) and schedule.warmup",
     ),
     "SGD, sharded": (
         """{"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from launcher import environment
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.shards import PROBE, Piece
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.shards import PROBE, Piece
+from halfstep.launcher.rundir import environment
 
 STATES = ("exp_avg", "exp_avg_sq")
 
@@ -82,12 +82,12 @@ def save(
                 )
             )
         files.append(shards.write(folder / f"{name}.safetensors", order, lambda: None))
-        sidecar = {"pieces": {one: list(place) for one, place in pieces.items()}, "rng": {"rank": rank}}
+        sidecar = {"pieces": {parameter: list(place) for parameter, place in pieces.items()}, "rng": {"rank": rank}}
         files.append(shards.write_json(folder / f"{name}.json", sidecar))
     shapes = {name: list(values.shape) for name, values in parameters.items()}
     model = {"name": "by hand", "config": config or {}, "vocabulary": 0, "parameters": shapes}
     if buffers is not None:
-        kept = {name: {"shape": list(one.shape), "dtype": str(one.dtype)} for name, one in buffers[0].items()}
+        kept = {name: {"shape": list(buffer.shape), "dtype": str(buffer.dtype)} for name, buffer in buffers[0].items()}
         model["buffers"] = kept
     return store.commit(folder, manifest(step, model, len(held), tuple(files), data, **changed))
 

@@ -43,17 +43,17 @@ GREETINGS = [
 
 def listening() -> set:
     """Return the TCP ports that something listens at, and the abstract sockets of this host."""
-    found = set()
+    seen = set()
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A":
-                found.add(int(fields[1].rpartition(":")[2], 16))
+                seen.add(int(fields[1].rpartition(":")[2], 16))
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         name = line.split()[-1]
         if name.startswith("@halfstep"):
-            found.add("\0" + name[1:])
-    return found
+            seen.add("\0" + name[1:])
+    return seen
 
 
 def annoy(place, held: list) -> None:

@@ -5,31 +5,25 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launcher import rundir
-from launcher.plan import facts
-from launcher.plan.pretrained import Network
-from launcher.plan.resolve import resolve
-from launcher.study import file, folder, grid
-from launcher.topology import Topology
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.study import grid, study_file, study_folder
+from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 
 
-def unasked(*_: object) -> Network:
-    """Stand where an `hf:` model would be constructed; no cell has one."""
-    raise AssertionError("no cell names an hf: model")
-
-
-def cells_of(study: file.Study) -> list[grid.Cell]:
+def cells_of(study: study_file.Study) -> list[grid.Cell]:
     """Plan a study's cells for two CPU ranks."""
-    return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec, unasked)))
+    return grid.cells(study, lambda request: resolve(request, WORLD, facts.read(request.spec)))
 
 
-def started(where: Path, study_file: Path, words: Sequence[str] = ()) -> tuple[file.Study, list[grid.Cell]]:
+def started(where: Path, file: Path, arguments: Sequence[str] = ()) -> tuple[study_file.Study, list[grid.Cell]]:
     """Make a study's folder in which nothing has run."""
-    study = file.read(str(study_file), words)
+    study = study_file.read(str(file), arguments)
     cells = cells_of(study)
-    folder.write(where, study, cells)
+    study_folder.write(where, study, cells)
     return study, cells
 
 
@@ -46,10 +40,10 @@ def finish(
     curve: Callable[[int], float] = lambda step: 2.0 * math.exp(-step / 8),
 ) -> Path:
     """Write what a finished run leaves: losses fall to `loss`, which is the validation loss as well."""
-    run = folder.run_of(where, cell)
+    run = study_folder.run_of(where, cell)
     assert cell.plan is not None
     steps = cell.plan.steps if steps is None else steps
-    rundir.write_plan(run, cell.request, cell.plan)
+    run_directory.write_plan(run, cell.request, cell.plan)
     scale = 65536.0 if cell.plan.precision == "fp16" else None
     rows = [
         {"step": step, "tokens": step * 64, "loss": loss + curve(step), "lr": 1e-3, "grad_norm": 1.0,
@@ -68,7 +62,7 @@ def finish(
     attempt.mkdir(parents=True, exist_ok=True)
     about = {"host": "n1", "cpu": "a processor", "versions": {"torch": "2.13.0"}, "load_average": [1.0, 1.0, 1.0]}
     (attempt / "env.json").write_text(json.dumps({**about, "code_revision": "abc"}))
-    (attempt / "exit.json").write_text(json.dumps({"code": 0, "cause": "done", "rank": 0, "time": 1e9}))
+    (attempt / "exit.json").write_text(json.dumps({"code": 0, "cause": "done", "kind": "done", "rank": 0, "time": 1e9}))
     (run / "proof.json").write_text(json.dumps({"proved": proved, "reason": "" if proved else "its repairs are off"}))
     return run
 

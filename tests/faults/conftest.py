@@ -12,11 +12,11 @@ from faults.rig import WORDS, Launch
 
 @pytest.fixture(scope="session")
 def launch(scratch: Path, data: Path) -> Callable[..., Launch]:
-    """Return a function that starts ranks of a run: `launch(name or path, *words, world=2, HALFSTEP_FAULT=...)`."""
+    """Return a function that starts ranks of a run: `launch(name or path, *arguments, world=2, HALFSTEP_FAULT=...)`."""
 
-    def begin(name: str | Path, *words: str, world: int = 2, **more: str) -> Launch:
+    def begin(name: str | Path, *arguments: str, world: int = 2, **more: str) -> Launch:
         out = name if isinstance(name, Path) else scratch / "faults" / name
-        return Launch(out, [*WORDS, f"data={data}", *words], scratch, world=world, **more)
+        return Launch(out, [*WORDS, f"data={data}", *arguments], scratch, world=world, **more)
 
     return begin
 
@@ -26,12 +26,12 @@ def undisturbed(launch: Callable[..., Launch]) -> Callable[..., Path]:
     """Return a function that runs something to its end, once a session, and returns its run directory."""
     done: dict[tuple[str, ...], Path] = {}
 
-    def run(*words: str, world: int = 2) -> Path:
-        key = (str(world), *words)
+    def run(*arguments: str, world: int = 2) -> Path:
+        key = (str(world), *arguments)
         if key not in done:
-            one = launch(f"reference-{len(done)}", *words, world=world)
-            assert one.wait() == [0] * world, one.output
-            done[key] = one.out
+            launched = launch(f"reference-{len(done)}", *arguments, world=world)
+            assert launched.wait() == [0] * world, launched.output
+            done[key] = launched.out
         return done[key]
 
     return run

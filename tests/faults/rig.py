@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 from ranks import environment
 
-from launcher.lease import lease
-from launcher.topology import free_port
+from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.topology import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -46,7 +46,7 @@ class Launch:
     def __init__(
         self,
         out: Path,
-        words: list[str],
+        arguments: list[str],
         scratch: Path,
         *,
         world: int = 2,
@@ -66,7 +66,7 @@ class Launch:
         with self._log.open("ab") as log:
             self.ranks = [
                 subprocess.Popen(
-                    [sys.executable, "launcher/train.py", *words, f"out={out}"],
+                    [sys.executable, "launcher/train.py", *arguments, f"out={out}"],
                     cwd=ROOT,
                     env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)},
                     stdout=log,
@@ -97,8 +97,8 @@ class Launch:
         """Poll until a condition holds and return its value; fails when the ranks end before."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            if found := condition():
-                return found
+            if value := condition():
+                return value
             assert any(rank.poll() is None for rank in self.ranks), f"ended before it came to that:\n{self.output}"
             time.sleep(0.002)
         raise AssertionError(f"it did not come to that within {timeout} s:\n{self.output}")
@@ -114,12 +114,12 @@ class Launch:
                 self.ranks[rank].send_signal(number)
 
 
-def start_by(tool: str, words: list[str], out: Path, scratch: Path, **more: str) -> subprocess.Popen[bytes]:
+def start_by(tool: str, arguments: list[str], out: Path, scratch: Path, **more: str) -> subprocess.Popen[bytes]:
     """Start a tool of this environment (`halfstep run ...`, `deepspeed ...`) on a run, in a session of its own."""
     log = scratch / "logs" / f"{out.parent.name}-{out.name}.log"
     log.parent.mkdir(exist_ok=True)
     port = ["--master_port", str(free_port())] if tool == "deepspeed" else []
-    command = [str(Path(sys.executable).parent / tool), *port, *words, f"out={out}"]
+    command = [str(Path(sys.executable).parent / tool), *port, *arguments, f"out={out}"]
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
@@ -140,8 +140,8 @@ def wait_for(condition: Callable[[], Any], timeout: float = 120) -> Any:
     """Poll until a condition holds and return its value."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.02)
     raise AssertionError(f"it did not come to that within {timeout} s")
 
@@ -153,9 +153,9 @@ def ranks_of(out: Path) -> list[psutil.Process]:
 
 def heartbeats(out: Path) -> list[int]:
     """Return the process of each rank of the newest attempt, as its own host numbers it."""
-    numbers = sorted((out / "attempts").glob("*/rank-*.heartbeat"), key=lambda one: (one.parent.name, one.name))
-    last = [one for one in numbers if one.parent == numbers[-1].parent]
-    return [json.loads(one.read_text())["pid"] for one in last]
+    numbers = sorted((out / "attempts").glob("*/rank-*.heartbeat"), key=lambda file: (file.parent.name, file.name))
+    last = [file for file in numbers if file.parent == numbers[-1].parent]
+    return [json.loads(file.read_text())["pid"] for file in last]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -179,28 +179,32 @@ def series(out: Path) -> list[dict[str, Any]]:
 
 def events(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Return the events, or those of a kind; a line cut short by a kill is none."""
-    found = []
+    listed = []
     for line in (out / "events.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [one for one in found if kind in (None, one["event"])]
+            listed.append(json.loads(line))
+    return [event for event in listed if kind in (None, event["event"])]
 
 
 def exit_of(out: Path) -> dict[str, Any]:
     """Return how the last attempt ended, by its own account."""
-    last = max((out / "attempts").iterdir(), key=lambda one: one.name)
+    last = max((out / "attempts").iterdir(), key=lambda attempt: attempt.name)
     return json.loads((last / "exit.json").read_text())
 
 
 def steps_saved(out: Path) -> list[int]:
     """Return the steps of the checkpoints that have a manifest, oldest first."""
-    return sorted(int(one.parent.name[5:]) for one in (out / "checkpoints").glob("step-????????/manifest.json"))
+    return sorted(
+        int(manifest.parent.name[5:]) for manifest in (out / "checkpoints").glob("step-????????/manifest.json")
+    )
 
 
 def final_state(out: Path) -> dict[str, str]:
     """Return the hash of every rank's tensors in the newest checkpoint: weights and optimizer states."""
     folder = out / "checkpoints" / f"step-{steps_saved(out)[-1]:08d}"
-    return {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(folder.glob("*.safetensors"))}
+    return {
+        shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in sorted(folder.glob("*.safetensors"))
+    }
 
 
 def assert_same(out: Path, reference: Path) -> None:
@@ -230,13 +234,13 @@ def _whole(line: str) -> bool:
 
 
 def processes(out: Path) -> list[psutil.Process]:
-    """Return every process that was started on a run, wardens and launchers too, whatever its command line."""
-    found = []
-    for one in psutil.process_iter():
+    """Return every process that was started on a run, watchdogs and launchers too, whatever its command line."""
+    ours = []
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if one.environ().get(OURS) == str(out) and one.status() != psutil.STATUS_ZOMBIE:
-                found.append(one)
-    return found
+            if process.environ().get(OURS) == str(out) and process.status() != psutil.STATUS_ZOMBIE:
+                ours.append(process)
+    return ours
 
 
 @contextlib.contextmanager
@@ -251,7 +255,7 @@ def nothing_left(out: Path, *, half_written: bool = False, within: float = 10) -
     while processes(out) and time.monotonic() < end:
         time.sleep(0.1)
     assert not processes(out)
-    assert not {one for one in set(Path("/dev/shm").iterdir()) - memory if "deepspeed" in one.name}
+    assert not {file for file in set(Path("/dev/shm").iterdir()) - memory if "deepspeed" in file.name}
     assert half_written or not list((out / "checkpoints").glob(".*"))
     with lease(out):
         pass  # whoever held it has given it back

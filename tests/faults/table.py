@@ -12,28 +12,28 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
 def main(results: Path) -> None:
     """Replace the table between the two marks of the page."""
-    found = {}
+    rows = {}
     for line in results.read_text().splitlines():
-        one = json.loads(line)
-        found[one["fault"]] = one  # measured again: the last one counts
+        row = json.loads(line)
+        rows[row["fault"]] = row  # measured again: the last one counts
     lines = [
         "| fault | injected | survived | most steps redone | noticed after | training again after |",
         "|---|---|---|---|---|---|",
-        *(_row(one) for one in found.values()),
+        *(_row(row) for row in rows.values()),
     ]
-    total = sum(one["injected"] for one in found.values())
-    survived = sum(one.get("survived", 0) for one in found.values())
-    redone = max(one.get("worst_redone", 0) for one in found.values())
-    told = f"In all {total} faults injected, {survived} survived, most steps redone {redone}"
+    total = sum(row["injected"] for row in rows.values())
+    survived = sum(row.get("survived", 0) for row in rows.values())
+    redone = max(row.get("worst_redone", 0) for row in rows.values())
+    total_text = f"In all {total} faults injected, {survived} survived, most steps redone {redone}"
     left = "corrupt checkpoints selected: 0; processes, shared memory and half-written folders left: 0"
-    lines += ["", f"{told}; {left}."]
+    lines += ["", f"{total_text}; {left}."]
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}" + rest.partition(END)[2])
 
 
-def _row(one: dict[str, Any]) -> str:
-    cells = [one["fault"], one["injected"], one.get("survived", "-"), one.get("worst_redone", "-")]
-    cells += [_seconds(one.get("detect")), _seconds(one.get("recover"))]
+def _row(row: dict[str, Any]) -> str:
+    cells = [row["fault"], row["injected"], row.get("survived", "-"), row.get("worst_redone", "-")]
+    cells += [_seconds(row.get("detect")), _seconds(row.get("recover"))]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 

@@ -16,10 +16,10 @@ CELL = ("zero=2", "precision=fp16")
 @pytest.fixture(scope="module")
 def interrupted(launch: Callable[..., Launch]) -> Path:
     """Return a run with checkpoints of steps 10, 20 and 30, killed in step 31."""
-    one = launch("interrupted", *CELL, HALFSTEP_FAULT="step:*:32:kill9")
-    assert one.wait() == [-9, -9]
-    assert rig.steps_saved(one.out) == [10, 20, 30]
-    return one.out
+    launched = launch("interrupted", *CELL, HALFSTEP_FAULT="step:*:32:kill9")
+    assert launched.wait() == [-9, -9]
+    assert rig.steps_saved(launched.out) == [10, 20, 30]
+    return launched.out
 
 
 @pytest.fixture
@@ -87,14 +87,14 @@ def test_when_none_is_good_it_stops_instead_of_starting_over(
     for step in (10, 20, 30):
         _flip(run / f"checkpoints/step-{step:08d}/rank-00000.safetensors", 0.3)
     # The lease in it is of the launch that was killed.
-    before = sorted(one for one in run.rglob("*") if one.is_file() and one.name != "lease")
+    before = sorted(file for file in run.rglob("*") if file.is_file() and file.name != "lease")
     rows = rig.series(run)
     again = launch(run, *CELL)
     assert again.wait() == [2, 2], again.output
     assert "error: none of the 3 checkpoint(s) is good: step-00000030: rank-00000.safetensors" in again.output
     assert again.output.count("error:") == 1, "said once"
     assert rig.series(run) == rows
-    assert set(before) <= {one for one in run.rglob("*") if one.is_file()}, "nothing deleted"
+    assert set(before) <= {file for file in run.rglob("*") if file.is_file()}, "nothing deleted"
     fresh = launch(run, *CELL, "checkpoint.resume=never")
     assert fresh.wait() == [0, 0], fresh.output
     assert rig.last_step(run) == 40
@@ -108,7 +108,7 @@ def test_what_does_not_belong_is_refused_in_one_sentence(
     newest = run / "checkpoints/step-00000030"
     must = launch(tmp_path / "empty", *CELL, "checkpoint.resume=must")
     assert must.wait() == [2, 2]
-    assert "error: there is no checkpoint to go on from" in must.output
+    assert "error: there is no checkpoint to resume from" in must.output
 
     _rewrite(newest, lambda tree: tree["identity"].update({"seed": 7}))
     other = launch(run, *CELL)
@@ -145,7 +145,7 @@ def test_other_versions_are_told(launch: Callable[..., Launch], run: Path, undis
 
 def _rewrite(folder: Path, change: Callable[[dict], object]) -> None:
     """Change a manifest as its writer would: its own digest fits."""
-    from launcher.spec.digest import digest
+    from halfstep.launcher.config.digest import digest
 
     file = folder / "manifest.json"
     tree = json.loads(file.read_text())

@@ -13,7 +13,7 @@ import pytest
 from faults import rig
 from faults.rig import Launch
 
-from launcher import caches
+from halfstep.launcher.system import caches
 
 pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get("HALFSTEP_KILLS", "50"))
@@ -32,25 +32,25 @@ def test_kills_at_random_instants_lose_no_step_and_no_bit(
     out: Path | str = f"random-kills-{cell[0]}"
     recovered, detected, in_save, wall = [], [], 0, 0.0
     for number in range(KILLS):
-        one = launch(out, *cell, *LONG)
-        out = one.out
-        one.until(lambda before=number, run=out: _trained(run) > before)
+        launched = launch(out, *cell, *LONG)
+        out = launched.out
+        launched.until(lambda before=number, run=out: _trained(run) > before)
         begun = rig.last_step(out)
         if number:
             recovered.append(rig.events(out, "training")[-1]["time"] - wall)
         if number % 2:  # in a save, whichever comes first
-            one.until(lambda run=out: list((run / "checkpoints").glob(".writing-*")))
+            launched.until(lambda run=out: list((run / "checkpoints").glob(".writing-*")))
             time.sleep(chance.uniform(0, 0.03))
             in_save += bool(list((out / "checkpoints").glob(".writing-*")))
         else:
-            one.until_step(begun + chance.randint(1, 18))
+            launched.until_step(begun + chance.randint(1, 18))
             time.sleep(chance.uniform(0, 0.06))
         victims = chance.choice([(0,), (1,), (0, 1)])
-        one.kill(ranks=victims)
+        launched.kill(ranks=victims)
         killed, wall = time.monotonic(), time.time()
-        codes = one.wait(timeout=30)
+        codes = launched.wait(timeout=30)
         detected.append(time.monotonic() - killed)
-        assert any(code == -signal.SIGKILL for code in codes), (number, codes, one.output)
+        assert any(code == -signal.SIGKILL for code in codes), (number, codes, launched.output)
     last = launch(out, *cell, *LONG)
     with rig.nothing_left(last.out):
         assert last.wait() == [0, 0], last.output
@@ -85,34 +85,34 @@ def test_a_kill_at_a_point_of_a_save_leaves_the_old_checkpoint_or_the_new(
     worst = []
     for rank in (0, 1) if point != "save.prune" else (0,):
         step = 10 if point == "save.prune" else 30
-        one = launch(f"{point}-{rank}", *cell, HALFSTEP_FAULT=f"{point}:{rank}:{step}:kill9")
-        codes = one.wait(timeout=60)
-        assert codes[rank] == -signal.SIGKILL, (codes, one.output)
-        saved = rig.steps_saved(one.out)
+        launched = launch(f"{point}-{rank}", *cell, HALFSTEP_FAULT=f"{point}:{rank}:{step}:kill9")
+        codes = launched.wait(timeout=60)
+        assert codes[rank] == -signal.SIGKILL, (codes, launched.output)
+        saved = rig.steps_saved(launched.out)
         assert saved[-1] in (20, 30), "the old one or the new"
         assert len(saved) >= 2
-        with rig.nothing_left(one.out):
-            again = launch(one.out, *cell)
+        with rig.nothing_left(launched.out):
+            again = launch(launched.out, *cell)
             assert again.wait() == [0, 0], again.output
-        assert [event["step"] for event in rig.events(one.out, "resumed")] == [saved[-1]]
-        rig.assert_same(one.out, undisturbed(*cell))
-        worst.append(rig.redone(one.out))
+        assert [event["step"] for event in rig.events(launched.out, "resumed")] == [saved[-1]]
+        rig.assert_same(launched.out, undisturbed(*cell))
+        worst.append(rig.redone(launched.out))
     record(f"kill -9 at {point}", injected=len(worst), survived=len(worst), worst_redone=max(worst))
 
 
-def test_a_kill_while_loading_and_another_while_that_is_mended(
+def test_a_kill_while_loading_and_another_while_it_recovers(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path], record: Callable[..., None]
 ) -> None:
     cell = ("zero=2", "precision=fp16")
-    one = launch("loading", *cell, HALFSTEP_FAULT="step:*:25:kill9")
-    assert one.wait() == [-9, -9]
-    again = launch(one.out, *cell, HALFSTEP_FAULT="load:1:20:kill9")
+    launched = launch("loading", *cell, HALFSTEP_FAULT="step:*:25:kill9")
+    assert launched.wait() == [-9, -9]
+    again = launch(launched.out, *cell, HALFSTEP_FAULT="load:1:20:kill9")
     assert again.wait(timeout=60)[1] == -9
-    third = launch(one.out, *cell, HALFSTEP_FAULT="init:0:0:kill9")
+    third = launch(launched.out, *cell, HALFSTEP_FAULT="init:0:0:kill9")
     assert third.wait(timeout=60)[0] == -9
-    with rig.nothing_left(one.out):
-        assert launch(one.out, *cell).wait() == [0, 0]
-    rig.assert_same(one.out, undisturbed(*cell))
+    with rig.nothing_left(launched.out):
+        assert launch(launched.out, *cell).wait() == [0, 0]
+    rig.assert_same(launched.out, undisturbed(*cell))
     record("kill -9 of all ranks, then of one while loading, then while building", injected=3, survived=3)
 
 
@@ -124,12 +124,14 @@ def test_no_rank_survives_what_started_it(
     scratch: Path, data: Path, starter: str, victim: str, record: Callable[..., None]
 ) -> None:
     out = scratch / "faults" / f"orphans-{starter}-{victim}"
-    words = [*rig.WORDS, "steps=5000", "zero=2", "precision=fp16", f"data={data}"]
-    one = rig.start_by("halfstep", ["run", "--with", starter, *words], out, scratch)
+    arguments = [*rig.WORDS, "steps=5000", "zero=2", "precision=fp16", f"data={data}"]
+    launched = rig.start_by("halfstep", ["run", "--with", starter, *arguments], out, scratch)
     rig.wait_for(lambda: rig.last_step(out) >= 5)
     ranks = rig.ranks_of(out)
     assert len(ranks) == 2
-    above = [parent for parent in ranks[0].parents() if parent.pid != one.pid and parent in _descendants(one.pid)]
+    above = [
+        parent for parent in ranks[0].parents() if parent.pid != launched.pid and parent in _descendants(launched.pid)
+    ]
     target = {"runner": above[-1], "launch.py": above[0], "rank": ranks[1], "agent": above[0]}[victim]
     with rig.nothing_left(out):
         target.kill()
@@ -137,7 +139,7 @@ def test_no_rank_survives_what_started_it(
         rig.wait_for(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), timeout=30)
         gone = time.monotonic() - killed
         assert gone < 10, "the promise"
-        status = one.wait(timeout=40)
+        status = launched.wait(timeout=40)
     cause = rig.exit_of(out)
     if victim == "rank":
         assert status == cause["code"] == 128 + 9, (status, cause)
@@ -161,15 +163,15 @@ def test_starts_that_are_killed_pile_nothing_up(
     cell = ("zero=2", "precision=fp16", "watch.startup=20")
     chance = random.Random(7)
     for number in range(12):
-        one = launch("restarts", *cell)
+        launched = launch("restarts", *cell)
         time.sleep(chance.uniform(0.5, 5.0))
-        one.kill(ranks=chance.choice([(0,), (1,), (0, 1)]))
-        one.wait(timeout=40)
-        assert one.ranks[0].poll() is not None, number
+        launched.kill(ranks=chance.choice([(0,), (1,), (0, 1)]))
+        launched.wait(timeout=40)
+        assert launched.ranks[0].poll() is not None, number
     with rig.nothing_left(scratch / "faults" / "restarts"):
         pass
     after = set(Path("/tmp").iterdir()) | set(Path("/dev/shm").iterdir())
-    left = {one for one in after - before if one.name.startswith(("halfstep", "deepspeed", "torch"))}
+    left = {file for file in after - before if file.name.startswith(("halfstep", "deepspeed", "torch"))}
     assert left <= {caches.temporary()}, "a folder for what lives for one launch"
     assert not list((scratch / "ops").glob("*/lock")), "no build lock that the next start would wait for"
     again = launch("restarts", *cell)

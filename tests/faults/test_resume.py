@@ -27,15 +27,15 @@ MORE = {
 
 
 def _killed_and_resumed(
-    launch: Callable[..., Launch], undisturbed: Callable[..., Path], name: str, words: tuple[str, ...]
+    launch: Callable[..., Launch], undisturbed: Callable[..., Path], name: str, arguments: tuple[str, ...]
 ) -> Path:
-    one = launch(name, *words, HALFSTEP_FAULT="bwd:1:27:kill9")
-    assert one.wait()[1] == -9, one.output
-    again = launch(one.out, *words)
+    launched = launch(name, *arguments, HALFSTEP_FAULT="bwd:1:27:kill9")
+    assert launched.wait()[1] == -9, launched.output
+    again = launch(launched.out, *arguments)
     assert again.wait() == [0, 0], again.output
-    assert [event["logits_differ_by"] for event in rig.events(one.out, "resumed")] == [0.0]
-    rig.assert_same(one.out, undisturbed(*words))
-    return one.out
+    assert [event["logits_differ_by"] for event in rig.events(launched.out, "resumed")] == [0.0]
+    rig.assert_same(launched.out, undisturbed(*arguments))
+    return launched.out
 
 
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
@@ -46,8 +46,8 @@ def test_every_cell_resumes_to_the_bit_with_dropout(
     precision: str,
     record: Callable[..., None],
 ) -> None:
-    words = (f"zero={zero}", f"precision={precision}")
-    out = _killed_and_resumed(launch, undisturbed, f"cell-{zero}-{precision}", words)
+    arguments = (f"zero={zero}", f"precision={precision}")
+    out = _killed_and_resumed(launch, undisturbed, f"cell-{zero}-{precision}", arguments)
     record(f"resume, zero={zero} precision={precision}", injected=1, survived=1, worst_redone=rig.redone(out))
 
 
@@ -60,13 +60,13 @@ def test_so_does(
 
 
 def test_a_finished_run_is_made_longer(launch: Callable[..., Launch], undisturbed: Callable[..., Path]) -> None:
-    words = ("zero=2", "precision=fp16", "schedule.kind=constant", "schedule.warmup=5")
-    one = launch("longer", *words, "steps=20")
-    assert one.wait() == [0, 0], one.output
-    longer = launch(one.out, *words, "steps=40")
+    arguments = ("zero=2", "precision=fp16", "schedule.kind=constant", "schedule.warmup=5")
+    launched = launch("longer", *arguments, "steps=20")
+    assert launched.wait() == [0, 0], launched.output
+    longer = launch(launched.out, *arguments, "steps=40")
     assert longer.wait() == [0, 0], longer.output
-    assert json.loads((one.out / "summary.json").read_text())["steps"] == 40
-    rig.assert_same(one.out, undisturbed(*words))
+    assert json.loads((launched.out / "summary.json").read_text())["steps"] == 40
+    rig.assert_same(launched.out, undisturbed(*arguments))
 
 
 # (from, to): words and world size of the first half and of the second.
@@ -92,7 +92,7 @@ RESHAPES = {
 
 @pytest.mark.parametrize("what", RESHAPES)
 @pytest.mark.parametrize("precision", ["fp32"])
-def test_a_reshaped_run_goes_on_as_the_unchanged_one(
+def test_a_reshaped_run_resumes_as_the_unchanged_one(
     launch: Callable[..., Launch],
     undisturbed: Callable[..., Path],
     what: str,
@@ -140,12 +140,14 @@ def _reshape(
 ) -> None:
     (common, first, world), (_, second, other_world) = before, after
     reference = undisturbed(*common, *first, world=world)
-    one = launch(name.replace(" ", "").replace(">", ""), *common, *first, world=world, HALFSTEP_FAULT="step:*:25:kill9")
-    assert set(one.wait()) == {-9}
-    again = launch(one.out, *common, *second, world=other_world)
+    launched = launch(
+        name.replace(" ", "").replace(">", ""), *common, *first, world=world, HALFSTEP_FAULT="step:*:25:kill9"
+    )
+    assert set(launched.wait()) == {-9}
+    again = launch(launched.out, *common, *second, world=other_world)
     assert again.wait() == [0] * other_world, again.output
     assert "reshaped: " in again.output or "batch.micro" in " ".join(second) or "offload" in " ".join(second)
-    ours = {row["step"]: row["loss"] for row in rig.rows(one.out) if "loss" in row}
+    ours = {row["step"]: row["loss"] for row in rig.rows(launched.out) if "loss" in row}
     theirs = {row["step"]: row["loss"] for row in rig.rows(reference) if "loss" in row}
     assert list(ours) == list(theirs) == list(range(1, 41))
     assert all(ours[step] == theirs[step] for step in range(1, 21)), "what was before stands"

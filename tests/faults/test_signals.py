@@ -1,4 +1,4 @@
-"""Asked to stop, in every phase of a run: one checkpoint at one step on all ranks, exit code 75; then it goes on."""
+"""Asked to stop, in every phase of a run: one checkpoint at one step on all ranks, exit code 75; then it resumes."""
 
 import json
 import signal
@@ -32,17 +32,17 @@ def test_a_signal_in_mid_run(
     ranks: tuple[int, ...],
     record: Callable[..., None],
 ) -> None:
-    one = launch(f"{number.name}-{len(ranks)}-{ranks[0]}", *CELL)
-    one.until_step(13)
+    launched = launch(f"{number.name}-{len(ranks)}-{ranks[0]}", *CELL)
+    launched.until_step(13)
     asked = time.monotonic()
-    one.kill(number, ranks)
-    assert one.wait(timeout=40) == [75, 75], one.output
+    launched.kill(number, ranks)
+    assert launched.wait(timeout=40) == [75, 75], launched.output
     took = time.monotonic() - asked
-    assert rig.steps_saved(one.out)[-1] == rig.last_step(one.out)
-    assert number.name in rig.exit_of(one.out)["cause"]
-    assert launch(one.out, *CELL).wait() == [0, 0]
-    rig.assert_same(one.out, undisturbed(*CELL))
-    assert rig.redone(one.out) == 0
+    assert rig.steps_saved(launched.out)[-1] == rig.last_step(launched.out)
+    assert number.name in rig.exit_of(launched.out)["cause"]
+    assert launch(launched.out, *CELL).wait() == [0, 0]
+    rig.assert_same(launched.out, undisturbed(*CELL))
+    assert rig.redone(launched.out) == 0
     record(f"{number.name} to {'both ranks' if len(ranks) == 2 else f'rank {ranks[0]}'}", injected=1, survived=1,
            worst_redone=0, detect=[took])  # fmt: skip
 
@@ -50,14 +50,14 @@ def test_a_signal_in_mid_run(
 def test_the_file_stop(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path], record: Callable[..., None]
 ) -> None:
-    one = launch("stop-file", *CELL)
-    one.until_step(13)
-    (one.out / "STOP").touch()
-    assert one.wait(timeout=40) == [75, 75], one.output
-    assert not (one.out / "STOP").exists(), "it has been done"
-    assert "stopped: the file STOP after step" in one.output
-    assert launch(one.out, *CELL).wait() == [0, 0]
-    rig.assert_same(one.out, undisturbed(*CELL))
+    launched = launch("stop-file", *CELL)
+    launched.until_step(13)
+    (launched.out / "STOP").touch()
+    assert launched.wait(timeout=40) == [75, 75], launched.output
+    assert not (launched.out / "STOP").exists(), "it has been done"
+    assert "stopped: the file STOP after step" in launched.output
+    assert launch(launched.out, *CELL).wait() == [0, 0]
+    rig.assert_same(launched.out, undisturbed(*CELL))
     record("the file STOP", injected=1, survived=1, worst_redone=0)
 
 
@@ -78,52 +78,52 @@ def test_a_signal_while(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path], phase: str, record: Callable[..., None]
 ) -> None:
     fault, reached = PHASES[phase]
-    one = launch(f"while-{phase}", *CELL, HALFSTEP_FAULT="step:*:25:kill9")
-    assert one.wait() == [-9, -9]
-    again = launch(one.out, *CELL, HALFSTEP_FAULT=fault)
+    launched = launch(f"while-{phase}", *CELL, HALFSTEP_FAULT="step:*:25:kill9")
+    assert launched.wait() == [-9, -9]
+    again = launch(launched.out, *CELL, HALFSTEP_FAULT=fault)
     if phase in ("importing", "compiling"):
         time.sleep(3)
     else:
-        again.until(lambda: reached(one.out))
+        again.until(lambda: reached(launched.out))
     time.sleep(0.5)
     again.kill(signal.SIGTERM, ranks=(1,))
-    with rig.nothing_left(one.out):
+    with rig.nothing_left(launched.out):
         assert again.wait(timeout=60) == [75, 75], again.output
     assert "Traceback" not in again.output
-    last = launch(one.out, *CELL)
+    last = launch(launched.out, *CELL)
     assert last.wait() == [0, 0], last.output
-    rig.assert_same(one.out, undisturbed(*CELL))
-    record(f"SIGTERM while {phase}", injected=1, survived=1, worst_redone=rig.redone(one.out))
+    rig.assert_same(launched.out, undisturbed(*CELL))
+    record(f"SIGTERM while {phase}", injected=1, survived=1, worst_redone=rig.redone(launched.out))
 
 
 def test_a_second_interrupt_quits_at_once(launch: Callable[..., Launch]) -> None:
-    one = launch("interrupts", *CELL, HALFSTEP_FAULT="save.shard:*:20:sleep=30")
-    one.until(lambda: list((one.out / "checkpoints").glob(".writing-step-00000020*")))
-    one.kill(signal.SIGINT)
+    launched = launch("interrupts", *CELL, HALFSTEP_FAULT="save.shard:*:20:sleep=30")
+    launched.until(lambda: list((launched.out / "checkpoints").glob(".writing-step-00000020*")))
+    launched.kill(signal.SIGINT)
     time.sleep(0.5)
-    one.kill(signal.SIGTERM)  # which launch.py sends after Ctrl-C: not the second
+    launched.kill(signal.SIGTERM)  # which launch.py sends after Ctrl-C: not the second
     time.sleep(1)
-    assert all(rank.poll() is None for rank in one.ranks), one.output
-    one.kill(signal.SIGINT)
-    assert set(one.wait(timeout=10)) == {130}, one.output
-    assert rig.exit_of(one.out)["code"] == 130
-    assert rig.steps_saved(one.out) == [10]
+    assert all(rank.poll() is None for rank in launched.ranks), launched.output
+    launched.kill(signal.SIGINT)
+    assert set(launched.wait(timeout=10)) == {130}, launched.output
+    assert rig.exit_of(launched.out)["code"] == 130
+    assert rig.steps_saved(launched.out) == [10]
 
 
 def test_when_the_grace_is_over_the_last_good_checkpoint_stands(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path], record: Callable[..., None]
 ) -> None:
-    one = launch("grace", *CELL, "checkpoint.grace=3", HALFSTEP_FAULT="save.shard:1:20:sleep=60")
-    one.until(lambda: list((one.out / "checkpoints").glob(".writing-step-00000020*")))
+    launched = launch("grace", *CELL, "checkpoint.grace=3", HALFSTEP_FAULT="save.shard:1:20:sleep=60")
+    launched.until(lambda: list((launched.out / "checkpoints").glob(".writing-step-00000020*")))
     asked = time.monotonic()
-    one.kill(signal.SIGTERM)
-    assert 75 in one.wait(timeout=30), one.output
+    launched.kill(signal.SIGTERM)
+    assert 75 in launched.wait(timeout=30), launched.output
     took = time.monotonic() - asked
-    assert "the time to stop in was over before the state was saved" in one.output
-    assert "the last good checkpoint: step-00000010" in one.output
-    assert rig.exit_of(one.out)["code"] == 75
-    assert launch(one.out, *CELL).wait() == [0, 0]
-    rig.assert_same(one.out, undisturbed(*CELL))
+    assert "the time to stop in was over before the state was saved" in launched.output
+    assert "the last good checkpoint: step-00000010" in launched.output
+    assert rig.exit_of(launched.out)["code"] == 75
+    assert launch(launched.out, *CELL).wait() == [0, 0]
+    rig.assert_same(launched.out, undisturbed(*CELL))
     record("a save longer than checkpoint.grace=3", injected=1, survived=1, detect=[took])
 
 
@@ -139,35 +139,35 @@ def test_when_the_grace_is_over_the_last_good_checkpoint_stands(
 def test_a_rank_that_ends_ends_the_others_and_the_first_cause_is_named(
     launch: Callable[..., Launch], action: str, code: int, cause: str, record: Callable[..., None]
 ) -> None:
-    one = launch(f"rank-{action}", *CELL, HALFSTEP_FAULT=f"fwd:1:15:{action}")
-    one.ranks[1].wait(timeout=90)
+    launched = launch(f"rank-{action}", *CELL, HALFSTEP_FAULT=f"fwd:1:15:{action}")
+    launched.ranks[1].wait(timeout=90)
     died = time.monotonic()
-    with rig.nothing_left(one.out):
-        codes = one.wait(timeout=20)
+    with rig.nothing_left(launched.out):
+        codes = launched.wait(timeout=20)
     gone = time.monotonic() - died
     assert gone < 10, "the promise"
-    told = rig.exit_of(one.out)
-    assert (told["code"], told["cause"]) == (code, cause), (codes, told)
+    ending = rig.exit_of(launched.out)
+    assert (ending["code"], ending["cause"]) == (code, cause), (codes, ending)
     assert codes[0] == code, "whoever follows passes the first one's code on"
-    assert one.output.count("error:") == 1, one.output
+    assert launched.output.count("error:") == 1, launched.output
     record(f"rank ends with {action}", injected=1, survived=1, detect=[gone])
 
 
-def test_halfstep_run_stops_at_ctrl_c_and_goes_on(
+def test_halfstep_run_stops_at_ctrl_c_and_resumes(
     scratch: Path, data: Path, undisturbed: Callable[..., Path], record: Callable[..., None]
 ) -> None:
     out = scratch / "faults" / "ctrl-c"
-    words = ["run", *rig.WORDS, "steps=400", "eval.every=0", *CELL, f"data={data}"]
-    one = rig.start_by("halfstep", words, out, scratch)
+    arguments = ["run", *rig.WORDS, "steps=400", "eval.every=0", *CELL, f"data={data}"]
+    launched = rig.start_by("halfstep", arguments, out, scratch)
     rig.wait_for(lambda: rig.last_step(out) >= 13)
-    one.send_signal(signal.SIGINT)
+    launched.send_signal(signal.SIGINT)
     with rig.nothing_left(out):
-        assert one.wait(timeout=40) == 75
+        assert launched.wait(timeout=40) == 75
     said = rig.log_of(out, scratch)
     assert "Traceback" not in said
     assert "stopping" in said
     assert rig.steps_saved(out)[-1] == rig.last_step(out)
-    assert rig.start_by("halfstep", words, out, scratch).wait(timeout=120) == 0
+    assert rig.start_by("halfstep", arguments, out, scratch).wait(timeout=120) == 0
     rig.assert_same(out, undisturbed(*CELL, "steps=400", "eval.every=0"))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["attempts"] == 2

@@ -21,9 +21,10 @@ def test_a_kill_in_mid_save_and_a_flipped_bit_cost_nothing_but_time(
     assert killed.wait()[0] == -signal.SIGKILL
     out = killed.out
     assert rig.steps_saved(out) == [10, 20], "the checkpoint of step 30 had everything but its name"
-    assert [one.name[:9] for one in (out / "checkpoints").glob(".*")] == [".writing-"]
+    assert [folder.name[:9] for folder in (out / "checkpoints").glob(".*")] == [".writing-"]
     cause = rig.exit_of(out)
     assert (cause["code"], "rank 0 was killed by signal 9" in cause["cause"]) == (128 + 9, True), cause
+    assert cause["kind"] == "signal"
 
     shard = out / "checkpoints/step-00000020/rank-00001.safetensors"
     content = bytearray(shard.read_bytes())
@@ -76,14 +77,14 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ended(launch: Callable[..
     assert "most recent call first" in (stalled.out / "attempts/0001/rank-0.log").read_text(), "stacks are dumped"
 
 
-def test_a_run_goes_on_with_another_world_stage_and_precision(
+def test_a_run_resumes_with_another_world_stage_and_precision(
     launch: Callable[..., Launch], undisturbed: Callable[..., Path]
 ) -> None:
-    words = ("model.dropout=0", "eval.every=0")
-    reference = undisturbed("zero=2", "precision=bf16", *words)
-    half = launch("reshape", "zero=2", "precision=bf16", *words, HALFSTEP_FAULT="step:*:21:kill9")
+    arguments = ("model.dropout=0", "eval.every=0")
+    reference = undisturbed("zero=2", "precision=bf16", *arguments)
+    half = launch("reshape", "zero=2", "precision=bf16", *arguments, HALFSTEP_FAULT="step:*:21:kill9")
     half.wait()
-    again = launch(half.out, "zero=3", "precision=fp16", *words, world=1)
+    again = launch(half.out, "zero=3", "precision=fp16", *arguments, world=1)
     assert again.wait() == [0], again.output
     assert "reshaped: world_size 2 -> 1, zero 2 -> 3, precision bf16 -> fp16" in again.output
     ours, theirs = rig.rows(half.out), rig.rows(reference)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from launcher import topology
-from models.build import build
-from models.causality import look
+from halfstep.launcher import topology
+from halfstep.models.causality import look
+from halfstep.models.network import build
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import topology
+from halfstep.launcher import topology
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
 
 def test_every_cell_trains_the_same_model_on_this_gpu() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", "verify", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=580
+        [sys.executable, "-m", "halfstep", "verify", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=580
     )
     assert done.stdout, done.stderr
     result = json.loads(done.stdout)

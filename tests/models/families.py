@@ -227,7 +227,7 @@ FAMILIES: dict[str, Trains | Refused] = {
     # Its forward pass reseeds torch from the clock (modeling_reformer.py, _init_attention_seed).
     "reformer": Trains(exact=False),
     "gemma3n": _cannot("a gemma3n model needs a package that is not here: .* timm", "install it"),
-    # They go on from another model's cache, and their layers make none of their own.
+    # They continue another model's cache, and their layers make none of their own.
     "gemma4_assistant": _cannot("makes no gemma4_assistant model: The set of layer types producing a cache"),
     "gemma4_unified_assistant": _cannot("makes no gemma4_unified_assistant model: The set of layer types"),
     # transformers gives their decoder the configuration of the whole.

@@ -2,7 +2,7 @@
 
 torchrun ... tests/models/sweep_rank.py JOB.json     (rank 0 writes a line of JSON for each family)
 
-What `launcher.train` does once in a process is done here again and again; everything below it is the code that trains.
+What `launcher/train.py` does once in a process is done here again and again; below it is the code that trains.
 """
 
 import gc
@@ -21,22 +21,24 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from launcher import rundir, topology
-from launcher.checkpoint import store
-from launcher.checkpoint.manifest import read
-from launcher.engine import attempt as attempt_page
-from launcher.engine import distributed, restoring
-from launcher.engine.attempt import Attempt
-from launcher.engine.construct import construct
-from launcher.engine.places import file_store
-from launcher.errors import HalfstepError
-from launcher.export.generate import generate
-from launcher.export.write import export
-from launcher.plan import facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.rundir import RunDir
-from launcher.spec.load import Request, load
+from halfstep.launcher import topology
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.checkpoint.manifest import read
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.engine import attempt as attempt_page
+from halfstep.launcher.engine.attempt import Attempt
+from halfstep.launcher.engine.loop import train
+from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.ranks.places import file_store
+from halfstep.launcher.engine.state import restoring
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.export.generate import generate
+from halfstep.launcher.export.write_export import export
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.run_directory import RunDir
 
 STEPS = 3
 WORDS = ["sequence=48", "batch.global=4", "batch.micro=2", "checkpoint.every=2", "eval.every=0", "eval.sequences=2"]
@@ -70,7 +72,7 @@ class Sweep:
     def plan(self, *keys: str) -> tuple[Request, Plan]:
         """Plan as every rank does."""
         request = load([*WORDS, f"data={self.data}", *keys])
-        plan = resolve(request, self.world, facts.read(request.spec, construct))
+        plan = resolve(request, self.world, facts.read(request.spec))
         plan.require_allowed()
         return request, plan
 
@@ -79,14 +81,15 @@ class Sweep:
         choice = restoring.choose(path, plan, self.rank.rank, lambda: None)
 
         def start() -> str:
-            rundir.write_plan(path, request, plan)
-            return rundir.start_attempt(path, {}, steps_done=choice.step).attempt.name
+            run_directory.write_plan(path, request, plan)
+            return run_directory.start_attempt(path, {}, steps_done=choice.step).attempt.name
 
         where = RunDir(path=path, attempt=path / "attempts" / distributed.on_rank_zero(start))
         stub = SimpleNamespace(mark=lambda *_: None, touch=lambda: None, set_timeout=lambda _: None, asked=None)
-        given: dict[str, Any] = {"choice": choice, "stop": stub, "heart": stub}
+        given: dict[str, Any] = {"choice": choice, "stop": stub, "heartbeat": stub}
         try:
-            attempt_page.make(Attempt(where=where, plan=plan, rank=self.rank, **given))
+            with attempt_page.prepared(Attempt(where=where, plan=plan, rank=self.rank, **given)) as training:
+                train(training)
         finally:
             while self.engines:
                 self.engines.pop().destroy()
@@ -113,7 +116,7 @@ class Sweep:
 
 
 def run_twice(sweep: Sweep, row: dict[str, Any], name: str, keys: list[str], zero: int, precision: str) -> Path:
-    """Train one cell of a family, go on from its middle once more, and note whether both came to the same bits."""
+    """Train one cell of a family, resume from its middle, and note whether both came to the same bits."""
     path = sweep.home / f"{row['family']}-{name}"
     request, plan = sweep.plan(*keys, f"zero={zero}", f"precision={precision}", f"steps={STEPS}", f"out={path}")
     row["stage"] = f"train {name}"
@@ -162,7 +165,7 @@ def main(job_file: Path) -> None:
     sweep = Sweep(job, rank)
     request = load([*WORDS, "model=gpt2-nano", f"data={sweep.data}", "watch.startup=60", "watch.timeout=60"])
     meeting = file_store(job_file.with_suffix(f".{os.environ['MASTER_PORT']}"), rank)
-    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec, construct)), meeting)
+    distributed.join(rank, resolve(request, sweep.world, facts.read(request.spec)), meeting)
     transformers.logging.disable_progress_bar()
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for family, chosen in job["families"]:

@@ -14,12 +14,12 @@ from fakes import saved
 from mutations import mutate
 from mutations.driver import Case, Reader, command, file_cases, same
 
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, read
-from launcher.checkpoint.shards import Shards
-from launcher.errors import HalfstepError
-from launcher.export import source, survey
-from launcher.spec.digest import digest
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Damaged, read
+from halfstep.launcher.checkpoint.shards import Shards
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.export import source, survey
 
 PARAMETERS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(7, dtype=np.float32)}
 PROBE = np.arange(32, dtype=np.float32).reshape(16, 2)
@@ -152,8 +152,8 @@ def _judge_checkpoint(folder: Path, seen: Any) -> str | None:
 
 def _verbs(run: Path) -> None:
     """List, verify, and choose for an export; each says what it finds, and none fails."""
-    for words in (["list"], ["list", "--json"], ["verify"], ["verify", "--json"]):
-        code = command(["checkpoint", *words, str(run)])
+    for verb in (["list"], ["list", "--json"], ["verify"], ["verify", "--json"]):
+        code = command(["checkpoint", *verb, str(run)])
         assert code in (0, 2), code
     for row in survey.survey(run):
         survey.verified(row)

@@ -65,7 +65,7 @@ def _of_index(content: bytes, draw: random.Random) -> mutate.Mutation:
 
 
 def _tokens(prefix: str, count: int) -> np.ndarray:
-    from launcher.data.tokens import TokenFile
+    from halfstep.launcher.data.tokens import TokenFile
 
     file = TokenFile(prefix, vocabulary=4096)
     assert len(file) == count, f"{len(file)} tokens, the plan counts {count}"
@@ -77,7 +77,7 @@ def _hash(file: Path) -> str:
 
 
 def _corpus(folder: Path, corpus: Path) -> Reader:
-    from launcher.plan import corpus as page
+    from halfstep.launcher.corpus import description as page
 
     files = (
         (corpus / "manifest.json", mutate.of_json),
@@ -113,7 +113,7 @@ def _corpus(folder: Path, corpus: Path) -> Reader:
 
 
 def _pair(folder: Path, corpus: Path) -> Reader:
-    from launcher.plan import corpus as page
+    from halfstep.launcher.corpus import description as page
 
     prefix = folder / "pair"
     for ending in ("bin", "idx"):
@@ -147,18 +147,18 @@ def _make_model(folder: Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    words = {letter: place for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz .,!?0123456")}
-    tokenizer = Tokenizer(models.BPE({**words, "<|end|>": len(words)}, []))
+    vocabulary = {letter: place for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz .,!?0123456")}
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<|end|>": len(vocabulary)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(" ", "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
     config = GPT2Config(
-        vocab_size=len(words) + 1,
+        vocab_size=len(vocabulary) + 1,
         n_positions=64,
         n_embd=16,
         n_layer=1,
         n_head=2,
         bos_token_id=None,
-        eos_token_id=len(words),
+        eos_token_id=len(vocabulary),
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
@@ -166,12 +166,19 @@ def _make_model(folder: Path) -> Path:
 
 def _model(folder: Path, corpus: Path) -> Reader:
     there = _make_model(folder / "model")
-    words = [f"model=hf:{there}", f"data={corpus}", "batch.global=8", "sequence=32", "model.vocabulary=4096", "steps=2"]
+    arguments = [
+        f"model=hf:{there}",
+        f"data={corpus}",
+        "batch.global=8",
+        "sequence=32",
+        "model.vocabulary=4096",
+        "steps=2",
+    ]
 
     def read(case: Case) -> Any:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            code = command(["plan", "--json", *words])
+            code = command(["plan", "--json", *arguments])
         return json.loads(out.getvalue()) if code == 0 else None
 
     def judge(case: Case, tree: Any) -> str | None:
@@ -188,7 +195,7 @@ def _model(folder: Path, corpus: Path) -> Reader:
 
 
 def _tokenizer(folder: Path, corpus: Path) -> Reader:
-    from launcher.data import tokenizer
+    from halfstep.launcher.data import tokenizer
 
     there = _make_model(folder / "model")
     text = "the quick brown fox, 123"
@@ -209,7 +216,7 @@ def _tokenizer(folder: Path, corpus: Path) -> Reader:
 def _sentencepiece(folder: Path, corpus: Path) -> Reader:
     import sentencepiece
 
-    from launcher.data import tokenizer
+    from halfstep.launcher.data import tokenizer
 
     text, there = folder / "text.txt", folder / "spm"
     there.mkdir()
@@ -239,8 +246,8 @@ def _sentencepiece(folder: Path, corpus: Path) -> Reader:
 
 
 def _export(folder: Path, corpus: Path) -> Reader:
-    from launcher.export.generate import generate
-    from launcher.export.model import KIND, NOTE
+    from halfstep.launcher.export.exported import KIND, NOTE
+    from halfstep.launcher.export.generate import generate
 
     there = _make_model(folder / "model")
     note = {
@@ -268,18 +275,18 @@ def _export(folder: Path, corpus: Path) -> Reader:
 def _conversion(folder: Path, corpus: Path) -> Reader:
     from fakes import saved
 
-    from launcher import rundir
-    from launcher.checkpoint import shards, store
-    from launcher.export.convert import convert
-    from launcher.plan import facts
-    from launcher.plan.resolve import resolve
-    from launcher.spec.load import load
-    from launcher.topology import Topology
+    from halfstep.launcher.checkpoint import shards, store
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.export.convert import convert
+    from halfstep.launcher.plan import facts
+    from halfstep.launcher.plan.resolve import resolve
+    from halfstep.launcher.rundir import run_directory
+    from halfstep.launcher.topology import Topology
 
     run, to = folder / "run", folder / "to"
     request = load(["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"])
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-    rundir.write_plan(run, request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented)))
+    run_directory.write_plan(run, request, resolve(request, world, facts.read(request.spec)))
     there = saved.save(run, {"a": np.arange(12, dtype=np.float32)}, bounds=[5])
     saved.rows(run / "metrics.jsonl", 12)
 
@@ -311,7 +318,7 @@ def alone(name: str, count: int, corpus: Path, scratch: Path) -> list[str]:
     """Put cases to a reader in another process, which a library may crash; return what went wrong, a line each."""
     seen, done = [], 0
     while done < count:
-        words = [
+        command = [
             sys.executable,
             "-m",
             "mutations.content",
@@ -329,7 +336,7 @@ def alone(name: str, count: int, corpus: Path, scratch: Path) -> list[str]:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
         }
-        process = subprocess.run(words, capture_output=True, text=True, env=environ, check=False, timeout=540)
+        process = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=540)
         lines = [json.loads(line[5:]) for line in process.stdout.splitlines() if line.startswith("case ")]
         seen += [wrong for item in lines for wrong in item["wrong"]]
         done += len(lines)

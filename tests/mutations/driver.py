@@ -14,8 +14,8 @@ from typing import Any
 
 from mutations import mutate
 
-from launcher.cli import main
-from launcher.errors import HalfstepError
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import HalfstepError
 
 SECONDS = 10
 """A case that takes longer hangs; the slowest take a tenth of it."""
@@ -99,16 +99,16 @@ def _bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def command(words: list[str]) -> int:
+def command(arguments: list[str]) -> int:
     """Run a verb and return its exit code; what it says has to be well said, and what nobody foresaw is raised."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            code = main(words)
+            code = main(arguments)
     except SystemExit as end:  # argparse
         return end.code if isinstance(end.code, int) else 1
     if code == 1:
-        main([*words, "--debug"])
+        main([*arguments, "--debug"])
         raise AssertionError("it fails, and does not when it is asked why")
     errors = said.getvalue().rstrip("\n")
     if code in (2, 3) and errors.startswith("error:") and (wrong := _bad_words(errors)):

@@ -12,8 +12,8 @@ from typing import Any
 from mutations import mutate
 from mutations.driver import Case, Reader, command
 
-from launcher import faults, topology
-from launcher.submit import slurm, times
+from halfstep.launcher import fault_injection, topology
+from halfstep.launcher.submit import slurm, times
 
 
 def all_readers(folder: Path, corpus: Path) -> list[Reader]:
@@ -35,7 +35,7 @@ def _of_slurm() -> list[Reader]:
         def read(case: Case) -> Any:
             text = case.given.decode("utf-8", errors="replace")
             kept = slurm.subprocess.run, slurm.shutil.which
-            slurm.subprocess.run = lambda words, **_: subprocess.CompletedProcess(words, 0, text, "")
+            slurm.subprocess.run = lambda command, **_: subprocess.CompletedProcess(command, 0, text, "")
             slurm.shutil.which = lambda name: f"/bin/{name}"
             try:
                 return call()
@@ -152,8 +152,8 @@ def _words_of_verbs(folder: Path, corpus: Path) -> Reader:
             "0,1",
             "1,1",
         )
-        words = [word.replace("@", draw.choice(values)) for word in line]
-        return Case(what=" ".join(words)[:100], given=words)
+        arguments = [word.replace("@", draw.choice(values)) for word in line]
+        return Case(what=" ".join(arguments)[:100], given=arguments)
 
     def read(case: Case) -> int:
         here, path = os.getcwd(), os.environ["PATH"]
@@ -234,14 +234,14 @@ def _faults() -> Reader:
         return Case(what=what, given=content.decode("utf-8", errors="surrogateescape").replace("\0", "")[:-1])
 
     def read(case: Case) -> str | None:
-        kept = os.environ.get(faults.VARIABLE)
-        os.environ[faults.VARIABLE] = case.given
+        kept = os.environ.get(fault_injection.VARIABLE)
+        os.environ[fault_injection.VARIABLE] = case.given
         try:
-            return faults.set_here()
+            return fault_injection.set_here()
         finally:
-            os.environ.pop(faults.VARIABLE)
+            os.environ.pop(fault_injection.VARIABLE)
             if kept is not None:
-                os.environ[faults.VARIABLE] = kept
+                os.environ[fault_injection.VARIABLE] = kept
 
     def judge(case: Case, said: str | None) -> str | None:
         if not said:

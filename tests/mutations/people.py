@@ -14,15 +14,17 @@ from typing import Any
 from mutations import mutate
 from mutations.driver import Case, Reader, command, file_cases
 
-from launcher.plan import facts, hardware, score
-from launcher.plan.resolve import resolve
-from launcher.spec.dotted import flatten
-from launcher.spec.load import load
-from launcher.spec.schema import run_keys
-from launcher.study import file as study_file
-from launcher.submit import hostfile, render, site
-from launcher.submit.job import Job
-from launcher.topology import Topology
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.load import load
+from halfstep.launcher.config.schema import run_keys
+from halfstep.launcher.forecast import hardware
+from halfstep.launcher.forecast.published import score
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.study import study_file
+from halfstep.launcher.submit import hostfile, render, site_file
+from halfstep.launcher.submit.job import Job
+from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 RUN = """\
@@ -133,11 +135,11 @@ def all_readers(folder: Path, corpus: Path) -> list[Reader]:
     ]
 
 
-def _plan(words: list[str]) -> dict[str, Any] | None:
+def _plan(arguments: list[str]) -> dict[str, Any] | None:
     """Plan by the command, and return what it decides; None where it refuses."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = command(["plan", "--json", *words])
+        code = command(["plan", "--json", *arguments])
     if not out.getvalue():
         assert code in (2, 3), code
         return None
@@ -194,7 +196,7 @@ def _of_requests(folder: Path, corpus: Path) -> list[Reader]:
     base = ["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"]
     keys = sorted(key for key in run_keys() if key not in ("out", "data", "model.name", "model", "ds_config"))
 
-    def words(draw: random.Random) -> Case:
+    def arguments(draw: random.Random) -> Case:
         key = (
             draw.choice(keys)
             if draw.random() < 0.8
@@ -240,7 +242,11 @@ def _of_requests(folder: Path, corpus: Path) -> list[Reader]:
             count=600,
         ),
         Reader(
-            name="words of a request", read=lambda case: _plan(case.given), cases=words, judge=judge_words, count=800
+            name="words of a request",
+            read=lambda case: _plan(case.given),
+            cases=arguments,
+            judge=judge_words,
+            count=800,
         ),
         Reader(
             name="DeepSpeed config",
@@ -289,14 +295,14 @@ def _site(folder: Path, corpus: Path) -> Reader:
     file = folder / "cluster.toml"
     file.write_text(SITE)
     request = load(["model=gpt2-nano", f"data={corpus}", "batch.global=8", "sequence=64"])
-    plan = resolve(request, WORLD, facts.read(request.spec, lambda *_: NotImplemented))
+    plan = resolve(request, WORLD, facts.read(request.spec))
 
-    def read(case: Case) -> tuple[site.Site, str]:
-        chosen = site.read(str(file))
+    def read(case: Case) -> tuple[site_file.Site, str]:
+        chosen = site_file.read(str(file))
         text = render.script(Job(run=Path("/runs/one"), plan=plan, site=chosen))
         return chosen, text
 
-    def judge(case: Case, pair: tuple[site.Site, str]) -> str | None:
+    def judge(case: Case, pair: tuple[site_file.Site, str]) -> str | None:
         chosen, text = pair
         tree = mutate.parsed_toml(file.read_bytes())
         if tree is None:

@@ -13,13 +13,14 @@ from fakes import studied
 from mutations import mutate
 from mutations.driver import Case, Reader, command, file_cases, same
 
-from launcher import lease, rundir, verdict
-from launcher.metrics import goodput, numerics, numerics_report
-from launcher.plan import score
-from launcher.study import report
-from launcher.submit import inside, jobs, slurm
-from launcher.topology import Topology
-from launcher.watch import exits, stalls
+from halfstep.launcher.metrics import numerics_history, numerics_report
+from halfstep.launcher.parity import verdict
+from halfstep.launcher.rundir import exits, goodput, lease, prediction_errors
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.study import report
+from halfstep.launcher.submit import inside, jobs, slurm
+from halfstep.launcher.topology import Topology
+from halfstep.launcher.watchdog import stalls
 
 PARAMETERS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(7, dtype=np.float32)}
 PROBE = np.arange(32, dtype=np.float32).reshape(16, 2)
@@ -133,7 +134,7 @@ def _of_run(run: Path) -> list[Reader]:
         ),
         Reader(
             name="plan score",
-            read=lambda case: score.run(run),
+            read=lambda case: prediction_errors.run(run),
             cases=scored,
             judge=lambda case, seen: _judge_score(run, seen),
             count=500,
@@ -168,7 +169,7 @@ def _of_run(run: Path) -> list[Reader]:
         ),
         Reader(
             name="read_plan",
-            read=lambda case: rundir.read_plan(run)[1].to_dict(),
+            read=lambda case: Run(run).require_as_asked()[1].to_dict(),
             cases=planned,
             judge=lambda case, tree: _judge_plan(run, tree),
             count=500,
@@ -238,7 +239,7 @@ def _last_step(file: Path) -> dict[str, Any] | None:
     return None
 
 
-def _judge_score(run: Path, seen: score.Comparison) -> str | None:
+def _judge_score(run: Path, seen: prediction_errors.Comparison) -> str | None:
     plan, summary = _record(run / "plan.json"), _record(run / "summary.json")
     time, memory = plan.get("time") or {}, plan.get("memory") or {}
     expected = {
@@ -253,14 +254,14 @@ def _judge_score(run: Path, seen: score.Comparison) -> str | None:
             return f"{name}: {value!r} was read as {getattr(seen, name)!r}"
     if seen.cell != f"zero={plan['zero']} precision={plan['precision']}":
         return f"the cell is {seen.cell}"
-    for line in score.table([seen]):
+    for line in prediction_errors.table([seen]):
         assert "nan" not in line
     return None
 
 
 def _numerics(run: Path) -> dict[str, Any]:
-    seen = numerics.read(run)
-    tree = numerics.to_dict(seen)
+    seen = numerics_history.read(run)
+    tree = numerics_history.to_dict(seen)
     json.dumps(tree, allow_nan=False)
     numerics_report.lines(seen)
     return tree
@@ -305,7 +306,7 @@ def _judge_exit(run: Path, pair: tuple[Any, Any]) -> str | None:
         if value is None:
             continue
         tree = _record(file)
-        if tree is None or (value["code"], value["cause"]) != (tree["code"], tree.get("cause", "")):
+        if tree is None or (value.code, value.cause) != (tree["code"], tree.get("cause", "")):
             return f"{file.name} says {tree!r}, not {value!r}"
     return None
 
@@ -472,6 +473,6 @@ def _stalls(attempt: Path) -> Reader:
 
     def name(_: Case) -> Any:
         seen = stalls.read(attempt)
-        return [item.rank for item in stalls.culprits(seen)], str(stalls.told(stalls.culprits(seen), "here"))
+        return [item.rank for item in stalls.culprits(seen)], str(stalls.stalled(stalls.culprits(seen), "here"))
 
     return Reader(name="stall reports", read=name, cases=cases, count=300)

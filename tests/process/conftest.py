@@ -63,9 +63,9 @@ def start(scratch: Path) -> Callable[..., Outcome]:
 
     def run(name: str, command: list[str], *, cwd: Path = ROOT, timeout: int = 240, **more: str) -> Outcome:
         out = scratch / "runs" / name
-        words = [str(word).replace("{out}", str(out)) for word in command]
+        arguments = [str(word).replace("{out}", str(out)) for word in command]
         done = subprocess.run(
-            words,
+            arguments,
             cwd=cwd,
             env={**environment(scratch), **more},
             stdout=subprocess.PIPE,
@@ -85,8 +85,8 @@ def cell(start: Callable[..., Outcome], data: Path) -> Callable[[int, str], Outc
 
     def train(zero: int, precision: str) -> Outcome:
         if (zero, precision) not in done:
-            words = [*WORDS, f"zero={zero}", f"precision={precision}", f"data={data}", "out={out}"]
-            command = [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *words]
+            arguments = [*WORDS, f"zero={zero}", f"precision={precision}", f"data={data}", "out={out}"]
+            command = [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *arguments]
             done[zero, precision] = start(f"z{zero}-{precision}", command)
         return done[zero, precision]
 

@@ -1,4 +1,4 @@
-"""Small ranks under a small launcher: real Hearts, Stops and wardens, and nothing that takes seconds to start."""
+"""Small ranks under a small launcher: real Heartbeats, Stops and watchdogs, and nothing that takes seconds to start."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.watch import processes
+from halfstep.launcher.system import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,22 +17,22 @@ RANK = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from launcher.watch.heart import Heart
-from launcher.watch.exits import write_exit
-from launcher.watch.stop import Stop
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
+from halfstep.launcher.rundir.exits import write_exit
+from halfstep.launcher.watchdog.stop import Stop
 where, rank, world, timeout = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 deeds = dict(one.split("=", 1) for one in sys.argv[5:])
 where.mkdir(parents=True, exist_ok=True)
 stop = Stop()
 stop.install()
-heart = Heart(rank, stop)
-heart.start()
-heart.set_timeout(timeout)
+heartbeat = Heartbeat(rank, stop)
+heartbeat.start()
+heartbeat.set_timeout(timeout)
 if "grace" in deeds:
     stop.set_grace(float(deeds["grace"]), lambda: (where / f"expired-{{rank}}").touch())
 if "early" in deeds:
     time.sleep(60)
-heart.set_attempt(where, world)
+heartbeat.set_attempt(where, world)
 (where / f"pid-{{rank}}").write_text(str(os.getpid()))
 def meet(step):
     own = where / f"meeting-{{step}}-{{rank}}"
@@ -43,24 +43,24 @@ def meet(step):
         time.sleep(0.005)
     return any(file.read_text() for file in files)
 for step in range(1, int(deeds.get("steps", 100000)) + 1):
-    heart.mark("forward", step)
+    heartbeat.mark("forward", step)
     if deeds.get(f"at{{rank}}-{{step}}"):
         exec(deeds[f"at{{rank}}-{{step}}"])
     time.sleep(0.01)
-    heart.mark("backward", step)
+    heartbeat.mark("backward", step)
     if (where.parents[1] / "STOP").exists():
         stop.ask("the STOP file")
     if meet(step) and "deaf" not in deeds:
-        heart.mark("save", step)
+        heartbeat.mark("save", step)
         (where / f"asked-{{rank}}").write_text(str(stop.asked))
         if "says" in deeds:
             write_exit(where, 75, "stopped", rank)
-        heart.end(75)
+        heartbeat.end(75)
         os._exit(75)
-heart.mark("exit")
+heartbeat.mark("exit")
 if "says" in deeds:
     write_exit(where, 0, "done", rank)
-heart.end(0)
+heartbeat.end(0)
 """
 
 LAUNCHER = """
@@ -90,7 +90,7 @@ class Launch:
             env={**os.environ, "HALFSTEP_TEST": str(folder)},
         )
         assert self.process.stdout is not None
-        self.pids = [int(one) for one in self.process.stdout.readline().split()]
+        self.pids = [int(pid) for pid in self.process.stdout.readline().split()]
 
     @property
     def exit(self) -> dict[str, Any] | None:
@@ -113,5 +113,5 @@ class Launch:
         self.wait(lambda: all((self.where / f"meet-{step}-{rank}").exists() for rank in range(len(self.pids))))
 
     def until_gone(self, seconds: float = 10.0) -> float:
-        """Wait until no rank and no warden is left."""
+        """Wait until no rank and no watchdog is left."""
         return self.wait(lambda: set(processes.marked(self.mark)) <= {self.process.pid}, seconds)

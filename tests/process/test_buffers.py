@@ -11,10 +11,10 @@ from process.conftest import BIN, WORDS, Outcome
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from launcher.checkpoint import store
-from launcher.checkpoint.manifest import read
-from launcher.checkpoint.shards import Shards
-from launcher.spec.digest import digest
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.checkpoint.manifest import read
+from halfstep.launcher.checkpoint.shards import Shards
+from halfstep.launcher.config.digest import digest
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Outcome]
@@ -119,7 +119,7 @@ def test_buffers_that_every_rank_writes_to_are_restored_to_the_bit(
     again = without_last_step(whole, scratch / "runs" / f"own{zero}-again")
     resumed = train(start, again.name, own, data, *keys)
     assert resumed.returncode == 0, resumed.output
-    assert "goes on after step 2" in resumed.output
+    assert "resumes after step 2" in resumed.output
     assert hashes(again) == hashes(whole.out)
 
 
@@ -149,7 +149,7 @@ def experts(scratch: Path) -> Path:
     """Weights of experts whose router has a bias that bf16 does not hold."""
     import torch
 
-    from models.build import build
+    from halfstep.models.network import build
 
     model = build(EXPERTS, seed=1)
     model.get_buffer(BIAS).copy_(torch.tensor(VALUES))
@@ -178,7 +178,7 @@ def test_a_routers_bias_goes_through_stages_and_older_checkpoints(
 
 def test_the_stage_does_not_change_the_model_that_was_named(start: Start, data: Path, scratch: Path) -> None:
     """A head of its own under a config that ties it trained two models at stages 0 to 2 and one at stage 3."""
-    from models.build import build
+    from halfstep.models.network import build
 
     home = scratch / "untied"
     build({**LLAMA, "model_type": "llama", "tie_word_embeddings": False}, seed=1).save_pretrained(home)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from process.conftest import ROOT, environment
 
-from launcher.parity.canaries import CANARIES
-from launcher.parity.canaries import __main__ as command
-from launcher.parity.canaries.bench import Canary
+from tools.canaries import CANARIES
+from tools.canaries import __main__ as command
+from tools.canaries.bench import Canary
 
 pytestmark = pytest.mark.process
 
@@ -21,15 +21,15 @@ PAGE = ROOT / "docs" / "deepspeed.md"
 # The day DeepSpeed scales the loss at stage 0, as #8393 proposes.
 SCALING_DEEPSPEED = """
 import sys
-from launcher.parity.canaries import __main__ as command, bench
+from tools.canaries import __main__ as command, bench
 made = bench.engine
-def engine(zero, *words, **keys):
-    one = made(zero, *words, **keys)
+def engine(zero, *arguments, **keys):
+    one = made(zero, *arguments, **keys)
     if zero == 0 and one.fp16_enabled():
         backward = one.backward
         one.backward = lambda loss: backward(loss * one.optimizer.loss_scale)
     return one
-from launcher.parity.canaries import stage_0
+from tools.canaries import stage_0
 stage_0.engine = engine
 sys.exit(command.main(sys.argv[1:]))
 """
@@ -44,7 +44,7 @@ def run(scratch: Path, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def rows(scratch: Path) -> dict[str, dict[str, Any]]:
     """Return what one run of the command saw, by canary."""
-    done = run(scratch, "-m", "launcher.parity.canaries", "--json")
+    done = run(scratch, "-m", "tools.canaries", "--json")
     assert done.returncode in (0, 1), done.stderr
     return {row["name"]: row for row in json.loads(done.stdout)}
 
@@ -59,7 +59,7 @@ def test_a_deepspeed_that_scales_the_loss_at_stage_0_is_noticed(scratch: Path) -
     done = run(scratch, "-c", SCALING_DEEPSPEED, "fp16-stage-0-loss-unscaled", "fp16-stage-0-clipping-inert")
     assert done.returncode == 1, done.stderr
     assert re.search(r"^fp16-stage-0-loss-unscaled +CHANGED: the gradient is 1024\.0 times", done.stdout, re.MULTILINE)
-    assert "stops by itself; drop it from launcher/engine/repair.py" in done.stdout
+    assert "stops by itself; drop it from launcher/engine/numerics/repair.py" in done.stdout
     assert re.search(r"^fp16-stage-0-clipping-inert +CHANGED:", done.stdout, re.MULTILINE)
 
 
@@ -86,7 +86,7 @@ def test_every_canary_has_a_name_of_its_own_and_says_what_to_do() -> None:
 
 
 def test_the_page_has_a_command_for_every_canary_and_names_no_other() -> None:
-    commands = re.findall(r"^\$ python -m launcher\.parity\.canaries(.*)$", PAGE.read_text(), re.MULTILINE)
+    commands = re.findall(r"^\$ python -m tools\.canaries(.*)$", PAGE.read_text(), re.MULTILINE)
     named = {word for line in commands for word in line.partition("#")[0].split() if not word.startswith("--")}
     assert named - set(NAMES) == set(), "the page names canaries that do not exist"
     assert set(NAMES) - named == set(), "canaries without a command on the page"

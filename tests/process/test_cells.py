@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 from process.conftest import BIN, WORDS, Outcome
 
-from launcher.metrics.record import StepRecord
+from halfstep.launcher.rundir.metric_rows import StepRecord
 
 pytestmark = pytest.mark.process
 Cell = Callable[[int, str], Outcome]
@@ -44,7 +44,7 @@ def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: 
 
 
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
-def test_a_cells_memory_was_foretold(cell: Cell, zero: int, precision: str) -> None:
+def test_a_cells_memory_was_predicted(cell: Cell, zero: int, precision: str) -> None:
     summary = cell(zero, precision).json("summary.json")
     assert summary["predicted_peak_bytes"] == cell(zero, precision).json("plan.json")["memory"]["predicted_peak_bytes"]
     assert summary["peak_memory_bytes"] == pytest.approx(summary["predicted_peak_bytes"], rel=0.05)
@@ -52,11 +52,11 @@ def test_a_cells_memory_was_foretold(cell: Cell, zero: int, precision: str) -> N
 
 
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
-def test_what_a_cells_step_sends_was_foretold(cell: Cell, zero: int, precision: str) -> None:
+def test_what_a_cells_step_sends_was_predicted(cell: Cell, zero: int, precision: str) -> None:
     summary = cell(zero, precision).json("summary.json")
-    told, sent = summary["predicted_communication_bytes"], summary["communication_bytes"]
+    predicted, sent = summary["predicted_communication_bytes"], summary["communication_bytes"]
     # Beside gradients and weights: the readings of a step, and the norms; small tensors stay at stage 3.
-    assert told - (0.01 * told if zero == 3 else 0) <= sent < told + 0.01 * told
+    assert predicted - (0.01 * predicted if zero == 3 else 0) <= sent < predicted + 0.01 * predicted
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-6), ("bf16", 1e-6)])
@@ -80,16 +80,16 @@ LLAMA = [(zero, precision) for precision in ("fp16", "bf16", "fp32") for zero in
 
 @pytest.mark.parametrize(
     ("zero", "precision"),
-    [pytest.param(*one, marks=[] if one[0] == 0 and one[1] != "fp32" else [pytest.mark.full]) for one in LLAMA],
+    [pytest.param(*cell, marks=[] if cell[0] == 0 and cell[1] != "fp32" else [pytest.mark.full]) for cell in LLAMA],
 )
 def test_so_does_a_llama_with_accumulation_4_and_clipping_that_binds(
     start: Callable[..., Outcome], data: Path, zero: int, precision: str, reference_runs: dict[str, Outcome]
 ) -> None:
     def train(stage: int) -> Outcome:
-        words = ["model=llama-nano", "batch.micro=1", "optimizer.clip=0.05", "eval.every=0", f"zero={stage}"]
-        words = [*WORDS, *words, f"precision={precision}", f"data={data}", "out={out}"]
+        arguments = ["model=llama-nano", "batch.micro=1", "optimizer.clip=0.05", "eval.every=0", f"zero={stage}"]
+        arguments = [*WORDS, *arguments, f"precision={precision}", f"data={data}", "out={out}"]
         return start(
-            f"llama{stage}-{precision}", [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *words]
+            f"llama{stage}-{precision}", [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *arguments]
         )
 
     if precision not in reference_runs:
@@ -126,15 +126,15 @@ def test_a_run_records_what_was_mended_in_deepspeed(cell: Cell, precision: str, 
     outcome = cell(0, precision)
     assert outcome.json("summary.json")["repairs"] == repairs
     assert [event["repairs"] for event in outcome.events if event["event"] == "repaired"] == [repairs] * bool(repairs)
-    assert ("mended in DeepSpeed at stage 0: " + ", ".join(repairs) in outcome.output) == bool(repairs)
+    assert ("repaired in DeepSpeed at stage 0: " + ", ".join(repairs) in outcome.output) == bool(repairs)
     assert cell(1, precision).json("summary.json")["repairs"] == []
 
 
 def test_without_repairs_stage_0_trains_another_model_and_says_so(
     start: Callable[..., Outcome], cell: Cell, data: Path
 ) -> None:
-    words = [*WORDS, "zero=0", "precision=fp16", "numerics.repairs=false", f"data={data}", "out={out}"]
-    stock = start("stock", [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *words])
+    arguments = [*WORDS, "zero=0", "precision=fp16", "numerics.repairs=false", f"data={data}", "out={out}"]
+    stock = start("stock", [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *arguments])
     assert stock.returncode == 0, stock.output
     assert "WARNING: DO NOT TRUST numerics.repairs=false" in stock.output
     assert stock.json("summary.json")["repairs"] == []
@@ -144,8 +144,8 @@ def test_without_repairs_stage_0_trains_another_model_and_says_so(
 def test_a_finished_run_is_not_trained_again(start: Callable[..., Outcome], cell: Cell, data: Path) -> None:
     outcome = cell(2, "fp16")
     before = (outcome.out / "metrics.jsonl").read_bytes()
-    words = [*WORDS, "zero=2", "precision=fp16", f"data={data}", f"out={outcome.out}"]
-    again = start("again", [str(BIN / "halfstep"), "run", *words])
+    arguments = [*WORDS, "zero=2", "precision=fp16", f"data={data}", f"out={outcome.out}"]
+    again = start("again", [str(BIN / "halfstep"), "run", *arguments])
     assert again.returncode == 0, again.output
     assert "is finished" in again.output
     assert (outcome.out / "metrics.jsonl").read_bytes() == before

@@ -22,9 +22,9 @@ def test_nothing_outlives_halfstep_run_that_is_killed_before_its_ranks_have_woke
     data: Path, scratch: Path, launcher: str
 ) -> None:
     out = scratch / "runs" / f"orphans-{launcher}"
-    words = ["run", "--with", launcher, *WORDS, f"data={data}", "zero=2"]
-    process = rig.start_by("halfstep", words, out, scratch)
-    rig.wait_for(lambda: [one for one in rig.processes(out) if one.pid != process.pid])
+    arguments = ["run", "--with", launcher, *WORDS, f"data={data}", "zero=2"]
+    process = rig.start_by("halfstep", arguments, out, scratch)
+    rig.wait_for(lambda: [candidate for candidate in rig.processes(out) if candidate.pid != process.pid])
     process.send_signal(signal.SIGKILL)
     process.wait()
     with rig.nothing_left(out, within=30):  # Python and torch are imported meanwhile; a rank ends when it is awake
@@ -55,11 +55,11 @@ def test_a_rank_that_dies_early_ends_the_others(data: Path, scratch: Path) -> No
 
 def test_a_second_start_is_refused_while_the_ranks_of_the_first_wake_up(data: Path, scratch: Path) -> None:
     out = scratch / "runs" / "twice"
-    words = ["run", *WORDS, "steps=2", "eval.every=0", f"data={data}", "zero=1"]
-    first = rig.start_by("halfstep", [*words, "precision=fp32"], out, scratch)
+    arguments = ["run", *WORDS, "steps=2", "eval.every=0", f"data={data}", "zero=1"]
+    first = rig.start_by("halfstep", [*arguments, "precision=fp32"], out, scratch)
     rig.wait_for((out / "plan.json").exists)
     second = subprocess.run(
-        [str(BIN / "halfstep"), *words, "precision=bf16", f"out={out}"],
+        [str(BIN / "halfstep"), *arguments, "precision=bf16", f"out={out}"],
         cwd=rig.ROOT,
         env=environment(scratch),
         capture_output=True,
@@ -74,14 +74,14 @@ def test_a_second_start_is_refused_while_the_ranks_of_the_first_wake_up(data: Pa
 
 def _listens(rank: "subprocess.Popen[bytes]") -> bool:
     """Tell whether a rank has opened the socket at which the others meet it."""
-    return any("halfstep-" in one.laddr for one in psutil.Process(rank.pid).net_connections("unix"))
+    return any("halfstep-" in connection.laddr for connection in psutil.Process(rank.pid).net_connections("unix"))
 
 
 def test_a_rank_whose_launcher_had_died_before_it_began_says_so() -> None:
     program = (
         "import os, subprocess, sys, time\n"
         "os.environ['TORCHELASTIC_RUN_ID'] = 'x'\n"
-        "code = 'import time; time.sleep(0.5); import sys; from launcher.watch.heart import begin; begin(0, 1.0)'\n"
+        "code = 'import time; time.sleep(0.5); from halfstep.launcher.watchdog.heartbeat import begin; begin(0, 1.0)'\n"
         "subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
     )
     done = subprocess.run(

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.engine import half
-from models.build import build, initial_statistics
-from models.loss import next_token_loss
-from models.presets import PRESETS
-from models.shapes import hf_config, shape_of
+from halfstep.launcher.engine.numerics import cpu_fp16
+from halfstep.models.loss import next_token_loss
+from halfstep.models.network import build, initial_statistics
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import hf_config, shape_of
 
 FAMILIES = ("gpt2-nano", "llama-nano")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,14 +98,14 @@ def digests(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, str]:
     """Hash every parameter, rounded to `dtype`, and every buffer as it is."""
     import deepspeed
 
-    found = {}
+    hashes = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         whole = (
             deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
         )
         with whole:
-            found[name] = _digest(parameter.detach().to(dtype))
-    return found | {name: _digest(buffer) for name, buffer in model.named_buffers()}
+            hashes[name] = _digest(parameter.detach().to(dtype))
+    return hashes | {name: _digest(buffer) for name, buffer in model.named_buffers()}
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -118,7 +118,7 @@ def losses(name: str, stage: int, precision: str, *, checkpointing: bool = False
     import deepspeed
 
     config = ds_config(stage, precision)
-    half.prepare(precision, "cpu", compiled=False)  # DeepSpeed refuses fp16 where the CPU has no instructions for it
+    cpu_fp16.prepare(precision, "cpu", compiled=False)  # DeepSpeed refuses fp16 on a CPU without it
     model = build(
         config_of(name), seed=SEED, zero3=config if stage == 3 else None, activation_checkpointing=checkpointing
     )
@@ -149,23 +149,23 @@ def rank_main(out: Path) -> None:
             super().__enter__()
 
     deepspeed.zero.GatheredParameters = Recorded
-    found: dict = {"digests": {}, "losses": {}, "checkpointed": {}, "elements": {}, "untouched": True}
+    results: dict = {"digests": {}, "losses": {}, "checkpointed": {}, "elements": {}, "untouched": True}
     for name in FAMILIES:
         for precision, dtype in PRECISIONS.items():
             state = torch.get_rng_state()
             plain = build(config_of(name), seed=SEED)
             gathered_elements.clear()
             split = build(config_of(name), seed=SEED, zero3=ds_config(3, precision))
-            found["elements"][name] = [max(gathered_elements), sum(p.numel() for p in plain.parameters())]
-            found["untouched"] &= torch.equal(state, torch.get_rng_state())
-            found["partitioned"] = all(hasattr(p, "ds_id") and p.numel() == 0 for p in split.parameters())
-            found["statistics"] = initial_statistics(split)
-            found["digests"][f"{name} {precision}"] = [digests(plain, dtype), digests(split, dtype)]
-            found["losses"][f"{name} {precision}"] = [losses(name, stage, precision) for stage in range(4)]
-        found["checkpointed"][name] = [
+            results["elements"][name] = [max(gathered_elements), sum(p.numel() for p in plain.parameters())]
+            results["untouched"] &= torch.equal(state, torch.get_rng_state())
+            results["partitioned"] = all(hasattr(p, "ds_id") and p.numel() == 0 for p in split.parameters())
+            results["statistics"] = initial_statistics(split)
+            results["digests"][f"{name} {precision}"] = [digests(plain, dtype), digests(split, dtype)]
+            results["losses"][f"{name} {precision}"] = [losses(name, stage, precision) for stage in range(4)]
+        results["checkpointed"][name] = [
             [losses(name, stage, "fp32", checkpointing=on, steps=3) for on in (False, True)] for stage in range(4)
         ]
-    found["others"] = {
+    results["others"] = {
         f"{name} {precision}": [
             digests(build(config, seed=SEED, dtype=dtype), dtype),
             digests(build(config, seed=SEED, zero3=ds_config(3, precision)), dtype),
@@ -173,11 +173,11 @@ def rank_main(out: Path) -> None:
         for name, config in OTHERS.items()
         for precision, dtype in PRECISIONS.items()
     }
-    found["loaded"] = loaded_digests(out)
-    found["router"] = router_digests(out)
-    found["forgotten"] = forgotten_digests()
-    found["refused"] = refusals(out)
-    (out / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    results["loaded"] = loaded_digests(out)
+    results["router"] = router_digests(out)
+    results["forgotten"] = forgotten_digests()
+    results["refused"] = refusals(out)
+    (out / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
 
 
 def loaded_digests(out: Path) -> list[dict[str, str]]:
@@ -278,8 +278,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_partitioned_model_has_the_rounded_values_of_a_plain_one(ranks: list[dict], name: str, precision: str):
-    for found in ranks:
-        plain, split = found["digests"][f"{name} {precision}"]
+    for results in ranks:
+        plain, split = results["digests"][f"{name} {precision}"]
         assert plain == split
         assert plain == ranks[0]["digests"][f"{name} {precision}"][0]
 
@@ -292,7 +292,7 @@ def test_the_whole_model_is_never_gathered(ranks: list[dict]):
 
 
 def test_the_callers_random_state_is_left_alone(ranks: list[dict]):
-    assert all(found["untouched"] for found in ranks)
+    assert all(results["untouched"] for results in ranks)
 
 
 def test_the_statistics_of_a_partitioned_model_are_the_architectures(ranks: list[dict]):
@@ -316,29 +316,29 @@ def test_activation_checkpointing_changes_no_loss_at_any_stage(ranks: list[dict]
 
 
 def test_a_checkpoint_loads_the_same_with_and_without_partitioning(ranks: list[dict]):
-    for found in ranks:
-        saved, plain, split, after = found["loaded"]
+    for results in ranks:
+        saved, plain, split, after = results["loaded"]
         assert saved == plain == split == after
 
 
 @pytest.mark.parametrize("name", [f"{name} {precision}" for name in OTHERS for precision in PRECISIONS])
 def test_other_families_start_with_the_same_parameters_and_buffers(ranks: list[dict], name: str):
-    for found in ranks:
-        plain, split = found["others"][name]
+    for results in ranks:
+        plain, split = results["others"][name]
         assert plain == split == ranks[0]["others"][name][0]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_routers_bias_is_loaded_the_same_with_and_without_partitioning(ranks: list[dict], precision: str):
-    for found in ranks:
-        plain, split = found["router"][precision]
+    for results in ranks:
+        plain, split = results["router"][precision]
         assert plain == split == ranks[0]["router"]["fp32" if precision == "fp32" else precision][0]
         assert plain[BIAS] == ranks[0]["router"]["fp32"][0][BIAS], "fp32 in every precision"
 
 
 def test_what_an_initialisation_forgets_is_drawn_by_its_constructor_at_every_stage(ranks: list[dict]):
-    for found in ranks:
-        plain, split = found["forgotten"]
+    for results in ranks:
+        plain, split = results["forgotten"]
         assert plain == split == ranks[0]["forgotten"][0]
 
 

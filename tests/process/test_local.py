@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from process.small_ranks import LAUNCHER, RANK, ROOT
 
-from launcher.watch import processes
+from halfstep.launcher.system import processes
 
 pytestmark = pytest.mark.process
 STARTER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from launcher.submit import local
+from halfstep.launcher.submit import local
 sys.exit(local.start(sys.argv[2:], Path(sys.argv[1]), 2, launch="of this test"))
 """
 
@@ -34,10 +34,10 @@ class Run:
         (folder / "deepspeed").write_text(LAUNCHER)
         self.errors = folder / "stderr"
         (folder / "halfstep").write_text(STARTER)
-        words = [sys.executable, str(folder / "halfstep"), str(self.run), *command]
+        arguments = [sys.executable, str(folder / "halfstep"), str(self.run), *command]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                words, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, "HALFSTEP_TEST": str(folder)}
+                arguments, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, "HALFSTEP_TEST": str(folder)}
             )
 
     def until_step(self, step: int) -> None:
@@ -53,9 +53,9 @@ class Run:
     @property
     def launcher(self) -> int:
         """The process that started the ranks."""
-        words = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in self.left}
-        (found,) = [pid for pid, line in words.items() if line[1].endswith("/deepspeed")]
-        return found
+        arguments = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in self.left}
+        (launcher,) = [pid for pid, line in arguments.items() if line[1].endswith("/deepspeed")]
+        return launcher
 
 
 Start = Callable[..., Run]
@@ -73,11 +73,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
         return started[-1]
 
     yield begin
-    for one in started:
-        for pid in one.left:
+    for launch in started:
+        for pid in launch.left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        one.process.wait()
+        launch.process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from ranks import environment
 
-from launcher.plan import communication, setting, states
-from launcher.plan.layout import Layout
-from launcher.plan.plan import Plan
+from halfstep.launcher.forecast import communication, states
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.plan import Plan
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,16 +38,16 @@ SMALL = 64 * 1024
 
 def rank_main(folder: Path) -> None:
     """Hold every case's engine once, in one start of the ranks."""
-    from launcher.engine import distributed
-    from launcher.engine.places import file_store
-    from launcher.topology import from_environment
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.ranks.places import file_store
+    from halfstep.launcher.topology import from_environment
 
     rank = from_environment()
     plans = [Plan.from_dict(tree) for tree in json.loads((folder / "plans.json").read_text())]
     distributed.join(rank, plans[0], file_store(folder / "store", rank))
     distributed.quiet_deepspeed(folder / f"log-{rank.rank}")
-    found = [held(plan) for plan in plans]
-    (folder / f"rank-{rank.rank}.json").write_text(json.dumps(found))
+    measured = [held(plan) for plan in plans]
+    (folder / f"rank-{rank.rank}.json").write_text(json.dumps(measured))
     distributed.leave()
 
 
@@ -54,8 +55,8 @@ def held(plan: Plan) -> dict[str, int]:
     """Return the bytes of tensors that live between micro-steps, before the step and after it."""
     import torch
 
-    from launcher.engine.build import build
-    from launcher.engine.traffic import Traffic
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.ranks.traffic import Traffic
 
     gc.collect()
     gc.freeze()  # what is there already is not looked at again: walking over all that was imported takes long
@@ -82,7 +83,7 @@ def _train(engine: Any, plan: Plan, repairs: Any, look: Callable[[str], None]) -
     """Train one optimizer step."""
     import torch
 
-    from models.loss import next_token_loss
+    from halfstep.models.loss import next_token_loss
 
     tokens = torch.arange(plan.sequence + 1)[None] % plan.model.vocabulary
     for micro_step in range(1, plan.batch.accumulation + 1):
@@ -110,9 +111,12 @@ def _bytes_now() -> int:
 
     gc.collect()
     storages = {}
-    for one in gc.get_objects():
-        if isinstance(one, torch.Tensor):
-            for tensor in (one, one.grad if one.is_leaf else None):  # a gradient nobody looked at is no Python object
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            for tensor in (
+                thing,
+                thing.grad if thing.is_leaf else None,
+            ):  # a gradient nobody looked at is no Python object
                 if tensor is not None and tensor.device.type == "cpu":
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
@@ -126,7 +130,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[.
     def measured(plans: list[Plan]) -> list[list[dict[str, int]]]:
         if "found" not in cache:
             folder = tmp_path_factory.mktemp("states")
-            (folder / "plans.json").write_text(json.dumps([one.to_dict() for one in plans]))
+            (folder / "plans.json").write_text(json.dumps([plan.to_dict() for plan in plans]))
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
@@ -148,11 +152,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[.
     return measured
 
 
-def test_every_byte_of_model_state_is_foretold(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
+def test_every_byte_of_model_state_is_predicted(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
     plans = _plans(plan)
     wrong = []
-    for rank, found in enumerate(ranks(plans)):
-        for case, made, seen in zip(CASES, plans, found, strict=True):
+    for rank, measured in enumerate(ranks(plans)):
+        for case, made, seen in zip(CASES, plans, measured, strict=True):
             expected = _expected(made, rank)
             for moment in seen.keys() & expected.keys():
                 if not 0 <= seen[moment] - expected[moment] < SMALL:
@@ -160,12 +164,12 @@ def test_every_byte_of_model_state_is_foretold(ranks: Callable[..., Any], plan: 
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_every_byte_that_a_step_sends_is_foretold(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
+def test_every_byte_that_a_step_sends_is_predicted(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
     plans = _plans(plan)
     wrong = []
-    for rank, found in enumerate(ranks(plans)):
-        for case, made, seen in zip(CASES, plans, found, strict=True):
-            expected = communication.volume(setting.of_plan(made), Layout()).total_bytes
+    for rank, measured in enumerate(ranks(plans)):
+        for case, made, seen in zip(CASES, plans, measured, strict=True):
+            expected = communication.volume(estimate.workload_of(made), Layout()).total_bytes
             more = seen["sent"] - expected
             allowed = 64 if made.zero < 3 else 0.01 * expected  # norms and flags; padding and small tensors that stay
             if not abs(more) <= allowed or (made.zero < 3 and more < 0):
@@ -176,25 +180,25 @@ def test_every_byte_that_a_step_sends_is_foretold(ranks: Callable[..., Any], pla
 def _plans(plan: Callable[..., Plan]) -> list[Plan]:
     made = []
     for family, zero, precision, accumulation in CASES:
-        words = [f"model={family}", "batch.micro=1", f"batch.global={2 * accumulation}", "sequence=8"]
-        made.append(plan(*words, f"zero={zero}", f"precision={precision}"))
+        arguments = [f"model={family}", "batch.micro=1", f"batch.global={2 * accumulation}", "sequence=8"]
+        made.append(plan(*arguments, f"zero={zero}", f"precision={precision}"))
     return made
 
 
 def _expected(plan: Plan, rank: int) -> dict[str, int]:
-    made = setting.of_plan(plan)
-    one = states.states(made, rank)
+    made = estimate.workload_of(plan)
+    planned = states.states(made, rank)
     bucket = 4 * made.reduce_bucket
-    built = one.weights + one.masters + one.resting_gradients + (bucket if made.zero == 3 else 0)
+    built = planned.weights + planned.masters + planned.resting_gradients + (bucket if made.zero == 3 else 0)
     # Stage 1's bucket is made with the first gradient of a step, and in fp16 the gradients that other ranks step with
     # stay views of it until the step is over.
     ready = bucket if made.zero == 1 and made.precision != "bf16" else 0
     views = bucket if made.zero == 1 and made.precision == "fp16" else 0
     return {
         "built": built,
-        "between micro-steps": built + ready + one.gradients - one.resting_gradients,
-        "before the step": built + views + one.reduced_gradients - one.resting_gradients,
-        "at rest": built + one.moments + one.persistent,
+        "between micro-steps": built + ready + planned.gradients - planned.resting_gradients,
+        "before the step": built + views + planned.reduced_gradients - planned.resting_gradients,
+        "at rest": built + planned.moments + planned.persistent,
     }
 
 

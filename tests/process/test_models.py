@@ -12,8 +12,8 @@ pytestmark = pytest.mark.process
 Start = Callable[..., Outcome]
 
 
-def train(start: Start, name: str, *words: str) -> Outcome:
-    return start(name, [sys.executable, "launcher/train.py", *WORDS, *words, "out={out}"])
+def train(start: Start, name: str, *arguments: str) -> Outcome:
+    return start(name, [sys.executable, "launcher/train.py", *WORDS, *arguments, "out={out}"])
 
 
 def test_trained_weights_of_another_family_are_loaded_at_stage_3(start: Start, data: Path, scratch: Path) -> None:
@@ -85,14 +85,14 @@ def test_the_way_out_trains_and_what_was_measured_is_written_down(start: Start, 
 
 
 def test_dropout_is_decided_by_the_seed(start: Start, cell: Callable[[int, str], Outcome], data: Path) -> None:
-    words = ["model.dropout=0.2", f"data={data}", "precision=fp32", "steps=3", "eval.every=0"]
-    one, same = (train(start, name, *words) for name in ("dropout", "dropout again"))
-    assert one.losses == same.losses
-    assert abs(one.losses[0] - cell(1, "fp32").losses[0]) > 1e-3, "the same weights and batch without dropout"
+    arguments = ["model.dropout=0.2", f"data={data}", "precision=fp32", "steps=3", "eval.every=0"]
+    first, again = (train(start, name, *arguments) for name in ("dropout", "dropout again"))
+    assert first.losses == again.losses
+    assert abs(first.losses[0] - cell(1, "fp32").losses[0]) > 1e-3, "the again weights and batch without dropout"
 
 
 def test_a_run_that_diverges_ends_with_code_76_and_says_so(start: Start, data: Path) -> None:
-    words = [
+    arguments = [
         f"data={data}",
         "precision=fp32",
         "zero=0",
@@ -101,7 +101,7 @@ def test_a_run_that_diverges_ends_with_code_76_and_says_so(start: Start, data: P
         "optimizer.clip=0",
         "eval.every=0",
     ]
-    outcome = train(start, "diverged", *words, "schedule.warmup=0")
+    outcome = train(start, "diverged", *arguments, "schedule.warmup=0")
     assert outcome.returncode == 76, outcome.output
     assert "error: the loss was not finite 3 steps in a row, up to step 4" in outcome.output, outcome.output
     assert " from: first in the output of transformer.h.0.ln_1 on rank 0 at step 2; last good step 1" in outcome.output
@@ -112,7 +112,7 @@ def test_a_run_that_diverges_ends_with_code_76_and_says_so(start: Start, data: P
 
 
 def test_sgd_trains_at_a_sharded_stage(start: Start, data: Path) -> None:
-    words = [
+    arguments = [
         f"data={data}",
         "precision=bf16",
         "zero=2",
@@ -121,14 +121,14 @@ def test_sgd_trains_at_a_sharded_stage(start: Start, data: Path) -> None:
         "steps=5",
         "eval.every=0",
     ]
-    outcome = train(start, "sgd", *words)
+    outcome = train(start, "sgd", *arguments)
     assert outcome.returncode == 0, outcome.output
     assert outcome.losses[-1] < outcome.losses[0]
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_once_with_its_place(start: Start, data: Path) -> None:
-    words = [*WORDS, f"data={data / 'train'}", "model.vocabulary=300", "zero=1", "out={out}"]
-    outcome = start("beyond", [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *words])
+    arguments = [*WORDS, f"data={data / 'train'}", "model.vocabulary=300", "zero=1", "out={out}"]
+    outcome = start("beyond", [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *arguments])
     assert outcome.returncode == 2, outcome.output
     assert outcome.output.count("is outside the vocabulary of 300") == 1
     assert "Traceback" not in outcome.output
@@ -136,8 +136,8 @@ def test_a_token_beyond_the_vocabulary_is_refused_once_with_its_place(start: Sta
 
 
 def test_fp16_at_its_smallest_scale_ends_with_code_76(start: Start, data: Path) -> None:
-    words = [f"data={data}", "precision=fp16", "zero=2", "steps=20", "eval.every=0"]
-    outcome = train(start, "smallest", *words, "fp16.initial_scale_power=28", "fp16.min_scale=134217728")
+    arguments = [f"data={data}", "precision=fp16", "zero=2", "steps=20", "eval.every=0"]
+    outcome = train(start, "smallest", *arguments, "fp16.initial_scale_power=28", "fp16.min_scale=134217728")
     assert outcome.returncode == 76, outcome.output
     assert "error: gradients overflow fp16 at the smallest loss scale" in outcome.output
     assert outcome.json("summary.json")["status"] == "diverged"

@@ -15,17 +15,17 @@ CELLS = [(zero, precision) for precision in ("fp32", "fp16", "bf16") for zero in
 LAYERS = ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f"]
 
 
-def train(start: Start, name: str, *words: str, ranks: int = 2, **environment: str) -> Outcome:
+def train(start: Start, name: str, *arguments: str, ranks: int = 2, **environment: str) -> Outcome:
     starter = [str(BIN / "deepspeed"), "--num_gpus", str(ranks)] if ranks > 1 else [sys.executable]
-    return start(name, [*starter, "launcher/train.py", *WORDS, "eval.every=0", *words, "out={out}"], **environment)
+    return start(name, [*starter, "launcher/train.py", *WORDS, "eval.every=0", *arguments, "out={out}"], **environment)
 
 
 @pytest.fixture(scope="module")
 def overflowing(start: Start, data: Path) -> list[Outcome]:
     """Return fp16 runs at all four stages: an absurd first scale, and a batch poisoned on rank 1 at step 30."""
-    words = ["precision=fp16", "steps=36", "fp16.initial_scale_power=32", "fp16.window=4", "numerics.every=12"]
+    arguments = ["precision=fp16", "steps=36", "fp16.initial_scale_power=32", "fp16.window=4", "numerics.every=12"]
     return [
-        train(start, f"absurd{zero}", *words, f"zero={zero}", f"data={data}", HALFSTEP_FAULT="fwd:1:30:nan")
+        train(start, f"absurd{zero}", *arguments, f"zero={zero}", f"data={data}", HALFSTEP_FAULT="fwd:1:30:nan")
         for zero in range(4)
     ]
 
@@ -33,7 +33,9 @@ def overflowing(start: Start, data: Path) -> list[Outcome]:
 def test_the_same_overflows_give_the_same_scales_and_skips_at_every_stage(overflowing: list[Outcome]) -> None:
     for outcome in overflowing:
         assert outcome.returncode == 0, outcome.output
-    series = [[(row["loss_scale"], row["overflow"], row["skipped_steps"]) for row in one.steps] for one in overflowing]
+    series = [
+        [(row["loss_scale"], row["overflow"], row["skipped_steps"]) for row in outcome.steps] for outcome in overflowing
+    ]
     assert series[0] == series[1] == series[2] == series[3]
     scales, overflows, skipped = zip(*series[0], strict=True)
     assert scales[:4] == (2**32, 2**32, 2**31, 2**30), "hysteresis 2 forgives the first overflow only"
@@ -57,31 +59,31 @@ def test_the_run_recovers_and_trains_on(overflowing: list[Outcome]) -> None:
 
 def test_every_overflow_names_the_first_parameters(overflowing: list[Outcome]) -> None:
     for outcome in overflowing:
-        told = {event["step"]: event for event in outcome.events if event["event"] == "overflow"}
-        assert list(told) == [row["step"] for row in outcome.steps if row["overflow"]]
-        for event in told.values():
-            assert event["non_finite"] >= len({one["parameter"] for one in event["first"]}) >= 1
-            for one in event["first"]:
-                assert one["parameter"].startswith(one["layer"])
-                assert one["rank"] in (0, 1)
-                assert one["micro_step"] in (1, 2)
-        assert {one["rank"] for one in told[1]["first"]} == {0, 1}, "at 2^32 both ranks overflow"
-        assert {one["rank"] for one in told[30]["first"]} == {1}, "only rank 1 was poisoned"
+        overflows = {event["step"]: event for event in outcome.events if event["event"] == "overflow"}
+        assert list(overflows) == [row["step"] for row in outcome.steps if row["overflow"]]
+        for event in overflows.values():
+            assert event["non_finite"] >= len({gradient["parameter"] for gradient in event["first"]}) >= 1
+            for gradient in event["first"]:
+                assert gradient["parameter"].startswith(gradient["layer"])
+                assert gradient["rank"] in (0, 1)
+                assert gradient["micro_step"] in (1, 2)
+        assert {gradient["rank"] for gradient in overflows[1]["first"]} == {0, 1}, "at 2^32 both ranks overflow"
+        assert {gradient["rank"] for gradient in overflows[30]["first"]} == {1}, "only rank 1 was poisoned"
         (bad,) = [event for event in outcome.events if event["event"] == "loss_not_finite"]
         assert (bad["step"], bad["ranks"], bad["first_activation"]) == (30, [1], None)
 
 
 def test_each_layers_underflow_is_counted_with_and_without_the_scale(overflowing: list[Outcome]) -> None:
     for outcome in overflowing:
-        told = [event for event in outcome.events if event["event"] == "numerics"]
-        assert [event["step"] for event in told] == [12, 24, 36]
-        for event in told[1:]:
+        statistics = [event for event in outcome.events if event["event"] == "numerics"]
+        assert [event["step"] for event in statistics] == [12, 24, 36]
+        for event in statistics[1:]:
             assert list(event["layers"]) == LAYERS
             assert event["scale"] == outcome.steps[event["step"] - 1]["loss_scale"]
             block = event["layers"]["transformer.h.0"]
             assert 0 < block["grad_max"] < 10
             assert block["underflow_unscaled"] > 10 * block["underflow_scaled"], "what the loss scale is for"
-    first, *others = [one.events for one in overflowing]
+    first, *others = [outcome.events for outcome in overflowing]
     for layer in LAYERS:
         fractions = [
             next(e for e in events if e["event"] == "numerics" and e["step"] == 24)["layers"][layer][
@@ -104,11 +106,11 @@ SMOKE = {(0, "fp32"), (3, "fp16")}
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision"), [pytest.param(*one, marks=[] if one in SMOKE else [pytest.mark.full]) for one in CELLS]
+    ("zero", "precision"), [pytest.param(*cell, marks=[] if cell in SMOKE else [pytest.mark.full]) for cell in CELLS]
 )
 def test_a_loss_that_stays_bad_ends_every_cell_alike(start: Start, data: Path, zero: int, precision: str) -> None:
-    words = [f"zero={zero}", f"precision={precision}", f"data={data}"]
-    outcome = train(start, f"poisoned{zero}{precision}", *words, HALFSTEP_FAULT="fwd:1:5-:nan")
+    arguments = [f"zero={zero}", f"precision={precision}", f"data={data}"]
+    outcome = train(start, f"poisoned{zero}{precision}", *arguments, HALFSTEP_FAULT="fwd:1:5-:nan")
     assert outcome.returncode == 76, outcome.output
     lines = [line for line in outcome.output.splitlines() if line.startswith(("error:", " from:", "  try:"))]
     assert len(lines) == 3, outcome.output
@@ -126,14 +128,15 @@ def test_a_loss_that_stays_bad_ends_every_cell_alike(start: Start, data: Path, z
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision"), [pytest.param(*one, marks=[] if one == (1, "bf16") else [pytest.mark.full]) for one in CELLS]
+    ("zero", "precision"),
+    [pytest.param(*cell, marks=[] if cell == (1, "bf16") else [pytest.mark.full]) for cell in CELLS],
 )
 def test_gradients_that_stay_bad_end_a_run_though_its_loss_is_fine(
     start: Start, data: Path, zero: int, precision: str
 ) -> None:
     scaling = ["fp16.initial_scale_power=4", "fp16.hysteresis=1"] if precision == "fp16" else []
-    words = [f"zero={zero}", f"precision={precision}", f"data={data}", "numerics.max_skips=4", *scaling]
-    outcome = train(start, f"gradients{zero}{precision}", *words, ranks=1, HALFSTEP_FAULT="bwd:0:3-:inf")
+    arguments = [f"zero={zero}", f"precision={precision}", f"data={data}", "numerics.max_skips=4", *scaling]
+    outcome = train(start, f"gradients{zero}{precision}", *arguments, ranks=1, HALFSTEP_FAULT="bwd:0:3-:inf")
     assert outcome.returncode == 76, outcome.output
     assert "from: first in transformer." in outcome.output
     assert "last good step 2" in outcome.output
@@ -147,13 +150,13 @@ def test_gradients_that_stay_bad_end_a_run_though_its_loss_is_fine(
 
 @pytest.mark.parametrize(
     ("zero", "precision"),
-    [(2, "fp16"), *(pytest.param(*one, marks=pytest.mark.full) for one in [(1, "fp16"), (1, "bf16")])],
+    [(2, "fp16"), *(pytest.param(*cell, marks=pytest.mark.full) for cell in [(1, "fp16"), (1, "bf16")])],
 )
 def test_a_skipped_step_leaves_nothing_behind_in_offloaded_gradients(
     start: Start, data: Path, zero: int, precision: str
 ) -> None:
-    words = [f"zero={zero}", f"precision={precision}", "offload=optimizer-cpu", "steps=10", f"data={data}"]
-    outcome = train(start, f"offload{zero}{precision}", *words, ranks=1, HALFSTEP_FAULT="fwd:0:5:nan")
+    arguments = [f"zero={zero}", f"precision={precision}", "offload=optimizer-cpu", "steps=10", f"data={data}"]
+    outcome = train(start, f"offload{zero}{precision}", *arguments, ranks=1, HALFSTEP_FAULT="fwd:0:5:nan")
     assert outcome.returncode == 0, outcome.output
     assert [row["step"] for row in outcome.steps if row["overflow"]] == [5]
     assert "WARNING: HALFSTEP_FAULT=fwd:0:5:nan: this run is being broken on purpose" in outcome.output
@@ -162,8 +165,8 @@ def test_a_skipped_step_leaves_nothing_behind_in_offloaded_gradients(
 def test_a_static_scale_trains_like_a_dynamic_one_that_never_moved(
     start: Start, cell: Callable[[int, str], Outcome], data: Path
 ) -> None:
-    words = ["precision=fp16", "zero=0", "fp16.scale=65536", f"data={data}"]
-    outcome = train(start, "static", *words)
+    arguments = ["precision=fp16", "zero=0", "fp16.scale=65536", f"data={data}"]
+    outcome = train(start, "static", *arguments)
     assert outcome.returncode == 0, outcome.output
     assert {row["loss_scale"] for row in outcome.steps} == {65536.0}
     assert outcome.losses == pytest.approx(cell(1, "fp16").losses, rel=1e-3)
@@ -172,10 +175,10 @@ def test_a_static_scale_trains_like_a_dynamic_one_that_never_moved(
 @pytest.mark.full
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_static_scale_works_at_every_stage_and_ends_a_run_it_cannot_cure(start: Start, data: Path, zero: int) -> None:
-    words = ["precision=fp16", f"zero={zero}", f"data={data}"]
-    fine = train(start, f"static{zero}", *words, "fp16.scale=1024", ranks=1)
+    arguments = ["precision=fp16", f"zero={zero}", f"data={data}"]
+    fine = train(start, f"static{zero}", *arguments, "fp16.scale=1024", ranks=1)
     assert fine.returncode == 0, fine.output
     assert {row["loss_scale"] for row in fine.steps} == {1024.0}
-    far_too_large = train(start, f"overstatic{zero}", *words, "fp16.scale=4294967296", ranks=1)
+    far_too_large = train(start, f"overstatic{zero}", *arguments, "fp16.scale=4294967296", ranks=1)
     assert far_too_large.returncode == 76
     assert "3 steps in a row, up to step 3 (the scale is fixed at 4.29497e+09)" in far_too_large.output

@@ -18,17 +18,17 @@ pytestmark = pytest.mark.process
 
 def rank_main() -> None:
     """Train stage 0 in both half precisions, changed in two ways, and judge it by the reference."""
-    from launcher import faults, topology
-    from launcher.parity.cases import POISON, Case, plan_of
+    from halfstep.launcher import fault_injection, topology
+    from halfstep.launcher.parity.cases import POISON, Case, plan_of
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)
-    os.environ[faults.VARIABLE] = POISON
+    os.environ[fault_injection.VARIABLE] = POISON
     import deepspeed.runtime.engine as runtime
     import torch
 
-    from launcher.engine import distributed
-    from launcher.parity import judge, trial
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.parity import distance, trial
 
     world = topology.describe(1, 1)
     fp16 = Case(zero=0, precision="fp16", accumulation=2, clip=0.05, world_size=1, optimizer="adamw", family="gpt2")
@@ -59,8 +59,8 @@ def rank_main() -> None:
                 series = trial.on_deepspeed(plan, 0)
             finally:
                 setattr(place, attribute, old)
-            found = judge.deviations(case, series, reference, "oracle")
-            wrong = {one.measure: one.value for one in found if not one.ok}
+            deviations = distance.deviations(case, series, reference, "oracle")
+            wrong = {deviation.measure: deviation.value for deviation in deviations if not deviation.ok}
             rows.append([name, case.precision, wrappers[-1], list(series.repairs), wrong])
     print("\n" + json.dumps(rows))
     distributed.leave()

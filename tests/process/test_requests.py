@@ -18,8 +18,16 @@ SHORT = ["model=gpt2-nano", "sequence=32", "eval.every=0", "eval.sequences=2", "
 @pytest.fixture(scope="module")
 def odd(start: Start, data: Path) -> Callable[[int, str], Outcome]:
     def train(zero: int, precision: str) -> Outcome:
-        words = [*SHORT, *ODD, "steps=6", "batch.global=8", "batch.micro=2", f"zero={zero}", f"precision={precision}"]
-        command = [str(BIN / "halfstep"), "run", *words, f"data={data}", "out={out}"]
+        arguments = [
+            *SHORT,
+            *ODD,
+            "steps=6",
+            "batch.global=8",
+            "batch.micro=2",
+            f"zero={zero}",
+            f"precision={precision}",
+        ]
+        command = [str(BIN / "halfstep"), "run", *arguments, f"data={data}", "out={out}"]
         return start(f"odd-z{zero}-{precision}", command)
 
     return train
@@ -118,7 +126,7 @@ def test_a_deepspeed_file_trains_as_it_says(start: Start, data: Path, tmp_path: 
         assert {row["loss_scale"] for row in outcome.steps} == {128.0}
         again = start(f"file-{list(FILES).index(name)}", command)
         assert again.returncode == 0
-        assert "is finished" in again.output, "the same words are the same run"
+        assert "is finished" in again.output, "the same arguments are the same run"
 
 
 def test_a_rank_without_a_package_that_a_key_needs_says_so_before_anything_is_built(

@@ -32,8 +32,8 @@ def attacked(scratch: Path) -> Iterator[Callable[[Path], "Attack"]]:
         return attacks[-1]
 
     yield begin
-    for one in attacks:
-        one.end()
+    for attack in attacks:
+        attack.end()
 
 
 class Attack:
@@ -46,9 +46,9 @@ class Attack:
         self._mark.unlink(missing_ok=True)
         script = self._folder / "stranger.py"
         shutil.copy(stranger.__file__, script)
-        words = [str(PYTHON), str(script), str(run), str(self._folder / "stop"), str(self._folder / "report.json")]
+        arguments = [str(PYTHON), str(script), str(run), str(self._folder / "stop"), str(self._folder / "report.json")]
         nobody = pwd.getpwnam("nobody")
-        self._process = subprocess.Popen(words, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], cwd="/")
+        self._process = subprocess.Popen(arguments, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], cwd="/")
         end = time.monotonic() + 10
         while not (self._folder / "ready").exists() and time.monotonic() < end:
             time.sleep(0.02)
@@ -60,10 +60,10 @@ class Attack:
         (self._folder / "stop").touch()
         self._process.wait(30)
         report = self._folder / "report.json"
-        found = json.loads(report.read_text()) if report.exists() else {}
+        reported = json.loads(report.read_text()) if report.exists() else {}
         executed = self._mark.exists()
         shutil.rmtree(self._folder, ignore_errors=True)
-        return {**found, "executed": executed}
+        return {**reported, "executed": executed}
 
 
 def check(report: dict) -> None:
@@ -80,9 +80,9 @@ def test_a_stranger_on_this_host_changes_nothing(
     scratch: Path,
 ) -> None:
     attack = attacked(scratch / "runs" / "attacked")
-    words = [*WORDS, "zero=2", "precision=fp32", f"data={data}", "out={out}"]
+    arguments = [*WORDS, "zero=2", "precision=fp32", f"data={data}", "out={out}"]
     # The second rank comes late, so that the first waits for it while the stranger is there.
-    outcome = start("attacked", [str(BIN / "halfstep"), "run", *words], HALFSTEP_FAULT="import:1:0:sleep=4")
+    outcome = start("attacked", [str(BIN / "halfstep"), "run", *arguments], HALFSTEP_FAULT="import:1:0:sleep=4")
     check(attack.end())
     assert outcome.returncode == 0, outcome.output
     assert outcome.losses == cell(2, "fp32").losses
@@ -97,13 +97,13 @@ def test_a_stranger_on_the_network_changes_nothing(
 ) -> None:
     out = scratch / "runs" / "attacked-nodes"
     attack = attacked(out)
-    words = [*WORDS, "zero=2", "precision=fp32", f"data={data}"]
+    arguments = [*WORDS, "zero=2", "precision=fp32", f"data={data}"]
     # As many threads as the cell's ranks have, or the last digit differs.
     more = {"OMP_NUM_THREADS": "1", "HALFSTEP_FAULT": "import:1:0:sleep=4"}
-    launch = Launch(out, words, scratch, nodes=2, **more)
+    launch = Launch(out, arguments, scratch, nodes=2, **more)
     codes = launch.wait()
     check(attack.end())
     assert codes == [0, 0], launch.output
     assert Outcome(out=out, returncode=0, output=launch.output).losses == cell(2, "fp32").losses
     seen = json.loads((out / "attempts/0001/preflight.json").read_text())["strangers"]
-    assert any(one.endswith(" from 127.0.0.1: it does not know the secret of this launch") for one in seen), seen
+    assert any(line.endswith(" from 127.0.0.1: it does not know the secret of this launch") for line in seen), seen

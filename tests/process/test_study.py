@@ -34,10 +34,12 @@ Study = Callable[..., "subprocess.CompletedProcess[str]"]
 def study(tmp_path: Path, data: Path, scratch: Path) -> Study:
     """Return a function that writes a study file and runs a verb on it; its folder is tmp_path/study."""
 
-    def run(verb: str, text: str, *words: str, steps: int = 6, **more: object) -> "subprocess.CompletedProcess[str]":
+    def run(
+        verb: str, text: str, *arguments: str, steps: int = 6, **more: object
+    ) -> "subprocess.CompletedProcess[str]":
         file = tmp_path / "mine.toml"
         file.write_text((HEAD + text).replace("{data}", str(data)).replace("{steps}", str(steps)))
-        command = [BIN / "halfstep", "study", verb, file, "--out", tmp_path / "study", *words]
+        command = [BIN / "halfstep", "study", verb, file, "--out", tmp_path / "study", *arguments]
         environ = {**environment(scratch), "XDG_CACHE_HOME": str(scratch / "cache")}
         return subprocess.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1200, check=False, **more
@@ -61,12 +63,12 @@ def test_what_has_a_result_is_not_run_again_and_a_failure_is_one(study: Study, t
     assert first.returncode == 0, first.stdout + first.stderr
     assert "study mine: 4 runs, 2 refused by a rule" in first.stdout
     assert "2 run, 1 of them failed; 0 had a result already" in first.stdout
-    found = {(run["values"]["optimizer.lr"], run["values"]["offload"]): run for run in results(where)}
-    assert found["0.001", "none"]["status"] == "done"
-    assert found["1e+30", "none"]["status"] == "failed"
-    assert found["1e+30", "none"]["reason"].startswith("diverged: ")
-    assert found["0.001", "cpu"]["reason"].startswith("param-offload-needs-stage-3: ")
-    assert found["0.001", "none"]["checksum"] == found["1e+30", "none"]["checksum"], "the same initial weights"
+    runs = {(run["values"]["optimizer.lr"], run["values"]["offload"]): run for run in results(where)}
+    assert runs["0.001", "none"]["status"] == "done"
+    assert runs["1e+30", "none"]["status"] == "failed"
+    assert runs["1e+30", "none"]["reason"].startswith("diverged: ")
+    assert runs["0.001", "cpu"]["reason"].startswith("param-offload-needs-stage-3: ")
+    assert runs["0.001", "none"]["checksum"] == runs["1e+30", "none"]["checksum"], "the same initial weights"
     assert (where / "report.html").read_text().count("diverged: ") >= 1
     before = attempts(where)
     again = study("run", axes, "--no-gate")
@@ -83,12 +85,12 @@ def test_ctrl_c_stops_a_study_which_goes_on_where_it_was(tmp_path: Path, data: P
     file, where = tmp_path / "mine.toml", tmp_path / "study"
     text = (HEAD + '[axes]\nseed_axis_of_one = [{ name = "one", "optimizer.lr" = 1e-3 }]\n').replace("{steps}", "400")
     file.write_text(text.replace("{data}", str(data)))
-    words = [BIN / "halfstep", "study", "run", file, "--out", where, "--no-gate"]
+    arguments = [BIN / "halfstep", "study", "run", file, "--out", where, "--no-gate"]
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment(scratch), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments, cwd=ROOT, env=environment(scratch), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     end = time.monotonic() + 120
-    while not any(len(one.read_text().splitlines()) > 3 for one in where.glob("runs/*/metrics.jsonl")):
+    while not any(len(metrics.read_text().splitlines()) > 3 for metrics in where.glob("runs/*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -139,13 +141,13 @@ def test_out_of_memory_time_out_and_missing_repairs_are_rows_with_their_reasons(
     done = study("run", text, "zero=0", "precision=bf16", "--force", steps=100, preexec_fn=limited)
     assert done.returncode == 0, done.stdout + done.stderr
     tree = json.loads((tmp_path / "study" / "results.json").read_text())
-    found = {run["values"]["what"]: run for run in tree["runs"]}
-    assert found["plain"]["status"] == "done"
-    assert found["huge"]["reason"].startswith("out of memory: out of host memory")
-    assert found["slow"]["reason"] == "timed out: it took longer than the 60 s it was given"
-    assert found["diverging"]["reason"].startswith("diverged: ")
-    assert found["illegal"]["status"] == "refused"
-    assert (found["unmended"]["status"], found["unmended"]["proved"]) == ("done", False)
+    runs = {run["values"]["what"]: run for run in tree["runs"]}
+    assert runs["plain"]["status"] == "done"
+    assert runs["huge"]["reason"].startswith("out of memory: out of host memory")
+    assert runs["slow"]["reason"] == "timed out: it took longer than the 60 s it was given"
+    assert runs["diverging"]["reason"].startswith("diverged: ")
+    assert runs["illegal"]["status"] == "refused"
+    assert (runs["unmended"]["status"], runs["unmended"]["proved"]) == ("done", False)
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Not proved, and left out of the recommendation: what=unmended" in page
     assert tree["best"] == "what=plain"

@@ -12,9 +12,9 @@ pytestmark = pytest.mark.process
 FIELDS = ["zero", "precision", "accumulation", "clip", "world_size", "optimizer", "family", "worst", "tolerance", "ok"]
 
 
-def verify(scratch: Path, *words: str, timeout: int = 900) -> tuple[int, dict[str, Any]]:
+def verify(scratch: Path, *arguments: str, timeout: int = 900) -> tuple[int, dict[str, Any]]:
     done = subprocess.run(
-        [BIN / "halfstep", "verify", "--json", *words],
+        [BIN / "halfstep", "verify", "--json", *arguments],
         env={**environment(scratch), "XDG_CACHE_HOME": str(scratch / "cache")},
         capture_output=True,
         text=True,
@@ -44,7 +44,7 @@ def test_every_cell_trains_the_same_model(default: tuple[int, dict[str, Any]]) -
     for cell in result["cells"]:
         assert set(FIELDS) <= set(cell)
         assert cell["worst"] <= cell["tolerance"] or cell["tolerance"] == cell["worst"] == 0
-        against = {one["against"] for one in cell["deviations"]}
+        against = {deviation["against"] for deviation in cell["deviations"]}
         assert against == ({"oracle"} if cell["zero"] == 1 else {"oracle", "stage 1"})
 
 
@@ -72,19 +72,19 @@ def test_stock_deepspeed_fails_exactly_at_stage_0_in_half_precision(scratch: Pat
     assert failed(result) == {(0, "fp16"), (0, "bf16")}
     for cell in result["cells"]:
         if not cell["ok"]:
-            loss = next(one for one in cell["deviations"] if one["measure"] == "loss")
+            loss = next(deviation for deviation in cell["deviations"] if deviation["measure"] == "loss")
             assert loss["value"] > 5e-3, "the gap is in the result"
             assert cell["measure"] in ("loss", "grad_norm", "first_update"), "the worst is one that has a size"
     assert sorted((scratch / "cache").rglob("*.json")) == before, "what is known to be wrong is no verdict"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("words", [[], ["--without-repairs"]], ids=["with repairs", "without"])
-def test_every_combination(scratch: Path, words: list[str]) -> None:
-    code, result = verify(scratch, "--all", *words, timeout=1800)
+@pytest.mark.parametrize("arguments", [[], ["--without-repairs"]], ids=["with repairs", "without"])
+def test_every_combination(scratch: Path, arguments: list[str]) -> None:
+    code, result = verify(scratch, "--all", *arguments, timeout=1800)
     assert len(result["cells"]) == 396
-    assert failed(result) == ({(0, "fp16"), (0, "bf16")} if words else set())
-    if words:
+    assert failed(result) == ({(0, "fp16"), (0, "bf16")} if arguments else set())
+    if arguments:
         wrong = [c for c in result["cells"] if c["zero"] == 0 and c["precision"] != "fp32"]
         assert not any(cell["ok"] for cell in wrong)
-    assert code == (76 if words else 0)
+    assert code == (76 if arguments else 0)

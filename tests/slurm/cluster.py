@@ -129,7 +129,7 @@ class Cluster:
         self.start_controller()
         for name in NODES:
             self.start_node(name)
-        self.wait(lambda: [self.node_state(one) for one in NODES] == ["IDLE", "IDLE"], "both nodes to be idle")
+        self.wait(lambda: [self.node_state(node) for node in NODES] == ["IDLE", "IDLE"], "both nodes to be idle")
 
     def start_controller(self) -> None:
         """Start slurmctld; a state that an earlier one left is taken over."""
@@ -188,31 +188,31 @@ class Cluster:
 
     def processes(self, name: str) -> list[int]:
         """Return all processes of a node, by their numbers here."""
-        found, rest = [], [self.first_process(name)]
+        pids, rest = [], [self.first_process(name)]
         own = os.readlink(f"/proc/{rest[0]}/ns/pid")
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if folder.name.isdigit() and os.readlink(folder / "ns/pid") == own:
-                    found.append(int(folder.name))
-        return found
+                    pids.append(int(folder.name))
+        return pids
 
     def cut(self, name: str, *, up: bool = False) -> None:
         """Take a node's link down, or up again."""
         _run("ip", "link", "set", f"{self._tag}{name}", "up" if up else "down")
 
-    def on(self, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    def on(self, name: str, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run a command on a node."""
         pid = str(self.first_process(name))
-        enter = ["nsenter", "--target", pid, "--net", "--uts", "--mount", "--pid", *words]
+        enter = ["nsenter", "--target", pid, "--net", "--uts", "--mount", "--pid", *command]
         return subprocess.run(enter, capture_output=True, text=True, check=False, env=self._environ())
 
     def kill(self, name: str, pid: int) -> "subprocess.CompletedProcess[str]":
         """Kill a process of a node by its number there; by the shell, since a small image has no program for it."""
         return self.on(name, "bash", "-c", f"kill -9 {pid}")
 
-    def call(self, *words: str) -> "subprocess.CompletedProcess[str]":
+    def call(self, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run one of SLURM's commands as a user of the cluster."""
-        return subprocess.run(words, capture_output=True, text=True, check=False, env=self._environ(), timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=self._environ(), timeout=60)
 
     def node_state(self, name: str) -> str:
         """Return what sinfo says of a node."""
@@ -235,10 +235,10 @@ class Cluster:
             if name in self._nodes:
                 with contextlib.suppress(OSError, ValueError):
                     self.kill_node(name)
-        for one in (self._ctld, self._munge):
-            if one is not None:
-                one.kill()
-                one.wait()
+        for daemon in (self._ctld, self._munge):
+            if daemon is not None:
+                daemon.kill()
+                daemon.wait()
         for name in NODES:
             subprocess.run(["ip", "netns", "del", f"{self._tag}{name}"], capture_output=True)
         subprocess.run(["ip", "link", "del", f"{self._tag}br"], capture_output=True)
@@ -254,9 +254,9 @@ class Cluster:
             _run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner)
             _run("ip", "link", "set", inner, "netns", space, "name", "eth0")
             _run("ip", "link", "set", outer, "master", bridge, "up")
-            for words in (["addr", "add", f"{self.net}.{number}/24", "dev", "eth0"], ["link", "set", "eth0", "up"],
+            for arguments in (["addr", "add", f"{self.net}.{number}/24", "dev", "eth0"], ["link", "set", "eth0", "up"],
                           ["link", "set", "lo", "up"]):  # fmt: skip
-                _run("ip", "-n", space, *words)
+                _run("ip", "-n", space, *arguments)
 
     def _environ(self) -> dict[str, str]:
         return {**os.environ, **self.environment()}
@@ -264,9 +264,9 @@ class Cluster:
 
 def _children(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(one) for one in text.split()]
+    return [int(pid) for pid in text.split()]
 
 
-def _run(*words: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"

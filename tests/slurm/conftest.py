@@ -22,12 +22,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         if os.environ.get("CI") == "true":
             pytest.fail(f"SLURM cannot be tested here: {reason}")
         pytest.skip(f"SLURM cannot be tested here: {reason}")
-    one = Cluster(tmp_path_factory.mktemp("cluster") / "slurm")
+    started = Cluster(tmp_path_factory.mktemp("cluster") / "slurm")
     try:
-        one.start()
-        yield one
+        started.start()
+        yield started
     finally:
-        one.stop()
+        started.stop()
 
 
 class Submitted:
@@ -56,7 +56,7 @@ class Submitted:
 
     @property
     def attempts(self) -> list[str]:
-        return sorted(one.name for one in (self.run / "attempts").glob("[0-9]*"))
+        return sorted(folder.name for folder in (self.run / "attempts").glob("[0-9]*"))
 
 
 class Cloud:
@@ -89,10 +89,10 @@ class Cloud:
         file.write_text(tomli_w.dumps(site))
         return file
 
-    def halfstep(self, *words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    def halfstep(self, *arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
         """Run the command."""
         return subprocess.run(
-            [HALFSTEP, *words],
+            [HALFSTEP, *arguments],
             capture_output=True,
             text=True,
             env=self.environ,
@@ -101,14 +101,14 @@ class Cloud:
             timeout=120,
         )
 
-    def words(self, name: str, *more: str) -> list[str]:
+    def arguments(self, name: str, *more: str) -> list[str]:
         """Return the words of a run on two nodes."""
         return [*WORDS, f"data={self.data}", f"out={self.folder / name}", "nodes=2", "gpus_per_node=1", *more]
 
     def submit(self, name: str, *more: str, site: Path | None = None, options: tuple[str, ...] = ()) -> Submitted:
         """Submit a run and return it; `more` are key=value words."""
         chosen = ["submit", "--json", "--site", str(site or self.site), *options]
-        done = self.halfstep(*chosen, *self.words(name, *more))
+        done = self.halfstep(*chosen, *self.arguments(name, *more))
         assert done.returncode == 0, done.stderr + done.stdout
         return Submitted(self.cluster, self.folder / name, json.loads(done.stdout)["job"])
 
@@ -128,7 +128,7 @@ def cloud(cluster: Cluster, tmp_path: Path, data: Path, scratch: Path) -> Iterat
 
 def left_on(cluster: Cluster) -> dict[str, list[str]]:
     """Return what runs on each node besides what always does."""
-    found = {}
+    left = {}
     for name in NODES:
         names = []
         for pid in cluster.processes(name):
@@ -136,8 +136,8 @@ def left_on(cluster: Cluster) -> dict[str, list[str]]:
                 names.append(Path(f"/proc/{pid}/comm").read_text().strip())
             except OSError:
                 continue
-        found[name] = sorted(one for one in names if one not in ("bash", "slurmd", "sleep", "sshd"))
-    return found
+        left[name] = sorted(process for process in names if process not in ("bash", "slurmd", "sleep", "sshd"))
+    return left
 
 
 @pytest.fixture(scope="session")
@@ -147,11 +147,11 @@ def undisturbed(scratch: Path, data: Path) -> Callable[..., Path]:
 
     done: dict[tuple[str, ...], Path] = {}
 
-    def run(*words: str) -> Path:
-        if words not in done:
-            one = Launch(scratch / f"undisturbed-{len(done)}", [*WORDS, f"data={data}", *words], scratch)
-            assert one.wait() == [0, 0], one.output
-            done[words] = one.out
-        return done[words]
+    def run(*arguments: str) -> Path:
+        if arguments not in done:
+            job = Launch(scratch / f"undisturbed-{len(done)}", [*WORDS, f"data={data}", *arguments], scratch)
+            assert job.wait() == [0, 0], job.output
+            done[arguments] = job.out
+        return done[arguments]
 
     return run

@@ -23,10 +23,10 @@ def test_every_command_of_the_page_does_what_the_page_says(cloud: Cloud, tmp_pat
     assert len(commands) == 9
     environ = {**cloud.environ, "XDG_CONFIG_HOME": str(tmp_path / "config"), "DS_ACCELERATOR": "cpu"}
     for command in commands:
-        words = [HALFSTEP, *shlex.split(command)[1:]]
-        if "--hostfile" in words:
+        arguments = [HALFSTEP, *shlex.split(command)[1:]]
+        if "--hostfile" in arguments:
             node = str(cloud.cluster.first_process("n1"))
-            words = [
+            arguments = [
                 "nsenter",
                 "--target",
                 node,
@@ -37,19 +37,19 @@ def test_every_command_of_the_page_does_what_the_page_says(cloud: Cloud, tmp_pat
                 "env",
                 "-C",
                 str(tmp_path),
-                *words,
+                *arguments,
             ]
-        if "logs" in words:
+        if "logs" in arguments:
             cloud.cluster.wait(lambda: (tmp_path / "runs/first/slurm.log").exists(), "the first job to begin", 60)
         done = subprocess.run(
-            words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300, check=False
+            arguments, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        if "--dry-run" in words:
+        if "--dry-run" in arguments:
             assert not (tmp_path / "runs").exists()
-        if words[1:] == ["jobs"]:
+        if arguments[1:] == ["jobs"]:
             assert "runs/first" in done.stdout
     cloud.cluster.wait(lambda: not cloud.cluster.call("squeue", "-h").stdout, "all jobs to end", 240)
     runs = [*(tmp_path / "runs").glob("*/summary.json"), *(tmp_path / "runs/seeds").glob("*/summary.json")]
-    assert len(runs) == 7, [str(one) for one in runs]
-    assert all('"status": "done"' in one.read_text() for one in runs)
+    assert len(runs) == 7, [str(summary) for summary in runs]
+    assert all('"status": "done"' in summary.read_text() for summary in runs)

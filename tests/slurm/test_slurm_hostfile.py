@@ -29,7 +29,7 @@ def _programs() -> None:
         pytest.skip(f"{', '.join(absent)} not installed")
 
 
-def start(cloud: Cloud, out: Path, *words: str, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+def start(cloud: Cloud, out: Path, *arguments: str, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
     """Start `halfstep run --hostfile` on n1, in a session of its own."""
     hosts = cloud.folder / "hosts"
     hosts.write_text("# two nodes\nn1 slots=1\nn2 slots=1\n")
@@ -42,7 +42,7 @@ def start(cloud: Cloud, out: Path, *words: str, options: tuple[str, ...]) -> "su
         *options,
         *rig.WORDS,
         f"data={cloud.data}",
-        *words,
+        *arguments,
         f"out={out}",
     ]
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "DS_ACCELERATOR": "cpu"}
@@ -76,8 +76,8 @@ def test_ranks_on_other_hosts_are_given_what_they_need_and_nothing_else(cloud: C
     process = start(cloud, out, *CELL, "watch.startup=60", options=("--with", "torchrun"))
     cloud.cluster.wait(lambda: _ranks(cloud, "n2"), "a rank on n2")
     [rank] = _ranks(cloud, "n2")
-    words = Path(f"/proc/{rank}/environ").read_bytes().decode().split("\0")
-    given = dict(word.partition("=")[::2] for word in words if "=" in word)
+    variables = Path(f"/proc/{rank}/environ").read_bytes().decode().split("\0")
+    given = dict(word.partition("=")[::2] for word in variables if "=" in word)
     assert given["HF_TOKEN"] == "a $HOME `b` \"c\" 'd' %n", "as it stands, whatever a shell would make of it"
     assert given["DS_ACCELERATOR"] == "cpu"
     assert "SECRET_OF_THIS_SHELL" not in given
@@ -97,7 +97,7 @@ def test_a_launch_that_is_killed_leaves_nothing_on_any_host(cloud: Cloud, starte
     assert rig.exit_of(out)["code"] != 0
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(cloud: Cloud) -> None:
+def test_ctrl_c_saves_and_the_same_command_resumes(cloud: Cloud) -> None:
     out = cloud.folder / "asked"
     process = start(cloud, out, *CELL, "steps=2000", options=STARTERS["deepspeed over pdsh"])
     cloud.cluster.wait(lambda: rig.last_step(out) >= 5, "step 5", 90)
@@ -116,13 +116,13 @@ def _ranks(cloud: Cloud, node: str) -> list[int]:
 
 def _named(cloud: Cloud, node: str, name: str) -> list[int]:
     """Return the Python processes of a node whose script has this name."""
-    found = []
+    pids = []
     for pid in cloud.cluster.processes(node):
         try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        scripts = [word for word in words[1:4] if not word.startswith("-")]
-        if Path(words[0]).name.startswith("python") and scripts and Path(scripts[0]).name == name:
-            found.append(pid)
-    return found
+        scripts = [word for word in command[1:4] if not word.startswith("-")]
+        if Path(command[0]).name.startswith("python") and scripts and Path(scripts[0]).name == name:
+            pids.append(pid)
+    return pids

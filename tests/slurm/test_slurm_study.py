@@ -60,25 +60,25 @@ def test_a_study_completes_as_an_array_though_a_rank_is_killed_and_a_node_lost(
     file.write_text(text.replace("{nodes}", "2").replace("{ranks}", "1"))
     fault = {"variables": {"HALFSTEP_FAULT": "step:*:1-:sleep=0.5", **cache}}
     site = cloud.write_site(tmp_path / "slow.toml", environment=fault)
-    words = ["study", "submit", str(file), "--out", str(there), "--site", str(site), "--at-once", "2", "--json"]
-    dry = cloud.halfstep(*[word for word in words if word != "--json"], "--dry-run")
+    arguments = ["study", "submit", str(file), "--out", str(there), "--site", str(site), "--at-once", "2", "--json"]
+    dry = cloud.halfstep(*[word for word in arguments if word != "--json"], "--dry-run")
     assert "#SBATCH --array=0-2%2" in dry.stdout
     assert "study/proof.py" in dry.stdout
-    sent = cloud.halfstep(*words)
+    sent = cloud.halfstep(*arguments)
     assert sent.returncode == 0, sent.stderr
     [array] = json.loads(sent.stdout)["arrays"]
-    runs = [Path(one) for one in array["runs"]]
+    runs = [Path(run) for run in array["runs"]]
     cloud.cluster.wait(lambda: rig.last_step(runs[0]) >= 8, "the first task to train", 180)
     status = cloud.halfstep("study", "status", str(there), "--json")
     states = {row["cell"]["zero"]: row["status"] for row in json.loads(status.stdout)}
     assert states["0"] == "running", status.stdout
     assert "queued" in states.values()
-    again = cloud.halfstep(*[word for word in words if word != "--json"])
+    again = cloud.halfstep(*[word for word in arguments if word != "--json"])
     assert "nothing to submit: every run has a result or a job" in again.stdout
     victim = rig.heartbeats(runs[0])[1]
     assert cloud.cluster.kill("n2", victim).returncode == 0
     cloud.cluster.wait(lambda: len(list(runs[0].glob("attempts/0*"))) == 2, "the killed cell to come back", 180)
-    cloud.cluster.wait(lambda: any(8 <= rig.last_step(one) < 20 for one in runs[1:]), "another to train", 240)
+    cloud.cluster.wait(lambda: any(8 <= rig.last_step(run) < 20 for run in runs[1:]), "another to train", 240)
     cloud.cluster.kill_node("n2")
     cloud.cluster.wait(
         lambda: "RUNNING" not in cloud.cluster.call("squeue", "-h", "--array", "-o", "%T").stdout,
@@ -86,7 +86,7 @@ def test_a_study_completes_as_an_array_though_a_rank_is_killed_and_a_node_lost(
         120,
     )
     cloud.cluster.start_node("n2")
-    cloud.cluster.wait(lambda: all((one / "summary.json").exists() for one in runs), "all cells", 400)
+    cloud.cluster.wait(lambda: all((run / "summary.json").exists() for run in runs), "all cells", 400)
     cloud.cluster.wait(lambda: not cloud.cluster.call("squeue", "-h").stdout, "the queue to be empty", 120)
     assert losses(there) == losses(here), "the same cells, to the last digit"
     report = cloud.halfstep("study", "report", str(there))

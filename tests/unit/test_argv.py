@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import assets, topology
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit import argv
-from launcher.topology import Topology
+from halfstep.launcher import topology
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.submit import argv
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
 RUN = Path("/runs/it's one")
@@ -22,7 +23,7 @@ def _one_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def words(starter: str, plan: Plan) -> list[str]:
+def arguments_of(starter: str, plan: Plan) -> list[str]:
     command = argv.STARTERS[starter](plan, RUN)
     assert command[-2:] == [str(assets.train_script()), f"run={RUN}"]
     assert Path(command[0]).name == starter
@@ -31,11 +32,11 @@ def words(starter: str, plan: Plan) -> list[str]:
 
 def test_each_starter_is_given_the_planned_ranks(plan: Make) -> None:
     made = plan()
-    assert words("deepspeed", made) == [
+    assert arguments_of("deepspeed", made) == [
         "--num_gpus", "2", "--master_port", "12345", "--log_level", "error", "--hostfile", "/dev/null"
     ]  # fmt: skip
-    assert words("torchrun", made) == ["--standalone", "--nnodes", "1", "--nproc_per_node", "2"]
-    assert words("accelerate", made) == [
+    assert arguments_of("torchrun", made) == ["--standalone", "--nnodes", "1", "--nproc_per_node", "2"]
+    assert arguments_of("accelerate", made) == [
         "launch", *argv.ACCELERATE_CONFIG, "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", "12345",
@@ -44,12 +45,12 @@ def test_each_starter_is_given_the_planned_ranks(plan: Make) -> None:
 
 def test_accelerate_starts_one_rank_without_multi_gpu(plan: Make) -> None:
     made = plan(topology=Topology(world_size=1, ranks_per_node=1, accelerator="cpu"))
-    assert "--multi_gpu" not in words("accelerate", made)
+    assert "--multi_gpu" not in arguments_of("accelerate", made)
 
 
 def test_deepspeed_is_told_which_gpus_where_they_were_chosen(plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert words("deepspeed", plan(topology=GPUS))[:2] == ["--include", "localhost:4,5"]
+    assert arguments_of("deepspeed", plan(topology=GPUS))[:2] == ["--include", "localhost:4,5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f1e,MIG-2")
     with pytest.raises(RequestError, match="by number only"):
         argv.deepspeed(plan(topology=GPUS), RUN)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, train
+from halfstep.launcher import train
+from halfstep.launcher.cli.main import main as cli_main
 
 Refuse = Callable[..., str]
 
 
 @pytest.fixture
 def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
-    def run(*words: str, main: Callable[[list[str]], int] = cli.main) -> str:
-        code = main(list(words))
+    def run(*arguments: str, main: Callable[[list[str]], int] = cli_main) -> str:
+        code = main(list(arguments))
         said = capsys.readouterr().err
         assert code == 2
         lines = said.splitlines()
@@ -26,7 +27,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 
 
 @pytest.mark.parametrize(
-    ("words", "hint"),
+    ("pairs", "hint"),
     [
         (["optimizer.learning_rate=1"], "optimizer.learning_rate"),
         (["ds.zero_optimization.overlap_com=true"], "zero_optimization.overlap_comm"),
@@ -50,10 +51,10 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_wrong_run_key_is_explained(refuse: Refuse, corpus: Path, words: list[str], hint: str) -> None:
+def test_a_wrong_run_key_is_explained(refuse: Refuse, corpus: Path, pairs: list[str], hint: str) -> None:
     for verb in ("run", None):
-        main = cli.main if verb else train.main
-        assert hint in refuse(*filter(None, [verb, "model=gpt2-nano", f"data={corpus}", *words]), main=main)
+        main = cli_main if verb else train.main
+        assert hint in refuse(*filter(None, [verb, "model=gpt2-nano", f"data={corpus}", *pairs]), main=main)
 
 
 def test_a_data_folder_that_is_missing_is_told_how_to_make(refuse: Refuse, tmp_path: Path) -> None:
@@ -107,16 +108,15 @@ def test_a_syntax_error_in_a_run_file_gives_its_line(refuse: Refuse, tmp_path: P
 def test_an_out_of_a_different_run_is_refused_before_anything_starts(
     refuse: Refuse, corpus: Path, tmp_path: Path
 ) -> None:
-    from launcher import rundir, topology
-    from launcher.plan import facts
-    from launcher.plan.resolve import resolve
-    from launcher.spec.load import load
+    from halfstep.launcher import topology
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.plan import facts
+    from halfstep.launcher.plan.resolve import resolve
+    from halfstep.launcher.rundir import run_directory
 
     request = load(["model=gpt2-nano", f"data={corpus}", "seed=7"])
     world = topology.describe(2, 2)
-    rundir.write_plan(
-        tmp_path / "out", request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
-    )
+    run_directory.write_plan(tmp_path / "out", request, resolve(request, world, facts.read(request.spec)))
     said = refuse("run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'out'}")
     assert "seed was 7 and is now 0" in said
 
@@ -150,8 +150,8 @@ def test_text_that_cannot_be_used_is_named_with_its_place(
 
 
 def test_an_unknown_verb_or_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["trian"], ["doctor", "--jsno"], ["run", "--wiht", "torchrun"]):
+    for arguments in (["trian"], ["doctor", "--jsno"], ["run", "--wiht", "torchrun"]):
         with pytest.raises(SystemExit) as stop:
-            raise SystemExit(cli.main(words))
+            raise SystemExit(cli_main(arguments))
         assert stop.value.code == 2
         assert "Traceback" not in capsys.readouterr().err

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import caches
-from launcher.engine import opcache
-from launcher.errors import RequestError
+from halfstep.launcher.engine.ranks import opcache
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.system import caches
 
 
 @pytest.fixture(autouse=True)

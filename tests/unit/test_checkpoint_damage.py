@@ -14,13 +14,13 @@ import pytest
 import xxhash
 from fakes import saved
 
-from launcher.checkpoint import manifest as manifests
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import Damaged, Gone, read
-from launcher.cli import main
-from launcher.errors import RequestError
-from launcher.export import source, survey
-from launcher.spec.digest import digest
+from halfstep.launcher.checkpoint import manifest as manifests
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import Damaged, Gone, read
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.export import source, survey
 
 PARAMETERS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(7, dtype=np.float32)}
 Tree = dict[str, Any]

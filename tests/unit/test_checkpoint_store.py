@@ -10,11 +10,11 @@ from fakes import saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.checkpoint import shards, store
-from launcher.checkpoint.manifest import FORMAT, Damaged, Manifest, read
-from launcher.checkpoint.shards import Piece, Shards
-from launcher.errors import RefusedError, RequestError
-from launcher.spec.digest import digest
+from halfstep.launcher.checkpoint import shards, store
+from halfstep.launcher.checkpoint.manifest import FORMAT, Damaged, Manifest, read
+from halfstep.launcher.checkpoint.shards import Piece, Shards
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RefusedError, RequestError
 
 SIZES = {"first": (3, 4), "second": (7,), "third": (2, 3, 2)}
 PARAMETERS = {
@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def _steps(run: Path) -> list[tuple[int, bool]]:
-    return [(one.step, one.manifest is not None) for one in store.candidates(run)]
+    return [(candidate.step, candidate.manifest is not None) for candidate in store.candidates(run)]
 
 
 def _damage(folder: Path) -> str | None:
@@ -52,9 +52,9 @@ def test_pieces_cut_anywhere_are_read_in_any_slice(
         for state, whole in saved.states_of(name, values).items():
             start = data.draw(st.integers(0, whole.size))
             length = data.draw(st.integers(0, whole.size - start))
-            found = files.read(name, state, start, length)
-            assert found is not None
-            np.testing.assert_array_equal(found, whole.reshape(-1)[start : start + length])
+            read_back = files.read(name, state, start, length)
+            assert read_back is not None
+            np.testing.assert_array_equal(read_back, whole.reshape(-1)[start : start + length])
             entire = files.read(name, state)
             assert entire is not None
             np.testing.assert_array_equal(entire.reshape(files.shape(name)), whole)
@@ -82,9 +82,9 @@ def test_a_part_of_a_state_is_damage(run: Path) -> None:
 def test_the_probe_comes_back_in_its_shape(run: Path) -> None:
     logits = np.arange(16 * 5, dtype=np.float32).reshape(16, 5)
     folder = saved.save(run, PARAMETERS, logits=logits, sequence=32)
-    found = Shards(folder, read(folder)).probe()
-    assert found is not None
-    np.testing.assert_array_equal(found, logits)
+    probe = Shards(folder, read(folder)).probe()
+    assert probe is not None
+    np.testing.assert_array_equal(probe, logits)
     bare = saved.save(run, PARAMETERS, step=11)
     assert Shards(bare, read(bare)).probe() is None
 
@@ -93,9 +93,9 @@ def test_what_is_written_is_plain_safetensors(run: Path) -> None:
     from safetensors.numpy import load_file
 
     folder = saved.save(run, PARAMETERS)
-    found = load_file(folder / "rank-00000.safetensors")
-    np.testing.assert_array_equal(found["second/master"], PARAMETERS["second"])
-    assert set(found) == {f"{name}/{state}" for name in SIZES for state in ("master", *saved.STATES)}
+    tensors = load_file(folder / "rank-00000.safetensors")
+    np.testing.assert_array_equal(tensors["second/master"], PARAMETERS["second"])
+    assert set(tensors) == {f"{name}/{state}" for name in SIZES for state in ("master", *saved.STATES)}
 
 
 def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_one_changed_bit_in_any_file_is_found(run: Path, file: str, place: int) 
 def test_ranks_share_the_reading_and_one_of_them_finds_it(run: Path) -> None:
     folder = saved.save(run, PARAMETERS, bounds=[9, 20])
     saved.flip(folder / "rank-00002.safetensors")
-    found = [shards.damaged(folder, read(folder), lambda: None, part, 4) for part in range(4)]
-    assert [reason is not None for reason in found].count(True) == 1
+    damages = [shards.damaged(folder, read(folder), lambda: None, part, 4) for part in range(4)]
+    assert [reason is not None for reason in damages].count(True) == 1
 
 
 def test_a_file_that_is_cut_short_or_gone_is_seen_without_reading(run: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_manifest_survives_its_own_text(run: Path) -> None:
     manifest = read(folder)
     assert isinstance(manifest, Manifest)
     assert (manifest.world_size, manifest.step, len(manifest.files)) == (2, 10, 4)
-    assert manifest.bytes == sum((folder / one.name).stat().st_size for one in manifest.files)
+    assert manifest.bytes == sum((folder / file.name).stat().st_size for file in manifest.files)
 
 
 def test_a_newer_halfsteps_checkpoint_is_refused_and_not_called_damaged(run: Path) -> None:
@@ -183,9 +183,9 @@ def test_candidates_are_newest_first_and_say_what_is_wrong(run: Path) -> None:
         saved.save(run, PARAMETERS, step=step)
     (store.home(run) / "step-00000020" / "manifest.json").write_text("{}")
     (store.home(run) / "step-00000005").rename(store.home(run) / "step-00000006")
-    found = list(store.candidates(run))
-    assert [one.step for one in found] == [100, 20, 6]
-    assert [one.reason for one in found] == [
+    candidates = list(store.candidates(run))
+    assert [candidate.step for candidate in candidates] == [100, 20, 6]
+    assert [candidate.reason for candidate in candidates] == [
         None,
         "manifest.json is damaged: it does not say its format",
         "its manifest is of step 5",
@@ -217,7 +217,7 @@ def test_preparing_over_a_good_checkpoint_says_so_and_a_damaged_one_is_set_aside
     assert store.prepare(run, 10, "0002", 0) is None
     (folder / "rank-00000.json").unlink()
     assert store.prepare(run, 10, "0002", 0) is not None
-    aside = [one.name for one in store.home(run).iterdir() if ".bad" in one.name]
+    aside = [folder.name for folder in store.home(run).iterdir() if ".bad" in folder.name]
     assert aside == ["step-00000010.bad-0002"]
     assert (store.home(run) / aside[0] / "rank-00000.safetensors").is_file()
     assert _steps(run) == []
@@ -227,7 +227,7 @@ def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(run: P
     for _ in range(3):
         saved.save(run, PARAMETERS)
         assert store.prepare(run, 10, "0004", 0, distrusted=True) is not None
-    names = sorted(one.name for one in store.home(run).iterdir() if not one.name.startswith("."))
+    names = sorted(folder.name for folder in store.home(run).iterdir() if not folder.name.startswith("."))
     assert names == ["step-00000010.bad-0004", "step-00000010.bad-0004-2", "step-00000010.bad-0004-3"]
 
 
@@ -249,7 +249,7 @@ def test_sweeping_removes_what_a_dead_start_left_and_nothing_else(run: Path) -> 
         ".writing-step-00000011-0001",
         ".writing-step-00000012-0001",
     ]
-    assert sorted(one.name for one in store.home(run).iterdir()) == ["step-00000010", "step-00000011.bad-0001"]
+    assert sorted(folder.name for folder in store.home(run).iterdir()) == ["step-00000010", "step-00000011.bad-0001"]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_pruning_keeps_the_newest_and_the_multiples(run: Path, keep: int, keep_e
     for step in (10, 20, 40, 50, 60):
         saved.save(run, PARAMETERS, step=step)
     gone = store.prune(run, keep, keep_every)
-    assert sorted(one.step for one in store.candidates(run)) == left
+    assert sorted(candidate.step for candidate in store.candidates(run)) == left
     assert sorted([*gone, *left]) == [10, 20, 40, 50, 60]
 
 

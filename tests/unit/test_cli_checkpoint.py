@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fakes import saved
 
-from launcher.checkpoint import store
-from launcher.cli import main
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {
@@ -68,8 +68,8 @@ def damaged(run: Path) -> Path:
     return run
 
 
-def _json(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> Any:
-    assert main([*words, "--json"]) == code
+def _json(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> Any:
+    assert main([*arguments, "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
 
@@ -81,8 +81,8 @@ def test_a_list_shows_good_damaged_set_aside_and_unfinished_ones(
     assert heading.split() == ["step", "written", "size", "ranks", "zero", "precision", "loss", "state"]
     assert rows[2].split()[-5:] == ["2", "2", "fp32", "4.9000", "good"]
     assert "checkpoint verify" in last
-    found = _json(["checkpoint", "list", str(damaged)], capsys)
-    assert [(row["step"], row["state"]) for row in found] == [
+    listed = _json(["checkpoint", "list", str(damaged)], capsys)
+    assert [(row["step"], row["state"]) for row in listed] == [
         (2, "being deleted"),
         (5, "set aside"),
         (10, "good"),
@@ -90,9 +90,9 @@ def test_a_list_shows_good_damaged_set_aside_and_unfinished_ones(
         (30, "good"),
         (40, "unfinished"),
     ]
-    assert found[3]["reason"] == "rank-00001.json: No such file or directory"
-    assert (found[2]["loss"], found[4]["loss"]) == (4.9, None)  # no row tells of step 30
-    assert (found[2]["world_size"], found[2]["zero"], found[2]["precision"]) == (2, 2, "fp32")
+    assert listed[3]["reason"] == "rank-00001.json: No such file or directory"
+    assert (listed[2]["loss"], listed[4]["loss"]) == (4.9, None)  # no row tells of step 30
+    assert (listed[2]["world_size"], listed[2]["zero"], listed[2]["precision"]) == (2, 2, "fp32")
 
 
 def test_a_list_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,9 +109,9 @@ def test_a_list_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_list_does_not_read_contents_and_verify_does(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved.flip(store.home(run) / "step-00000020" / "rank-00001.safetensors")
     assert {row["state"] for row in _json(["checkpoint", "list", str(run)], capsys)} == {"good"}
-    found = _json(["checkpoint", "verify", str(run)], capsys, code=2)
-    assert found["ok"] is False
-    assert [row["state"] for row in found["checkpoints"]] == ["good", "damaged", "good"]
+    result = _json(["checkpoint", "verify", str(run)], capsys, code=2)
+    assert result["ok"] is False
+    assert [row["state"] for row in result["checkpoints"]] == ["good", "damaged", "good"]
     assert main(["checkpoint", "verify", str(run)]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert " OK " in lines[0]
@@ -127,20 +127,20 @@ def test_a_list_does_not_read_contents_and_verify_does(run: Path, capsys: pytest
 
 def test_a_checkpoint_under_another_name_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (store.home(run) / "step-00000030").rename(store.home(run) / "step-00000031")
-    found = _json(["checkpoint", "list", str(run)], capsys)
-    assert (found[2]["state"], found[2]["reason"]) == ("damaged", "its manifest is of step 30")
+    rows = _json(["checkpoint", "list", str(run)], capsys)
+    assert (rows[2]["state"], rows[2]["reason"]) == ("damaged", "its manifest is of step 30")
 
 
 def test_a_newer_halfsteps_checkpoint_does_not_hide_the_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from launcher.spec.digest import digest
+    from halfstep.launcher.config.digest import digest
 
     file = store.home(run) / "step-00000030" / "manifest.json"
     tree = {**json.loads(file.read_text()), "format": 99}
     tree.pop("digest")
     file.write_text(json.dumps({**tree, "digest": digest(tree, 32)}))
-    found = _json(["checkpoint", "list", str(run)], capsys)
-    assert [row["state"] for row in found] == ["good", "good", "damaged"]
-    assert "format 99" in found[2]["reason"]
+    rows = _json(["checkpoint", "list", str(run)], capsys)
+    assert [row["state"] for row in rows] == ["good", "good", "damaged"]
+    assert "format 99" in rows[2]["reason"]
 
 
 def test_an_export_is_told_in_four_lines_and_warnings_apart(
@@ -148,10 +148,10 @@ def test_an_export_is_told_in_four_lines_and_warnings_apart(
 ) -> None:
     out = tmp_path / "out"
     assert main(["checkpoint", "export", str(run), "--to", str(out)]) == 0
-    told = capsys.readouterr()
-    assert [line.split()[0] for line in told.out.splitlines()] == ["folder", "weights", "tokenizer", "compared"]
-    assert "2,864 parameters in fp32, 12.3 KiB in 1 file" in told.out
-    assert told.err.count("warning: ") == 2
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines()] == ["folder", "weights", "tokenizer", "compared"]
+    assert "2,864 parameters in fp32, 12.3 KiB in 1 file" in output.out
+    assert output.err.count("warning: ") == 2
     assert (out / "model.safetensors").is_file()
     assert main(["checkpoint", "export", str(run), "--to", str(out)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
@@ -163,9 +163,9 @@ def test_a_damaged_export_ends_with_2_and_leaves_nothing(
     saved.flip(store.home(run) / "step-00000030" / "rank-00000.safetensors")
     out = tmp_path / "made" / "out"
     assert main(["checkpoint", "export", str(run), "--to", str(out)]) == 2
-    told = capsys.readouterr().err
-    assert "the checkpoint of step 30 is damaged: rank-00000.safetensors is not what was written" in told
-    assert f"try: halfstep checkpoint export '{run}' --to {out} --step 20" in told
+    errors = capsys.readouterr().err
+    assert "the checkpoint of step 30 is damaged: rank-00000.safetensors is not what was written" in errors
+    assert f"try: halfstep checkpoint export '{run}' --to {out} --step 20" in errors
     assert not out.exists()
     assert not out.parent.exists()
     assert main(["checkpoint", "export", str(run), "--to", str(out), "--step", "20", "--json"]) == 0
@@ -176,9 +176,18 @@ def test_a_damaged_export_ends_with_2_and_leaves_nothing(
 def test_sizes_of_files_are_read_as_people_write_them(
     size: str, files: int, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["checkpoint", "export", str(run), "--to", str(tmp_path / "out"), "--no-compare", "--max-shard-size", size]
-    found = _json(words, capsys)
-    assert len([name for name in found["files"] if name.endswith(".safetensors")]) == files
+    arguments = [
+        "checkpoint",
+        "export",
+        str(run),
+        "--to",
+        str(tmp_path / "out"),
+        "--no-compare",
+        "--max-shard-size",
+        size,
+    ]
+    result = _json(arguments, capsys)
+    assert len([name for name in result["files"] if name.endswith(".safetensors")]) == files
 
 
 @pytest.mark.parametrize("size", ["", "five", "-1GB", "0", "5XB"])
@@ -201,10 +210,10 @@ def test_generate_and_eval_on_a_run_say_how_to_export_it(run: Path, capsys: pyte
 @pytest.mark.parametrize("verb", ["list", "verify"])
 def test_looking_at_checkpoints_never_loads_torch(verb: str, run: Path) -> None:
     program = (
-        "import sys\nfrom launcher.cli import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom halfstep.launcher.cli.main import main\ncode = main(sys.argv[1:])\n"
         "heavy = sorted(set(sys.modules) & {'torch', 'deepspeed', 'transformers', 'datasets'})\n"
         "assert not code and not heavy, (code, heavy)"
     )
-    words = [sys.executable, "-c", program, "checkpoint", verb, str(run)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, "checkpoint", verb, str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

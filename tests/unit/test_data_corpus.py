@@ -17,18 +17,22 @@ import pytest
 from fakes.pairs import write_pair
 from test_data_formats import damaged
 
-from launcher import cli, rundir, topology
-from launcher.data.inspect import inspect, render
-from launcher.data.prepare import prepare
-from launcher.data.tokens import TokenFile
-from launcher.engine import reports
-from launcher.errors import RequestError
-from launcher.plan import facts, manifest, megatron, sampling
-from launcher.plan.corpus import DataFacts, read_data
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.load import Request, load
-from launcher.topology import Rank
+from halfstep.launcher import topology
+from halfstep.launcher.cli import main
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.corpus import corpus_manifest, file_hash, megatron
+from halfstep.launcher.corpus.description import DataFacts, read_data
+from halfstep.launcher.data.prepare import prepare
+from halfstep.launcher.data.show import inspect, render
+from halfstep.launcher.data.tokens import TokenFile
+from halfstep.launcher.engine.ranks import reports
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.topology import Rank
 
 MANIFEST = "manifest.json"
 
@@ -63,7 +67,7 @@ def reverse(file: Path, dtype: type = np.uint16) -> None:
 
 def planned(data: Path, **more: str) -> tuple[Request, Plan]:
     request = load(["model=gpt2-nano", f"data={data}", *(f"{key.replace('__', '.')}={v}" for key, v in more.items())])
-    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec, lambda *_: NotImplemented))
+    plan = resolve(request, topology.describe(2, 2), facts.read(request.spec))
     return request, plan
 
 
@@ -74,12 +78,12 @@ def test_reversed_tokens_are_noticed_by_every_start(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request, plan = planned(copy)
-    rundir.write_plan(tmp_path / "out", request, plan)
+    run_directory.write_plan(tmp_path / "out", request, plan)
     reverse(copy / "train.bin")
-    for words in (["run", f"out={tmp_path / 'out'}"], ["plan"], ["run", "--dry-run"]):
-        assert cli.main([*words, "model=gpt2-nano", f"data={copy}"]) == 2
+    for verb in (["run", f"out={tmp_path / 'out'}"], ["plan"], ["run", "--dry-run"]):
+        assert main.main([*verb, "model=gpt2-nano", f"data={copy}"]) == 2
         assert "train.bin does not hold what was prepared" in capsys.readouterr().err
-    assert cli.main(["data", "inspect", str(copy)]) == 2
+    assert main.main(["data", "inspect", str(copy)]) == 2
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "validation.idx"])
@@ -99,7 +103,7 @@ def test_a_corpus_says_the_hash_of_every_byte_and_inspect_reads_them(made: Path)
     content = json.loads((made / MANIFEST).read_text())
     for name, split in content["splits"].items():
         for ending in ("bin", "idx"):
-            assert split["xxh3"][ending] == sampling.whole(made / f"{name}.{ending}")
+            assert split["xxh3"][ending] == file_hash.whole(made / f"{name}.{ending}")
             assert split["xxh3"][ending] == split["xxh3_sampled"][ending]  # of a small file all is read
     assert "verified    every byte is what was prepared" in render(inspect(made))
 
@@ -107,12 +111,12 @@ def test_a_corpus_says_the_hash_of_every_byte_and_inspect_reads_them(made: Path)
 def test_of_a_large_corpus_a_start_reads_a_sample_and_inspect_all(
     copy: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "WHOLE_BYTES", 2**10)
-    monkeypatch.setattr(sampling, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(file_hash, "WHOLE_BYTES", 2**10)
+    monkeypatch.setattr(file_hash, "BLOCK_BYTES", 16)
     prepare(str(made.parent / "a.txt"), tmp_path / "large", vocab_size=400, validation=0.1, workers=1, progress=False)
     file = tmp_path / "large" / "train.bin"
     size = file.stat().st_size
-    read = {at for start in sampling._starts(size) for at in range(start, start + 16)}
+    read = {at for start in file_hash._starts(size) for at in range(start, start + 16)}
     assert max(read) == size - 1
     unread = next(at for at in range(size) if at not in read)
     content = bytearray(file.read_bytes())
@@ -130,15 +134,15 @@ def test_of_a_large_corpus_a_start_reads_a_sample_and_inspect_all(
 
 def test_a_sample_meets_the_ends_and_every_stretch_of_a_hundred_and_twentieth(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (64 * 2**20 + 1, 10**9 + 7, 10**12 + 1):
-        starts = list(sampling._starts(size))
+        starts = list(file_hash._starts(size))
         assert len(starts) == 256
-        assert (starts[0], starts[-1]) == (0, size - sampling.BLOCK_BYTES)
+        assert (starts[0], starts[-1]) == (0, size - file_hash.BLOCK_BYTES)
         assert starts == sorted(starts)
         assert max(b - a for a, b in itertools.pairwise(starts)) < size / 120
-        assert all(0 <= start <= size - sampling.BLOCK_BYTES for start in starts)
-        assert starts == list(sampling._starts(size))
+        assert all(0 <= start <= size - file_hash.BLOCK_BYTES for start in starts)
+        assert starts == list(file_hash._starts(size))
     # They stand in manifests: other places would make every large corpus look like another.
-    assert list(sampling._starts(10**9))[1:4] == GOLDEN_STARTS
+    assert list(file_hash._starts(10**9))[1:4] == GOLDEN_STARTS
 
 
 GOLDEN_STARTS = [3411257, 6058965, 10028079]
@@ -165,16 +169,16 @@ def test_a_run_on_tokens_without_hashes_notices_that_they_changed(
     data = as_before(copy) if kind == "folder" else copy / "train"
     more = {} if kind == "folder" else {"model__vocabulary": "400"}
     out = tmp_path / "out"
-    rundir.write_plan(out, *planned(data, **more))
-    rundir.write_plan(out, *planned(data, **more))  # the same once more
+    run_directory.write_plan(out, *planned(data, **more))
+    run_directory.write_plan(out, *planned(data, **more))  # the same once more
     before = planned(data, **more)[1]
     reverse(copy / "train.bin")
     after = planned(data, **more)[1]
     assert (after.run_id, after.data.digest) == (before.run_id, before.data.digest)
     with pytest.raises(RequestError, match=r"are not those that the run in .* was planned for"):
-        rundir.write_plan(out, *planned(data, **more))
-    words = ["run", "model=gpt2-nano", f"data={data}", f"out={out}", *(["model.vocabulary=400"] if more else [])]
-    assert cli.main(words) == 2
+        run_directory.write_plan(out, *planned(data, **more))
+    arguments = ["run", "model=gpt2-nano", f"data={data}", f"out={out}", *(["model.vocabulary=400"] if more else [])]
+    assert main.main(arguments) == 2
     assert "are not those that the run" in capsys.readouterr().err
     # And where the directory alone is named, at the roll call.
     rank = Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="by hand")
@@ -185,13 +189,13 @@ def test_a_run_on_tokens_without_hashes_notices_that_they_changed(
 def test_a_run_of_an_earlier_version_resumes(copy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     request, plan = planned(as_before(copy))
-    rundir.write_plan(out, request, plan)
+    run_directory.write_plan(out, request, plan)
     tree = json.loads((out / "plan.json").read_text())
     del tree["data"]["tokens_digest"]
     (out / "plan.json").write_text(json.dumps(tree))
-    assert rundir.read_plan(out)[1].data.tokens_digest is None
-    rundir.write_plan(out, *planned(copy))
-    assert rundir.read_plan(out)[1].data.tokens_digest == plan.data.tokens_digest
+    assert Run(out).plan.data.tokens_digest is None
+    run_directory.write_plan(out, *planned(copy))
+    assert Run(out).plan.data.tokens_digest == plan.data.tokens_digest
 
 
 def test_what_was_passed_over_makes_no_other_corpus(tmp_path: Path) -> None:
@@ -213,7 +217,7 @@ def rewrite(corpus: Path, change: Callable[[dict[str, Any]], None], *, sealed: b
     content = json.loads((corpus / MANIFEST).read_text())
     change(content)
     if sealed and "checksum" in content:
-        content["checksum"] = manifest.checksum(content)
+        content["checksum"] = corpus_manifest.checksum(content)
     (corpus / MANIFEST).write_text(json.dumps(content))
 
 
@@ -257,7 +261,7 @@ def test_a_manifest_that_claims_what_is_not_there_is_refused_by_the_plan(
     if version == "before":
         as_before(copy)
     rewrite(copy, changed)
-    assert cli.main(["plan", "model=gpt2-nano", f"data={copy}"]) == 2
+    assert main.main(["plan", "model=gpt2-nano", f"data={copy}"]) == 2
     said = capsys.readouterr().err
     assert what in said
     assert len(said.splitlines()) == 3
@@ -401,7 +405,7 @@ def test_no_file_of_a_corpus_can_hang_or_crash_a_plan(
     with within(20):
         for data in (copy, copy / "train"):
             if data == copy or name.startswith("train"):
-                assert cli.main(["plan", "model=gpt2-nano", "model.vocabulary=400", f"data={data}"]) == 2
+                assert main.main(["plan", "model=gpt2-nano", "model.vocabulary=400", f"data={data}"]) == 2
                 assert len(capsys.readouterr().err.splitlines()) == 3
 
 
@@ -461,7 +465,7 @@ def test_mutated_manifests_are_refused_or_change_nothing(copy: Path, version: st
         for number in range(1200):
             tree = mutated(draw, content)
             if number % 2 and "checksum" in tree:
-                tree["checksum"] = manifest.checksum(tree) if _canonical(tree) else ""
+                tree["checksum"] = corpus_manifest.checksum(tree) if _canonical(tree) else ""
             (copy / MANIFEST).write_text(json.dumps(tree))
             try:
                 after = read_data(str(copy))
@@ -477,7 +481,7 @@ def test_mutated_manifests_are_refused_or_change_nothing(copy: Path, version: st
 
 def _canonical(tree: dict[str, Any]) -> bool:
     try:
-        manifest.checksum(tree)
+        corpus_manifest.checksum(tree)
     except ValueError:
         return False
     return True

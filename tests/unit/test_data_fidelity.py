@@ -12,11 +12,11 @@ from test_data_corpus import mutated
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from launcher.data import encode, fidelity, readers, vocabulary
-from launcher.data.inspect import inspect, render
-from launcher.data.prepare import prepare
-from launcher.data.tokenizer import HuggingFace, SentencePiece, named
-from launcher.errors import RequestError
+from halfstep.launcher.data import encode, fidelity, readers, train_tokenizer
+from halfstep.launcher.data.prepare import prepare
+from halfstep.launcher.data.show import inspect, render
+from halfstep.launcher.data.tokenizer import HuggingFace, SentencePiece, named
+from halfstep.launcher.errors import RequestError
 
 ENGLISH = "The quick brown fox jumps over the lazy dog. It said: well, well!\n" * 40
 FOREIGN = "Ünïcødé 😀 中文\n"
@@ -150,7 +150,7 @@ def test_what_comes_late_is_seen_at_the_end(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_bounded_and_from_everywhere() -> None:
-    watch = fidelity.Watch(vocabulary.train([ENGLISH], 300), seed=0, name="", allowed=False)
+    watch = fidelity.Watch(train_tokenizer.train([ENGLISH], 300), seed=0, name="", allowed=False)
     pieces = [readers.Piece(f"{number:06d} {'x' * 992}\n", True) for number in range(2000)]
     assert list(watch.over(pieces)) == pieces
     assert 2**18 < watch.result().characters <= 2**19
@@ -273,7 +273,7 @@ def test_a_pointer_in_place_of_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_an_export_reads_text_as_a_sentencepiece_model_of_others_does(
     tmp_path: Path, kind: str, bytes_too: bool
 ) -> None:
-    from launcher.export.pieces import from_sentencepiece
+    from halfstep.launcher.export.sentencepiece_files import from_sentencepiece
 
     size = 296 if bytes_too else 40
     folder = trained_elsewhere(tmp_path / "t", model_type=kind, byte_fallback=bytes_too, vocab_size=size)

@@ -16,10 +16,10 @@ import pyarrow.parquet
 import pytest
 from test_data_sources import documents, refusal, write_rows
 
-from launcher import cli
-from launcher.data import formats, readers, rows, sources, streams
-from launcher.data.prepare import prepare
-from launcher.errors import RequestError
+from halfstep.launcher.cli import main
+from halfstep.launcher.data import formats, readers, sources, streams, text_rows
+from halfstep.launcher.data.prepare import prepare
+from halfstep.launcher.errors import RequestError
 
 ROWS = [{"id": 1, "text": "first é"}, {"id": 2, "text": "second\nof two lines"}]
 TEXTS = [row["text"] for row in ROWS]
@@ -186,8 +186,8 @@ def test_text_whose_lines_are_json_objects_is_told(tmp_path: Path, name: str, su
     assert "--format jsonl" in error.fix
     tally = sources.Tally()
     for kind, expected in (("jsonl", 2), ("text", 1)):
-        found = sources.find(str(path), format=kind)
-        assert sum(piece.ends_document for piece in sources.pieces(found, tally)) == expected
+        source = sources.find(str(path), format=kind)
+        assert sum(piece.ends_document for piece in sources.pieces(source, tally)) == expected
 
 
 @pytest.mark.parametrize(
@@ -329,13 +329,13 @@ def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(tmp_path: Path
     lines = [line.encode() for bad in BAD for line in (bad, '{"text": "good"}')]
     path.write_bytes(b"\n".join([*lines, b'{"text": "\xff"}', b'{"text": "good"}', b""]))
     tally = sources.Tally()
-    found = sources.find(str(path), skip_bad=True)
-    assert [piece.text for piece in sources.pieces(found, tally)] == ["good"] * (len(BAD) + 1)
+    source = sources.find(str(path), skip_bad=True)
+    assert [piece.text for piece in sources.pieces(source, tally)] == ["good"] * (len(BAD) + 1)
     assert (tally.bad_rows, tally.documents) == (len(BAD) + 1, len(BAD) + 1)
     assert tally.bad_examples[0] == f"{path}, line 1: the field 'text' of line 1 holds null, not text"
     assert len(tally.bad_examples) == 5
     error = refusal(path)
-    assert (error.where, error.fix) == (f"{path}, line 1", rows.SKIP)
+    assert (error.where, error.fix) == (f"{path}, line 1", text_rows.SKIP)
 
 
 def test_null_rows_of_parquet_and_odd_rows_of_csv_are_skipped_too(tmp_path: Path) -> None:
@@ -348,8 +348,8 @@ def test_null_rows_of_parquet_and_odd_rows_of_csv_are_skipped_too(tmp_path: Path
         ("b.csv", "text", ["z", "v"], 2),
     ):
         tally = sources.Tally()
-        found = sources.find(str(tmp_path / file), field, skip_bad=True)
-        assert [piece.text for piece in sources.pieces(found, tally)] == good
+        source = sources.find(str(tmp_path / file), field, skip_bad=True)
+        assert [piece.text for piece in sources.pieces(source, tally)] == good
         assert tally.bad_rows == bad
     assert refusal(tmp_path / "a.parquet").where == f"{tmp_path / 'a.parquet'}, row 2"
 
@@ -373,9 +373,9 @@ def test_links_to_folders_and_files_are_followed_once(tmp_path: Path) -> None:
     (top / "round").symlink_to("round")
     (top / ".hidden").write_text("never")
     os.mkfifo(top / "pipe")
-    found = sources.find(str(top))
-    assert [file.relative_to(top).as_posix() for file in found.files] == ["a.txt", "again/deep/a.txt"]
-    assert {kind: said["names"] for kind, said in found.left_out.to_dict().items()} == {
+    source = sources.find(str(top))
+    assert [file.relative_to(top).as_posix() for file in source.files] == ["a.txt", "again/deep/a.txt"]
+    assert {kind: said["names"] for kind, said in source.left_out.to_dict().items()} == {
         "further names of the same files": ["b.txt", "c.txt"],
         "further names of the same folders": ["again/up", "data", "loop"],
         "hidden files or folders": [".hidden"],
@@ -398,9 +398,9 @@ def test_a_glob_reads_no_file_twice_and_says_what_it_passed_over(tmp_path: Path)
     (tmp_path / "a.txt").write_text("once")
     (tmp_path / "b.txt").symlink_to("a.txt")
     (tmp_path / "c.txt").symlink_to("nowhere")
-    found = sources.find(str(tmp_path / "*"))
-    assert [file.name for file in found.files] == ["a.txt"]
-    assert {kind: said["count"] for kind, said in found.left_out.to_dict().items()} == {
+    source = sources.find(str(tmp_path / "*"))
+    assert [file.name for file in source.files] == ["a.txt"]
+    assert {kind: said["count"] for kind, said in source.left_out.to_dict().items()} == {
         "folders": 1,
         "further names of the same files": 1,
         "links to nothing": 1,
@@ -504,14 +504,14 @@ def damaged(draw: random.Random, content: bytes) -> bytes:
 
 def test_the_command_takes_every_format_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.dat").write_bytes(JSON_LINES * 200)
-    words = ["data", "prepare", "--source", str(tmp_path / "a.dat"), "--out", str(tmp_path / "out"), "--vocab-size"]
+    arguments = ["data", "prepare", "--source", str(tmp_path / "a.dat"), "--out", str(tmp_path / "out"), "--vocab-size"]
     with pytest.raises(SystemExit):
-        cli.main([*words, "300", "--format", "nothing"])
+        main.main([*arguments, "300", "--format", "nothing"])
     said = capsys.readouterr().err
     assert all(repr(choice) in said or choice in said for choice in formats.CHOICES)
     with pytest.raises(RequestError, match="there is no format 'nothing'"):
         sources.find(str(tmp_path / "a.dat"), format="nothing")
-    assert cli.main([*words, "290", "--format", "jsonl", "--workers", "1", "--json"]) == 0
+    assert main.main([*arguments, "290", "--format", "jsonl", "--workers", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["source"]["documents"] == 400
 
 
@@ -523,10 +523,10 @@ def test_what_is_left_out_stands_in_the_manifest_and_is_printed(
     (source / "a.jsonl").write_bytes(JSON_LINES * 100 + b'{"text": null}\n{"text": " "}\n' * 3)
     (source / "b.jsonl").symlink_to("a.jsonl")
     (source / "gone\x1b[31m.txt").symlink_to("nowhere")
-    words = ["data", "prepare", "--source", str(source), "--out", str(tmp_path / "out"), "--vocab-size", "290"]
-    assert cli.main([*words, "--workers", "1"]) == 2
+    arguments = ["data", "prepare", "--source", str(source), "--out", str(tmp_path / "out"), "--vocab-size", "290"]
+    assert main.main([*arguments, "--workers", "1"]) == 2
     assert "or leave such rows out: --skip-bad" in capsys.readouterr().err
-    assert cli.main([*words, "--workers", "1", "--skip-bad"]) == 0
+    assert main.main([*arguments, "--workers", "1", "--skip-bad"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:5] == [
         "left out    3 empty documents",

@@ -1,4 +1,4 @@
-"""A run goes on from its own export, and what does not belong together is refused with a way out that leads out."""
+"""A run continues from its own export, and what does not belong together is refused with a way out that leads out."""
 
 import json
 import re
@@ -11,26 +11,26 @@ from test_data_fidelity import ENGLISH, FOREIGN, byte_level
 from test_export import Trained
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from launcher.data.prepare import prepare
-from launcher.engine.construct import construct
-from launcher.errors import RequestError
-from launcher.export import evaluate, write
-from launcher.plan import facts, vocabulary
-from launcher.plan.corpus import read_data
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.load import load
-from launcher.topology import Topology
+from halfstep.launcher.config.load import load
+from halfstep.launcher.corpus import vocabulary
+from halfstep.launcher.corpus.description import read_data
+from halfstep.launcher.data.prepare import prepare
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.export import evaluate, write_export
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 
 TEXT = ENGLISH + FOREIGN * 20
 OPTIONS: dict[str, Any] = {"validation": 0.1, "workers": 1, "progress": False}
 
 
-def planned(model: str | Path, data: Path, *words: str) -> Plan:
+def planned(model: str | Path, data: Path, *pairs: str) -> Plan:
     name = f"hf:{model}" if isinstance(model, Path) else model
-    request = load([f"model={name}", f"data={data}", "sequence=32", *words])
+    request = load([f"model={name}", f"data={data}", "sequence=32", *pairs])
     world = Topology(world_size=1, ranks_per_node=1, accelerator="cpu")
-    return resolve(request, world, facts.read(request.spec, construct))
+    return resolve(request, world, facts.read(request.spec))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.txt").write_text(TEXT)
     prepare(str(folder / "a.txt"), folder / "corpus", vocab_size=300, **OPTIONS)
     trained = Trained(folder, folder / "corpus", ["model=gpt2-nano"], 1)
-    write.export(trained.run, folder / "export")
+    write_export.export(trained.run, folder / "export")
     return folder
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.order import permute, windows_of_step
+from halfstep.launcher.data.order import permute, windows_of_step
 
 seeds = st.integers(0, 2**64 - 1)
 
@@ -24,8 +24,8 @@ def test_every_window_comes_once_an_epoch_across_the_borders_of_steps(
     steps = -(-3 * num_windows // global_batch)
     stream = np.concatenate([windows_of_step(seed, step, global_batch, num_windows) for step in range(1, steps + 1)])
     for epoch in range(3):
-        one = stream[epoch * num_windows : (epoch + 1) * num_windows]
-        assert np.array_equal(np.sort(one), np.arange(num_windows))
+        order = stream[epoch * num_windows : (epoch + 1) * num_windows]
+        assert np.array_equal(np.sort(order), np.arange(num_windows))
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,19 +59,19 @@ def test_the_order_is_the_one_it_has_always_been(
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [permute(np.arange(1000), 1000, seed, epoch) for seed, epoch in [(1, 0), (1, 1), (2, 0), (2, 1), (0, 1)]]
-    for one in range(len(orders)):
-        for other in range(one):
+    for first in range(len(orders)):
+        for other in range(first):
             # Two random orders of 1000 agree in one place on average, in ten once in ten million.
-            assert (orders[one] == orders[other]).sum() < 10
+            assert (orders[first] == orders[other]).sum() < 10
 
 
 @pytest.mark.parametrize("size", [10_000, 2**17, 2**17 + 1])
 def test_the_order_is_not_correlated_with_the_corpus_or_its_neighbours(size: int) -> None:
     order, later = permute(np.arange(size), size, 7, 3), permute(np.arange(size), size, 7, 4)
     pairs = [(order, np.arange(size)), (order[1:], order[:-1]), (order[2:], order[:-2]), (order, later)]
-    for one, other in pairs:
+    for first, other in pairs:
         # The coefficient of independent orders has a standard deviation of 1 / sqrt(size).
-        assert abs(np.corrcoef(one, other)[0, 1]) * np.sqrt(size) < 4
+        assert abs(np.corrcoef(first, other)[0, 1]) * np.sqrt(size) < 4
 
 
 def test_steps_count_from_one() -> None:

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.data import encode, progress, readers, tokenizer
-from launcher.data.inspect import inspect, render
-from launcher.data.prepare import prepare
-from launcher.data.tokens import TokenFile
-from launcher.errors import RequestError
-from launcher.plan.facts import read_data
+from halfstep.launcher.data import encode, progress_bar, readers, tokenizer
+from halfstep.launcher.data.prepare import prepare
+from halfstep.launcher.data.show import inspect, render
+from halfstep.launcher.data.tokens import TokenFile
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.facts import read_data
 
 TEXTS = [python_inspect.getsource(module) for module in (json.decoder, random, textwrap, python_inspect)]
 TEXT_FILE = Path(json.decoder.__file__)
@@ -144,7 +144,7 @@ def test_a_hugging_face_tokenizer_is_used_as_it_is(source: Path, tmp_path: Path)
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("launcher.data.prepare._UINT16_VOCABULARY", 511)
+    monkeypatch.setattr("halfstep.launcher.data.prepare._UINT16_VOCABULARY", 511)
     manifest = prepare(str(source), tmp_path / "corpus", **OPTIONS)
     assert manifest["token_dtype"] == "int32"
     assert manifest["splits"]["train"]["bytes"]["bin"] == 4 * manifest["splits"]["train"]["tokens"]
@@ -207,7 +207,9 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> No
 
 def run_apart(body: str) -> subprocess.Popen[str]:
     """Start a Python process of its own group that has `prepare` at hand."""
-    script = "import os, resource, signal, sys\nfrom launcher.data.prepare import prepare\n" + textwrap.dedent(body)
+    script = "import os, resource, signal, sys\nfrom halfstep.launcher.data.prepare import prepare\n" + textwrap.dedent(
+        body
+    )
     return subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
@@ -220,15 +222,15 @@ def run_apart(body: str) -> subprocess.Popen[str]:
 
 def living(group: int) -> list[int]:
     """Return the processes of a group that still run; a zombie does not."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(process_group) == group and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 def test_a_killed_preparation_leaves_no_folder_no_process_and_the_next_one_cleans_up(tmp_path: Path) -> None:
@@ -267,7 +269,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(source: Path, tmp_pat
     # A limit on the size of a file meets the same code as a disk without room, and needs no disk of its own.
     process = run_apart(
         f"""
-        from launcher.errors import RequestError
+        from halfstep.launcher.errors import RequestError
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
             prepare({str(source)!r}, {str(tmp_path / "corpus")!r}, vocab_size=512, workers=1, progress=False)
@@ -287,12 +289,12 @@ def test_a_place_that_cannot_be_written_is_named(source: Path) -> None:
 
 
 def test_inspect_shows_counts_and_a_decoded_sample(made: Path) -> None:
-    found = inspect(made)
-    lines = render(found)
-    assert found["samples"]["train"] in "".join(TEXTS)
+    counts = inspect(made)
+    lines = render(counts)
+    assert counts["samples"]["train"] in "".join(TEXTS)
     assert lines[0].startswith("source      ")
     assert any(line.startswith("bytes/token ") for line in lines)
-    tokens = found["splits"]["train"]["tokens"]
+    tokens = counts["splits"]["train"]["tokens"]
     assert f"train       {tokens:,} tokens, 4 documents" in "\n".join(lines)
     assert "--- from the middle of validation" in lines
 
@@ -321,7 +323,7 @@ def test_a_damaged_folder_is_refused_by_inspect_and_not_taken_for_done(
 def test_progress_in_a_file_is_plain_lines(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress_bar, "_LINE_EVERY_SECONDS", 0.0)
     prepare(str(source), tmp_path / "corpus", **{**OPTIONS, "progress": True})
     lines = capsys.readouterr().err.splitlines()
     assert {line.split(":")[0] for line in lines} == {"reading", "training the tokenizer", "tokenising"}
@@ -331,6 +333,6 @@ def test_progress_in_a_file_is_plain_lines(
 def test_a_preparation_that_is_soon_over_says_nothing_on_the_way(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 3600.0)
+    monkeypatch.setattr(progress_bar, "_LINE_EVERY_SECONDS", 3600.0)
     prepare(str(source), tmp_path / "corpus", **{**OPTIONS, "progress": True})
     assert capsys.readouterr().err == ""

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data import readers, sources
-from launcher.errors import RequestError
+from halfstep.launcher.data import readers, sources
+from halfstep.launcher.errors import RequestError
 
 
 def documents(source: str | Path, field: str = "text") -> tuple[list[str], sources.Tally]:
@@ -192,14 +192,14 @@ def test_a_hub_name_may_carry_configuration_and_split(asked: str, expected: tupl
 
 
 def test_the_standard_library_is_read_as_python_reads_it() -> None:
-    found = sources.find("stdlib")
-    names = [file.as_posix() for file in found.files]
+    source = sources.find("stdlib")
+    names = [file.as_posix() for file in source.files]
     assert names == sorted(names)
-    assert not any(part in ("test", "tests", "site-packages") for file in found.files for part in file.parts[-3:])
+    assert not any(part in ("test", "tests", "site-packages") for file in source.files for part in file.parts[-3:])
     assert any(name.endswith("/json/decoder.py") for name in names)
     texts, tally = documents("stdlib")
     assert 8e6 < tally.text_bytes < 20e6
-    assert tally.documents + tally.empty_documents + len(tally.undecodable_files) == len(found.files)
+    assert tally.documents + tally.empty_documents + len(tally.undecodable_files) == len(source.files)
     # Open to Python's own rules: a file with a PEP 263 line, decoded, holds no replacement and no stray bytes.
     assert any("class JSONDecoder" in text for text in texts)
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.split import validation_tokens
+from halfstep.launcher.data.split import validation_tokens
 
 
 @settings(max_examples=300, deadline=None)

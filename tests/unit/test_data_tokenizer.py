@@ -10,15 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launcher.data import tokenizer, vocabulary
-from launcher.errors import RequestError
+from halfstep.launcher.data import tokenizer, train_tokenizer
+from halfstep.launcher.errors import RequestError
 
 TEXT = inspect.getsource(json) + inspect.getsource(random) + inspect.getsource(inspect)
 
 
 @pytest.fixture(scope="module")
 def trained() -> tokenizer.SentencePiece:
-    return vocabulary.train([TEXT], 512)
+    return train_tokenizer.train([TEXT], 512)
 
 
 @settings(max_examples=300, deadline=None)
@@ -38,8 +38,8 @@ def test_every_text_comes_back(trained: tokenizer.SentencePiece, text: str) -> N
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab \n\t\u2581é"), st.text(alphabet="ab \n\t\u2581é"))
-def test_a_cut_after_a_line_break_changes_no_token(trained: tokenizer.SentencePiece, one: str, other: str) -> None:
-    assert trained.encode(one + "\n") + trained.encode(other) == trained.encode(one + "\n" + other)
+def test_a_cut_after_a_line_break_changes_no_token(trained: tokenizer.SentencePiece, before: str, other: str) -> None:
+    assert trained.encode(before + "\n") + trained.encode(other) == trained.encode(before + "\n" + other)
 
 
 def test_the_vocabulary_is_the_size_asked_for_and_saves_text(trained: tokenizer.SentencePiece) -> None:
@@ -49,7 +49,7 @@ def test_the_vocabulary_is_the_size_asked_for_and_saves_text(trained: tokenizer.
 
 
 def test_training_twice_gives_the_same_model(trained: tokenizer.SentencePiece) -> None:
-    again = vocabulary.train([TEXT], 512)
+    again = train_tokenizer.train([TEXT], 512)
     assert hashlib.sha256(again.model).digest() == hashlib.sha256(trained.model).digest()
 
 
@@ -63,35 +63,35 @@ def test_a_saved_model_is_loaded_again(trained: tokenizer.SentencePiece, tmp_pat
 
 def test_a_vocabulary_too_large_for_the_text_names_the_largest() -> None:
     with pytest.raises(RequestError) as refused:
-        vocabulary.train(["hello world, hello text\n"], 100_000)
+        train_tokenizer.train(["hello world, hello text\n"], 100_000)
     assert refused.value.where == "--vocab-size 100000"
     largest = int(refused.value.fix.split()[1])
     assert refused.value.what == f"this text has too little in it for 100000 tokens: SentencePiece finds {largest}"
-    assert vocabulary.train(["hello world, hello text\n"], largest).vocabulary == largest
+    assert train_tokenizer.train(["hello world, hello text\n"], largest).vocabulary == largest
     with pytest.raises(RequestError):
-        vocabulary.train(["hello world, hello text\n"], largest + 1)
+        train_tokenizer.train(["hello world, hello text\n"], largest + 1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 100, 260])
 def test_a_vocabulary_too_small_for_the_text_names_the_smallest(size: int) -> None:
     with pytest.raises(RequestError) as refused:
-        vocabulary.train([TEXT], size)
+        train_tokenizer.train([TEXT], size)
     smallest = int(refused.value.fix.split()[1])
     assert 260 < smallest < 512
-    assert vocabulary.train([TEXT], smallest).vocabulary == smallest
+    assert train_tokenizer.train([TEXT], smallest).vocabulary == smallest
 
 
 def test_a_text_that_teaches_nothing_is_refused() -> None:
     with pytest.raises(RequestError, match="nothing in this text that SentencePiece can learn from"):
-        vocabulary.train(["\n\t\n"], 300)
+        train_tokenizer.train(["\n\t\n"], 300)
 
 
 def test_the_sample_is_bounded_repeatable_and_from_all_over() -> None:
     texts = [f"{number:05d} {'x' * 90}\n" * 100 for number in range(400)]
-    blocks = vocabulary.sample_blocks(texts, seed=1, limit=200_000)
+    blocks = train_tokenizer.sample_blocks(texts, seed=1, limit=200_000)
     assert 50_000 < sum(map(len, blocks)) <= 200_000
-    assert blocks == vocabulary.sample_blocks(texts, seed=1, limit=200_000)
-    assert blocks != vocabulary.sample_blocks(texts, seed=2, limit=200_000)
+    assert blocks == train_tokenizer.sample_blocks(texts, seed=1, limit=200_000)
+    assert blocks != train_tokenizer.sample_blocks(texts, seed=2, limit=200_000)
     numbers = [int(block[:5]) for block in blocks]
     assert min(numbers) < 100
     assert max(numbers) > 300
@@ -99,7 +99,7 @@ def test_the_sample_is_bounded_repeatable_and_from_all_over() -> None:
 
 @given(st.lists(st.text(alphabet="ab\n", max_size=200), max_size=20))
 def test_a_small_stream_is_sampled_whole(texts: list[str]) -> None:
-    assert "".join(vocabulary.sample_blocks(texts, seed=0)) == "".join(texts)
+    assert "".join(train_tokenizer.sample_blocks(texts, seed=0)) == "".join(texts)
 
 
 def make_huggingface(folder: Path, end_of_text: str | None) -> Path:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.tokens import TokenFile, TokenWriter, open_writer
-from launcher.errors import RequestError
+from halfstep.launcher.data.tokens import TokenFile, TokenWriter, open_writer
+from halfstep.launcher.errors import RequestError
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:

@@ -11,14 +11,15 @@ from fakes.deepspeed_files import REAL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import cli
-from launcher.errors import HalfstepError, RequestError
-from launcher.plan import dsconfig, dsfile, facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.dotted import flatten
-from launcher.spec.load import load
-from launcher.topology import Topology
+from halfstep.launcher.cli import main
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.load import load
+from halfstep.launcher.errors import HalfstepError, RequestError
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.ds import dsconfig, dsfile
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 
 GPUS = Topology(
     world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3"
@@ -29,12 +30,12 @@ GPUS = Topology(
 def planned(tmp_path: Path) -> Callable[..., Plan]:
     """Return a function that plans a DeepSpeed file's text, or content, with more words, for two CPU ranks."""
 
-    def make(content: str | dict[str, Any], *words: str, topology: Topology | None = None) -> Plan:
+    def make(content: str | dict[str, Any], *arguments: str, topology: Topology | None = None) -> Plan:
         file = tmp_path / "mine.json"
         file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        request = load(["model=gpt2-nano", "model.vocabulary=4096", f"--ds-config={file}", *words], data=False)
+        request = load(["model=gpt2-nano", "model.vocabulary=4096", f"--ds-config={file}", *arguments], data=False)
         world = topology or Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-        return resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
+        return resolve(request, world, facts.read(request.spec))
 
     return make
 
@@ -42,9 +43,9 @@ def planned(tmp_path: Path) -> Callable[..., Plan]:
 Planned = Callable[..., Plan]
 
 
-def refusal(planned: Planned, content: str | dict[str, Any], *words: str) -> HalfstepError:
+def refusal(planned: Planned, content: str | dict[str, Any], *arguments: str) -> HalfstepError:
     with pytest.raises(RequestError) as caught:
-        planned(content, *words).require_allowed()
+        planned(content, *arguments).require_allowed()
     return caught.value
 
 
@@ -161,7 +162,7 @@ def test_no_content_of_a_file_ends_in_anything_but_a_plan_or_an_error_of_ours(
     request = load(["model=gpt2-nano", "model.vocabulary=64", f"--ds-config={file}"], data=False)
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
     with contextlib.suppress(HalfstepError):
-        resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
+        resolve(request, world, facts.read(request.spec))
 
 
 @pytest.mark.parametrize(("text", "expected"), REAL.values(), ids=REAL)
@@ -216,8 +217,8 @@ def test_a_run_key_that_was_given_is_not_overruled_and_both_are_named(planned: P
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}},
     }
-    words = ["batch.global=32", "optimizer.clip=1", "precision=bf16", "zero=2", "offload=none", "optimizer.lr=1e-3"]
-    error = refusal(planned, content, *words)
+    arguments = ["batch.global=32", "optimizer.clip=1", "precision=bf16", "zero=2", "offload=none", "optimizer.lr=1e-3"]
+    error = refusal(planned, content, *arguments)
     problems = [error, *error.more]
     paths = ["train_batch_size", "gradient_clipping", "zero_optimization.stage", "fp16.enabled", "optimizer.params.lr"]
     paths.append("zero_optimization.offload_optimizer.device")
@@ -271,7 +272,7 @@ def test_the_precision_is_what_deepspeed_would_train_in(
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "equation"),
+    ("content", "arguments", "equation"),
     [
         ({"train_batch_size": 64}, [], "64 = 8 x 4 x 2"),
         ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}, [], "64 = 2 x 16 x 2"),
@@ -288,16 +289,16 @@ def test_the_precision_is_what_deepspeed_would_train_in(
     ids=str,
 )
 def test_the_batch_equation_is_solved_as_deepspeed_does(
-    planned: Planned, content: dict[str, Any], words: list[str], equation: str
+    planned: Planned, content: dict[str, Any], arguments: list[str], equation: str
 ) -> None:
-    made = planned(content, *words)
+    made = planned(content, *arguments)
     assert made.batch.equation().partition("  ")[0] == equation
     assert made.refused_by == []
     assert made.identity["batch.global"] == made.batch.global_
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "what", "fix"),
+    ("content", "arguments", "what", "fix"),
     [
         (
             {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
@@ -324,9 +325,9 @@ def test_the_batch_equation_is_solved_as_deepspeed_does(
     ids=str,
 )
 def test_a_batch_that_does_not_come_out_is_explained(
-    planned: Planned, content: dict[str, Any], words: list[str], what: str, fix: str
+    planned: Planned, content: dict[str, Any], arguments: list[str], what: str, fix: str
 ) -> None:
-    error = refusal(planned, content, *words)
+    error = refusal(planned, content, *arguments)
     assert error.what.startswith(what)
     assert error.fix.startswith(fix)
     assert "mine.json" in error.where
@@ -468,7 +469,7 @@ def test_the_curve_is_deepspeeds_two_steps_earlier(planned: Planned) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "what", "fix"),
+    ("content", "arguments", "what", "fix"),
     [
         (scheduler("OneCycle", cycle_min_lr=1e-5, cycle_max_lr=1e-3), [], "scheduler.type OneCycle", "schedule.kind"),
         ({"scheduler": {"params": {"warmup_num_steps": 5}}}, [], "the scheduler has no type", "schedule.warmup"),
@@ -526,9 +527,9 @@ def test_the_curve_is_deepspeeds_two_steps_earlier(planned: Planned) -> None:
     ids=lambda value: None,
 )
 def test_a_scheduler_that_is_another_curve_names_the_run_keys(
-    planned: Planned, content: dict[str, Any], words: list[str], what: str, fix: str
+    planned: Planned, content: dict[str, Any], arguments: list[str], what: str, fix: str
 ) -> None:
-    error = refusal(planned, content, *words)
+    error = refusal(planned, content, *arguments)
     assert error.what.startswith(what)
     assert fix in error.fix
     assert "mine.json" in error.where
@@ -608,14 +609,14 @@ def test_reading_a_file_changes_nothing_in_it(planned: Planned, tmp_path: Path) 
 def test_the_search_tries_only_what_the_file_leaves_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
-    words = ["plan", "--search", "--json", "model=gpt2-1.5b", "hardware=H100", "nodes=1,2", "gpus=8"]
-    assert cli.main([*words, "--ds-config", str(file)]) == 0
+    arguments = ["plan", "--search", "--json", "model=gpt2-1.5b", "hardware=H100", "nodes=1,2", "gpus=8"]
+    assert main.main([*arguments, "--ds-config", str(file)]) == 0
     candidates = json.loads(capsys.readouterr().out)["candidates"]
     assert {candidate["zero"] for candidate in candidates} == {2}
     assert {candidate["offload"] for candidate in candidates} == {"none", "optimizer-cpu"}
     assert {candidate["micro"] * candidate["accumulation"] * candidate["ranks"] for candidate in candidates} == {64}
     file.write_text('{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}')
-    assert cli.main([*words, "--ds-config", str(file)]) == 0
+    assert main.main([*arguments, "--ds-config", str(file)]) == 0
     candidates = json.loads(capsys.readouterr().out)["candidates"]
     assert {(candidate["micro"], candidate["accumulation"]) for candidate in candidates} == {(4, 1)}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launcher.plan import dskeys
+from halfstep.launcher.plan.ds import dskeys
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "launcher" / "plan" / "deepspeed_keys.json"
+TABLE = ROOT / "launcher" / "plan" / "ds" / "deepspeed_keys.json"
 RAW = json.loads(TABLE.read_text(encoding="utf-8"))
 PARAMS = {f"optimizer.params.{name}": entry for name, entry in RAW["optimizers"]["adamw"].items()}
 EVERY_KEY = dict(dskeys.KEYS) | PARAMS
@@ -69,13 +69,13 @@ def is_deprecated(path: str) -> bool:
 def test_the_table_is_what_the_generator_prints_for_the_installed_deepspeed_and_stdout_holds_nothing_else():
     # Left to find the accelerator itself, DeepSpeed announces it on stdout.
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    command = [sys.executable, "-m", "launcher.engine.dskeys"]
+    command = [sys.executable, "-m", "tools.dskeys_table"]
     printed = subprocess.run(
         command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     ).stdout
     assert printed == TABLE.read_text(encoding="utf-8"), (
         "the installed DeepSpeed (or torch) reads other keys than launcher/plan/deepspeed_keys.json says; "
-        "read the difference, then accept it with: python -m launcher.engine.dskeys --write"
+        "read the difference, then accept it with: python -m tools.dskeys_table --write"
     )
 
 
@@ -110,12 +110,12 @@ CONFIG_READERS = (
 
 def keys_read_by(module: Any) -> set[str]:
     """Return the keys that a module's source asks any configuration dictionary for, found without running it."""
-    found: set[str] = set()
+    values: set[str] = set()
 
     def note(node: ast.expr) -> None:
         with contextlib.suppress(ValueError, NameError, AttributeError, TypeError):
             value = node.value if isinstance(node, ast.Constant) else getattr(module, getattr(node, "id", ""))
-            found.update([value] if isinstance(value, str) else [])
+            values.update([value] if isinstance(value, str) else [])
 
     for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
         if (
@@ -133,7 +133,7 @@ def keys_read_by(module: Any) -> set[str]:
                 note(node.left)
         elif isinstance(node, ast.Subscript) and getattr(node.value, "id", "") in ("config", "param_dict", "ds_config"):
             note(node.slice)
-    return found
+    return values
 
 
 # Read by those modules, but no keys of the table.
@@ -203,10 +203,10 @@ def test_the_defaults_are_deepspeeds_own():
 
 def test_a_good_value_passes_at_every_key():
     refused = {
-        path: found
+        path: problem
         for path, entry in EVERY_KEY.items()
         if entry["type"] != "object"
-        and (found := [found for found in paths(nested(path, good(entry))) if not is_deprecated(found)])
+        and (problem := [problem for problem in paths(nested(path, good(entry))) if not is_deprecated(problem)])
     }
     assert refused == {}
 
@@ -219,7 +219,7 @@ def test_a_typo_is_reported_with_its_full_path_at_every_key():
         for typo in (name[:middle] + name[middle + 1 :], f"{name}x", f"x{name[1:]}"):
             wrong = f"{parent}.{typo}" if parent else typo
             assert wrong not in EVERY_KEY
-            if [found for found in paths(nested(wrong, True)) if not is_deprecated(found)] != [wrong]:
+            if [problem for problem in paths(nested(wrong, True)) if not is_deprecated(problem)] != [wrong]:
                 silent.append(wrong)
     assert silent == []
 
@@ -244,7 +244,7 @@ def test_a_typo_names_the_right_key_nearly_everywhere():
     missed = []
     for path in EVERY_KEY:
         wrong = path[:-1] + ("" if len(path) - path.rfind(".") > 3 else path[-1] * 2)
-        (problem,) = [found for found in dskeys.problems(nested(wrong, True)) if not is_deprecated(found.path)]
+        (problem,) = [problem for problem in dskeys.problems(nested(wrong, True)) if not is_deprecated(problem.path)]
         if path not in problem.suggestion:
             missed.append(path)
     assert len(missed) / len(EVERY_KEY) < 0.02, missed

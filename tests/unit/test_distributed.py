@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launcher.engine import distributed
-from launcher.errors import HalfstepError, RefusedError, TopologyError
+from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.errors import HalfstepError, RefusedError, TopologyError
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def test_values_come_back_as_they_were(value: object) -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_what_is_not_finite_comes_back() -> None:
-    found = distributed.gather_objects([math.inf, -math.inf, math.nan])[0]
-    assert found[:2] == [math.inf, -math.inf]
-    assert math.isnan(found[2])
+    values = distributed.gather_objects([math.inf, -math.inf, math.nan])[0]
+    assert values[:2] == [math.inf, -math.inf]
+    assert math.isnan(values[2])
 
 
 @pytest.mark.usefixtures("alone")
@@ -45,8 +45,15 @@ def test_an_error_on_rank_0_is_raised_as_what_it_was() -> None:
     with pytest.raises(RefusedError) as caught:
         distributed.on_rank_zero(refuse)
     assert str(caught.value) == "error: what\n from: where\n  try: fix"
+    assert not caught.value.reported, "it is rank 0 that reports it"
     with pytest.raises(HalfstepError, match="ZeroDivisionError"):
         distributed.on_rank_zero(lambda: 1 / 0)
+
+
+def test_an_error_from_another_rank_says_so_and_only_there() -> None:
+    tree = RefusedError("what", where="where", fix="fix").to_dict()
+    assert HalfstepError.from_dict(tree, reported=True).reported
+    assert not HalfstepError.from_dict(tree).reported
 
 
 @pytest.mark.usefixtures("alone")

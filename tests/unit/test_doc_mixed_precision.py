@@ -16,8 +16,8 @@ def test_every_number_of_the_page_is_what_its_session_prints() -> None:
 
 
 def test_the_list_of_the_whole_step_quotes_the_reference() -> None:
-    source = (ROOT / "launcher" / "parity" / "oracle.py").read_text(encoding="utf-8")
+    source = (ROOT / "launcher" / "parity" / "reference.py").read_text(encoding="utf-8")
     (steps,) = re.findall(r"^1\. Once.*?^9\. .*?$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     quoted = re.findall(r"`([^`]+)`", steps)
     assert len(quoted) == 19
-    assert [one for one in quoted if one not in source] == []
+    assert [line for line in quoted if line not in source] == []

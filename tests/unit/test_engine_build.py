@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine import build
-from launcher.engine.build import parameter_groups
+from halfstep.launcher.config import optimizers
+from halfstep.launcher.engine import build
+from halfstep.launcher.engine.build import parameter_groups
+from halfstep.launcher.engine.readings import Readings
 
-PLAN: Any = SimpleNamespace(deepspeed={"optimizer": {"params": {"weight_decay": 0.1}}})
+PLAN: Any = SimpleNamespace(deepspeed={"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}})
 
 
 def groups(model: nn.Module) -> list[tuple[float, list[tuple[int, ...]]]]:
@@ -33,6 +35,35 @@ def test_a_partitioned_parameter_counts_by_its_real_shape() -> None:
     model = nn.Linear(2, 3)
     model.weight.data, model.weight.ds_shape = torch.empty(0), torch.Size((3, 2))
     assert [group["weight_decay"] for group in parameter_groups(model, PLAN)] == [0.1, 0.0]
+
+
+def test_every_group_keeps_its_own_share_of_the_learning_rate() -> None:
+    """The groups of DeepSpeed's Muon, say, whose matrices and vectors are built with rates of their own."""
+    groups = [{"lr": 1e-3, "params": []}, {"lr": 4e-4, "params": []}]
+    engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups))
+    for _ in range(2):  # what was written is not taken for what was built
+        readings = Readings(engine, SimpleNamespace(schedule=SimpleNamespace(peak=1e-3)))  # type: ignore[arg-type]
+        for rate in (5e-4, 1e-3, 0.0):
+            readings.set_learning_rate(rate)
+            assert groups[0]["lr"] == rate, "to the bit"
+            assert groups[1]["lr"] == pytest.approx(0.4 * rate)
+
+
+@pytest.mark.parametrize("kind", sorted(optimizers.BY_KIND))
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_table_names_what_torch_keeps_of_a_parameter(kind: str, momentum: float) -> None:
+    row, weight = optimizers.BY_KIND[kind], nn.Parameter(torch.ones(3, 2))
+    assert row.reference is not None
+    given = {"momentum": momentum} if "momentum" in row.parameters else {}
+    optimizer = getattr(torch.optim, row.reference)([weight], lr=0.1, **given)
+    weight.grad = torch.ones(3, 2)
+    optimizer.step()
+    kept = optimizer.state.get(weight, {})
+    tensors = {name: value for name, value in kept.items() if torch.is_tensor(value) and value.shape == weight.shape}
+    states = [state for state in row.states if state.only_with is None or given[state.only_with] > 0]
+    assert set(tensors) == {state.name for state in states}
+    assert sum(value.element_size() for value in tensors.values()) == optimizers.state_bytes(row.type, given)
+    assert ("step" in kept) == row.counts_steps
 
 
 class Experts(nn.Module):

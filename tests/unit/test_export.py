@@ -14,27 +14,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.checkpoint.manifest import read
-from launcher.checkpoint.shards import Shards, probe_tokens
-from launcher.data import prepare as data_prepare
-from launcher.data import vocabulary
-from launcher.data.tokenizer import SentencePiece
-from launcher.engine.construct import construct
-from launcher.errors import RefusedError, RequestError
-from launcher.export import convert as convert_page
-from launcher.export import evaluate as evaluate_page
-from launcher.export import generate as generate_page
-from launcher.export import tokenizer as tokenizer_page
-from launcher.export import weights
-from launcher.export import write as write_page
-from launcher.export.compare import TOLERANCE
-from launcher.plan import facts
-from launcher.plan.corpus import read_data
-from launcher.plan.resolve import resolve
-from launcher.rundir import write_plan
-from launcher.spec.load import load
-from launcher.topology import Topology
-from models.build import build
+from halfstep.launcher.checkpoint.manifest import read
+from halfstep.launcher.checkpoint.shards import Shards, probe_tokens
+from halfstep.launcher.config.load import load
+from halfstep.launcher.corpus.description import read_data
+from halfstep.launcher.data import prepare as data_prepare
+from halfstep.launcher.data import train_tokenizer
+from halfstep.launcher.data.tokenizer import SentencePiece
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import convert as convert_page
+from halfstep.launcher.export import evaluate as evaluate_page
+from halfstep.launcher.export import generate as generate_page
+from halfstep.launcher.export import tokenizer_files as tokenizer_page
+from halfstep.launcher.export import weights
+from halfstep.launcher.export import write_export as write_page
+from halfstep.launcher.export.compare import TOLERANCE
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir.run_directory import write_plan
+from halfstep.launcher.topology import Topology
+from halfstep.models.network import build
 
 STDLIB = Path(os.__file__).parent
 SEQUENCE = 32
@@ -60,20 +59,22 @@ def sentencepiece(corpus: Path) -> SentencePiece:
 class Trained:
     """A run with one checkpoint, and the model that it is of."""
 
-    def __init__(self, home: Path, corpus: Path, words: list[str], ranks: int, precision: str = "fp32") -> None:
+    def __init__(self, home: Path, corpus: Path, pairs: list[str], ranks: int, precision: str = "fp32") -> None:
         self.run = home / "run"
-        words = [*words, f"data={corpus}", f"sequence={SEQUENCE}", f"precision={precision}"]
-        request = load([*words, "eval.sequences=5", "batch.global=12"])
+        pairs = [*pairs, f"data={corpus}", f"sequence={SEQUENCE}", f"precision={precision}"]
+        request = load([*pairs, "eval.sequences=5", "batch.global=12"])
         world = Topology(world_size=ranks, ranks_per_node=ranks, accelerator="cpu")
-        self.plan = resolve(request, world, facts.read(request.spec, construct))
+        self.plan = resolve(request, world, facts.read(request.spec))
         write_plan(self.run, request, self.plan)
         saved.rows(self.run / "metrics.jsonl", 20)
         self.model = build(self.plan.model.config, seed=3).eval()
         named = dict(self.model.named_parameters())
-        self.parameters = {name: one.detach().numpy() for name, one in named.items() if one.requires_grad}
+        self.parameters = {
+            name: parameter.detach().numpy() for name, parameter in named.items() if parameter.requires_grad
+        }
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - named.keys()
         state = self.model.state_dict().items()
-        self.buffers = {name: one.numpy() for name, one in state if name not in {*self.parameters, *tied}}
+        self.buffers = {name: tensor.numpy() for name, tensor in state if name not in {*self.parameters, *tied}}
         tokens = probe_tokens(SEQUENCE, self.plan.model.vocabulary)
         with torch.no_grad():
             self.logits = self.in_precision(precision)(input_ids=torch.tensor([tokens])).logits[0].float().numpy()
@@ -154,9 +155,9 @@ def test_an_export_computes_exactly_what_the_model_computed(
 def test_tied_weights_are_written_once_and_no_optimizer_states(exported: Path, gpt2: Trained) -> None:
     from safetensors.numpy import load_file
 
-    found = load_file(exported / "model.safetensors")
-    assert set(found) == set(gpt2.parameters)
-    assert "lm_head.weight" not in found
+    tensors = load_file(exported / "model.safetensors")
+    assert set(tensors) == set(gpt2.parameters)
+    assert "lm_head.weight" not in tensors
     # Named there, a Llama that is trained further would never train the token that ends a document.
     assert json.loads((exported / "config.json").read_text()).get("pad_token_id") is None
 
@@ -188,7 +189,7 @@ def test_a_value_that_fp16_cannot_hold_is_refused(gpt2: Trained, tmp_path: Path)
     saved.save(tmp_path / "run", broken, config=gpt2.plan.model.config, data={"path": "/nowhere", "digest": "0"})
     with pytest.raises(RefusedError, match=r"transformer.ln_f.bias has values beyond fp16's 65504"):
         write_page.export(tmp_path / "run", tmp_path / "out", dtype="fp16")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["run"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["run"]
 
 
 def test_an_export_that_computes_something_else_never_appears(gpt2: Trained, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_a_target_that_holds_something_is_left_alone(gpt2: Trained, tmp_path: Pa
         write_page.export(gpt2.run, tmp_path)
     with pytest.raises(RequestError, match="exists"):
         write_page.export(gpt2.run, tmp_path / "mine")
-    assert [one.name for one in tmp_path.iterdir()] == ["mine"]
+    assert [item.name for item in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(gpt2: Trained, tmp_path: Path) -> None:
@@ -460,10 +461,10 @@ def test_the_exported_tokenizer_gives_sentencepieces_own_ids(
 ) -> None:
     theirs = AutoTokenizer.from_pretrained(exported)
     text = (STDLIB / "argparse.py").read_text()
-    for one in (*tokenizer_page.SAMPLES, text):
-        ids = sentencepiece.encode(one)
-        assert theirs(one, verbose=False)["input_ids"] == ids
-        assert theirs.decode(ids) == one
+    for sample in (*tokenizer_page.SAMPLES, text):
+        ids = sentencepiece.encode(sample)
+        assert theirs(sample, verbose=False)["input_ids"] == ids
+        assert theirs.decode(ids) == sample
     assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", sentencepiece.end_of_text)
     assert theirs.bos_token_id == theirs.pad_token_id == theirs.eos_token_id
     assert theirs.model_max_length == 128
@@ -482,7 +483,7 @@ def test_any_text_gets_the_same_ids(sentencepiece: SentencePiece, text: str) -> 
 
 def test_a_tokenizer_that_differs_is_found() -> None:
     text = (STDLIB / "random.py").read_text()
-    one, other = vocabulary.train([text], 400), vocabulary.train([text], 401)
+    first, other = train_tokenizer.train([text], 400), train_tokenizer.train([text], 401)
 
     class Other:
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
@@ -491,7 +492,7 @@ def test_a_tokenizer_that_differs_is_found() -> None:
         def decode(self, ids: list[int], **_: Any) -> str:
             return other.decode(ids)
 
-    checked, differs = tokenizer_page.compare(one, Other(), [text])
+    checked, differs = tokenizer_page.compare(first, Other(), [text])
     assert checked > 1000
     assert differs is not None
 
@@ -518,7 +519,9 @@ def test_without_the_corpus_the_weights_are_exported_and_the_tokenizer_is_missed
     saved.save(tmp_path / "run", gpt2.parameters, config=config, data={"path": "/has/gone", "digest": digest})
     done = write_page.export(tmp_path / "run", tmp_path / "out")
     assert done.tokenizer is None
-    assert [one.startswith("no tokenizer: the corpus /has/gone has gone; --data DIR") for one in done.warnings] == [
+    assert [
+        warning.startswith("no tokenizer: the corpus /has/gone has gone; --data DIR") for warning in done.warnings
+    ] == [
         True,
         False,
     ]
@@ -535,15 +538,15 @@ def test_without_the_corpus_the_weights_are_exported_and_the_tokenizer_is_missed
 
 
 def test_generation_is_greedy_repeatable_and_drawn_when_asked(exported: Path) -> None:
-    one = generate_page.generate(exported, "def ", max_new_tokens=12)
-    assert one == generate_page.generate(exported, "def ", max_new_tokens=12, seed=7)
-    assert one.new_tokens == 12 or one.stopped == "end of text"
+    greedy = generate_page.generate(exported, "def ", max_new_tokens=12)
+    assert greedy == generate_page.generate(exported, "def ", max_new_tokens=12, seed=7)
+    assert greedy.new_tokens == 12 or greedy.stopped == "end of text"
     drawn = [
         generate_page.generate(exported, "def ", max_new_tokens=12, temperature=1.0, top_k=top_k, seed=seed).text
         for top_k, seed in ((0, 1), (0, 1), (0, 2), (1, 3))
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[3] == one.text
+    assert drawn[3] == greedy.text
 
 
 def test_an_empty_prompt_begins_a_document(exported: Path) -> None:
@@ -582,8 +585,8 @@ def test_a_run_directory_is_answered_with_the_command_that_exports_it(gpt2: Trai
 
 
 def test_evaluation_reads_the_windows_that_training_reads(exported: Path, gpt2: Trained, corpus: Path) -> None:
-    from launcher.data.tokens import TokenFile
-    from models.loss import next_token_loss
+    from halfstep.launcher.data.tokens import TokenFile
+    from halfstep.models.loss import next_token_loss
 
     tokens = TokenFile(corpus / "validation").batch(range(5), SEQUENCE)
     with torch.no_grad():
@@ -616,15 +619,15 @@ def test_an_evaluation_beyond_the_context_is_refused(exported: Path, corpus: Pat
 
 
 def test_three_ranks_to_one_to_two_keeps_every_tensor(llama: Trained, tmp_path: Path) -> None:
-    one = convert_page.convert(llama.run, tmp_path / "one", step=10)
-    assert (one.from_ranks, one.manifest.world_size, one.random_states) == (3, 1, False)
+    single = convert_page.convert(llama.run, tmp_path / "one", step=10)
+    assert (single.from_ranks, single.manifest.world_size, single.random_states) == (3, 1, False)
     two = convert_page.convert(tmp_path / "one", tmp_path / "two", ranks=2)
     files = Shards(two.folder, read(two.folder))
     for name, values in llama.parameters.items():
         for state, expected in saved.states_of(name, values).items():
-            found = files.read(name, state)
-            assert found is not None
-            np.testing.assert_array_equal(found, expected.reshape(-1))
+            read_back = files.read(name, state)
+            assert read_back is not None
+            np.testing.assert_array_equal(read_back, expected.reshape(-1))
     probe = files.probe()
     assert probe is not None
     np.testing.assert_array_equal(probe, llama.logits)
@@ -639,15 +642,15 @@ def test_random_states_are_kept_where_they_fit(llama: Trained, tmp_path: Path) -
 
 
 def test_a_converted_run_goes_on_under_its_own_name(gpt2: Trained, tmp_path: Path) -> None:
-    from launcher.rundir import read_plan
+    from halfstep.launcher.rundir.run_reader import Run
 
     convert_page.convert(gpt2.run, tmp_path / "new", step=10)
-    request, plan = read_plan(tmp_path / "new")
+    request, plan = Run(tmp_path / "new").require_as_asked()
     assert request.spec.out == str(tmp_path / "new")
     assert plan == gpt2.plan
     rows = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 11))
-    assert sorted(one.name for one in (tmp_path / "new" / "checkpoints").iterdir()) == ["step-00000010"]
+    assert sorted(folder.name for folder in (tmp_path / "new" / "checkpoints").iterdir()) == ["step-00000010"]
 
 
 def test_a_damaged_checkpoint_is_not_converted(llama: Trained, tmp_path: Path) -> None:
@@ -664,6 +667,6 @@ def test_more_ranks_than_elements_leave_some_with_nothing(tmp_path: Path, gpt2: 
     files = Shards(done.folder, done.manifest)
     seed = random.Random(0)
     for name in seed.sample(sorted(gpt2.parameters), 5):
-        found = files.read(name, "master")
-        assert found is not None
-        np.testing.assert_array_equal(found, gpt2.parameters[name].reshape(-1))
+        values = files.read(name, "master")
+        assert values is not None
+        np.testing.assert_array_equal(values, gpt2.parameters[name].reshape(-1))

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from launcher import fields, files, foreign, terminal
-from launcher.errors import Fault, HalfstepError, RefusedError, RequestError
-from launcher.metrics.sinks import JsonLines
-from launcher.watch import exits
+from halfstep.launcher.errors import Fault, HalfstepError, RefusedError, RequestError
+from halfstep.launcher.metrics.sinks import JsonLines
+from halfstep.launcher.rundir import exits
+from halfstep.launcher.rundir.records import Damaged
+from halfstep.launcher.rundir.run_reader import Attempt
+from halfstep.launcher.system import fields, files, foreign, terminal
 
 # --- reading
 
@@ -218,7 +220,7 @@ def test_the_first_to_write_how_an_attempt_ended_wins_among_many(tmp_path: Path)
         item.join()
     (winner,) = {code for code in codes if code is not None}
     assert codes.count(None) == 1
-    assert exits.read_exit(tmp_path)["code"] == winner  # type: ignore[index]
+    assert exits.read_exit(tmp_path).code == winner  # type: ignore[union-attr]
     assert [item.name for item in tmp_path.iterdir()] == ["exit.json"]
 
 
@@ -228,7 +230,7 @@ def test_an_end_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "exit.json").symlink_to(victim)
     (tmp_path / "refused.json").symlink_to(victim)
     exits.write_exit(tmp_path, 3, "the disk is full", 0)
-    exits.write_refusal(tmp_path, 2, "wrong")
+    exits.write_refusal(tmp_path, RequestError("wrong", where="x", fix="y"))
     assert victim.read_text() == "mine"
 
 
@@ -244,7 +246,8 @@ def test_an_end_that_nobody_could_have_written_is_none(tmp_path: Path, content: 
     (tmp_path / "exit.json").write_text(content)
     (tmp_path / "refused.json").write_text(content.replace("{", '{"job": "", "start": "0", ', 1))
     assert exits.read_exit(tmp_path) is None
-    assert exits.damaged_exit(tmp_path)
+    with pytest.raises(Damaged, match=r"exit\.json is damaged: "):
+        _ = Attempt(tmp_path).exit
     assert exits.read_refusal(tmp_path) is None
     assert exits.write_exit(tmp_path, 1, "x", 0) is None
 
@@ -277,7 +280,7 @@ def test_a_record_that_cannot_be_written_ends_with_words(
 
 def test_a_limit_on_the_size_of_files_ends_with_words(tmp_path: Path) -> None:
     program = (
-        "import resource, sys\nfrom pathlib import Path\nfrom launcher.metrics.sinks import JsonLines\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom halfstep.launcher.metrics.sinks import JsonLines\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "rows = JsonLines(Path(sys.argv[1]))\n"
         "try:\n    [rows.write({'step': n}) for n in range(50)]\nexcept Exception as error:\n    print(error)\n"
@@ -380,11 +383,11 @@ def test_a_full_screen_is_no_traceback() -> None:
     assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [["plan", "model=gpt2-124m"], ["checkpoint", "list", "/nowhere"]])
+@pytest.mark.parametrize("arguments", [["plan", "model=gpt2-124m"], ["checkpoint", "list", "/nowhere"]])
 @pytest.mark.parametrize("after", [0.12, 0.2, 0.3, 0.4])
-def test_an_interrupt_at_any_moment_is_no_traceback(words: list[str], after: float) -> None:
+def test_an_interrupt_at_any_moment_is_no_traceback(arguments: list[str], after: float) -> None:
     with subprocess.Popen(
-        [Path(sys.executable).parent / "halfstep", *words],
+        [Path(sys.executable).parent / "halfstep", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

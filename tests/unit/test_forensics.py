@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine.forensics import GradientWatch, first_of, layer_of, merged_statistics
+from halfstep.launcher.engine.numerics.forensics import GradientWatch, first_of, layer_of, merged_statistics
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_the_first_bad_gradient_is_the_first_one_behind_the_poison() -> None:
     watch.next_micro_step()
     hidden = _Poison.apply(model[1](model[0](torch.ones(1, 2))))
     model[2](hidden).sum().backward()
-    found = watch.non_finite()
+    seen = watch.non_finite()
     # The last layer comes before the poison; its weights and biases stay finite.
-    assert {one["layer"] for one in found[:2]} == {"1"}
-    assert {one["layer"] for one in found[2:]} == {"0"}
-    assert all(one["micro_step"] == 2 for one in found)
+    assert {gradient["layer"] for gradient in seen[:2]} == {"1"}
+    assert {gradient["layer"] for gradient in seen[2:]} == {"0"}
+    assert all(gradient["micro_step"] == 2 for gradient in seen)
     watch.start_step()
     assert watch.non_finite() == []
 
@@ -55,12 +55,18 @@ def test_ranks_are_merged_in_the_order_of_micro_steps_and_of_the_backward_pass()
     early, next_ = ({"parameter": name, "layer": "", "micro_step": 1} for name in ("b", "c"))
     count, first = first_of([[late], [early, next_]])
     assert count == 3
-    assert [(one["parameter"], one["rank"]) for one in first] == [("b", 1), ("c", 1), ("a", 0)]
+    assert [(gradient["parameter"], gradient["rank"]) for gradient in first] == [("b", 1), ("c", 1), ("a", 0)]
     assert first_of([[], []]) == (0, [])
     many = [{"parameter": str(n), "layer": "", "micro_step": 1} for n in range(9)]
     count, first = first_of([many, many])
     assert count == 9
-    assert [(one["parameter"], one["rank"]) for one in first] == [("0", 0), ("0", 1), ("1", 0), ("1", 1), ("2", 0)]
+    assert [(gradient["parameter"], gradient["rank"]) for gradient in first] == [
+        ("0", 0),
+        ("0", 1),
+        ("1", 0),
+        ("1", 1),
+        ("2", 0),
+    ]
 
 
 def weigh(dtype: torch.dtype, gradients: list[list[float]], *, scale: float, carried: float) -> dict:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.metrics import goodput
+from halfstep.launcher.rundir import goodput
 
 
 def write(file: Path, *rows: dict[str, Any], torn: str = "") -> None:
@@ -55,10 +55,10 @@ def killed_once(tmp_path: Path) -> Path:
 
 
 def test_every_second_has_one_cause(killed_once: Path) -> None:
-    found = goodput.of(killed_once, now=170.0)
-    assert found.wall_seconds == 70.0
-    assert found.productive_seconds == 3.0 + 4.0
-    assert found.lost_seconds == pytest.approx(
+    spent = goodput.of(killed_once, now=170.0)
+    assert spent.wall_seconds == 70.0
+    assert spent.productive_seconds == 3.0 + 4.0
+    assert spent.lost_seconds == pytest.approx(
         {
             "start": 10.0 + 10.0 - 1.5,
             "load": 1.5,
@@ -70,8 +70,8 @@ def test_every_second_has_one_cause(killed_once: Path) -> None:
             "other": (30 - 10 - 2 - 1.5 - 3 - 3 - 4) + (20 - 10 - 4),
         }
     )
-    assert found.productive_seconds + sum(found.lost_seconds.values()) == pytest.approx(70.0, abs=1e-9)
-    assert found.to_dict()["goodput"] == pytest.approx(0.1)
+    assert spent.productive_seconds + sum(spent.lost_seconds.values()) == pytest.approx(70.0, abs=1e-9)
+    assert spent.to_dict()["goodput"] == pytest.approx(0.1)
 
 
 def test_a_run_that_nobody_ends_is_accounted_for_up_to_its_last_sign(killed_once: Path) -> None:
@@ -83,11 +83,11 @@ def test_ranks_that_outlive_their_launcher_into_the_next_start_make_nothing_nega
     write(tmp_path / "attempts/0002/env.json", {"began": 103.0, "time": 111.0})
     write(tmp_path / "events.jsonl", {"event": "training", "time": 101.0}, {"event": "training", "time": 112.0})
     write(tmp_path / "metrics.jsonl", step(1, 4.0, 105.0), step(2, 4.0, 109.0), step(3, 2.0, 114.0))
-    found = goodput.of(tmp_path, now=115.0)
-    assert found.productive_seconds == 10.0
-    assert found.lost_seconds["down"] == 0.0
-    assert found.lost_seconds["start"] == pytest.approx(1.0 + 3.0)
-    assert found.lost_seconds["other"] == pytest.approx(0.0 + 1.0)
+    spent = goodput.of(tmp_path, now=115.0)
+    assert spent.productive_seconds == 10.0
+    assert spent.lost_seconds["down"] == 0.0
+    assert spent.lost_seconds["start"] == pytest.approx(1.0 + 3.0)
+    assert spent.lost_seconds["other"] == pytest.approx(0.0 + 1.0)
 
 
 def test_rows_that_a_later_attempt_cuts_count_for_the_one_that_made_them_and_once(tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_rows_that_a_later_attempt_cuts_count_for_the_one_that_made_them_and_onc
         write(tmp_path / "events.jsonl", {"event": "training", "time": began})
     write(tmp_path / "attempts/0002/metrics-redone.jsonl", step(1, 20.0, 20.0), step(2, 5.0, 105.0))
     write(tmp_path / "metrics.jsonl", step(1, 20.0, 220.0), step(2, 5.0, 105.0))
-    found = goodput.of(tmp_path, now=230.0)
-    assert found.lost_seconds["redone"] == 20.0, "step 2 was copied before an end, and stands"
-    assert found.productive_seconds == 25.0
-    assert found.lost_seconds["down"] == pytest.approx(80.0 + 95.0)
+    spent = goodput.of(tmp_path, now=230.0)
+    assert spent.lost_seconds["redone"] == 20.0, "step 2 was copied before an end, and stands"
+    assert spent.productive_seconds == 25.0
+    assert spent.lost_seconds["down"] == pytest.approx(80.0 + 95.0)
 
 
 def test_a_run_without_attempts_has_no_time(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_the_parts_always_add_up(tmp_path_factory: pytest.TempPathFactory, attem
             target = f"attempts/{number:04d}/metrics-redone.jsonl" if lost else "metrics.jsonl"
             write(run / target, step(place, seconds, now))
         now += 0.5
-    found = goodput.of(run, now=now)
-    assert found.productive_seconds + sum(found.lost_seconds.values()) == pytest.approx(found.wall_seconds, abs=1e-6)
-    assert all(seconds > -1e-6 for seconds in found.lost_seconds.values())
-    assert found.productive_seconds == pytest.approx(sum(sum(steps) for _, steps, lost in attempts if not lost))
+    spent = goodput.of(run, now=now)
+    assert spent.productive_seconds + sum(spent.lost_seconds.values()) == pytest.approx(spent.wall_seconds, abs=1e-6)
+    assert all(seconds > -1e-6 for seconds in spent.lost_seconds.values())
+    assert spent.productive_seconds == pytest.approx(sum(sum(steps) for _, steps, lost in attempts if not lost))
 
 
 # --- a clock that somebody sets
@@ -147,24 +147,24 @@ def test_a_clock_set_back_between_two_attempts_makes_no_time_negative(tmp_path: 
     write(tmp_path / "attempts/0001/metrics-redone.jsonl", step(2, 9.0, 1029.0))
     write(tmp_path / "metrics.jsonl", step(1, 9.0, 1020.0), step(2, 7.0, 512.0), step(3, 7.0, 519.0))
     write(tmp_path / "attempts/0001/exit.json", {"code": 137, "time": 1030.0})
-    found = goodput.of(tmp_path, now=520.0)
-    assert found.wall_seconds == 30.0 + 20.0
-    assert found.productive_seconds == 9.0 + 7.0 + 7.0
-    assert found.lost_seconds["redone"] == 9.0
-    assert found.lost_seconds["start"] == 10.0 + 5.0
-    assert found.lost_seconds["down"] == 0.0
-    assert found.to_dict()["goodput"] == pytest.approx(23 / 50)
+    spent = goodput.of(tmp_path, now=520.0)
+    assert spent.wall_seconds == 30.0 + 20.0
+    assert spent.productive_seconds == 9.0 + 7.0 + 7.0
+    assert spent.lost_seconds["redone"] == 9.0
+    assert spent.lost_seconds["start"] == 10.0 + 5.0
+    assert spent.lost_seconds["down"] == 0.0
+    assert spent.to_dict()["goodput"] == pytest.approx(23 / 50)
 
 
 def test_a_clock_set_back_within_an_attempt_of_old_records_leaves_goodput_between_0_and_1(tmp_path: Path) -> None:
     write(tmp_path / "attempts/0001/env.json", {"began": 1000.0, "time": 1001.0})
     write(tmp_path / "events.jsonl", {"event": "start", "time": 1001.0}, {"event": "training", "time": 990.0})
     write(tmp_path / "metrics.jsonl", step(1, 20.0, 1010.0), step(2, 20.0, 930.0), step(3, 20.0, 950.0))
-    found = goodput.of(tmp_path, now=960.0)
-    assert found.productive_seconds == 60.0
-    assert found.wall_seconds == 60.0
-    assert found.to_dict()["goodput"] == 1.0
-    assert all(seconds >= 0 for seconds in found.lost_seconds.values())
+    spent = goodput.of(tmp_path, now=960.0)
+    assert spent.productive_seconds == 60.0
+    assert spent.wall_seconds == 60.0
+    assert spent.to_dict()["goodput"] == 1.0
+    assert all(seconds >= 0 for seconds in spent.lost_seconds.values())
 
 
 @given(st.lists(st.tuples(st.floats(-5000, 5000), st.lists(st.floats(0.01, 3), max_size=6)), min_size=1, max_size=5))
@@ -182,12 +182,12 @@ def test_whatever_the_clock_does_the_parts_add_up_and_none_is_negative(
         for seconds in steps:
             clock, done = clock + seconds, done + 1
             write(run / "metrics.jsonl", step(done, seconds, clock))
-    found = goodput.of(run, now=clock)
-    total = found.productive_seconds + sum(found.lost_seconds.values())
-    assert total == pytest.approx(found.wall_seconds, abs=1e-6)
-    assert all(seconds >= -1e-6 for seconds in found.lost_seconds.values())
-    assert found.productive_seconds == pytest.approx(sum(sum(steps) for _, steps in attempts))
-    assert 0 <= (found.to_dict()["goodput"] or 0.0) <= 1
+    spent = goodput.of(run, now=clock)
+    total = spent.productive_seconds + sum(spent.lost_seconds.values())
+    assert total == pytest.approx(spent.wall_seconds, abs=1e-6)
+    assert all(seconds >= -1e-6 for seconds in spent.lost_seconds.values())
+    assert spent.productive_seconds == pytest.approx(sum(sum(steps) for _, steps in attempts))
+    assert 0 <= (spent.to_dict()["goodput"] or 0.0) <= 1
 
 
 def test_records_that_are_damaged_count_for_nothing(tmp_path: Path) -> None:
@@ -196,12 +196,12 @@ def test_records_that_are_damaged_count_for_nothing(tmp_path: Path) -> None:
     write(tmp_path / "events.jsonl", {"event": ["saved"], "time": 101.0}, {"event": "saved", "time": 102.0})
     write(tmp_path / "metrics.jsonl", {"step": [1], "step_seconds": "long", "time": 103.0}, step(2, -5.0, 104.0))
     (tmp_path / "attempts" / "0002").mkdir()
-    found = goodput.of(tmp_path, now=110.0)
-    assert (found.wall_seconds, found.productive_seconds) == (10.0, 0.0)
+    spent = goodput.of(tmp_path, now=110.0)
+    assert (spent.wall_seconds, spent.productive_seconds) == (10.0, 0.0)
 
 
 def test_a_process_does_not_see_the_clock_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher import clock
+    from halfstep.launcher.system import clock
 
     before = clock.now()
     assert before == pytest.approx(time.time(), abs=60)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 HOLES = """
-from launcher import heap
+from halfstep.launcher.system import heap
 heap.settle()
 
 def resident():

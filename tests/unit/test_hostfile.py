@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.cli import main
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit import hostfile, spread
-from launcher.topology import Topology
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.submit import hostfile, spread
+from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
 FOUR = Topology(world_size=4, ranks_per_node=2, accelerator="cpu")
@@ -27,8 +27,8 @@ def hosts(tmp_path: Path, text: str = "a slots=2\nb slots=2\n", **more: int | No
 
 
 def test_a_hostfile_is_read_as_deepspeed_and_mpi_write_it(tmp_path: Path) -> None:
-    found = hosts(tmp_path, "# two\n\nnode-1.x slots=8  # first\n10.0.0.2   slots = 8\n")
-    assert (found.names, found.slots) == (("node-1.x", "10.0.0.2"), 8)
+    listed = hosts(tmp_path, "# two\n\nnode-1.x slots=8  # first\n10.0.0.2   slots = 8\n")
+    assert (listed.names, listed.slots) == (("node-1.x", "10.0.0.2"), 8)
     assert hosts(tmp_path, nodes=1).names == ("a",)
     assert hosts(tmp_path, "a slots=2\nb slots=4\n", ranks=2).slots == 2
 
@@ -54,22 +54,22 @@ def test_what_is_wrong_in_a_hostfile_is_said(tmp_path: Path, text: str, more: di
 def test_the_command_of_each_starter(plan: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spread, "free_port", lambda: 12345)
     made, both, run = plan(topology=FOUR), hosts(tmp_path), Path("/runs/one")
-    words = spread.STARTERS["deepspeed"](made, run, both, "pdsh")[1:]
-    assert words[:14] == [
+    command = spread.STARTERS["deepspeed"](made, run, both, "pdsh")[1:]
+    assert command[:14] == [
         "--hostfile", str(tmp_path / "hosts"), "--launcher", "pdsh", "--master_addr", "a", "--master_port", "12345",
         "--log_level", "error", "--num_nodes", "2", "--num_gpus", "2",
     ]  # fmt: skip
-    assert words[14:17] == ["--venv_script", "/runs/one/.launch-environment", "--launcher_args=-N"]
+    assert command[14:17] == ["--venv_script", "/runs/one/.launch-environment", "--launcher_args=-N"]
     monkeypatch.setenv("HF_HOME", "/x")
-    words = spread.STARTERS["deepspeed"](made, run, both, "openmpi")
-    assert words[:3] == ["env", "MASTER_ADDR=a", "MASTER_PORT=12345"]
-    assert "-x HF_HOME" in words[-3]
+    command = spread.STARTERS["deepspeed"](made, run, both, "openmpi")
+    assert command[:3] == ["env", "MASTER_ADDR=a", "MASTER_PORT=12345"]
+    assert "-x HF_HOME" in command[-3]
     for name, expected in (("torchrun", "--node-rank %n"), ("accelerate", "--machine_rank %n")):
-        words = spread.STARTERS[name](made, Path("/runs/it's 50%"), both, "pdsh")
-        assert words[:7] == ["pdsh", "-S", "-N", "-R", "ssh", "-w", "a,b"]
-        assert expected in words[7]
+        command = spread.STARTERS[name](made, Path("/runs/it's 50%"), both, "pdsh")
+        assert command[:7] == ["pdsh", "-S", "-N", "-R", "ssh", "-w", "a,b"]
+        assert expected in command[7]
         # What the remote shell gets, once pdsh has read its own signs.
-        remote = words[7].replace("%n", "1").replace("%%", "%")
+        remote = command[7].replace("%n", "1").replace("%%", "%")
         assert shlex.split(remote)[-1] == "run=/runs/it's 50%"
 
 
@@ -99,10 +99,10 @@ def test_values_reach_the_other_host_as_they_are(tmp_path_factory: pytest.TempPa
 
 def test_a_dry_run_over_a_hostfile(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
-    words = ["run", "--dry-run", "--hostfile", str(tmp_path / "hosts"), "model=gpt2-nano", f"data={corpus}"]
-    assert main([*words, f"out={tmp_path / 'run'}"]) == 0
+    arguments = ["run", "--dry-run", "--hostfile", str(tmp_path / "hosts"), "model=gpt2-nano", f"data={corpus}"]
+    assert main([*arguments, f"out={tmp_path / 'run'}"]) == 0
     assert "--num_nodes 2 --num_gpus 1" in capsys.readouterr().out
-    assert main([*words, "nodes=3"]) == 2
+    assert main([*arguments, "nodes=3"]) == 2
     assert "2 host(s), 3 are needed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

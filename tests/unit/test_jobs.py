@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from fakes import saved, scheduler
 
-from launcher.cli import main
-from launcher.errors import HalfstepError, RequestError
-from launcher.submit import inside, jobs, progress, slurm
-from launcher.terminal import of_log
-from launcher.watch import exits
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import HalfstepError, RequestError
+from halfstep.launcher.rundir import exits, layout
+from halfstep.launcher.submit import inside, jobs, slurm
+from halfstep.launcher.system.terminal import of_log
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\rgone"
 SHOWN = "\\x1b[2J\\x1b]0;title\\x07\\u009b31m\\rgone"
@@ -91,28 +91,40 @@ def test_attempts_are_counted_by_their_numbers(run: Path) -> None:
     for name in ("0002", "0010", "10000", "9999", "²", "0003.old", "notes"):
         (run / "attempts" / name).mkdir()
     (run / "attempts" / "0004").write_text("no folder")
-    names = [item.name for item in progress.attempts(run)]
+    names = [item.name for item in layout.attempts(run)]
     assert names == ["0001", "0002", "0010", "9999", "10000"]
 
 
 # --- records that are damaged
 
 DAMAGE: list[tuple[str, bytes, str]] = [
-    ("plan.json", b"[]", "plan.json: it is no JSON object"),
-    ("plan.json", b"{}", "plan.json: it has no steps"),
-    ("plan.json", b'{"steps": "many"}', "plan.json: steps = 'many' should be a valid integer"),
-    ("plan.json", b'{"steps": 1e3}', "plan.json: steps = 1000.0 should be a valid integer"),
-    ("plan.json", b'{"steps": -1}', "plan.json: steps = -1 should be greater than or equal to 1"),
-    ("plan.json", b'{"steps": ' + b"9" * 5000 + b"}", "plan.json: "),
-    ("plan.json", b"[" * 100_000, "plan.json: it is nested too deep"),
-    ("plan.json", b"\xff\xfe", "plan.json: it is not UTF-8 at byte 0"),
-    ("plan.json", b'{"steps": 40, "steps": 50}', "plan.json: it has 'steps' twice"),
-    ("metrics.jsonl", b'{"step": "x", "loss": 1.0}\n', "metrics.jsonl: step = 'x' should be a valid integer"),
-    ("metrics.jsonl", b'{"step": 3, "loss": "low"}\n', "metrics.jsonl: loss = 'low' should be a valid number"),
-    ("metrics.jsonl", b'{"step": 3, "loss": 1, "tokens_per_second": -5}\n', "metrics.jsonl: tokens_per_second = -5"),
-    ("metrics.jsonl", b'{"loss": 1.0}\n', "metrics.jsonl: it has no step"),
-    ("summary.json", b'{"status": 7}', "summary.json: status = 7 should be a valid string"),
-    ("summary.json", b'{"status": "done", "loss": NaN}', "summary.json: it holds NaN"),
+    ("plan.json", b"[]", "plan.json is damaged: it is no JSON object"),
+    ("plan.json", b"{}", "plan.json is damaged: it has no steps"),
+    ("plan.json", b'{"steps": "many"}', "plan.json is damaged: steps = 'many' should be a valid integer"),
+    ("plan.json", b'{"steps": 1e3}', "plan.json is damaged: steps = 1000.0 should be a valid integer"),
+    ("plan.json", b'{"steps": -1}', "plan.json is damaged: steps = -1 should be greater than or equal to 1"),
+    ("plan.json", b'{"steps": ' + b"9" * 5000 + b"}", "plan.json is damaged: "),
+    ("plan.json", b"[" * 100_000, "plan.json is damaged: it is nested too deep"),
+    ("plan.json", b"\xff\xfe", "plan.json is damaged: it is not UTF-8 at byte 0"),
+    ("plan.json", b'{"steps": 40, "steps": 50}', "plan.json is damaged: it has 'steps' twice"),
+    (
+        "metrics.jsonl",
+        b'{"step": "x", "loss": 1.0}\n',
+        "metrics.jsonl is damaged: step = 'x' should be a valid integer",
+    ),
+    (
+        "metrics.jsonl",
+        b'{"step": 3, "loss": "low"}\n',
+        "metrics.jsonl is damaged: loss = 'low' should be a valid number",
+    ),
+    (
+        "metrics.jsonl",
+        b'{"step": 3, "loss": 1, "tokens_per_second": -5}\n',
+        "metrics.jsonl is damaged: tokens_per_second = -5",
+    ),
+    ("metrics.jsonl", b'{"loss": 1.0}\n', "metrics.jsonl is damaged: it has no step"),
+    ("summary.json", b'{"status": 7}', "summary.json is damaged: status = 7 should be a valid string"),
+    ("summary.json", b'{"status": "done", "loss": NaN}', "summary.json is damaged: it holds NaN"),
     ("attempts/0001/exit.json", b'{"code": "2"}', "exit.json is damaged"),
 ]
 

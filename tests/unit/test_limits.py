@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import limits, topology
-from launcher.errors import TopologyError
-from launcher.nodelist import hosts
+from halfstep.launcher import topology
+from halfstep.launcher.errors import TopologyError
+from halfstep.launcher.system import limits
+from halfstep.launcher.system.nodelist import hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,9 +77,9 @@ def test_too_few_open_files_are_refused_and_a_soft_limit_is_raised(monkeypatch: 
 
 
 def test_a_rank_with_too_few_open_files_ends_with_words_and_no_traceback(corpus: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "launcher/train.py", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
+    command = [sys.executable, "launcher/train.py", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -n 40; exec "$@"', "-", *words], cwd=ROOT, capture_output=True, text=True, check=False,
+        ["bash", "-c", 'ulimit -n 40; exec "$@"', "-", *command], cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
     )  # fmt: skip
     assert done.returncode == 2
@@ -89,7 +90,7 @@ def test_a_rank_with_too_few_open_files_ends_with_words_and_no_traceback(corpus:
 def test_groups_get_their_timeouts_without_a_warning_whatever_torch_wraps_around_them() -> None:
     program = (
         "import warnings, torch, torch.distributed as dist, torch.distributed.distributed_c10d as c10d\n"
-        "from launcher.engine import distributed\n"
+        "from halfstep.launcher.engine.ranks import distributed\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "dist.new_group([0])\n"
         "warnings.simplefilter('error')\n"

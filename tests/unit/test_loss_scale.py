@@ -1,17 +1,16 @@
 """The loss-scale rule: the one DeepSpeed documents, by hand and against DeepSpeed's own scaler on any sequence."""
 
 import math
-from collections.abc import Callable
 from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import faults
-from launcher.engine.repair import is_unscaled
-from launcher.engine.scaling import LossScale
-from launcher.errors import RefusedError, RequestError
+from halfstep.launcher import fault_injection
+from halfstep.launcher.engine.numerics.loss_scale import LossScale
+from halfstep.launcher.engine.numerics.repair import is_unscaled
+from halfstep.launcher.errors import RefusedError, RequestError
 
 
 def series(scale: LossScale, overflows: list[bool]) -> list[float]:
@@ -97,10 +96,13 @@ def test_the_canary_refuses_what_it_does_not_know(seen: float, reference: float)
 
 
 def test_faults_are_inert_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(faults.VARIABLE, raising=False)
-    assert faults.armed("fwd", rank=0, step=1) is None
-    monkeypatch.setenv(faults.VARIABLE, "fwd:1:7:nan, bwd:*:3-4:inf,fwd:0:20-:nan")
-    hit: Callable[[str, int, int], str | None] = lambda point, rank, step: faults.armed(point, rank=rank, step=step)  # noqa: E731
+    monkeypatch.delenv(fault_injection.VARIABLE, raising=False)
+    assert fault_injection.armed("fwd", rank=0, step=1) is None
+    monkeypatch.setenv(fault_injection.VARIABLE, "fwd:1:7:nan, bwd:*:3-4:inf,fwd:0:20-:nan")
+
+    def hit(point: str, rank: int, step: int) -> str | None:
+        return fault_injection.armed(point, rank=rank, step=step)
+
     assert [hit("fwd", 1, step) for step in (6, 7, 8)] == [None, "nan", None]
     assert [hit("bwd", 5, step) for step in (2, 3, 4, 5)] == [None, "inf", "inf", None]
     assert [hit("fwd", 0, step) for step in (7, 19, 20, 1000)] == [None, None, "nan", "nan"]
@@ -108,8 +110,8 @@ def test_faults_are_inert_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("said", ["fwd:1:7", "fwd:1:7:explode", "nowhere:0:1:nan", "fwd:x:1:nan", "fwd:0:a:nan"])
 def test_a_fault_that_nobody_can_set_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    monkeypatch.setenv(faults.VARIABLE, said)
+    monkeypatch.setenv(fault_injection.VARIABLE, said)
     with pytest.raises(RequestError) as caught:
-        faults.armed("fwd", rank=0, step=1)
+        fault_injection.armed("fwd", rank=0, step=1)
     assert caught.value.where == "HALFSTEP_FAULT"
     assert "POINT:RANK:STEPS:ACTION" in caught.value.fix

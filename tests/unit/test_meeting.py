@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.engine import meeting
-from launcher.engine.meeting import Connection, GoneError, Server, StrangerError, connect
+from halfstep.launcher.engine.ranks import meeting
+from halfstep.launcher.engine.ranks.meeting import Connection, GoneError, Server, StrangerError, connect
 
 SECRET = b"a secret of one launch"
 Held = contextlib.ExitStack
@@ -28,9 +28,9 @@ def held() -> Iterator[contextlib.ExitStack]:
 @pytest.fixture(params=["this host", "network"])
 def server(request: pytest.FixtureRequest, held: Held) -> Server:
     place = f"\0halfstep-test-{os.urandom(8).hex()}" if request.param == "this host" else ("127.0.0.1", 0)
-    one = Server(place, SECRET)
-    held.callback(one.close)
-    return one
+    server = Server(place, SECRET)
+    held.callback(server.close)
+    return server
 
 
 def address(server: Server) -> meeting.Address:

@@ -1,5 +1,6 @@
 """Quantities by hand, and the files they go to."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import RequestError
-from launcher.metrics import derive
-from launcher.metrics.record import StepRecord
-from launcher.metrics.sinks import JsonLines, Screen
-from launcher.plan.plan import Plan
-from launcher.rundir import RunDir
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.metrics import derive
+from halfstep.launcher.metrics.sinks import ConsoleSink, JsonLines
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
+from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.rundir.run_reader import Run
 
 RECORD = StepRecord(
     step=1, tokens=4096, loss=8.5, lr=1e-3, grad_norm=2.0, loss_scale=65536.0, overflow=False, skipped_steps=0,
@@ -51,24 +53,24 @@ def test_records_are_whole_lines_of_json(tmp_path: Path) -> None:
 
 
 def test_a_file_gets_plain_lines_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    with Screen(steps=25, every=10, quiet=False) as screen:
+    with contextlib.closing(ConsoleSink(steps=25, every=10)) as screen:
         for step in range(1, 26):
-            screen.step(dataclasses.replace(RECORD, step=step))
+            screen.record(dataclasses.replace(RECORD, step=step))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/25", "10/25", "20/25", "25/25"]
     assert lines[0] == "step      1/25  loss 8.5000  lr 1.00e-03  norm 2.000  scale 65536  8,192 tok/s  1.00 GiB"
 
 
 def test_a_skipped_step_is_shown_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with Screen(steps=25, every=10, quiet=False) as screen:
-        screen.step(dataclasses.replace(RECORD, step=3, overflow=True, grad_norm=None))
+    with contextlib.closing(ConsoleSink(steps=25, every=10)) as screen:
+        screen.record(dataclasses.replace(RECORD, step=3, overflow=True, grad_norm=None))
     assert capsys.readouterr().out == (
         "step      3/25  loss 8.5000  lr 1.00e-03  norm not finite  scale 65536 SKIPPED  8,192 tok/s  1.00 GiB\n"
     )
 
 
 def test_what_others_wrote_is_shown_not_obeyed_by_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    with Screen(steps=25, every=10, quiet=False) as screen:
+    with contextlib.closing(ConsoleSink(steps=25, every=10)) as screen:
         screen.say("WARNING: checkpoint step-1 is damaged: \x1b[2J\x07\x9b31m")
     assert capsys.readouterr().out == "WARNING: checkpoint step-1 is damaged: \\x1b[2J\\x07\\u009b31m\n"
 
@@ -86,15 +88,63 @@ def test_what_others_wrote_is_shown_not_obeyed_by_the_screen(capsys: pytest.Capt
 def test_a_resume_takes_over_no_row_that_was_not_written_by_us(
     plan: Callable[..., Plan], tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    from launcher.engine.witness import Witness
+    from halfstep.launcher.engine.recorder import Recorder
 
     rows = [dataclasses.asdict(RECORD), {"step": 1, "eval_loss": 8.0, "perplexity": 1e300, "time": 1.0}]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({**row, "more": 1}) + "\n" for row in rows))
-    witness = Witness(RunDir(path=tmp_path, attempt=tmp_path / "attempts" / "0001"), plan(), writes=True)
-    witness.take_over()
-    assert witness.evaluated(1)
+    recorder = Recorder(RunDir(path=tmp_path, attempt=tmp_path / "attempts" / "0001"), plan(), writes=True)
+    recorder.take_over()
+    assert recorder.evaluated(1)
     file.write_text(json.dumps({**rows[0], **change}) + "\n")
     with pytest.raises(RequestError, match=r"metrics\.jsonl is damaged in line 1: ") as caught:
-        witness.take_over()
+        recorder.take_over()
     assert said in caught.value.what
+
+
+def test_every_record_goes_to_every_sink_whatever_it_is(
+    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfstep.launcher.engine.recorder import Recorder
+    from halfstep.launcher.metrics import sinks
+
+    class Tracker(sinks.Sink):
+        def __init__(self) -> None:
+            self.taken: list[Any] = []
+
+        def record(self, row: StepRecord | EvaluationRecord) -> None:
+            self.taken.append(row.step)
+
+        def event(self, row: dict[str, Any]) -> None:
+            self.taken.append(row["event"])
+
+        def summary(self, tree: dict[str, Any]) -> None:
+            self.taken.append(tree["status"])
+
+        def close(self) -> None:
+            self.taken.append("closed")
+
+    (tmp_path / "attempts" / "0001").mkdir(parents=True)
+    where, tracker = RunDir(path=tmp_path, attempt=tmp_path / "attempts" / "0001"), Tracker()
+    listed = sinks.of_run
+    monkeypatch.setattr(sinks, "of_run", lambda *about, **more: [*listed(*about, **more), tracker])
+    evaluation = EvaluationRecord(step=1, eval_loss=8.0, perplexity=2981.0, time=1.0)
+    with Recorder(where, plan(), writes=True) as recorder:
+        recorder.step(RECORD)
+        recorder.evaluation(evaluation)
+        recorder.say("for people")
+        recorder.sync()
+        recorder.summarise("done", 1)
+    assert tracker.taken == ["start", 1, 1, "done", "done", "closed"]
+    assert (Run(tmp_path).steps(), Run(tmp_path).evaluations()) == ([RECORD], [evaluation])
+    assert [event.kind for event in Run(tmp_path).events()] == ["start", "done"]
+
+
+def test_a_rank_that_does_not_write_leaves_nothing(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    from halfstep.launcher.engine.recorder import Recorder
+
+    where = RunDir(path=tmp_path / "run", attempt=tmp_path / "run" / "attempts" / "0001")
+    with Recorder(where, plan(), writes=False) as recorder:
+        recorder.step(RECORD)
+        recorder.summarise("done", 1)
+    assert not where.path.exists()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from models.build import build, count_parameters, initial_statistics, skeleton
-from models.config import Unfit, positions
-from models.loss import next_token_loss
-from models.presets import PRESETS
-from models.shapes import hf_config, parameters, shape_of
+from halfstep.models.hf_config import Unfit, positions
+from halfstep.models.loss import next_token_loss
+from halfstep.models.network import build, count_parameters, initial_statistics, skeleton
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import hf_config, parameters, shape_of
 
 FAMILIES = ["gpt2-nano", "llama-nano"]
 VOCABULARY = 512
@@ -25,8 +25,8 @@ def config_of(name: str, **overrides) -> dict:
     return hf_config(shape_of(PRESETS[name], vocabulary=VOCABULARY, **overrides))
 
 
-def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    left, right = one.state_dict(), other.state_dict()
+def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    left, right = model.state_dict(), other.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
@@ -68,13 +68,13 @@ def test_the_first_loss_is_that_of_a_uniform_guess(name: str):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_seed_alone_decides_the_values(name: str):
     torch.manual_seed(1)
-    one = build(config_of(name), seed=7)
+    first = build(config_of(name), seed=7)
     torch.manual_seed(2)
     state = torch.get_rng_state()
     two = build(config_of(name), seed=7)
     assert torch.equal(state, torch.get_rng_state())
-    assert same(one, two)
-    assert not same(one, build(config_of(name), seed=8))
+    assert same(first, two)
+    assert not same(first, build(config_of(name), seed=8))
 
 
 def test_no_two_layers_start_equal():
@@ -123,8 +123,8 @@ def test_activation_checkpointing_leaves_loss_and_gradients_alone():
     for loss in losses:
         loss.backward()
     assert losses[0].item() == losses[1].item()
-    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+    for parameter, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
 
 
 def test_a_parameter_without_elements_is_refused():
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "phrase"),
     [
         ({"model_type": "gpt5"}, "transformers knows no model_type 'gpt5'"),
         ({}, "no model_type None"),
@@ -247,8 +247,8 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path):
         ({"model_type": "gpt2", "n_embd": 30, "n_head": 4}, "makes no gpt2 model"),
     ],
 )
-def test_a_configuration_that_makes_no_model_is_refused_in_one_line(config: dict, words: str):
-    with pytest.raises(Unfit, match=words) as refusal:
+def test_a_configuration_that_makes_no_model_is_refused_in_one_line(config: dict, phrase: str):
+    with pytest.raises(Unfit, match=phrase) as refusal:
         skeleton(config)
     assert "\n" not in str(refusal.value)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from models.build import build
-from models.causality import CHANGED, LENGTH, Sight, look
+from halfstep.models.causality import CHANGED, LENGTH, Sight, look
+from halfstep.models.network import build
 
 VOCABULARY = 64
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

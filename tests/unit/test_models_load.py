@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.build import build, skeleton
-from models.config import Unfit
-from models.load import check
-from models.presets import PRESETS
-from models.shapes import hf_config, shape_of
+from halfstep.models.hf_config import Unfit
+from halfstep.models.hf_weights import check
+from halfstep.models.network import build, skeleton
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import hf_config, shape_of
 
 CONFIG = hf_config(shape_of(PRESETS["llama-nano"], vocabulary=64, layers=2, width=32, heads=2))
 UNTIED = {**CONFIG, "tie_word_embeddings": False}

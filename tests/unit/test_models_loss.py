@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from models import loss as loss_module
-from models.loss import next_token_loss
+from halfstep.models import loss as loss_module
+from halfstep.models.loss import next_token_loss
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -80,6 +80,18 @@ def test_ignored_rows_get_exactly_zero_even_under_an_infinite_upstream_gradient(
     assert not logits.grad[~ignored].isfinite().all()
 
 
+def test_weights_multiply_each_loss_and_its_gradient():
+    logits, targets = batch(torch.float64, rows=3, vocabulary=7)
+    weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights[1, 0] = 0
+    assert torch.autograd.gradcheck(lambda x: next_token_loss(x, targets, weights=weights), (logits,))
+    each = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    total = (each * weights.flatten()).sum().item()
+    assert next_token_loss(logits, targets, weights=weights, reduction="sum").item() == pytest.approx(total)
+    counted = weights[targets != -100].sum().item()
+    assert next_token_loss(logits, targets, weights=weights).item() == pytest.approx(total / counted)
+
+
 def test_another_ignore_index_is_honoured():
     logits, targets = batch(torch.float32)
     targets = torch.where(targets == -100, 7, targets)
@@ -145,15 +157,15 @@ def test_no_graph_is_kept_without_gradients():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"reduction": "none"}, "mean or sum, not 'none'"),
         ({"targets": torch.zeros(2, 5, dtype=torch.long)}, r"need targets \(2, 6\), not \(2, 5\)"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(change: dict, words: str):
+def test_what_does_not_belong_together_is_refused(change: dict, message: str):
     logits, targets = batch(torch.float32)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         next_token_loss(logits, **{"targets": targets, **change})
 
 

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from launcher.cli import main
-from launcher.engine.construct import construct
-from launcher.plan import facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.load import load
-from launcher.topology import Topology
-from models.build import build
-from models.presets import PRESETS
-from models.shapes import hf_config, shape_of
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.config.load import load
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
+from halfstep.models.network import build
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import hf_config, shape_of
 
 Planned = Callable[..., Plan]
 Refused = Callable[..., str]
@@ -43,7 +42,7 @@ def planned(corpus: Path) -> Planned:
     def plan(home: Path, *keys: str) -> Plan:
         request = load([f"model=hf:{home}", f"data={corpus}", *keys])
         world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-        return resolve(request, world, facts.read(request.spec, construct))
+        return resolve(request, world, facts.read(request.spec))
 
     return plan
 

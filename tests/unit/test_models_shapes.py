@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from models import shapes
-from models.presets import PRESETS, Preset
-from models.shapes import Shape, flops_per_token, from_hf_config, hf_config, override_hf_config, parameters, shape_of
+from halfstep.models import shapes
+from halfstep.models.presets import PRESETS, Preset
+from halfstep.models.shapes import (
+    Shape,
+    flops_per_token,
+    from_hf_config,
+    hf_config,
+    override_hf_config,
+    parameters,
+    shape_of,
+)
 
 PUBLISHED = {
     "gpt2-124m": 124_439_808,
@@ -87,16 +95,16 @@ def test_the_rows_that_differ_from_the_gpt3_table_say_so():
 
 
 def test_presets_and_shapes_load_without_torch():
-    code = "import sys, models.shapes; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
+    code = "import sys, halfstep.models.shapes as s; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("family", SMALL)
 def test_other_families_are_counted_as_transformers_does(family: str):
     config = small_config(family)
-    found = from_hf_config(config)
-    assert found is not None
-    assert parameters(found) == sum(parameter.numel() for parameter in on_meta(config).parameters())
+    shapes = from_hf_config(config)
+    assert shapes is not None
+    assert parameters(shapes) == sum(parameter.numel() for parameter in on_meta(config).parameters())
 
 
 @settings(max_examples=25, deadline=None)
@@ -126,9 +134,11 @@ def test_a_configuration_is_plain_json_and_reads_back_as_its_shape(name: str):
 
 def test_the_largest_tensor_of_a_thin_gpt2_is_its_fused_projection():
     config = CONFIG_MAPPING["gpt2"](n_embd=32, n_head=2, n_layer=1, n_inner=16, vocab_size=20, n_positions=8).to_dict()
-    found = from_hf_config(config)
-    assert found is not None
-    assert shapes.largest_tensor(found) == 3 * 32 * 32 == max(weight.numel() for weight in on_meta(config).parameters())
+    derived = from_hf_config(config)
+    assert derived is not None
+    assert (
+        shapes.largest_tensor(derived) == 3 * 32 * 32 == max(weight.numel() for weight in on_meta(config).parameters())
+    )
 
 
 def test_gpt2_uses_the_fused_gelu():
@@ -175,7 +185,7 @@ def test_nano_takes_the_tokenizers_vocabulary_and_a_named_size_keeps_its_own():
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "words"),
+    ("name", "overrides", "phrase"),
     [
         ("gpt2-nano", {"heads": 5}, "a width of 128 cannot be split into 5 equal heads; it can into 2, 4, 8"),
         ("gpt2-nano", {"layers": 0}, "layers must be at least 1, not 0"),
@@ -185,8 +195,8 @@ def test_nano_takes_the_tokenizers_vocabulary_and_a_named_size_keeps_its_own():
         ("gpt2-124m", {"vocabulary": 60000}, "the tokenizer has 60000 tokens and the model's vocabulary only 50304"),
     ],
 )
-def test_a_model_that_cannot_be_is_refused_in_one_sentence(name: str, overrides: dict, words: str):
-    with pytest.raises(ValueError, match=words):
+def test_a_model_that_cannot_be_is_refused_in_one_sentence(name: str, overrides: dict, phrase: str):
+    with pytest.raises(ValueError, match=phrase):
         shape_of(PRESETS[name], **{"vocabulary": 512, **overrides})
 
 
@@ -199,14 +209,14 @@ def test_nano_without_a_tokenizer_is_refused():
 def test_an_override_is_written_in_the_familys_own_keys(family: str):
     config = small_config(family)
     changed = override_hf_config(config, layers=2, width=128, heads=8, dropout=0.25)
-    found = from_hf_config(changed)
-    assert found is not None
-    assert (found.layers, found.width, found.heads, found.kv_heads) == (2, 128, 8, 2)
-    assert (found.ffn, found.dropout) == (320, 0.25)
+    shapes = from_hf_config(changed)
+    assert shapes is not None
+    assert (shapes.layers, shapes.width, shapes.heads, shapes.kv_heads) == (2, 128, 8, 2)
+    assert (shapes.ffn, shapes.dropout) == (320, 0.25)
     # A head_dim of its own, not width / heads, stays.
-    assert found.head_dim == SMALL[family].get("head_dim", 16)
+    assert shapes.head_dim == SMALL[family].get("head_dim", 16)
     model = on_meta(changed)
-    assert parameters(found) == sum(parameter.numel() for parameter in model.parameters())
+    assert parameters(shapes) == sum(parameter.numel() for parameter in model.parameters())
     assert model.config.attention_dropout == 0.25
     assert config == small_config(family)
 
@@ -233,7 +243,7 @@ def test_without_overrides_any_configuration_passes():
 
 
 @pytest.mark.parametrize(
-    ("config", "overrides", "words"),
+    ("config", "overrides", "phrase"),
     [
         ({"model_type": "mamba"}, {"layers": 2}, "layers can be changed .* not in this one of model_type 'mamba'"),
         ({"model_type": "llama", "hidden_size": 64}, {"width": 32}, "complete configuration"),
@@ -244,8 +254,8 @@ def test_without_overrides_any_configuration_passes():
         ),
     ],
 )
-def test_an_override_that_cannot_be_is_refused(config: dict, overrides: dict, words: str):
-    with pytest.raises(ValueError, match=words):
+def test_an_override_that_cannot_be_is_refused(config: dict, overrides: dict, phrase: str):
+    with pytest.raises(ValueError, match=phrase):
         override_hf_config(config, **overrides)
 
 

@@ -17,9 +17,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from launcher import cli
-from launcher.errors import RequestError
-from launcher.metrics import numerics, numerics_report, plots
+from halfstep.launcher.cli import main
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.metrics import numerics_history, numerics_report, plots
 
 MakeRun = Callable[..., Path]
 Show = Callable[..., tuple[int, str, str]]
@@ -28,7 +28,8 @@ SKIPPED = {"grad_norm": None, "overflow": True}
 
 def step(number: int, scale: float | None, skipped: int = 0, **others: Any) -> dict[str, Any]:
     row = {"step": number, "loss": 4.0 - number / 10, "loss_scale": scale, "overflow": False, "skipped_steps": skipped}
-    return {**row, "grad_norm": 1.5, "lr": 1e-3, **others}
+    timing = {"step_seconds": 0.5, "data_seconds": 0.1, "tokens_per_second": 100.0, "mfu": None, "time": 0.0}
+    return {**row, "grad_norm": 1.5, "lr": 1e-3, "tokens": number, "peak_memory_bytes": 1, **timing, **others}
 
 
 def evaluation(number: int, loss: float) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def layer(unscaled: float, scaled: float, *, elements: int = 100, **others: Any)
 
 
 def reading(number: int, scale: float, **layers: dict[str, Any]) -> dict[str, Any]:
-    named = {f"transformer.{name.replace('_', '.', 1)}": one for name, one in layers.items()}
+    named = {f"transformer.{name.replace('_', '.', 1)}": shares for name, shares in layers.items()}
     return event("numerics", step=number, scale=scale, layers=named)
 
 
@@ -105,7 +106,7 @@ def make(tmp_path: Path) -> MakeRun:
         (path / "plan.json").write_text(json.dumps(decided))
         for file, rows in (("metrics.jsonl", steps), ("events.jsonl", events)):
             if rows is not None:
-                content = (one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n" for one in rows)
+                content = (row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows)
                 (path / file).write_bytes(b"".join(content))
         return path
 
@@ -116,8 +117,8 @@ def make(tmp_path: Path) -> MakeRun:
 def show(capsys: pytest.CaptureFixture[str]) -> Show:
     """Return a function that runs the verb and returns its exit code, what it printed, and its errors."""
 
-    def run(*words: Any) -> tuple[int, str, str]:
-        code = cli.main(["numerics", *map(str, words)])
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = main.main(["numerics", *map(str, arguments)])
         return code, *capsys.readouterr()
 
     return run
@@ -154,7 +155,7 @@ def test_a_run_without_a_loss_scale_says_so(make: MakeRun) -> None:
     measured = reading(2, 65536.0, wte=layer(0.0, 0.0, grad_max=None), h_0=layer(0.5, 0.25))
     steps = [step(1, None), step(2, None, loss=None, grad_norm=None)]
     path = make(steps, [event("start", attempt="0001"), lost, measured], precision="bf16", planned=1000)
-    assert numerics_report.lines(numerics.read(path)) == [
+    assert numerics_report.lines(numerics_history.read(path)) == [
         f"{path}: gpt2-nano, 2 of 1,000 steps, bf16, zero=2, no loss scale, 0 skipped, no repairs",
         "",
         "bf16 trains without a loss scale",
@@ -173,7 +174,7 @@ def test_a_run_without_a_loss_scale_says_so(make: MakeRun) -> None:
 
 def test_without_readings_it_is_told_how_to_get_them(make: MakeRun) -> None:
     path = make([step(1, 65536.0)], planned=1)
-    assert numerics_report.lines(numerics.read(path)) == [
+    assert numerics_report.lines(numerics_history.read(path)) == [
         f"{path}: gpt2-nano, 1 step, fp16, zero=2, loss scale 65,536 -> 65,536, 0 skipped, no repairs",
         "",
         "the loss scale never moved, no step was skipped",
@@ -185,8 +186,8 @@ def test_without_readings_it_is_told_how_to_get_them(make: MakeRun) -> None:
 def test_of_many_moves_the_first_and_the_last_ten_are_shown(make: MakeRun) -> None:
     # The scale grows after step 15; every other step is skipped.
     steps = [step(n, 8.0 if n <= 15 else 16.0, **({} if n == 15 else SKIPPED)) for n in range(1, 31)]
-    told = numerics_report.lines(numerics.read(make(steps, planned=30)))[2:-2]
-    assert told == [
+    lines = numerics_report.lines(numerics_history.read(make(steps, planned=30)))[2:-2]
+    assert lines == [
         "step  scale      next  why",
         *(f"{n:>4}      8  ->     8  overflow" for n in range(1, 11)),
         "... 10 more, 9 of them skipped ...",
@@ -197,27 +198,27 @@ def test_of_many_moves_the_first_and_the_last_ten_are_shown(make: MakeRun) -> No
 
 def test_twenty_moves_are_shown_whole(make: MakeRun) -> None:
     steps = [step(n, 1.0, n, **SKIPPED) for n in range(1, 21)]
-    assert len(numerics_report.lines(numerics.read(make(steps)))[2:-2]) == 21
+    assert len(numerics_report.lines(numerics_history.read(make(steps)))[2:-2]) == 21
 
 
 @pytest.mark.parametrize(
     ("before", "after", "why"), [(2.0, 4.0, "grown"), (4.0, 2.0, "lowered")], ids=["grown", "lowered"]
 )
 def test_a_scale_that_moves_by_itself_is_told(make: MakeRun, before: float, after: float, why: str) -> None:
-    (move,) = numerics.read(make([step(1, before), step(2, after)])).moves
+    (move,) = numerics_history.read(make([step(1, before), step(2, after)])).moves
     assert (move.step, move.before, move.after, move.skipped, move.why) == (1, before, after, False, why)
 
 
 def test_a_diverged_run_is_told(make: MakeRun) -> None:
     path = make([step(1, 0.5)], [event("diverged", step=1)], planned=1)
-    assert numerics_report.lines(numerics.read(path))[0].endswith(
+    assert numerics_report.lines(numerics_history.read(path))[0].endswith(
         "loss scale 0.5 -> 0.5, 0 skipped, no repairs, diverged"
     )
 
 
 def test_only_what_is_zero_reads_zero() -> None:
     shares = [0.0, 1e-9, 0.00009, 0.0001, 0.5, 1.0, None]
-    assert [numerics_report.percent_text(one) for one in shares] == [
+    assert [numerics_report.percent_text(share) for share in shares] == [
         "0",
         "<0.01",
         "<0.01",
@@ -232,10 +233,10 @@ def test_what_neither_plan_nor_summary_tells_is_left_out(make: MakeRun) -> None:
     path = make([step(1, 65536.0)])
     (path / "plan.json").unlink()
     said = f"{path}: 1 step, precision not recorded, loss scale 65,536 -> 65,536, 0 skipped, no repairs"
-    assert numerics_report.lines(numerics.read(path))[0] == said
+    assert numerics_report.lines(numerics_history.read(path))[0] == said
     (path / "summary.json").write_text(json.dumps({"model": "llama-nano", "precision": "fp16", "zero": 3, "steps": 1}))
     said = f"{path}: llama-nano, 1 step, fp16, zero=3, loss scale 65,536 -> 65,536, 0 skipped, no repairs"
-    assert numerics_report.lines(numerics.read(path))[0] == said
+    assert numerics_report.lines(numerics_history.read(path))[0] == said
 
 
 def test_events_of_an_earlier_attempt_do_not_count(make: MakeRun) -> None:
@@ -248,16 +249,16 @@ def test_events_of_an_earlier_attempt_do_not_count(make: MakeRun) -> None:
         # Killed half-way through a line: the next attempt's start is written behind it.
         b'{"event": "overflow", "st',
     ]
-    run = numerics.read(make(steps, [*old, event("start", attempt="0002")]))
+    run = numerics_history.read(make(steps, [*old, event("start", attempt="0002")]))
     assert (run.repairs, [move.why for move in run.moves], run.gradients) == ([], ["overflow"], None)
 
 
 def test_half_a_last_line_is_of_a_run_that_is_writing_it(make: MakeRun) -> None:
     whole, half = json.dumps(step(2, 65536.0)).encode(), b'{"step": 3, "loss": 3.\xc3'
-    assert len(numerics.read(make([step(1, 65536.0), whole + b"\n", half], name="half")).steps) == 2
-    assert len(numerics.read(make([step(1, 65536.0), whole], name="whole but for its end")).steps) == 2
+    assert len(numerics_history.read(make([step(1, 65536.0), whole + b"\n", half], name="half")).steps) == 2
+    assert len(numerics_history.read(make([step(1, 65536.0), whole], name="whole but for its end")).steps) == 2
     events = [event("start", attempt="0001"), b'{"event": "repaired", "repa']
-    assert numerics.read(make([step(1, 65536.0)], events, name="events")).repairs == []
+    assert numerics_history.read(make([step(1, 65536.0)], events, name="events")).repairs == []
 
 
 NO_LOSS = {key: value for key, value in step(2, 65536.0).items() if key != "loss"}
@@ -277,7 +278,7 @@ NO_LOSS = {key: value for key, value in step(2, 65536.0).items() if key != "loss
 def test_a_damaged_line_is_named(make: MakeRun, damage: Any, reason: str) -> None:
     path = make([step(1, 65536.0), damage, step(3, 65536.0)])
     with pytest.raises(RequestError) as caught:
-        numerics.read(path)
+        numerics_history.read(path)
     assert caught.value.what.startswith("metrics.jsonl is damaged in line 2: ")
     assert reason in caught.value.what
     assert caught.value.where == f"{path / 'metrics.jsonl'}:2"
@@ -297,7 +298,7 @@ def test_a_damaged_event_is_named_by_its_line_in_the_whole_file(make: MakeRun, d
     starts = [event("start", attempt="0001"), event("done", step=1), event("start", attempt="0002")]
     path = make([step(1, 65536.0)], [*starts, damage, event("done", step=1)])
     with pytest.raises(RequestError) as caught:
-        numerics.read(path)
+        numerics_history.read(path)
     assert caught.value.what.startswith("events.jsonl is damaged in line 4: ")
     assert reason in caught.value.what
     assert caught.value.where == f"{path / 'events.jsonl'}:4"
@@ -305,10 +306,10 @@ def test_a_damaged_event_is_named_by_its_line_in_the_whole_file(make: MakeRun, d
 
 def test_json_holds_every_move_and_every_reading(make: MakeRun, show: Show) -> None:
     path = make(FP16_STEPS, FP16_EVENTS)
-    code, told, _ = show(path, "--json")
+    code, printed, _ = show(path, "--json")
     assert code == 0
     no_event = {"overflow": None, "loss_not_finite": None}
-    assert json.loads(told) == {
+    assert json.loads(printed) == {
         "run": str(path),
         "model": "gpt2-nano",
         "precision": "fp16",
@@ -362,8 +363,8 @@ def test_json_holds_every_move_and_every_reading(make: MakeRun, show: Show) -> N
 
 
 def test_json_of_a_run_without_readings_has_null_for_them(make: MakeRun) -> None:
-    found = numerics.to_dict(numerics.read(make([step(1, None)], precision="fp32")))
-    assert (found["gradients"], found["moves"], found["loss_scale_first"]) == (None, [], None)
+    tree = numerics_history.to_dict(numerics_history.read(make([step(1, None)], precision="fp32")))
+    assert (tree["gradients"], tree["moves"], tree["loss_scale_first"]) == (None, [], None)
 
 
 def size_of(picture: bytes) -> tuple[int, int]:
@@ -376,26 +377,26 @@ def test_the_picture_is_a_png_for_a_page_and_shorter_without_maps(make: MakeRun,
     assert show(make(FP16_STEPS, FP16_EVENTS))[0] == 0
     assert size_of((tmp_path / "demo" / "numerics.png").read_bytes()) == (1500, 1350)
     other = tmp_path / "elsewhere.PNG"
-    code, told, _ = show(make(FP16_STEPS, name="off"), "--out", other)
-    assert (code, told.splitlines()[-1]) == (0, f"picture {other}")
+    code, printed, _ = show(make(FP16_STEPS, name="off"), "--out", other)
+    assert (code, printed.splitlines()[-1]) == (0, f"picture {other}")
     assert size_of(other.read_bytes()) == (1500, 675)
     assert not (tmp_path / "off" / "numerics.png").exists()
 
 
 @pytest.mark.parametrize("name", ["it's $5_{ $x^{", "\u8fd0\u884c"], ids=["mathematics", "no glyph"])
 def test_a_run_may_have_any_name(make: MakeRun, name: str) -> None:
-    run = numerics.read(make(FP16_STEPS, FP16_EVENTS, name=name))
+    run = numerics_history.read(make(FP16_STEPS, FP16_EVENTS, name=name))
     assert size_of(plots.png(run)) == (1500, 1350)
     assert plots.draw(run).get_suptitle() == f"{name}: gpt2-nano, fp16, zero=2"
 
 
 def test_the_title_is_the_folder_s_name_also_for_a_dot(make: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make(FP16_STEPS))
-    assert plots.draw(numerics.read(Path("."))).get_suptitle() == "demo: gpt2-nano, fp16, zero=2"
+    assert plots.draw(numerics_history.read(Path("."))).get_suptitle() == "demo: gpt2-nano, fp16, zero=2"
 
 
 def test_the_picture_does_not_depend_on_somebody_s_style_nor_change_it(make: MakeRun) -> None:
-    run = numerics.read(make(FP16_STEPS, FP16_EVENTS))
+    run = numerics_history.read(make(FP16_STEPS, FP16_EVENTS))
     picture = plots.png(run)
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
         assert plots.png(run) == picture
@@ -403,12 +404,12 @@ def test_the_picture_does_not_depend_on_somebody_s_style_nor_change_it(make: Mak
 
 
 def map_of(panel: Axes) -> QuadMesh:
-    (mesh,) = (one for one in panel.collections if isinstance(one, QuadMesh))
+    (mesh,) = (drawn for drawn in panel.collections if isinstance(drawn, QuadMesh))
     return mesh
 
 
 def line_of(panel: Axes, label: str) -> Line2D:
-    (line,) = (one for one in panel.lines if str(one.get_label()).startswith(label))
+    (line,) = (drawn for drawn in panel.lines if str(drawn.get_label()).startswith(label))
     return line
 
 
@@ -417,11 +418,11 @@ def points_of(panel: Axes, label: str) -> list[tuple[float, float]]:
 
 
 def labels_of(panel: Axes) -> list[str]:
-    return [one.get_text() for one in panel.get_yticklabels()]
+    return [label.get_text() for label in panel.get_yticklabels()]
 
 
 def test_the_scale_is_a_staircase_with_its_skipped_steps_on_it(make: MakeRun) -> None:
-    top, loss, *_ = plots.draw(numerics.read(make(FP16_STEPS, FP16_EVENTS))).axes
+    top, loss, *_ = plots.draw(numerics_history.read(make(FP16_STEPS, FP16_EVENTS))).axes
     stairs = top.lines[0]
     # The scale of step 4 holds from 3 to 4.
     assert stairs.get_drawstyle() == "steps-pre"
@@ -443,7 +444,7 @@ def test_the_scale_is_a_staircase_with_its_skipped_steps_on_it(make: MakeRun) ->
 
 def test_without_a_scale_the_gradient_norm_stands_in_its_place(make: MakeRun) -> None:
     steps = [step(1, None, grad_norm=2.0), step(2, None, 1, **SKIPPED), step(3, None, 1, grad_norm=0.5)]
-    top, loss = plots.draw(numerics.read(make(steps, precision="bf16"))).axes
+    top, loss = plots.draw(numerics_history.read(make(steps, precision="bf16"))).axes
     assert top.get_title("left") == "No loss scale in bf16: gradient norm before clipping"
     drawn = [float(y) for y in np.asarray(top.lines[0].get_ydata())]
     assert (drawn[0], np.isnan(drawn[1]), drawn[2]) == (2.0, True, 0.5)
@@ -454,11 +455,11 @@ def test_without_a_scale_the_gradient_norm_stands_in_its_place(make: MakeRun) ->
 def test_a_run_whose_every_number_is_lost_is_drawn(make: MakeRun) -> None:
     steps = [step(n, None, loss=None, grad_norm=None) for n in (1, 2)]
     nothing = reading(2, 65536.0, wte=layer(0.0, 0.0, grad_max=None))
-    assert size_of(plots.png(numerics.read(make(steps, [nothing], precision="fp32")))) == (1500, 1350)
+    assert size_of(plots.png(numerics_history.read(make(steps, [nothing], precision="fp32")))) == (1500, 1350)
 
 
 def test_the_maps_have_layers_in_model_order_from_the_top_and_steps_from_the_left(make: MakeRun) -> None:
-    figure = plots.draw(numerics.read(make(FP16_STEPS, FP16_EVENTS)))
+    figure = plots.draw(numerics_history.read(make(FP16_STEPS, FP16_EVENTS)))
     unscaled, scaled = figure.axes[2:4]
     unknown = -1  # a gradient was not finite
     for panel, shares in (
@@ -493,7 +494,7 @@ def test_zero_is_white_small_is_not_and_what_is_not_known_is_hatched(make: MakeR
     shares = {"h_0": 0.0, "h_1": 1e-9, "h_2": 1e-4, "h_3": 0.01, "h_4": 0.5, "h_5": 1.0}
     first = reading(1, 1.0, **{name: layer(share, 1 - share) for name, share in shares.items()})
     second = reading(2, 1.0, h_0=layer(0.0, 0.0))
-    figure = plots.draw(numerics.read(make([step(1, 1.0), step(2, 1.0)], [first, second])))
+    figure = plots.draw(numerics_history.read(make([step(1, 1.0), step(2, 1.0)], [first, second])))
     colours = colours_of(figure, 2)
     ladder = [row[0] for row in colours]
     assert ladder[0] == (1, 1, 1, 1)
@@ -506,16 +507,16 @@ def test_zero_is_white_small_is_not_and_what_is_not_known_is_hatched(make: MakeR
 
 
 def test_the_colour_bar_is_in_percent_and_shows_zero(make: MakeRun) -> None:
-    bar = plots.draw(numerics.read(make(FP16_STEPS, FP16_EVENTS))).axes[4]
+    bar = plots.draw(numerics_history.read(make(FP16_STEPS, FP16_EVENTS))).axes[4]
     assert labels_of(bar) == ["0.001", "0.01", "0.1", "1", "10", "100"]
-    assert [one.get_text() for one in bar.texts] == ["0"]
+    assert [text.get_text() for text in bar.texts] == ["0"]
     assert bar.get_ylabel() == "percent of the layer's gradient elements"
 
 
 def test_of_many_layers_some_are_named_the_first_and_the_last_among_them(make: MakeRun) -> None:
     names = ["wte", "wpe", *(f"h_{n}" for n in range(96)), "ln_f"]
     layers = {name: layer(0.5, 0.0) for name in names}
-    run = numerics.read(make([step(1, 1.0)], [reading(1, 1.0, **layers)]))
+    run = numerics_history.read(make([step(1, 1.0)], [reading(1, 1.0, **layers)]))
     named = labels_of(plots.draw(run).axes[2])
     assert (named[0], named[1], named[-1], len(named)) == ("wte", "h.5", "ln.f", 16)
 
@@ -523,7 +524,7 @@ def test_of_many_layers_some_are_named_the_first_and_the_last_among_them(make: M
 def test_names_lose_what_all_share_and_long_ones_their_beginning(make: MakeRun) -> None:
     layers = {name: layer(0.5, 0.0) for name in ("a.b.one", "a.b.two.x", "a.b.a_very_long_name_of_a_layer.7")}
     measured = event("numerics", step=1, scale=1.0, layers=layers)
-    run = numerics.read(make([step(1, 1.0)], [measured]))
+    run = numerics_history.read(make([step(1, 1.0)], [measured]))
     assert labels_of(plots.draw(run).axes[2]) == ["one", "two.x", "\u2026_long_name_of_a_layer.7"]
 
 
@@ -534,8 +535,8 @@ def three_lines(said: str) -> list[str]:
 
 
 def test_a_folder_that_is_no_run_is_refused(show: Show, tmp_path: Path) -> None:
-    code, told, said = show(tmp_path)
-    assert (code, told) == (2, "")
+    code, printed, said = show(tmp_path)
+    assert (code, printed) == (2, "")
     fix = "name a directory made by `halfstep run` or `launcher/train.py`"
     assert three_lines(said) == [f"{tmp_path} is not a run directory", f"halfstep numerics {tmp_path}", fix]
     missing = tmp_path / "missing"
@@ -547,8 +548,8 @@ def test_a_folder_that_is_no_run_is_refused(show: Show, tmp_path: Path) -> None:
 def test_a_run_without_metrics_or_steps_is_told_to_wait_for(make: MakeRun, show: Show) -> None:
     for name, rows in (("empty", []), ("evaluated", [evaluation(0, 8.0)]), ("writing", [b'{"step": 1, "lo'])):
         path = make(rows, name=name)
-        code, told, said = show(path)
-        assert (code, told) == (2, "")
+        code, printed, said = show(path)
+        assert (code, printed) == (2, "")
         assert three_lines(said) == [
             f"{path} has not made a step yet",
             str(path / "metrics.jsonl"),
@@ -586,16 +587,16 @@ def test_a_file_that_cannot_be_read_is_named(make: MakeRun, show: Show, name: st
 def test_a_picture_that_cannot_be_written_leaves_the_rest_told(make: MakeRun, show: Show) -> None:
     path = make(FP16_STEPS, FP16_EVENTS)
     (path / "numerics.png").mkdir()  # as good as a directory that nobody may write to, for root too
-    code, told, said = show(path)
+    code, printed, said = show(path)
     assert code == 2
-    assert told.splitlines() == numerics_report.lines(numerics.read(path))
+    assert printed.splitlines() == numerics_report.lines(numerics_history.read(path))
     assert three_lines(said) == [
         "the picture cannot be written: Is a directory",
         str(path / "numerics.png"),
         "name another file: --out FILE.png",
     ]
-    code, told, _ = show(path, "--json")
-    assert (code, json.loads(told)["picture"]) == (2, None)
+    code, printed, _ = show(path, "--json")
+    assert (code, json.loads(printed)["picture"]) == (2, None)
 
 
 def test_a_picture_of_another_kind_is_refused(make: MakeRun, show: Show, tmp_path: Path) -> None:
@@ -606,6 +607,9 @@ def test_a_picture_of_another_kind_is_refused(make: MakeRun, show: Show, tmp_pat
 
 
 def test_other_verbs_do_not_load_matplotlib() -> None:
-    program = "import sys, launcher.cli as cli, launcher.metrics.numerics; assert 'matplotlib' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(cli.__file__).parents[1], capture_output=True)
+    program = (
+        "import sys, halfstep.launcher.cli.main, halfstep.launcher.metrics.numerics_history\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(main.__file__).parents[1], capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from launcher.engine.scaling import LossScale
-from launcher.parity.oracle import MixedPrecisionTrainer, ParameterGroups, Scale
+from halfstep.launcher.engine.numerics.loss_scale import LossScale
+from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterGroups, Scale
 
 
 def sgd(groups: ParameterGroups) -> torch.optim.Optimizer:
@@ -29,18 +29,18 @@ def times(model: nn.Module, factor: float) -> Tensor:
 
 def test_in_fp32_it_is_torch_adamw_to_the_bit() -> None:
     torch.manual_seed(3)
-    one, two = nn.Linear(5, 3), nn.Linear(5, 3)
-    two.load_state_dict(one.state_dict())
-    trainer = MixedPrecisionTrainer(one, lambda groups: torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1))
-    plain = torch.optim.AdamW(two.parameters(), lr=0.01, weight_decay=0.1)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    trainer = MixedPrecisionTrainer(ours, lambda groups: torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1))
+    plain = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1)
     for step in range(5):
         batch = torch.linspace(-1, 1, 20).reshape(4, 5) + step
         trainer.step([batch], lambda model, x: model(x).square().mean(), lr=0.01)
         plain.zero_grad()
-        two(batch).square().mean().backward()
+        theirs(batch).square().mean().backward()
         plain.step()
-    assert torch.equal(one.weight, two.weight)
-    assert torch.equal(one.bias, two.bias)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.bias, theirs.bias)
 
 
 def test_a_gradient_below_fp16_arrives_through_the_scale_and_not_without() -> None:

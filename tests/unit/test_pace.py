@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.engine.pace import Pace, Stragglers
+from halfstep.launcher.engine.ranks.stragglers import Pace, Stragglers
 
 
 def noise(generator: np.random.Generator, sigma: float, steps: int, world: int) -> np.ndarray:
@@ -21,8 +21,8 @@ def noise(generator: np.random.Generator, sigma: float, steps: int, world: int) 
 def alarms(seconds: np.ndarray, factor: float = 1.3) -> Iterator[tuple[int, dict[str, Any]]]:
     watch = Stragglers(seconds.shape[1], factor)
     for step, row in enumerate(seconds, start=1):
-        if found := watch.see(step, row.tolist()):
-            yield step, found
+        if slow := watch.see(step, row.tolist()):
+            yield step, slow
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -32,10 +32,10 @@ def test_a_rank_that_takes_half_as_long_again_is_named_within_20_steps(world: in
     for _ in range(20):
         seconds = noise(generator, 0.1, start + 20, world)
         seconds[start:, 1] *= 1.5
-        (step, found), *more = alarms(seconds)
+        (step, slow), *more = alarms(seconds)
         assert start < step <= start + 20
-        assert found["rank"] == 1
-        assert 1.3 <= found["ratio"] < 1.8
+        assert slow["rank"] == 1
+        assert 1.3 <= slow["ratio"] < 1.8
         assert not more, "once an episode"
 
 
@@ -58,7 +58,7 @@ def test_a_rank_that_has_been_fast_again_is_named_a_second_time() -> None:
 def test_two_slow_ranks_of_five_are_both_named() -> None:
     seconds = np.full((40, 5), 0.1)
     seconds[:, [1, 3]] *= [1.5, 1.6]
-    assert [found["rank"] for _, found in alarms(seconds)] == [3, 1]
+    assert [slow["rank"] for _, slow in alarms(seconds)] == [3, 1]
 
 
 @pytest.mark.parametrize(("factor", "value"), [(0.0, 0.5), (1.3, 0.0), (1.3, float("nan"))])
@@ -80,20 +80,20 @@ def engine(zero: int, *, compiled: bool = False) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_own_work_counts_and_the_gathering_of_weights_does_not(zero: int) -> None:
-    one, plan = engine(zero)
-    pace = Pace(one, plan)
+    built, plan = engine(zero)
+    pace = Pace(built, plan)
     for _ in range(2):
         with pace.forward():
             time.sleep(0.03)
-            one.module(torch.ones(1, 4))
+            built.module(torch.ones(1, 4))
     assert 0.06 <= pace.seconds() < 0.1
-    one.module(torch.ones(1, 4))  # an evaluation, or a backward pass that computes again
+    built.module(torch.ones(1, 4))  # an evaluation, or a backward pass that computes again
     assert pace.seconds() == 0
 
 
 def test_a_compiled_stage_3_is_not_measured() -> None:
-    one, plan = engine(3, compiled=True)
-    pace = Pace(one, plan)
+    built, plan = engine(3, compiled=True)
+    pace = Pace(built, plan)
     with pace.forward():
-        one.module(torch.ones(1, 4))
+        built.module(torch.ones(1, 4))
     assert pace.seconds() == 0

@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launcher import verdict
-from launcher.errors import Fault, RefusedError, RequestError
-from launcher.parity import cases, drive, judge
-from launcher.parity.cases import Case
-from launcher.parity.trial import Series
-from launcher.topology import Topology
+from halfstep.launcher.errors import Fault, RefusedError, RequestError
+from halfstep.launcher.parity import cases, distance, gate, verdict
+from halfstep.launcher.parity.cases import Case
+from halfstep.launcher.parity.trial import Series
+from halfstep.launcher.topology import Topology
 
 CASE = Case(zero=2, precision="bf16", accumulation=1, clip=0.0, world_size=1, optimizer="adamw", family="gpt2")
 CPU = Topology(world_size=1, ranks_per_node=1, accelerator="cpu")
@@ -51,19 +50,19 @@ def test_every_combination_is_there_once() -> None:
 
 def test_a_selection_keeps_what_every_word_admits_and_refuses_what_nothing_does() -> None:
     kept = cases.select(cases.every_case(), ["zero=0|3", "precision=fp16", "activation_checkpointing=true"])
-    assert [(one.zero, one.precision) for one in kept] == [(0, "fp16"), (3, "fp16")]
+    assert [(case.zero, case.precision) for case in kept] == [(0, "fp16"), (3, "fp16")]
     with pytest.raises(RequestError) as caught:
         cases.select(cases.every_case(), ["precison=fp16"])
     assert caught.value.fix == "did you mean precision?"
     with pytest.raises(RequestError) as caught:
         cases.select(cases.every_case(), ["zero=4"])
     assert caught.value.fix == "zero is 1 or 0 or 2 or 3"
-    assert {one.clip for one in cases.select(cases.every_case(), ["clip=0"])} == {0.0}
+    assert {case.clip for case in cases.select(cases.every_case(), ["clip=0"])} == {0.0}
 
 
 def test_equal_series_do_not_deviate() -> None:
-    found = judge.deviations(CASE, series(), series(), "oracle")
-    assert [one.measure for one in found] == [
+    deviations = distance.deviations(CASE, series(), series(), "oracle")
+    assert [deviation.measure for deviation in deviations] == [
         "loss",
         "grad_norm",
         "loss_scale",
@@ -71,7 +70,7 @@ def test_equal_series_do_not_deviate() -> None:
         "optimizer_steps",
         "first_update",
     ]
-    assert all(one.ok and one.value == 0 for one in found)
+    assert all(deviation.ok and deviation.value == 0 for deviation in deviations)
 
 
 @pytest.mark.parametrize(
@@ -89,29 +88,29 @@ def test_equal_series_do_not_deviate() -> None:
     ],
 )
 def test_a_difference_is_found_in_its_measure_and_step(changed: dict, measure: str, value: float, step: int) -> None:
-    found = judge.deviations(CASE, series(**changed), series(), "stage 1")
-    (bad,) = [one for one in found if not one.ok]
+    deviations = distance.deviations(CASE, series(**changed), series(), "stage 1")
+    (bad,) = [deviation for deviation in deviations if not deviation.ok]
     assert (bad.measure, bad.against, bad.step) == (measure, "stage 1", step)
     assert bad.value == pytest.approx(value, rel=1e-6)
-    assert judge.worst(found) == bad
+    assert distance.worst(deviations) == bad
 
 
 def test_a_count_that_differs_never_hides_how_far_the_runs_are_apart() -> None:
-    found = judge.deviations(CASE, series(optimizer_steps=2.0, loss=[2.0, None, 1.5]), series(), "oracle")
-    assert judge.worst(found).measure == "loss"
+    deviations = distance.deviations(CASE, series(optimizer_steps=2.0, loss=[2.0, None, 1.5]), series(), "oracle")
+    assert distance.worst(deviations).measure == "loss"
 
 
 def test_fp32_has_more_room_where_two_ranks_add_in_another_order() -> None:
     apart = series(loss=[2.0, None, 1.00005])
-    one, two = (replace(CASE, precision="fp32", world_size=size) for size in (1, 2))
-    assert not judge.deviations(one, apart, series(), "oracle")[0].ok
-    assert judge.deviations(two, apart, series(), "oracle")[0].ok
+    alone, pair = (replace(CASE, precision="fp32", world_size=size) for size in (1, 2))
+    assert not distance.deviations(alone, apart, series(), "oracle")[0].ok
+    assert distance.deviations(pair, apart, series(), "oracle")[0].ok
 
 
 def _cell(case: Case, *, ok: bool) -> dict:
-    found = judge.deviations(case, series(loss=[2.0, None, 1.0 if ok else 1.5]), series(), "oracle")
-    rows = [{**vars(one), "ok": one.ok} for one in found]
-    worst = judge.worst(found)
+    deviations = distance.deviations(case, series(loss=[2.0, None, 1.0 if ok else 1.5]), series(), "oracle")
+    rows = [{**vars(deviation), "ok": deviation.ok} for deviation in deviations]
+    worst = distance.worst(deviations)
     return {
         **vars(case), "ok": ok, "deviations": rows, "worst": worst.value, "tolerance": worst.tolerance,
         "measure": worst.measure, "against": worst.against, "step": worst.step,
@@ -120,14 +119,14 @@ def _cell(case: Case, *, ok: bool) -> dict:
 
 def test_the_table_names_the_cell_the_gap_and_the_case() -> None:
     cells = [_cell(CASE, ok=True), _cell(replace(CASE, zero=0), ok=False)]
-    told = drive.table(drive.Outcome(cells=cells, not_run=[], seconds=12.4, repairs=False))
-    assert [line.split()[-1] for line in told[1:3]] == ["FAIL", "ok"]
-    assert "5.0e-01 / 3e-04" in told[1]
-    assert told[4] == (
+    lines = gate.table(gate.Outcome(cells=cells, not_run=[], seconds=12.4, repairs=False))
+    assert [line.split()[-1] for line in lines[1:3]] == ["FAIL", "ok"]
+    assert "5.0e-01 / 3e-04" in lines[1]
+    assert lines[4] == (
         "FAIL zero=0 precision=bf16, gpt2 adamw, accumulation 1, no clip, 1 rank: "
         "loss 0.5 (tolerance 0.0003) against oracle at step 3"
     )
-    assert told[-1] == "1 of 2 cases train the same model in 12 s, without repairs: DeepSpeed as it is"
+    assert lines[-1] == "1 of 2 cases train the same model in 12 s, without repairs: DeepSpeed as it is"
 
 
 def test_a_verdict_is_kept_with_its_conditions(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,18 +148,18 @@ def test_a_verdict_is_kept_with_its_conditions(tmp_path, monkeypatch: pytest.Mon
 
 
 def test_a_run_that_ended_early_has_no_first_update_and_fails() -> None:
-    found = judge.deviations(CASE, series(first_update=None), series(), "oracle")
-    assert [one.measure for one in found if not one.ok] == ["first_update"]
+    deviations = distance.deviations(CASE, series(first_update=None), series(), "oracle")
+    assert [deviation.measure for deviation in deviations if not deviation.ok] == ["first_update"]
 
 
 def test_more_ranks_than_devices_is_refused_and_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drive.topology, "default_ranks_per_node", lambda: 1)
+    monkeypatch.setattr(gate.topology, "default_ranks_per_node", lambda: 1)
     with pytest.raises(RefusedError, match="all 1 cases need more ranks than the 1 that can run here"):
-        drive.verify([replace(CASE, world_size=2)], repairs=True, quiet=True)
+        gate.verify([replace(CASE, world_size=2)], repairs=True, quiet=True)
 
 
 def test_a_worker_that_is_killed_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    monkeypatch.setattr(drive, "_command", lambda job, size: [sys.executable, "-c", kill])
+    monkeypatch.setattr(gate, "_command", lambda job, size: [sys.executable, "-c", kill])
     with pytest.raises(Fault, match="ended by signal 9 before it had reported"):
-        drive.verify([CASE], repairs=True, quiet=True)
+        gate.verify([CASE], repairs=True, quiet=True)

@@ -1,21 +1,29 @@
 """Plans: the batch equation, the learning rate, the DeepSpeed config and its origins, rules and run ids."""
 
+import dataclasses
 import itertools
 import json
 import os
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import assets
-from launcher.errors import RequestError
-from launcher.plan import batch, catalogue, dsconfig, rules, schedule
-from launcher.plan.plan import Plan
-from launcher.spec.dotted import flatten
-from launcher.topology import Topology
+from halfstep.launcher.config import optimizers
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.schema import OptimizerKeys, ScheduleKeys
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.parity import cases
+from halfstep.launcher.plan import batch, present, rules, schedule
+from halfstep.launcher.plan.ds import dsconfig
+from halfstep.launcher.plan.plan import Plan, run_id_of
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import Topology
+from tools import catalogue
 
 Make = Callable[..., Plan]
 GPUS = Topology(
@@ -44,11 +52,11 @@ def test_a_batch_that_does_not_divide_is_explained_with_ones_that_do(plan: Make)
     assert caught.value.fix == "take batch.global=30 or 40, or batch.micro=2, 4 or 8"
 
 
-@given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1))
+@given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(sorted(schedule.SHAPES)), st.floats(0, 1))
 def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(
     warmup: int, steps: int, kind: str, ratio: float
 ) -> None:
-    curve = schedule.Schedule(kind=kind, peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio)
+    curve = schedule.Schedule(kind=kind, peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio, decay=1)
     rates = [curve.learning_rate(step) for step in range(1, steps + 1)]
     assert rates[max(warmup, 1) - 1] == 1.0
     assert all(a < b for a, b in itertools.pairwise(rates[:warmup]))
@@ -59,6 +67,70 @@ def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should(
 def test_five_steps_of_the_learning_rate_by_hand() -> None:
     curve = schedule.Schedule(kind="linear", peak=8.0, warmup=2, steps=6, min_ratio=0.0)
     assert [curve.learning_rate(step) for step in range(1, 7)] == [4.0, 8.0, 6.0, 4.0, 2.0, 0.0]
+
+
+def test_warm_up_stable_and_decay_by_hand() -> None:
+    curve = schedule.Schedule(kind="wsd", peak=8.0, warmup=2, steps=10, min_ratio=0.0, decay=4)
+    rates = [curve.learning_rate(step) for step in range(1, 11)]
+    assert rates == [4.0, 8.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0, 0.0]
+    assert curve.learning_rate(12) == 0.0
+    long = dataclasses.replace(curve, warmup=8, min_ratio=0.5)  # the warm-up takes precedence over the decay
+    assert [long.learning_rate(step) for step in (8, 9, 10)] == [8.0, 6.0, 4.0]
+
+
+@given(st.integers(0, 50), st.integers(51, 400), st.integers(1, 400), st.floats(0, 1))
+def test_wsd_stays_at_the_peak_until_it_falls_by_equal_amounts(
+    warmup: int, steps: int, decay: int, ratio: float
+) -> None:
+    curve = schedule.Schedule(kind="wsd", peak=1.0, warmup=warmup, steps=steps, min_ratio=ratio, decay=decay)
+    start = max(warmup, steps - decay, 1)
+    rates = [curve.learning_rate(step) for step in range(start, steps + 1)]
+    assert {curve.learning_rate(step) for step in range(max(warmup, 1), start + 1)} == {1.0}
+    falls = [before - after for before, after in itertools.pairwise(rates)]
+    assert falls == pytest.approx([(1 - ratio) / (steps - start)] * (steps - start), abs=1e-12)
+
+
+def test_a_run_of_another_schedule_knows_nothing_of_the_decay(plan: Make) -> None:
+    for kind in ("cosine", "linear", "constant"):
+        made = plan(f"schedule.kind={kind}")
+        assert made.run_id == plan(f"schedule.kind={kind}", "schedule.decay=0.5").run_id
+        assert "schedule.decay" not in made.identity
+        assert made.schedule.decay == 0
+        tree = made.to_dict()
+        del tree["schedule"]["decay"]  # as it was written before there was one
+        assert run_id_of(tree) == made.run_id
+        assert Plan.from_dict(tree) == made
+    made = plan("schedule.kind=wsd", "steps=100")
+    assert made.schedule.decay == 20
+    assert made.run_id != plan("schedule.kind=wsd", "steps=100", "schedule.decay=0.5").run_id
+    assert made.identity["schedule.decay"] == 0.2
+    assert [line for line in present.lines(made) if line.startswith("schedule")] == [
+        "schedule     wsd, peak 0.001, 10 steps of warm-up, down to 0.0001 in the last 20 steps"
+    ]
+
+
+def test_every_schedule_and_optimizer_that_can_be_asked_for_has_a_row() -> None:
+    assert set(typing.get_args(ScheduleKeys.model_fields["kind"].annotation)) == set(schedule.SHAPES)
+    assert set(typing.get_args(OptimizerKeys.model_fields["kind"].annotation)) == set(optimizers.BY_KIND)
+    assert set(cases.OPTIMIZERS) == set(optimizers.BY_KIND), "the gate proves every optimizer"
+    for row in optimizers.BY_KIND.values():
+        for run_keys in row.parameters.values():
+            assert set(run_keys) <= OptimizerKeys.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("type_", "parameters", "bytes_"),
+    [
+        ("AdamW", {}, 8),
+        ("adam", {}, 8),
+        ("SGD", {}, 0),
+        ("SGD", {"momentum": 0.9}, 4),
+        ("Lion", {}, 4),
+        ("NAdam", {}, 8),
+    ],
+)
+def test_the_bytes_an_optimizer_keeps_of_each_element(type_: str, parameters: dict[str, Any], bytes_: int) -> None:
+    assert optimizers.state_bytes(type_, parameters) == bytes_
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -155,7 +227,7 @@ def test_every_disagreement_of_an_own_config_is_listed(plan: Make, tmp_path: Pat
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 64, "fp16": {"enabled": True}}))
     made = plan(f"--ds-config={file}", "zero=2", "batch.global=32", "precision=bf16")
-    assert {one["rule"] for one in made.refused_by} == {"config-agrees-with-run-keys"}
+    assert {violation["rule"] for violation in made.refused_by} == {"config-agrees-with-run-keys"}
     assert len(made.refused_by) == 3
     with pytest.raises(RequestError):
         made.require_allowed()
@@ -165,7 +237,7 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
 
 
 @pytest.mark.parametrize(
-    ("words", "broken"),
+    ("arguments", "broken"),
     [
         (["offload=cpu", "zero=2"], {"param-offload-needs-stage-3"}),
         (["offload=nvme", "zero=1"], _NVME | {"param-offload-needs-stage-3", "nvme-needs-stage-3"}),
@@ -226,14 +298,14 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_each_rule_refuses_what_it_is_for(plan: Make, words: list[str], broken: set[str]) -> None:
-    assert {one["rule"] for one in plan(*words, topology=GPUS).refused_by} == broken
+def test_each_rule_refuses_what_it_is_for(plan: Make, arguments: list[str], broken: set[str]) -> None:
+    assert {violation["rule"] for violation in plan(*arguments, topology=GPUS).refused_by} == broken
 
 
 def test_a_users_own_optimizer_wins_over_defaults_and_not_over_run_keys(plan: Make) -> None:
     made = plan("ds.optimizer.params.lr=0.5")
     assert (made.schedule.peak, made.refused_by) == (0.5, [])
-    assert [one["rule"] for one in plan("optimizer.lr=0.1", "ds.optimizer.params.lr=0.5").refused_by] == [
+    assert [violation["rule"] for violation in plan("optimizer.lr=0.1", "ds.optimizer.params.lr=0.5").refused_by] == [
         "config-agrees-with-run-keys"
     ]
     lamb = plan("ds.optimizer.type=Lamb", topology=GPUS).deepspeed["optimizer"]
@@ -242,7 +314,9 @@ def test_a_users_own_optimizer_wins_over_defaults_and_not_over_run_keys(plan: Ma
 
 def test_an_optimizer_that_deepspeed_has_not_tested_is_planned_with_consent_as_the_rule_says(plan: Make) -> None:
     lamb = plan("ds.optimizer.type=Lamb", topology=GPUS)
-    assert [one["fix"] for one in lamb.refused_by] == ["add ds.zero_allow_untested_optimizer=true, or take zero=0"]
+    assert [violation["fix"] for violation in lamb.refused_by] == [
+        "add ds.zero_allow_untested_optimizer=true, or take zero=0"
+    ]
     assert plan("ds.optimizer.type=Lamb", "ds.zero_allow_untested_optimizer=true", topology=GPUS).refused_by == []
     assert plan("ds.optimizer.type=Lamb", "zero=0", "precision=fp32", topology=GPUS).refused_by == []
 
@@ -266,26 +340,26 @@ def test_every_rule_is_tripped_by_a_test() -> None:
 def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> None:
     assert plan("offload=optimizer-cpu", "zero=2").refused_by == []
     assert plan("offload=cpu", "zero=3").refused_by == []
-    assert [one["rule"] for one in plan("offload=nvme", "zero=3", "nvme_path=/disk").refused_by] == [
+    assert [violation["rule"] for violation in plan("offload=nvme", "zero=3", "nvme_path=/disk").refused_by] == [
         "nvme-unproved-on-cpu",
         "nvme-states-are-not-saved",
     ]
 
 
 def test_what_only_gpus_can_do_is_refused_on_cpu_ranks(plan: Make) -> None:
-    words = ["zero=3", "ds.zero_optimization.zero_quantized_weights=true", "batch.global=32"]
-    (broken,) = plan(*words).refused_by
+    arguments = ["zero=3", "ds.zero_optimization.zero_quantized_weights=true", "batch.global=32"]
+    (broken,) = plan(*arguments).refused_by
     assert broken["rule"] == "gpu-only"
     assert broken["where"].startswith("zero_optimization.zero_quantized_weights from ds.zero_optimization.zero_")
-    assert plan(*words, topology=GPUS).refused_by == []
-    assert plan("zero=2", *words[1:]).refused_by == [], "without effect below stage 3"
+    assert plan(*arguments, topology=GPUS).refused_by == []
+    assert plan("zero=2", *arguments[1:]).refused_by == [], "without effect below stage 3"
 
 
 def test_optimizers_without_a_build_for_cpu_ranks_are_refused_there(plan: Make) -> None:
     untested = "ds.zero_allow_untested_optimizer=true"
-    for words in (["ds.optimizer.type=Lamb", untested], ["ds.optimizer.type=Lion"]):
-        assert [one["rule"] for one in plan(*words).refused_by] == ["fused-optimizers-need-a-gpu"]
-        assert plan(*words, topology=GPUS).refused_by == []
+    for arguments in (["ds.optimizer.type=Lamb", untested], ["ds.optimizer.type=Lion"]):
+        assert [violation["rule"] for violation in plan(*arguments).refused_by] == ["fused-optimizers-need-a-gpu"]
+        assert plan(*arguments, topology=GPUS).refused_by == []
     assert plan("ds.optimizer.type=Lion", "offload=optimizer-cpu").refused_by == []
 
 
@@ -307,19 +381,19 @@ def test_what_deepspeed_does_only_at_other_stages_is_allowed_there(plan: Make) -
 def test_half_precision_at_stage_0_is_warned_of_where_it_is_not_mended(plan: Make) -> None:
     for precision, fault in (("fp16", "never scales the loss"), ("bf16", "starts Adam one step late")):
         said = plan("zero=0", f"precision={precision}", "numerics.repairs=false").warnings
-        (warning,) = [one for one in said if "TRUST" in one]
+        (warning,) = [warning for warning in said if "TRUST" in warning]
         assert warning.startswith(f"DO NOT TRUST numerics.repairs=false with zero=0 precision={precision}")
         assert fault in warning
-        assert not any("TRUST" in one for one in plan("zero=0", f"precision={precision}").warnings)
+        assert not any("TRUST" in warning for warning in plan("zero=0", f"precision={precision}").warnings)
     for cell in (["zero=0", "precision=fp32"], ["zero=1", "precision=fp16"]):
-        assert not any("TRUST" in one for one in plan(*cell, "numerics.repairs=false").warnings)
+        assert not any("TRUST" in warning for warning in plan(*cell, "numerics.repairs=false").warnings)
 
 
 def test_the_run_id_is_the_question_not_its_place(plan: Make) -> None:
     assert plan().run_id == plan("out=/elsewhere", "log.every=3", "numerics.every=5", "numerics.max_skips=9").run_id
     others = [
-        plan(*words).run_id
-        for words in (
+        plan(*arguments).run_id
+        for arguments in (
             ["seed=1"],
             ["zero=2"],
             ["steps=7"],
@@ -348,14 +422,14 @@ def test_peak_arithmetic_is_known_for_an_h100_and_unknown_for_a_cpu(plan: Make) 
         plan("hardware=h10")
 
 
-@pytest.mark.parametrize(("words", "what"), [
+@pytest.mark.parametrize(("arguments", "what"), [
     (["sequence=200000"], "sequence=200000 is longer than the corpus, which has 100000 training tokens"),
     (["sequence=6000"], "sequence=6000 is longer than the validation split, which has 5000 tokens"),
     (["model.vocabulary=99"], "the data holds token id 99, and the model's embedding has only 99 rows"),
 ])  # fmt: skip
-def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, words: list[str], what: str) -> None:
+def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, arguments: list[str], what: str) -> None:
     with pytest.raises(RequestError) as caught:
-        plan(*words)
+        plan(*arguments)
     assert caught.value.what == what
 
 

@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from launcher.plan.activations import activations
-from launcher.plan.setting import Setting
-from models import shapes
-from models.build import build
-from models.presets import PRESETS
-from models.shapes import Shape
+from halfstep.launcher.forecast.activations import activations
+from halfstep.launcher.forecast.workload import Workload
+from halfstep.models import shapes
+from halfstep.models.network import build
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import Shape
 
 
-def make(shape: Shape, **more: object) -> Setting:
+def make(shape: Shape, **more: object) -> Workload:
     base = {
         "zero": 0,
         "precision": "bf16",
@@ -24,16 +24,16 @@ def make(shape: Shape, **more: object) -> Setting:
         "sequence": 64,
         "accelerator": "cpu",
     }
-    return Setting(shape=shape, parameters=shapes.parameters(shape), **{**base, **more})  # type: ignore[arg-type]
+    return Workload(shape=shape, parameters=shapes.parameters(shape), **{**base, **more})  # type: ignore[arg-type]
 
 
-def saved(shape: Shape, setting: Setting) -> int:
+def saved(shape: Shape, workload: Workload) -> int:
     """Return the bytes that a forward pass saves, parameters and the logits not counted."""
-    dtype = torch.float32 if setting.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if workload.precision == "fp32" else torch.bfloat16
     model = build(
-        shapes.hf_config(shape), seed=1, dtype=dtype, activation_checkpointing=setting.activation_checkpointing
+        shapes.hf_config(shape), seed=1, dtype=dtype, activation_checkpointing=workload.activation_checkpointing
     )
-    own = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
     alive = []
 
@@ -44,7 +44,7 @@ def saved(shape: Shape, setting: Setting) -> int:
             alive.append(storage)
         return tensor
 
-    tokens = torch.arange(setting.micro * setting.sequence).reshape(setting.micro, -1) % shape.vocabulary
+    tokens = torch.arange(workload.micro * workload.sequence).reshape(workload.micro, -1) % shape.vocabulary
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = model(input_ids=tokens).logits
     assert logits.shape[-1] == shape.vocabulary
@@ -58,30 +58,30 @@ def test_a_block_keeps_what_the_planner_says(preset: str, dropout: float, precis
     sizes = []
     for layers in (2, 4):
         shape = shapes.shape_of(PRESETS[preset], layers=layers, vocabulary=96, dropout=dropout)
-        setting = make(shape, precision=precision)
-        sizes.append((saved(shape, setting), activations(setting)))
-    (two, foretold), (four, more) = sizes
-    assert (four - two) / 2 == pytest.approx(foretold.block, rel=0.03)
+        workload = make(shape, precision=precision)
+        sizes.append((saved(shape, workload), activations(workload)))
+    (two, predicted), (four, more) = sizes
+    assert (four - two) / 2 == pytest.approx(predicted.block, rel=0.03)
     assert four == pytest.approx(more.kept + more.ends, rel=0.05)
 
 
 @pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano"])
 def test_with_checkpointing_only_the_inputs_of_the_blocks_stay(preset: str) -> None:
     shape = shapes.shape_of(PRESETS[preset], layers=6, vocabulary=96)
-    setting = make(shape, activation_checkpointing=True)
-    foretold = activations(setting)
-    assert foretold.kept == 6 * 2 * 64 * 128 * 2
-    assert saved(shape, setting) >= foretold.ends
+    workload = make(shape, activation_checkpointing=True)
+    predicted = activations(workload)
+    assert predicted.kept == 6 * 2 * 64 * 128 * 2
+    assert saved(shape, workload) >= predicted.ends
 
 
 def test_gpt2_124m_at_1024_tokens_by_hand() -> None:
     shape = shapes.shape_of(PRESETS["gpt2-124m"])
-    one = activations(make(shape, micro=4, sequence=1024, accelerator="cuda"))
+    kept = activations(make(shape, micro=4, sequence=1024, accelerator="cuda"))
     tokens = 4 * 1024
-    assert one.block == tokens * (32 * 768 + 4 * 12)
-    assert one.kept == 12 * one.block
-    assert one.logits == tokens * 50304 * 2
-    assert one.loss == one.logits + 64 * 2**20
+    assert kept.block == tokens * (32 * 768 + 4 * 12)
+    assert kept.kept == 12 * kept.block
+    assert kept.logits == tokens * 50304 * 2
+    assert kept.loss == kept.logits + 64 * 2**20
     hf = activations(make(shape, micro=4, sequence=1024, accelerator="cuda", fused_loss=False))
     assert hf.logits + hf.loss == 14 * tokens * 50304
     again = activations(dataclasses.replace(make(shape, micro=4, sequence=1024), activation_checkpointing=True))

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import cli
-from launcher.plan import batch, dsconfig
-from launcher.plan.plan import CheckpointPlan, Plan
-from launcher.spec.schema import run_keys
+from halfstep.launcher.cli import main
+from halfstep.launcher.config import bucket_sizes
+from halfstep.launcher.config.schema import run_keys
+from halfstep.launcher.forecast import fit
+from halfstep.launcher.plan import batch
+from halfstep.launcher.plan.plan import CheckpointPlan, Plan
 
 Make = Callable[..., Plan]
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +42,7 @@ def test_the_nearest_divisors_are_those_of_all(number: int, wanted: int, count: 
 
 @given(st.integers(2, 3000))
 def test_the_largest_part_of_a_number_is_its_largest_divisor_below_it(number: int) -> None:
-    assert batch.largest_part(number) == max(size for size in range(1, number) if number % size == 0)
+    assert fit.largest_part(number) == max(size for size in range(1, number) if number % size == 0)
 
 
 @given(
@@ -52,13 +54,13 @@ def test_the_largest_part_of_a_number_is_its_largest_divisor_below_it(number: in
 def test_a_bucket_of_stages_1_and_2_is_even_and_holds_every_tensor(
     parameters: int, largest: int, width: int, zero: int
 ) -> None:
-    sizes = dsconfig.Sizes(parameters=parameters, largest_tensor=min(largest, parameters), width=width)
-    size = dsconfig.bucket(sizes, zero)
+    sizes = bucket_sizes.Sizes(parameters=parameters, largest_tensor=min(largest, parameters), width=width)
+    size = bucket_sizes.bucket(sizes, zero)
     assert size >= min(sizes.largest_tensor, 500_000_000)
     assert size <= max(500_000_000, parameters) + 1
     if zero in (1, 2):
         assert size % 2 == 0
-        assert size - dsconfig.bucket(sizes, 3) in (0, 1)
+        assert size - bucket_sizes.bucket(sizes, 3) in (0, 1)
 
 
 @pytest.mark.parametrize("zero", [1, 2])
@@ -88,7 +90,7 @@ def test_a_run_of_a_million_million_steps_that_saves_each_is_planned(plan: Make)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "said"),
     [
         (["steps=1e18"], "steps=1e18: input should be less than or equal to 1000000000000"),
         (["tokens=1e19"], "tokens=1e19: input should be less than or equal to 1000000000000000000"),
@@ -109,15 +111,15 @@ def test_a_run_of_a_million_million_steps_that_saves_each_is_planned(plan: Make)
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_is_out_of_all_bounds_is_refused_with_the_bound(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["plan", "model=gpt2-nano", "model.vocabulary=64", *words]) == 2
+    assert main.main(["plan", "model=gpt2-nano", "model.vocabulary=64", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_the_micro_batches_that_do_work_are_named_for_the_largest_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model=gpt2-nano", "model.vocabulary=64", "gpus_per_node=1", "batch.global=999999936"]
-    assert cli.main(["plan", *words, "batch.micro=999999"]) == 2
+    arguments = ["model=gpt2-nano", "model.vocabulary=64", "gpus_per_node=1", "batch.global=999999936"]
+    assert main.main(["plan", *arguments, "batch.micro=999999"]) == 2
     assert "or batch.micro=" in capsys.readouterr().err
 
 
@@ -136,7 +138,7 @@ def test_a_models_config_that_says_too_much_is_refused_before_it_is_counted(
 ) -> None:
     for config in ({"model_type": "llama", key: value}, {"model_type": "gemma3", "text_config": {key: value}}):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert cli.main(["plan", f"model=hf:{tmp_path}"]) == 2
+        assert main.main(["plan", f"model=hf:{tmp_path}"]) == 2
         assert f"the model's config says {key}" in capsys.readouterr().err
 
 
@@ -152,13 +154,13 @@ def test_a_published_row_that_says_too_much_is_refused(
     row: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.csv").write_text(f"row_id,gpu,n_gpus,model_params_B,layers,hidden\n{row}\n")
-    assert cli.main(["plan", "score", "--rows", str(tmp_path / "rows.csv")]) == 2
+    assert main.main(["plan", "score", "--rows", str(tmp_path / "rows.csv")]) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["1e308", "nan", "-1", "9" * 5000])
 def test_a_price_beyond_all_money_is_no_price(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "model=gpt2-124m", f"--price={text}"]) == 2
+    assert main.main(["plan", "model=gpt2-124m", f"--price={text}"]) == 2
     said = capsys.readouterr().err
     assert "is not a price" in said
     assert len(said) < 400
@@ -171,7 +173,7 @@ EXTREMES = [
 PROGRAM = """
 import contextlib, io, json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from launcher.cli import main
+from halfstep.launcher.cli.main import main
 answers = []
 for words in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()

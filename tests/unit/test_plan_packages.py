@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, rundir, train
-from launcher.errors import RequestError
-from launcher.plan import packages
-from launcher.plan.plan import Plan
-from launcher.spec.load import load
-from launcher.topology import Topology
-from launcher.watch import exits
+from halfstep.launcher import train
+from halfstep.launcher.cli import main
+from halfstep.launcher.config.load import load
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan.ds import packages
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import exits, run_directory
+from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
 
@@ -89,8 +90,8 @@ def test_a_package_that_is_there_is_enough_and_an_older_one_is_not(
 def test_every_door_says_so_in_three_lines(
     verb: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", "ds.wandb.enabled=true"]
-    assert (train.main(words) if verb == "train" else cli.main([verb, *words])) == 2
+    arguments = ["model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", "ds.wandb.enabled=true"]
+    assert (train.main(arguments) if verb == "train" else main.main([verb, *arguments])) == 2
     printed = capsys.readouterr()
     said = printed.out if verb == "plan" else printed.err
     assert "wandb.enabled needs the package wandb, which is not installed here" in said
@@ -103,19 +104,19 @@ def test_every_door_says_so_in_three_lines(
 def test_a_rank_of_a_planned_run_writes_down_why_it_refuses(
     plan: Make, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
+    arguments = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
     made = plan("ds.wandb.enabled=true", topology=Topology(world_size=1, ranks_per_node=1, accelerator="cpu"))
-    rundir.write_plan(tmp_path / "run", load(words), made)
+    run_directory.write_plan(tmp_path / "run", load(arguments), made)
     assert train.main([f"run={tmp_path / 'run'}"]) == 2
     assert "needs the package wandb" in capsys.readouterr().err
     refusal = exits.read_refusal(tmp_path / "run")
     assert refusal is not None
-    assert (refusal["code"], refusal["cause"][:13]) == (2, "wandb.enabled")
+    assert (refusal.code, refusal.cause[:13]) == (2, "wandb.enabled")
 
 
 @pytest.mark.usefixtures("bare")
 def test_a_job_is_planned_where_the_package_is_not_because_its_nodes_may_have_it(
     corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
-    assert cli.main(["submit", "--site", "gpu", "--dry-run", *words]) == 0
+    arguments = ["model=gpt2-nano", f"data={corpus}", "ds.wandb.enabled=true"]
+    assert main.main(["submit", "--site", "gpu", "--dry-run", *arguments]) == 0

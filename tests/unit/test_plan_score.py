@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import main
-from launcher.errors import RequestError
-from launcher.plan import rows, score
-from launcher.plan.plan import Plan
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.forecast.published import published_runs, score
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import prediction_errors
 
 Make = Callable[..., Plan]
 FOUNDRY = {
@@ -50,16 +51,22 @@ BLOOM = FOUNDRY | {
 
 
 def test_a_row_is_read_as_a_setting_and_a_layout() -> None:
-    row = rows.parse(FOUNDRY)
+    row = published_runs.parse(FOUNDRY)
     assert (row.stack, row.layout.collectives, row.device and row.device.name) == ("llm-foundry", "fsdp", "a100")
-    one = row.setting
-    assert (one.ranks, one.micro, one.accumulation, one.zero, one.precision) == (8, 14, 4, 3, "bf16")
-    row = rows.parse(BLOOM)
-    one, cut = row.setting, row.layout
-    assert (cut.tensor, cut.pipeline, one.ranks, one.zero) == (4, 12, 8, 1)
-    assert (one.micro, one.accumulation) == (2, 128)
-    assert one.shape is not None
-    assert one.shape.vocabulary == 250_000
+    workload = row.workload
+    assert (workload.ranks, workload.micro, workload.accumulation, workload.zero, workload.precision) == (
+        8,
+        14,
+        4,
+        3,
+        "bf16",
+    )
+    row = published_runs.parse(BLOOM)
+    workload, cut = row.workload, row.layout
+    assert (cut.tensor, cut.pipeline, workload.ranks, workload.zero) == (4, 12, 8, 1)
+    assert (workload.micro, workload.accumulation) == (2, 128)
+    assert workload.shape is not None
+    assert workload.shape.vocabulary == 250_000
     assert cut.attention == "unfused"
 
 
@@ -76,39 +83,39 @@ def test_a_row_is_read_as_a_setting_and_a_layout() -> None:
     ],
 )
 def test_shardings_are_understood(sharding: str, zero: int, cut: tuple[int, int], virtual: int, context: int) -> None:
-    row = rows.parse(FOUNDRY | {"source": "elsewhere", "sharding": sharding, "n_gpus": "1536"})
-    assert row.setting.zero == zero
+    row = published_runs.parse(FOUNDRY | {"source": "elsewhere", "sharding": sharding, "n_gpus": "1536"})
+    assert row.workload.zero == zero
     assert (row.layout.tensor, row.layout.pipeline) == cut
     assert (row.layout.virtual, row.layout.context) == (virtual, context)
 
 
 def test_tokens_a_gpu_are_a_micro_batch_and_low_precisions_are_told_apart() -> None:
-    row = rows.parse(FOUNDRY | {"micro_batch": "4096 tok/GPU", "precision": "fp8 rowwise", "gpu": "H100-80GB"})
-    assert (row.setting.micro, row.layout.arithmetic) == (2, "fp8-rowwise")
-    assert rows.parse(FOUNDRY | {"precision": "NVFP4"}).layout.arithmetic == "fp4"
-    assert rows.parse(FOUNDRY | {"precision": "FP8-CS (FP8-MX)"}).layout.arithmetic == "fp8"
+    row = published_runs.parse(FOUNDRY | {"micro_batch": "4096 tok/GPU", "precision": "fp8 rowwise", "gpu": "H100"})
+    assert (row.workload.micro, row.layout.arithmetic) == (2, "fp8-rowwise")
+    assert published_runs.parse(FOUNDRY | {"precision": "NVFP4"}).layout.arithmetic == "fp4"
+    assert published_runs.parse(FOUNDRY | {"precision": "FP8-CS (FP8-MX)"}).layout.arithmetic == "fp8"
 
 
 def test_a_llama_is_told_from_a_gpt_by_its_parameters() -> None:
     llama = {"model_params_B": "8.03", "layers": "32", "hidden": "4096", "heads": "32", "ffn": "14336"}
-    shape = rows.parse(FOUNDRY | llama | {"vocab": "128256"}).setting.shape
+    shape = published_runs.parse(FOUNDRY | llama | {"vocab": "128256"}).workload.shape
     assert shape is not None
     assert (shape.family, shape.kv_heads) == ("llama", 8)
-    guessed = rows.parse({"row_id": "b", "model_params_B": "6.7"}).setting.shape
+    guessed = published_runs.parse({"row_id": "b", "model_params_B": "6.7"}).workload.shape
     assert guessed is not None
     assert 3584 <= guessed.width <= 4608
 
 
 @pytest.mark.parametrize("text", [FOUNDRY, BLOOM, {"row_id": "x", "gpu": "H100-80GB", "model_params_B": "7"}])
 def test_every_row_with_a_device_and_a_size_gets_a_speed(text: dict[str, str]) -> None:
-    told = score.predict_row(rows.parse(text))
-    assert told.tokens_per_s_per_gpu is not None
-    assert 1 < told.tokens_per_s_per_gpu < 1e6
+    predicted = score.predict_row(published_runs.parse(text))
+    assert predicted.tokens_per_s_per_gpu is not None
+    assert 1 < predicted.tokens_per_s_per_gpu < 1e6
 
 
 def test_what_cannot_be_told_is_empty() -> None:
-    assert score.predict_row(rows.parse(FOUNDRY | {"gpu": "Abacus"})).tokens_per_s_per_gpu is None
-    nothing = score.predict_row(rows.parse({"row_id": "x"}))
+    assert score.predict_row(published_runs.parse(FOUNDRY | {"gpu": "Abacus"})).tokens_per_s_per_gpu is None
+    nothing = score.predict_row(published_runs.parse({"row_id": "x"}))
     assert (nothing.tokens_per_s_per_gpu, nothing.peak_memory_gib) == (None, None)
 
 
@@ -127,8 +134,8 @@ def test_what_cannot_be_told_is_empty() -> None:
     ],
 )
 def test_a_measured_speed_is_read_in_its_own_convention(text: dict[str, str], speed: float | None) -> None:
-    told = score.measured_speed({**FOUNDRY, **text})
-    assert told == (None if speed is None else pytest.approx(speed))
+    measured = score.measured_speed({**FOUNDRY, **text})
+    assert measured == (None if speed is None else pytest.approx(speed))
 
 
 def test_the_command_predicts_a_file_with_missing_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,11 +143,11 @@ def test_the_command_predicts_a_file_with_missing_columns(tmp_path: Path, capsys
     source.write_text("row_id,gpu,model_params_B,n_gpus\na,A100-80GB,1.3,8\nb,,,\nc,H100-80GB,70,64\n")
     assert main(["plan", "score", "--rows", str(source), "--predict", str(target)]) == 0
     assert "3 rows, a speed for 2" in capsys.readouterr().out
-    found = list(csv.DictReader(target.read_text().splitlines()))
-    assert list(found[0]) == ["row_id", "tokens_per_s_per_gpu", "peak_memory_gib"]
-    assert [one["row_id"] for one in found] == ["a", "b", "c"]
-    assert float(found[0]["tokens_per_s_per_gpu"]) > 0
-    assert found[1]["tokens_per_s_per_gpu"] == ""
+    rows = list(csv.DictReader(target.read_text().splitlines()))
+    assert list(rows[0]) == ["row_id", "tokens_per_s_per_gpu", "peak_memory_gib"]
+    assert [row["row_id"] for row in rows] == ["a", "b", "c"]
+    assert float(rows[0]["tokens_per_s_per_gpu"]) > 0
+    assert rows[1]["tokens_per_s_per_gpu"] == ""
 
 
 @pytest.mark.parametrize(
@@ -166,11 +173,11 @@ def test_runs_are_compared_with_their_plans(plan: Make, tmp_path: Path, capsys: 
     tree["time"]["step_seconds"] = 0.5
     (tmp_path / "plan.json").write_text(json.dumps(tree))
     with pytest.raises(RequestError, match=r"there is no summary\.json"):
-        score.run(tmp_path)
+        prediction_errors.run(tmp_path)
     sent = tree["time"]["communication_bytes_per_rank"] * 2
     measured = {"step_seconds": 0.4, "peak_memory_bytes": 2**30, "communication_bytes": sent}
     (tmp_path / "summary.json").write_text(json.dumps(measured))
-    assert score.run(tmp_path).step_error == pytest.approx(0.25)
+    assert prediction_errors.run(tmp_path).step_error == pytest.approx(0.25)
     assert main(["plan", "score", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "+25.0 %" in out
@@ -178,7 +185,9 @@ def test_runs_are_compared_with_their_plans(plan: Make, tmp_path: Path, capsys: 
     assert "bytes sent: mean error 50.0 % over 1 run(s)" in out
 
 
-@pytest.mark.parametrize("words", [["score"], ["score", "--predict", "out.csv"], ["score", "run", "--rows", "in.csv"]])
-def test_a_score_of_nothing_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *words]) == 2
+@pytest.mark.parametrize(
+    "arguments", [["score"], ["score", "--predict", "out.csv"], ["score", "run", "--rows", "in.csv"]]
+)
+def test_a_score_of_nothing_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")

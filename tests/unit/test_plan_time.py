@@ -1,4 +1,4 @@
-"""The forecast of time: devices, volumes and collectives by hand, and what must hold for every setting."""
+"""The forecast of time: devices, volumes and collectives by hand, and what must hold for every workload."""
 
 import dataclasses
 import math
@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.errors import RequestError
-from launcher.plan import communication, compute, hardware, outlook, time
-from launcher.plan.calibration import Calibration, factor_keys, shipped
-from launcher.plan.communication import Group
-from launcher.plan.hardware import Hardware
-from launcher.plan.layout import Layout
-from launcher.plan.plan import Plan
-from launcher.plan.setting import Setting
-from launcher.topology import Topology
-from models.presets import PRESETS
-from models.shapes import parameters, shape_of
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.forecast import communication, compute, hardware, run_estimate, step_time
+from halfstep.launcher.forecast.calibration import Calibration, factor_keys, shipped
+from halfstep.launcher.forecast.communication import Group
+from halfstep.launcher.forecast.hardware import Hardware
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.workload import Workload
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Topology
+from halfstep.models.presets import PRESETS
+from halfstep.models.shapes import parameters, shape_of
 
 Make = Callable[..., Plan]
 H100 = hardware.find("H100")
@@ -36,9 +36,9 @@ IDEAL = Calibration(
 )
 
 
-def setting(**changes: object) -> Setting:
+def workload(**changes: object) -> Workload:
     shape = shape_of(PRESETS["gpt3-6.7b"])
-    base = Setting(
+    base = Workload(
         shape=shape,
         parameters=parameters(shape),
         zero=1,
@@ -53,10 +53,10 @@ def setting(**changes: object) -> Setting:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def step(one: Setting, device: Hardware = H100, **more: object) -> float:
-    told = time.forecast(one, device, **more)  # type: ignore[arg-type]
-    assert told is not None
-    return told.step_seconds
+def step(small: Workload, device: Hardware = H100, **more: object) -> float:
+    predicted = step_time.forecast(small, device, **more)  # type: ignore[arg-type]
+    assert predicted is not None
+    return predicted.step_seconds
 
 
 @pytest.mark.parametrize(
@@ -112,29 +112,29 @@ def test_devices_of_the_users_own_win_and_are_checked(tmp_path: Path) -> None:
     [(0, 16, 2), (1, 16, 3), (2, 16, 33), (3, 16, 48), (2, 1, 3), (3, 1, 3)],
 )
 def test_the_volume_of_a_step_is_what_deepspeed_sends(zero: int, accumulation: int, elements: int) -> None:
-    one = setting(zero=zero, accumulation=accumulation, communication_dtype="bf16")
-    sent = communication.volume(one, Layout())
-    assert sent.total_bytes == pytest.approx(elements * one.parameters * 2)
+    small = workload(zero=zero, accumulation=accumulation, communication_dtype="bf16")
+    sent = communication.volume(small, Layout())
+    assert sent.total_bytes == pytest.approx(elements * small.parameters * 2)
 
 
 def test_gradients_in_fp32_are_twice_as_many_bytes() -> None:
-    one = setting(zero=2, accumulation=3)  # fp32 is Halfstep's communication_data_type
-    psi = one.parameters
-    assert communication.volume(one, Layout()).total_bytes == pytest.approx(2 * 3 * psi * 4 + psi * 2)
-    assert communication.volume(setting(precision="fp32", zero=1), Layout()).total_bytes == pytest.approx(3 * psi * 4)
+    small = workload(zero=2, accumulation=3)  # fp32 is Halfstep's communication_data_type
+    psi = small.parameters
+    assert communication.volume(small, Layout()).total_bytes == pytest.approx(2 * 3 * psi * 4 + psi * 2)
+    assert communication.volume(workload(precision="fp32", zero=1), Layout()).total_bytes == pytest.approx(3 * psi * 4)
 
 
 def test_other_trainers_and_zeropp_have_their_own_volumes() -> None:
-    one = setting(zero=3, accumulation=2, communication_dtype="bf16")
-    psi = one.parameters * 2.0
-    assert communication.volume(one, Layout(collectives="fsdp")).total_bytes == pytest.approx(6 * psi)
-    shard_grad_op = dataclasses.replace(one, zero=2)
+    small = workload(zero=3, accumulation=2, communication_dtype="bf16")
+    psi = small.parameters * 2.0
+    assert communication.volume(small, Layout(collectives="fsdp")).total_bytes == pytest.approx(6 * psi)
+    shard_grad_op = dataclasses.replace(small, zero=2)
     assert communication.volume(shard_grad_op, Layout(collectives="fsdp")).total_bytes == pytest.approx(4 * psi)
-    assert communication.volume(one, Layout(collectives="ddp")).total_bytes == pytest.approx(2 * psi)
-    quantized = communication.volume(one, Layout(quantized=True))
+    assert communication.volume(small, Layout(collectives="ddp")).total_bytes == pytest.approx(2 * psi)
+    quantized = communication.volume(small, Layout(quantized=True))
     # Between nodes: 0.5 forward in int8, nothing backward (a second copy in the node), 0.25 of gradients in int4.
     assert quantized.hidden_bytes == pytest.approx(2 * 0.75 * psi)
-    assert communication.volume(dataclasses.replace(one, ranks=1), Layout()).total_bytes == 0
+    assert communication.volume(dataclasses.replace(small, ranks=1), Layout()).total_bytes == 0
 
 
 def test_a_ring_in_a_node_and_between_nodes_by_hand() -> None:
@@ -152,17 +152,17 @@ def test_a_ring_in_a_node_and_between_nodes_by_hand() -> None:
 
 
 def test_a_matrix_product_takes_its_flops_over_what_the_device_reaches() -> None:
-    one = setting(micro=1, accumulation=1)
-    shape = one.shape
+    small = workload(micro=1, accumulation=1)
+    shape = small.shape
     assert shape is not None
     known = dataclasses.replace(IDEAL, matmul=0.5)
-    stage = compute.stage(one, Layout(), H100, known)
+    stage = compute.stage(small, Layout(), H100, known)
     # 12 h^2 weights a layer, 6 FLOPs for each and token, on half of 80.3 % of 989 TFLOP/s.
     flops = 6 * 2048 * 12 * shape.width**2 * shape.layers
     assert stage.matmul == pytest.approx(flops / (0.5 * 0.803 * 989e12))
-    head = compute.head(one, Layout(), H100, known)
+    head = compute.head(small, Layout(), H100, known)
     assert head.matmul == pytest.approx(6 * 2048 * shape.vocabulary * shape.width / (0.5 * 0.803 * 989e12))
-    again = compute.stage(dataclasses.replace(one, activation_checkpointing=True), Layout(), H100, known)
+    again = compute.stage(dataclasses.replace(small, activation_checkpointing=True), Layout(), H100, known)
     assert again.matmul == pytest.approx(stage.matmul * 4 / 3)
     # A causal fused kernel: 2 s h forward, 2.5 times that backward.
     attention = 3.5 * 2 * 2048 * 2048 * shape.width * shape.layers
@@ -172,7 +172,7 @@ def test_a_matrix_product_takes_its_flops_over_what_the_device_reaches() -> None
 def test_the_slower_of_host_and_device_decides() -> None:
     quick = dataclasses.replace(IDEAL, host=1e-9)
     slow = dataclasses.replace(IDEAL, host=1.0)
-    small = setting(micro=1, sequence=128)
+    small = workload(micro=1, sequence=128)
     assert compute.stage(small, Layout(), H100, quick).seconds == pytest.approx(
         compute.stage(small, Layout(), H100, quick).device
     )
@@ -184,34 +184,34 @@ def test_a_pipeline_waits_for_its_bubble() -> None:
     # 30 layers and 2 for embedding and head share 4 stages equally: 3 of 8 micro-steps more.
     shape = dataclasses.replace(shape_of(PRESETS["gpt3-6.7b"]), layers=30)
     known = dataclasses.replace(IDEAL, pipeline_latency=0.0, optimizer=0.0)
-    one = setting(shape=shape, ranks=1, accumulation=8)
+    small = workload(shape=shape, ranks=1, accumulation=8)
     infinite = dataclasses.replace(H100, link=math.inf)
-    flat = time.forecast(one, infinite, known=known)
-    piped = time.forecast(one, infinite, layout=Layout(pipeline=4), known=known)
+    flat = step_time.forecast(small, infinite, known=known)
+    piped = step_time.forecast(small, infinite, layout=Layout(pipeline=4), known=known)
     assert flat is not None
     assert piped is not None
-    stage = compute.stage(one, Layout(pipeline=4), infinite, known).seconds
+    stage = compute.stage(small, Layout(pipeline=4), infinite, known).seconds
     assert piped.step_seconds == pytest.approx(flat.step_seconds / 4 + 3 * stage, rel=1e-6)
     assert piped.devices == 4
 
 
 def test_terms_add_up_and_derived_numbers_follow() -> None:
-    told = time.forecast(setting(), H100)
-    assert told is not None
-    tree = told.to_dict()
-    assert sum(tree["terms"].values()) == pytest.approx(told.step_seconds)
-    assert told.tokens == 2 * 2048 * 4 * 8
-    assert tree["tokens_per_second"] == pytest.approx(told.tokens / told.step_seconds)
+    predicted = step_time.forecast(workload(), H100)
+    assert predicted is not None
+    tree = predicted.to_dict()
+    assert sum(tree["terms"].values()) == pytest.approx(predicted.step_seconds)
+    assert predicted.tokens == 2 * 2048 * 4 * 8
+    assert tree["tokens_per_second"] == pytest.approx(predicted.tokens / predicted.step_seconds)
     assert tree["tokens_per_second_per_gpu"] * 8 == pytest.approx(tree["tokens_per_second"])
-    assert tree["mfu"] == pytest.approx(tree["tokens_per_second_per_gpu"] * told.flops_per_token / 989e12)
+    assert tree["mfu"] == pytest.approx(tree["tokens_per_second_per_gpu"] * predicted.flops_per_token / 989e12)
     assert tree["flops_convention"] == "causal"
-    assert told.low_seconds < told.step_seconds < told.high_seconds
+    assert predicted.low_seconds < predicted.step_seconds < predicted.high_seconds
 
 
 def test_what_is_not_known_has_no_time() -> None:
-    assert time.forecast(setting(shape=None), H100) is None
+    assert step_time.forecast(workload(shape=None), H100) is None
     untold = dataclasses.replace(hardware.find("B200"), fp32=None)
-    assert time.forecast(setting(precision="fp32"), untold) is None
+    assert step_time.forecast(workload(precision="fp32"), untold) is None
 
 
 @given(
@@ -225,7 +225,7 @@ def test_a_step_of_equal_micro_steps_never_gets_faster_with_more_ranks(
     model: str, zero: int, doublings: int, micro: int, accumulation: int
 ) -> None:
     shape = shape_of(PRESETS[model], vocabulary=50304)
-    few = setting(
+    few = workload(
         shape=shape, parameters=parameters(shape), zero=zero, ranks=2**doublings, micro=micro, accumulation=accumulation
     )
     more = dataclasses.replace(few, ranks=2 ** (doublings + 1))
@@ -236,18 +236,18 @@ def test_a_step_of_equal_micro_steps_never_gets_faster_with_more_ranks(
 
 @given(st.integers(1, 64), st.integers(1, 64), st.sampled_from(["A100", "H100", "V100", "L40S"]))
 def test_more_work_takes_longer_and_a_checkpointed_step_longest(micro: int, accumulation: int, device: str) -> None:
-    one = setting(micro=micro, accumulation=accumulation)
+    small = workload(micro=micro, accumulation=accumulation)
     chosen = hardware.find(device)
-    base = step(one, chosen)
-    assert step(dataclasses.replace(one, micro=micro + 1), chosen) > base
-    assert step(dataclasses.replace(one, accumulation=accumulation + 1), chosen) > base
-    assert step(dataclasses.replace(one, activation_checkpointing=True), chosen) > base
-    assert step(dataclasses.replace(one, offload_optimizer="cpu"), chosen) > base
+    base = step(small, chosen)
+    assert step(dataclasses.replace(small, micro=micro + 1), chosen) > base
+    assert step(dataclasses.replace(small, accumulation=accumulation + 1), chosen) > base
+    assert step(dataclasses.replace(small, activation_checkpointing=True), chosen) > base
+    assert step(dataclasses.replace(small, offload_optimizer="cpu"), chosen) > base
 
 
 def test_a_calibrated_factor_multiplies_the_step() -> None:
     known = dataclasses.replace(shipped(), factors={"stack:x": math.log(2)})
-    assert step(setting(), known=known, stack="x") == pytest.approx(2 * step(setting(), known=known, stack="y"))
+    assert step(workload(), known=known, stack="x") == pytest.approx(2 * step(workload(), known=known, stack="y"))
     assert factor_keys("x", "h100", "fp16") == factor_keys("x", "h100", "bf16")
 
 
@@ -264,12 +264,12 @@ def test_a_plan_says_how_long_it_takes_or_why_it_cannot(plan: Make) -> None:
     assert unknown["step_seconds"] is None
     assert "doctor --measure" in unknown["unknown"]
     gpus = Topology(world_size=8, ranks_per_node=8, accelerator="cuda", device_name="NVIDIA H100 80GB HBM3")
-    told = plan("model=gpt2-124m", "batch.global=64", "steps=1000", topology=gpus)
-    assert told.time["unknown"] is None
-    assert told.time["hardware"] == "h100"
-    assert told.time["training_seconds"] == pytest.approx(1000 * told.time["step_seconds"])
-    assert told.time["device_hours"] == pytest.approx(8 * told.time["hours"])
-    assert told.time["price"] is None
+    planned = plan("model=gpt2-124m", "batch.global=64", "steps=1000", topology=gpus)
+    assert planned.time["unknown"] is None
+    assert planned.time["hardware"] == "h100"
+    assert planned.time["training_seconds"] == pytest.approx(1000 * planned.time["step_seconds"])
+    assert planned.time["device_hours"] == pytest.approx(8 * planned.time["hours"])
+    assert planned.time["price"] is None
     strange = dataclasses.replace(gpus, device_name="Graphcore")
     assert "hardware=NAME" in plan("model=gpt2-124m", "batch.global=64", topology=strange).time["unknown"]
 
@@ -283,17 +283,21 @@ def test_the_time_of_a_plan_is_no_part_of_its_name(plan: Make) -> None:
 
 
 def test_jobs_and_money_by_hand() -> None:
-    work = outlook.Work(steps=1000, evaluations=0, evaluation_sequences=0, checkpoints=0)
-    told = outlook.of(setting(), H100, "", work, outlook.Terms(limit_seconds=900, notice_seconds=300, price=2.5))
-    seconds = 1000 * told["step_seconds"]
-    assert told["jobs"] == math.ceil(seconds / 600)
-    assert told["price"] == pytest.approx(seconds / 3600 * 8 * 2.5)
-    saved = outlook.of(setting(), dataclasses.replace(H100, storage=1e9), "", dataclasses.replace(work, checkpoints=2))
-    assert saved["checkpoint_seconds"] == pytest.approx(2 * setting().parameters * 14 / 1e9)
-    assert outlook.of(setting(), H100, "", dataclasses.replace(work, checkpoints=2))["checkpoint_seconds"] is None
+    work = run_estimate.Work(steps=1000, evaluations=0, evaluation_sequences=0, checkpoints=0)
+    estimate = run_estimate.of(
+        workload(), H100, "", work, run_estimate.Terms(limit_seconds=900, notice_seconds=300, price=2.5)
+    )
+    seconds = 1000 * estimate["step_seconds"]
+    assert estimate["jobs"] == math.ceil(seconds / 600)
+    assert estimate["price"] == pytest.approx(seconds / 3600 * 8 * 2.5)
+    saved = run_estimate.of(
+        workload(), dataclasses.replace(H100, storage=1e9), "", dataclasses.replace(work, checkpoints=2)
+    )
+    assert saved["checkpoint_seconds"] == pytest.approx(2 * workload().parameters * 14 / 1e9)
+    assert run_estimate.of(workload(), H100, "", dataclasses.replace(work, checkpoints=2))["checkpoint_seconds"] is None
 
 
 @pytest.mark.parametrize("text", ["cheap", "", "-1", "nan", "inf"])
 def test_a_price_that_is_no_price_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="is not a price"):
-        outlook.price(text)
+        run_estimate.price(text)

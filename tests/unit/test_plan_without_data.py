@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, train
+from halfstep.launcher import train
+from halfstep.launcher.cli import main
 
 BIG = ["model=gpt3-175b", "nodes=128", "gpus_per_node=8", "hardware=H100", "zero=3", "batch.global=1024"]
 
 
-def planned(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.main(["plan", *words]) == 0
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main.main(["plan", *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -30,9 +31,9 @@ def test_175b_on_1024_gpus_is_planned_without_data(capsys: pytest.CaptureFixture
 def test_its_json_has_the_same_keys_with_null_for_what_is_not_known(
     capsys: pytest.CaptureFixture[str], corpus: Path
 ) -> None:
-    words = ["--json", "model=gpt2-124m", "hardware=H100", "gpus_per_node=8"]
-    without = json.loads(planned(capsys, *words))
-    known = json.loads(planned(capsys, *words, f"data={corpus}", "sequence=1024"))
+    arguments = ["--json", "model=gpt2-124m", "hardware=H100", "gpus_per_node=8"]
+    without = json.loads(planned(capsys, *arguments))
+    known = json.loads(planned(capsys, *arguments, f"data={corpus}", "sequence=1024"))
     assert without.keys() == known.keys()
     assert without["data"].keys() == known["data"].keys()
     assert set(without["data"].values()) == {None}
@@ -46,7 +47,7 @@ def test_its_json_has_the_same_keys_with_null_for_what_is_not_known(
 def test_a_preset_that_takes_its_vocabulary_from_data_asks_for_one_of_the_two(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["plan", "model=gpt2-nano"]) == 2
+    assert main.main(["plan", "model=gpt2-nano"]) == 2
     said = capsys.readouterr().err
     assert "gpt2-nano takes the vocabulary of the data's tokenizer, and no data was named" in said
     assert "give data=DIR, or model.vocabulary=N" in said
@@ -66,9 +67,9 @@ def test_the_search_needs_none_either(capsys: pytest.CaptureFixture[str]) -> Non
     assert "the fastest: nodes=" in text
 
 
-@pytest.mark.parametrize("words", [["run"], ["run", "--dry-run"], ["submit", "--dry-run"], None], ids=str)
-def test_whatever_starts_something_needs_data(words: list[str] | None, capsys: pytest.CaptureFixture[str]) -> None:
-    code = train.main(["model=gpt2-124m"]) if words is None else cli.main([*words, "model=gpt2-124m"])
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--dry-run"], ["submit", "--dry-run"], None], ids=str)
+def test_whatever_starts_something_needs_data(arguments: list[str] | None, capsys: pytest.CaptureFixture[str]) -> None:
+    code = train.main(["model=gpt2-124m"]) if arguments is None else main.main([*arguments, "model=gpt2-124m"])
     assert code == 2
     said = capsys.readouterr().err
     assert "error: data is missing" in said

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from launcher.engine.meeting import Connection, GoneError
-from launcher.engine.preflight import RollCall
-from launcher.engine.reports import Report, different, summary
-from launcher.errors import Fault, HalfstepError, Stalled, Stopped, TopologyError
-from launcher.plan.plan import Plan
-from launcher.topology import Rank, free_port
+from halfstep.launcher.engine.ranks.meeting import Connection, GoneError
+from halfstep.launcher.engine.ranks.preflight import RollCall
+from halfstep.launcher.engine.ranks.reports import Report, different, summary
+from halfstep.launcher.errors import Fault, HalfstepError, Stalled, Stopped, TopologyError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Rank, free_port
 
 
 def report(rank: int = 0, host: str = "n1", **more: Any) -> Report:
@@ -63,12 +63,12 @@ def call(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callable
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
         monkeypatch.setenv(name, value)
 
-    def begin(rank: int, *words: str, world: int = 2, local: int | None = None, **more: Any) -> Answer:
+    def begin(rank: int, *arguments: str, world: int = 2, local: int | None = None, **more: Any) -> Answer:
         local_world = local or world
         numbered = Rank(
             rank=rank, local_rank=rank % local_world, world_size=world, local_world_size=local_world, source="launcher"
         )
-        made = plan("watch.startup=20", *words)
+        made = plan("watch.startup=20", *arguments)
         return Answer(RollCall(numbered, made, more.get("secret", SECRET), more.get("asked", lambda: None)))
 
     return begin
@@ -120,10 +120,10 @@ def test_a_rank_without_the_secret_is_sent_away_and_the_others_meet(call: Callab
 
 def test_ranks_of_two_plans_find_out_before_anything_is_built(call: Callable[..., Answer]) -> None:
     first, second = call(0, "zero=1"), call(1, "zero=2")
-    for one in (first, second):
-        assert isinstance(one.get(), TopologyError)
-        assert one.get().what.startswith("the plan of the run is ")
-    assert (first.get().said_elsewhere, second.get().said_elsewhere) == (False, True)
+    for answer in (first, second):
+        assert isinstance(answer.get(), TopologyError)
+        assert answer.get().what.startswith("the plan of the run is ")
+    assert (first.get().reported, second.get().reported) == (False, True)
 
 
 def test_two_processes_with_one_number_are_told_of_each_other(call: Callable[..., Answer]) -> None:
@@ -144,9 +144,9 @@ def test_a_stop_while_ranks_are_awaited_ends_all_at_once(call: Callable[..., Ans
     both = [call(number, world=3, asked=asked.get(number, lambda: None)) for number in (0, 1)]
     if rank == 0:  # it may be gone before the other has found it
         both = both[:1]
-    for one in both:
-        assert isinstance(one.get(), Stopped), one.get()
-        assert one.get().what == "SIGTERM, before the ranks had met"
+    for answer in both:
+        assert isinstance(answer.get(), Stopped), answer.get()
+        assert answer.get().what == "SIGTERM, before the ranks had met"
 
 
 def test_a_rank_that_leaves_ends_the_waiting(call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:

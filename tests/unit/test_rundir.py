@@ -13,24 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from launcher import rundir
-from launcher.errors import HalfstepError, RequestError, Stalled
-from launcher.lease import LEASE_STALE_SECONDS, lease, reserved
-from launcher.plan import facts
-from launcher.plan.plan import Plan
-from launcher.plan.resolve import resolve
-from launcher.spec.load import Request, load
-from launcher.topology import Topology
-from launcher.watch import exits
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.errors import HalfstepError, RequestError, Stalled
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import exits, run_directory
+from halfstep.launcher.rundir.lease import LEASE_STALE_SECONDS, lease, reserved
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 
 
 @pytest.fixture
 def decide(corpus: Path) -> Callable[..., tuple[Request, Plan]]:
-    def make(*words: str, world: Topology = WORLD) -> tuple[Request, Plan]:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
-        return request, resolve(request, world, facts.read(request.spec, lambda *_: NotImplemented))
+    def make(*arguments: str, world: Topology = WORLD) -> tuple[Request, Plan]:
+        request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
+        return request, resolve(request, world, facts.read(request.spec))
 
     return make
 
@@ -38,7 +38,7 @@ def decide(corpus: Path) -> Callable[..., tuple[Request, Plan]]:
 def test_a_run_directory_holds_request_plan_config_and_origins(decide: Callable, tmp_path: Path) -> None:
     out = tmp_path / "it's a run"
     request, plan = decide("zero=3", "optimizer.lr=1e-4", "ds.zero_optimization.overlap_comm=false", f"out={out}")
-    rundir.write_plan(rundir.location(request, plan), request, plan)
+    run_directory.write_plan(run_directory.location(request, plan), request, plan)
     asked = tomllib.loads((out / "request.toml").read_text())
     assert asked["zero"] == 3
     assert asked["optimizer"] == {"lr": 1e-4}
@@ -46,7 +46,7 @@ def test_a_run_directory_holds_request_plan_config_and_origins(decide: Callable,
     assert "seed" not in asked, "a default was not asked for"
     assert json.loads((out / "ds_config.json").read_text()) == plan.deepspeed
     assert json.loads((out / "origins.json").read_text())["deepspeed"] == plan.origins
-    again, same = rundir.read_plan(out)
+    again, same = Run(out).require_as_asked()
     assert (again.spec, same) == (request.spec, plan)
 
 
@@ -55,24 +55,26 @@ def test_without_out_the_directory_is_named_by_the_run_id(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     request, plan = decide()
-    assert rundir.location(request, plan) == tmp_path / "runs" / plan.run_id
+    assert run_directory.location(request, plan) == tmp_path / "runs" / plan.run_id
 
 
 @pytest.mark.parametrize(
-    "words", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
+    "arguments", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
 )
-def test_a_run_goes_on_in_its_directory_when_only_these_change(
-    decide: Callable, tmp_path: Path, words: list[str]
+def test_a_run_resumes_in_its_directory_when_only_these_change(
+    decide: Callable, tmp_path: Path, arguments: list[str]
 ) -> None:
-    rundir.write_plan(tmp_path / "run", *decide())
-    rundir.write_plan(tmp_path / "run", *decide(*words))
-    rundir.write_plan(tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu")))
-    there = rundir.read_plan(tmp_path / "run")[1]
+    run_directory.write_plan(tmp_path / "run", *decide())
+    run_directory.write_plan(tmp_path / "run", *decide(*arguments))
+    run_directory.write_plan(
+        tmp_path / "run", *decide(world=Topology(world_size=4, ranks_per_node=4, accelerator="cpu"))
+    )
+    there = Run(tmp_path / "run").plan
     assert there.topology.world_size == 4, "the last one asked for stands"
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("arguments", "what"),
     [
         (["seed=1"], "seed was 0 and is now 1"),
         (["optimizer.lr=1e-5"], "optimizer.lr was None and is now 1e-05"),
@@ -81,34 +83,34 @@ def test_a_run_goes_on_in_its_directory_when_only_these_change(
     ],
 )
 def test_a_directory_of_a_different_run_is_refused(
-    decide: Callable, tmp_path: Path, words: list[str], what: str
+    decide: Callable, tmp_path: Path, arguments: list[str], what: str
 ) -> None:
-    rundir.write_plan(tmp_path / "run", *decide())
+    run_directory.write_plan(tmp_path / "run", *decide())
     before = (tmp_path / "run" / "plan.json").read_bytes()
     with pytest.raises(RequestError) as caught:
-        rundir.write_plan(tmp_path / "run", *decide(*words))
+        run_directory.write_plan(tmp_path / "run", *decide(*arguments))
     assert what in caught.value.what
     assert (tmp_path / "run" / "plan.json").read_bytes() == before
 
 
 def test_another_corpus_makes_another_run(decide: Callable, corpus: Path, tmp_path: Path) -> None:
-    rundir.write_plan(tmp_path / "run", *decide())
+    run_directory.write_plan(tmp_path / "run", *decide())
     manifest = corpus / "manifest.json"
     manifest.write_text(manifest.read_text().replace("by hand", "by another hand"))
     with pytest.raises(RequestError, match="data was"):
-        rundir.write_plan(tmp_path / "run", *decide())
+        run_directory.write_plan(tmp_path / "run", *decide())
 
 
 def test_a_folder_of_something_else_is_not_taken(decide: Callable, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("...")
     with pytest.raises(RequestError, match="not a run directory"):
-        rundir.write_plan(tmp_path, *decide())
+        run_directory.write_plan(tmp_path, *decide())
 
 
 def test_a_folder_that_cannot_be_made_is_named(decide: Callable, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="cannot be written: Not a directory"):
-        rundir.write_plan(tmp_path / "file" / "run", *decide())
+        run_directory.write_plan(tmp_path / "file" / "run", *decide())
 
 
 def test_every_start_is_a_new_attempt_with_its_environment(
@@ -116,13 +118,13 @@ def test_every_start_is_a_new_attempt_with_its_environment(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "a secret")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    rundir.write_plan(tmp_path / "run", *decide())
+    run_directory.write_plan(tmp_path / "run", *decide())
     attempts = []
     for measured in ("first", "second"):
-        attempts.append(rundir.start_attempt(tmp_path / "run", {"world_size": 2}))
+        attempts.append(run_directory.start_attempt(tmp_path / "run", {"world_size": 2}))
         attempts[-1].metrics.write_text(measured)
     assert (attempts[0].attempt / "metrics.jsonl").read_text() == "first", "what an attempt measured is kept"
-    assert [one.attempt.name for one in attempts] == ["0001", "0002"]
+    assert [attempt.attempt.name for attempt in attempts] == ["0001", "0002"]
     text = (attempts[0].attempt / "env.json").read_text()
     environment = json.loads(text)
     assert environment["environment"]["SLURM_JOB_ID"] == "77"
@@ -140,7 +142,7 @@ def test_the_first_cause_of_an_exit_stands(tmp_path: Path) -> None:
 
 HOLDER = """
 import pathlib, sys
-from launcher.lease import lease
+from halfstep.launcher.rundir.lease import lease
 with lease(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -167,7 +169,7 @@ def test_two_launches_do_not_share_a_directory_and_a_dead_one_gives_it_back(tmp_
 
 
 def test_a_job_outlives_the_lease_of_its_dead_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import launcher.lease as page
+    import halfstep.launcher.rundir.lease as page
 
     monkeypatch.setattr(page, "LEASE_STALE_SECONDS", 0.6)
     held = {"host": "lost", "pid": 1, "since": 0, "job": "7", "start": "0"}
@@ -185,8 +187,8 @@ def test_a_job_outlives_the_lease_of_its_dead_predecessor(tmp_path: Path, monkey
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with lease(tmp_path):
-        found = json.loads((tmp_path / "lease").read_text())
-    assert (found["job"], found["start"]) == ("7", "1")
+        holder = json.loads((tmp_path / "lease").read_text())
+    assert (holder["job"], holder["start"]) == ("7", "1")
 
 
 def test_a_job_does_not_wait_for_a_lease_whose_holder_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +217,7 @@ def test_a_lease_of_another_host_counts_until_it_is_stale(tmp_path: Path) -> Non
 def test_a_damaged_plan_is_a_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(RequestError):
-        rundir.read_plan(tmp_path)
+        Run(tmp_path).require_as_asked()
 
 
 def test_an_error_crosses_from_process_to_process_whole() -> None:
@@ -225,21 +227,21 @@ def test_an_error_crosses_from_process_to_process_whole() -> None:
 
 
 def test_the_origins_of_a_request_survive_the_directory(decide: Callable, tmp_path: Path) -> None:
-    rundir.write_plan(tmp_path / "run", *decide("zero=3"))
-    request, plan = rundir.read_plan(tmp_path / "run")
+    run_directory.write_plan(tmp_path / "run", *decide("zero=3"))
+    request, plan = Run(tmp_path / "run").require_as_asked()
     assert request.origins["zero"] == "the command line"
-    rundir.write_plan(tmp_path / "run", request, plan)
-    assert rundir.read_plan(tmp_path / "run")[0].origins == request.origins
+    run_directory.write_plan(tmp_path / "run", request, plan)
+    assert Run(tmp_path / "run").request.origins == request.origins
 
 
 def test_an_own_config_is_known_by_its_content_not_its_place(decide: Callable, tmp_path: Path) -> None:
     for name in ("one.json", "two.json"):
         (tmp_path / name).write_text('{"zero_optimization": {"stage": 1}}')
-    rundir.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'one.json'}"))
-    rundir.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'two.json'}"))
+    run_directory.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'one.json'}"))
+    run_directory.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'two.json'}"))
     (tmp_path / "two.json").write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}')
     with pytest.raises(RequestError, match="ds_config was"):
-        rundir.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'two.json'}"))
+        run_directory.write_plan(tmp_path / "run", *decide(f"--ds-config={tmp_path / 'two.json'}"))
 
 
 def rows(*steps: int, torn: str = "") -> str:
@@ -247,13 +249,13 @@ def rows(*steps: int, torn: str = "") -> str:
 
 
 def test_a_resume_keeps_the_rows_of_the_steps_that_are_done_and_loses_none(tmp_path: Path, decide: Callable) -> None:
-    rundir.write_plan(tmp_path / "run", *decide(f"out={tmp_path / 'run'}"))
-    first = rundir.start_attempt(tmp_path / "run", {})
+    run_directory.write_plan(tmp_path / "run", *decide(f"out={tmp_path / 'run'}"))
+    first = run_directory.start_attempt(tmp_path / "run", {})
     evaluated = json.dumps({"step": 2, "eval_loss": 1.0}) + "\n"
     first.metrics.write_text(rows(1, 2) + evaluated + rows(3, 4, torn='{"step": 5, "lo'))
     first.summary.write_text("{}")
     (tmp_path / "run/checkpoints").mkdir()
-    second = rundir.start_attempt(tmp_path / "run", {}, steps_done=2)
+    second = run_directory.start_attempt(tmp_path / "run", {}, steps_done=2)
     assert second.metrics.read_text() == rows(1, 2) + evaluated
     redone = (first.attempt / "metrics-redone.jsonl").read_text()
     assert redone == rows(3, 4) + '{"step": 5, "lo\n'
@@ -265,11 +267,11 @@ def test_a_resume_keeps_the_rows_of_the_steps_that_are_done_and_loses_none(tmp_p
 def test_a_start_from_the_first_step_puts_the_old_series_and_its_checkpoints_aside(
     tmp_path: Path, decide: Callable
 ) -> None:
-    rundir.write_plan(tmp_path / "run", *decide(f"out={tmp_path / 'run'}"))
-    first = rundir.start_attempt(tmp_path / "run", {})
+    run_directory.write_plan(tmp_path / "run", *decide(f"out={tmp_path / 'run'}"))
+    first = run_directory.start_attempt(tmp_path / "run", {})
     first.metrics.write_text(rows(1, 2))
     (tmp_path / "run/checkpoints/step-00000002").mkdir(parents=True)
-    second = rundir.start_attempt(tmp_path / "run", {})
+    second = run_directory.start_attempt(tmp_path / "run", {})
     assert not second.metrics.exists()
     assert (first.attempt / "metrics.jsonl").read_text() == rows(1, 2)
     assert (first.attempt / "checkpoints/step-00000002").is_dir()
@@ -284,7 +286,7 @@ def test_a_start_that_is_killed_while_it_writes_the_plan_can_be_made_again(
     decide: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, how: str
 ) -> None:
     written: list[str] = []
-    write = rundir.write_atomic
+    write = run_directory.write_atomic
 
     def dies(file: Path, text: str) -> None:
         if len(written) == number:
@@ -294,49 +296,49 @@ def test_a_start_that_is_killed_while_it_writes_the_plan_can_be_made_again(
         written.append(file.name)
         write(file, text)
 
-    monkeypatch.setattr(rundir, "write_atomic", dies)
-    monkeypatch.setattr(rundir, "write_json", lambda file, value: dies(file, json.dumps(value)))
+    monkeypatch.setattr(run_directory, "write_atomic", dies)
+    monkeypatch.setattr(run_directory, "write_json", lambda file, value: dies(file, json.dumps(value)))
     with pytest.raises(KeyboardInterrupt), reserved(tmp_path / "run", "a launch"):
-        rundir.write_plan(tmp_path / "run", *decide())
+        run_directory.write_plan(tmp_path / "run", *decide())
     assert tuple(written) == FILES[:number], "plan.json comes last"
     monkeypatch.undo()
-    rundir.write_plan(tmp_path / "run", *decide())
-    assert rundir.read_plan(tmp_path / "run")[1] == decide()[1]
+    run_directory.write_plan(tmp_path / "run", *decide())
+    assert Run(tmp_path / "run").plan == decide()[1]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"identity": 7}'])
 def test_a_damaged_plan_is_written_again_by_the_same_words(decide: Callable, tmp_path: Path, content: bytes) -> None:
     run = tmp_path / "run"
-    rundir.write_plan(run, *decide())
+    run_directory.write_plan(run, *decide())
     (run / "plan.json").write_bytes(content)
     with pytest.raises(RequestError) as caught:
-        rundir.read_plan(run)
+        Run(run).require_as_asked()
     assert caught.value.fix == "start the run again with its key=value words, which write it again"
-    rundir.write_plan(run, *decide())
-    assert rundir.read_plan(run)[1] == decide()[1]
+    run_directory.write_plan(run, *decide())
+    assert Run(run).plan == decide()[1]
 
 
 def test_whose_a_directory_with_a_damaged_plan_is_its_last_attempt_tells(decide: Callable, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rundir.write_plan(run, *decide())
-    rundir.start_attempt(run, {}).metrics.write_text("")
+    run_directory.write_plan(run, *decide())
+    run_directory.start_attempt(run, {}).metrics.write_text("")
     (run / "plan.json").write_text("{")
     with pytest.raises(RequestError, match="seed was 0 and is now 1"):
-        rundir.write_plan(run, *decide("seed=1"))
+        run_directory.write_plan(run, *decide("seed=1"))
     (run / "plan.json").unlink()
     with pytest.raises(RequestError, match="seed was 0 and is now 1"):
-        rundir.write_plan(run, *decide("seed=1"))
-    rundir.write_plan(run, *decide())
+        run_directory.write_plan(run, *decide("seed=1"))
+    run_directory.write_plan(run, *decide())
 
 
 def test_missing_or_damaged_origins_decide_nothing_about_whose_a_directory_is(decide: Callable, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rundir.write_plan(run, *decide())
+    run_directory.write_plan(run, *decide())
     for spoil in (lambda file: file.unlink(), lambda file: file.write_text("{")):
         for name in ("origins.json", "request.toml", "ds_config.json"):
             spoil(run / name)
-        rundir.write_plan(run, *decide())
-        assert rundir.read_plan(run)[1] == decide()[1]
+        run_directory.write_plan(run, *decide())
+        assert Run(run).plan == decide()[1]
 
 
 def test_a_launch_reserves_a_directory_until_its_ranks_hold_it(
@@ -345,7 +347,7 @@ def test_a_launch_reserves_a_directory_until_its_ranks_hold_it(
     run = tmp_path / "run"
     monkeypatch.delenv("HALFSTEP_LAUNCH", raising=False)
     with reserved(run, "the first"):
-        rundir.write_plan(run, *decide())
+        run_directory.write_plan(run, *decide())
         for another in (lambda: reserved(run, "the second"), lambda: lease(run)):
             with pytest.raises(RequestError, match=f"is in use by process {os.getpid()}"), another():
                 pass
@@ -359,7 +361,7 @@ def test_a_launch_reserves_a_directory_until_its_ranks_hold_it(
 
 RESERVER = """
 import os, pathlib, sys
-from launcher.lease import reserved
+from halfstep.launcher.rundir.lease import reserved
 with reserved(pathlib.Path(sys.argv[1]), "killed"):
     os.kill(os.getpid(), 9)
 """
@@ -384,7 +386,7 @@ def test_two_starts_in_the_same_instant_are_one_run_and_one_refusal(decide: Call
             barrier.wait()
             try:
                 with reserved(run, threading.current_thread().name):
-                    rundir.write_plan(run, request, plan)
+                    run_directory.write_plan(run, request, plan)
                     barrier.wait(5)
                     outcomes.append("started")
             except RequestError as error:
@@ -392,9 +394,9 @@ def test_two_starts_in_the_same_instant_are_one_run_and_one_refusal(decide: Call
                 barrier.wait(5)
 
         threads = [threading.Thread(target=begin, name=f"launch {number}") for number in range(2)]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
+        for started in threads:
+            started.start()
+        for thread in threads:
+            thread.join()
         assert sorted(outcomes)[1] == "started"
         assert sorted(outcomes)[0].startswith(f"{run} is in use by ")

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.errors import RequestError
-from launcher.spec.dotted import flatten, unflatten
-from launcher.spec.load import load
-from launcher.spec.schema import run_keys
+from halfstep.launcher.config.dotted import flatten, unflatten
+from halfstep.launcher.config.load import load
+from halfstep.launcher.config.schema import run_keys
+from halfstep.launcher.errors import RequestError
 
 BASE = ["model=gpt2-nano", "data=/data"]
 
 
-def refused(*words: str) -> RequestError:
+def refused(*arguments: str) -> RequestError:
     with pytest.raises(RequestError) as caught:
-        load([*BASE, *words])
+        load([*BASE, *arguments])
     return caught.value
 
 
@@ -63,7 +63,7 @@ def test_a_value_out_of_bounds_is_refused_with_the_bound(word: str, what: str) -
 
 def test_all_problems_are_reported_together() -> None:
     error = refused("zero=4", "precision=fp8", "stepz=1")
-    assert {error.what.split("=")[0], *(one.what.split("=")[0] for one in error.more)} == {
+    assert {error.what.split("=")[0], *(problem.what.split("=")[0] for problem in error.more)} == {
         "zero",
         "precision",
         "unknown run key 'stepz'",
@@ -80,7 +80,7 @@ def test_missing_model_and_data_are_asked_for() -> None:
     with pytest.raises(RequestError) as caught:
         load([])
     assert caught.value.what == "model.name is missing"
-    assert [one.what for one in caught.value.more] == ["data is missing"]
+    assert [problem.what for problem in caught.value.more] == ["data is missing"]
 
 
 def test_steps_and_tokens_exclude_each_other() -> None:
@@ -92,7 +92,7 @@ def test_a_word_that_is_no_key_value_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "what", "fix"),
+    ("arguments", "what", "fix"),
     [
         (["=3"], "'=3' has no key before the =", "write key=value, such as zero=2"),
         (["ds.=1"], "'ds.=1' has no key before the =", "write key=value, such as zero=2"),
@@ -102,8 +102,8 @@ def test_a_word_that_is_no_key_value_is_refused() -> None:
         (["checkpoint.evry=10"], "unknown run key 'checkpoint.evry'", "did you mean checkpoint.every"),
     ],
 )
-def test_an_odd_word_is_understood_as_what_it_was_meant_for(words: list[str], what: str, fix: str) -> None:
-    error = refused(*words)
+def test_an_odd_word_is_understood_as_what_it_was_meant_for(arguments: list[str], what: str, fix: str) -> None:
+    error = refused(*arguments)
     assert error.what == what
     assert error.fix.startswith(fix)
 
@@ -243,9 +243,9 @@ def test_a_run_that_was_started_with_a_secret_goes_on(tmp_path: Path) -> None:
 
 
 def test_what_only_sounds_like_a_secret_is_no_secret() -> None:
-    words = ["tokens=1e6", "ds.comet.experiment_key=abc", "ds.data_efficiency.data_sampling.num_epochs=1"]
-    words += ["ds.data_efficiency.data_routing.random_ltd.layer_token_lr_schedule={}", "data=/mnt/hf_datasets/a@b"]
-    assert load(["model=gpt2-nano", *words], data=False).spec.tokens == 10**6
+    arguments = ["tokens=1e6", "ds.comet.experiment_key=abc", "ds.data_efficiency.data_sampling.num_epochs=1"]
+    arguments += ["ds.data_efficiency.data_routing.random_ltd.layer_token_lr_schedule={}", "data=/mnt/hf_datasets/a@b"]
+    assert load(["model=gpt2-nano", *arguments], data=False).spec.tokens == 10**6
 
 
 PATHS = ("data", "out", "nvme_path", "model")
@@ -272,7 +272,7 @@ def test_a_home_that_is_not_known_is_refused(key: str, monkeypatch: pytest.Monke
 
 
 def test_a_study_takes_its_paths_alike() -> None:
-    from launcher.study.axes import absolute
+    from halfstep.launcher.study.axes import absolute
 
     for key, value in (("out", "~nosuchuser"), ("data", "x" * 300), ("model.name", "hf:~nosuchuser/x")):
         with pytest.raises(RequestError):
@@ -386,17 +386,17 @@ some_values = st.text(max_size=12) | st.sampled_from(
 )
 
 
-def understood(*words: str) -> bool:
+def understood(*arguments: str) -> bool:
     """Tell whether words are a request; whatever they are, nothing but an error of ours comes of them."""
     try:
-        return load([*BASE, *words], data=False).spec.model.name != ""
+        return load([*BASE, *arguments], data=False).spec.model.name != ""
     except RequestError:
         return False
 
 
 @given(st.lists(st.builds("{}={}".format, some_keys, some_values) | st.text(max_size=20), max_size=4))
-def test_any_words_are_a_request_or_an_error_of_ours(words: list[str]) -> None:
-    assert understood(*words) in (True, False)
+def test_any_words_are_a_request_or_an_error_of_ours(arguments: list[str]) -> None:
+    assert understood(*arguments) in (True, False)
 
 
 @given(

@@ -7,26 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.errors import HalfstepError
-from launcher.watch import processes, stalls
-from launcher.watch.exits import death, read_exit, write_exit, write_follow_up
-from launcher.watch.heart import Heart
-from launcher.watch.pulse import Beat
-from launcher.watch.stop import Stop
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.rundir.exits import Kind, read_exit, write_exit, write_follow_up
+from halfstep.launcher.system import processes
+from halfstep.launcher.watchdog import stalls
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
+from halfstep.launcher.watchdog.shared_page import Beat
+from halfstep.launcher.watchdog.stalls import death
+from halfstep.launcher.watchdog.stop import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from launcher.watch.stop import Stop
+from halfstep.launcher.watchdog.stop import Stop
 stop = Stop()
 stop.install()
 """
 
 
-def run(text: str, *words: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-c", BEGIN + text, *words], capture_output=True, text=True, timeout=30)
+def run(text: str, *arguments: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-c", BEGIN + text, *arguments], capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -78,9 +80,9 @@ os.kill(os.getpid(), signal.SIGINT)
 time.sleep(20)
 """
     assert run(text, str(tmp_path)) == (130, "")
-    found = read_exit(tmp_path)
-    assert found is not None
-    assert (found["code"], found["cause"]) == (130, "interrupted")
+    end = read_exit(tmp_path)
+    assert end is not None
+    assert (end.code, end.cause, end.kind) == (130, "interrupted", Kind.INTERRUPTED)
 
 
 def test_the_grace_ends_a_process_with_its_last_word_even_if_that_hangs() -> None:
@@ -112,16 +114,16 @@ print(stop.asked)
 
 def test_marking_progress_costs_less_than_five_microseconds() -> None:
     text = """
-from launcher.watch.heart import Heart
-heart = Heart(0, stop)
-heart.start()
+from halfstep.launcher.watchdog.heartbeat import Heartbeat
+heartbeat = Heartbeat(0, stop)
+heartbeat.start()
 best = 1e9
 for _ in range(20):
     began = time.perf_counter()
     for step in range(1000):
-        heart.mark("forward", step)
+        heartbeat.mark("forward", step)
     best = min(best, time.perf_counter() - began)
-heart.end(0)
+heartbeat.end(0)
 print(best * 1000)
 """
     code, said = run(text)
@@ -129,15 +131,15 @@ print(best * 1000)
     assert float(said) < 5, "microseconds"
 
 
-def test_what_is_set_before_the_warden_starts_is_kept() -> None:
+def test_what_is_set_before_the_watchdog_starts_is_kept() -> None:
     stop = Stop()
-    heart = Heart(3, stop)
-    heart.set_timeout(12.5)
+    heartbeat = Heartbeat(3, stop)
+    heartbeat.set_timeout(12.5)
     stop.ask("x")
     stop.set_grace(5, lambda: None)
-    assert heart._pulse.get_seconds("timeout") == 12.5
-    assert heart._pulse.get_seconds("deadline") > 0
-    assert heart._pulse.get("signalled") == 0, "asked from within"
+    assert heartbeat._pulse.get_seconds("timeout") == 12.5
+    assert heartbeat._pulse.get_seconds("deadline") > 0
+    assert heartbeat._pulse.get("signalled") == 0, "asked from within"
 
 
 def test_the_first_to_write_how_an_attempt_ended_wins(tmp_path: Path) -> None:
@@ -149,9 +151,9 @@ def test_the_first_to_write_how_an_attempt_ended_wins(tmp_path: Path) -> None:
 
 def test_a_follow_up_failure_waits_for_the_cause_but_not_for_ever(tmp_path: Path) -> None:
     assert write_follow_up(tmp_path, 1, "connection closed", 0, patience=0.1) is None
-    found = read_exit(tmp_path)
-    assert found is not None
-    assert found["cause"] == "connection closed"
+    end = read_exit(tmp_path)
+    assert end is not None
+    assert end.cause == "connection closed"
 
 
 def test_a_death_is_told_by_its_status() -> None:
@@ -166,6 +168,9 @@ def test_a_death_is_told_by_its_status() -> None:
     assert death(1, beat, 0, starved=False)[0] == 1
     assert death(1, beat, None, starved=False)[0] == 1
     assert death(1, beat, 40, starved=False)[0] == 168
+    assert death(1, beat, 9, starved=True)[3] is Kind.OUT_OF_HOST_MEMORY
+    kinds = [death(1, beat, status, starved=False)[3] for status in (9, 128 + 11, 85 << 8, None)]
+    assert kinds == [Kind.SIGNAL, Kind.SIGNAL, Kind.FAILED, Kind.LOST_RANK]
 
 
 def report(rank: int, count: int, phase: str, state: str = "S") -> stalls.Report:
@@ -175,7 +180,7 @@ def report(rank: int, count: int, phase: str, state: str = "S") -> stalls.Report
 
 def test_who_stalls_the_run_is_the_stopped_one_then_who_lags_then_who_waits_for_nobody() -> None:
     def named(*reports: stalls.Report) -> list[int]:
-        return [one.rank for one in stalls.culprits(reports)]
+        return [stall.rank for stall in stalls.culprits(reports)]
 
     assert named(report(0, 7, "backward"), report(1, 9, "forward", "T")) == [1]
     assert named(report(0, 7, "backward", "T"), report(1, 6, "forward", "T")) == [1]
@@ -183,17 +188,17 @@ def test_who_stalls_the_run_is_the_stopped_one_then_who_lags_then_who_waits_for_
     assert named(report(0, 9, "step"), report(1, 9, "data")) == [1]
     both = stalls.culprits([report(0, 9, "backward"), report(1, 9, "backward")])
     assert stalls.cause(both) == "ranks 0, 1 stopped moving in phase backward of step 3 (for 12 s)"
-    told = stalls.told([report(1, 9, "save", "D")], "rank-1.log")
-    assert told.what.endswith("(for 12 s; process 101 waits for a disk or another device)")
-    assert isinstance(told, HalfstepError)
-    assert told.exit_code == 77
+    stalled = stalls.stalled([report(1, 9, "save", "D")], "rank-1.log")
+    assert stalled.what.endswith("(for 12 s; process 101 waits for a disk or another device)")
+    assert isinstance(stalled, HalfstepError)
+    assert stalled.exit_code == 77
 
 
 def test_a_report_that_is_damaged_is_passed_over(tmp_path: Path) -> None:
     stalls.write(tmp_path, report(0, 9, "step"))
     (tmp_path / "stall-rank-1.json").write_text("{")
     (tmp_path / "stall-rank-2.json").write_text(json.dumps({"rank": 2}))
-    assert [one.rank for one in stalls.read(tmp_path)] == [0]
+    assert [stall.rank for stall in stalls.read(tmp_path)] == [0]
     stalls.withdraw(tmp_path, 0)
     assert stalls.read(tmp_path) == []
 
@@ -203,11 +208,11 @@ def test_launchers_are_known_by_their_command_lines() -> None:
         "/v/bin/python3 /v/bin/deepspeed --num_gpus 2 train.py": "deepspeed",
         "python -u -m deepspeed.launcher.launch --world_info=x train.py": "launch.py of deepspeed.launcher",
         "python3.11 -X dev -m torch.distributed.run train.py": "run.py of torch.distributed",
-        "python -m launcher run model=x": "launcher.py",
+        "python -m halfstep run model=x": "halfstep.py",
         "python /v/bin/halfstep run": "halfstep",
     }.items():
         assert processes.launcher_name(line.split()) == (name, True)
-    for line in ("python my.py deepspeed", "slurmstepd: [12.0]", "bash", "python -m launchers.x", "vim deepspeed"):
+    for line in ("python my.py deepspeed", "slurmstepd: [12.0]", "bash", "python -m halfsteps.x", "vim deepspeed"):
         assert not processes.launcher_name(line.split())[1]
     assert processes.launcher_name([]) == ("a process", False)
 

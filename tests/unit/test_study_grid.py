@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from fakes import studied
 
-from launcher.errors import RequestError
-from launcher.study import file, folder, grid
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.study import grid, study_file, study_folder
 
 HEAD = '[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 4\nsequence = 32\nbatch.global = 8\n'
 GRID = '[axes]\nzero = [0, 1]\nprecision = ["fp32", "bf16"]\n[seeds]\nvalues = [0, 1]\n'
@@ -17,15 +17,15 @@ WHOLE = HEAD + GRID + '[compare]\nreference = { zero = 1, precision = "fp32" }\n
 @pytest.fixture
 def written(tmp_path: Path, corpus: Path):
     def write(text: str) -> Path:
-        found = tmp_path / "mine.toml"
-        found.write_text(text.replace("{corpus}", str(corpus)))
-        return found
+        file = tmp_path / "mine.toml"
+        file.write_text(text.replace("{corpus}", str(corpus)))
+        return file
 
     return write
 
 
 def test_a_grid_is_every_combination_for_every_seed(written) -> None:
-    study = file.read(str(written(WHOLE)))
+    study = study_file.read(str(written(WHOLE)))
     cells = studied.cells_of(study)
     assert [(cell.name, cell.seed) for cell in cells] == [
         (f"zero={zero} precision={precision}", seed)
@@ -39,7 +39,7 @@ def test_a_grid_is_every_combination_for_every_seed(written) -> None:
 
 
 def test_every_pass_runs_the_other_way_round(written) -> None:
-    study = file.read(str(written(WHOLE)))
+    study = study_file.read(str(written(WHOLE)))
     ran = list(grid.order(studied.cells_of(study), study.seeds))
     assert [cell.name for cell in ran[:4]] == [cell.name for cell in reversed(ran[4:])]
     assert [cell.seed for cell in ran] == [0] * 4 + [1] * 4
@@ -47,23 +47,23 @@ def test_every_pass_runs_the_other_way_round(written) -> None:
 
 def test_only_and_exclude_choose_cells(written) -> None:
     only = 'only = [{ precision = "fp32" }, { zero = 1 }]\nexclude = [{ zero = [1], precision = ["bf16"] }]\n'
-    cells = studied.cells_of(file.read(str(written(only + WHOLE))))
+    cells = studied.cells_of(study_file.read(str(written(only + WHOLE))))
     assert {cell.name for cell in cells} == {"zero=0 precision=fp32", "zero=1 precision=fp32"}
 
 
 def test_overlapped_communication_is_pinned_where_there_is_any_unless_the_study_decides_it(written) -> None:
-    cells = studied.cells_of(file.read(str(written(WHOLE.replace("[0, 1]\np", "[0, 1, 3]\np")))))
+    cells = studied.cells_of(study_file.read(str(written(WHOLE.replace("[0, 1]\np", "[0, 1, 3]\np")))))
     overlap = {cell.plan.zero: cell.plan.deepspeed["zero_optimization"].get("overlap_comm") for cell in cells}
     assert overlap == {0: None, 1: False, 3: False}
     own = WHOLE.replace("zero = [0, 1]\n", "zero = [1]\nds.zero_optimization.overlap_comm = [true, false]\n")
-    cells = studied.cells_of(file.read(str(written(own))))
+    cells = studied.cells_of(study_file.read(str(written(own))))
     assert {cell.plan.deepspeed["zero_optimization"]["overlap_comm"] for cell in cells} == {True, False}
 
 
 def test_values_of_an_axis_may_set_several_keys(written) -> None:
     axis = 'policy = [{ name = "dynamic", "fp16.initial_scale_power" = 8 }, { name = "static", "fp16.scale" = 1024 }]\n'
     text = HEAD + 'precision = "fp16"\n[axes]\n' + axis
-    cells = studied.cells_of(file.read(str(written(text))))
+    cells = studied.cells_of(study_file.read(str(written(text))))
     assert [(cell.name, cell.plan.deepspeed["fp16"]["loss_scale"]) for cell in cells] == [
         ("policy=dynamic", 0.0),
         ("policy=static", 1024.0),
@@ -71,9 +71,9 @@ def test_values_of_an_axis_may_set_several_keys(written) -> None:
 
 
 def test_a_command_line_overrides_the_base_and_the_axes(written) -> None:
-    words = ["steps=9", "precision=bf16,fp16", "zero=1", "seed=5"]
+    arguments = ["steps=9", "precision=bf16,fp16", "zero=1", "seed=5"]
     text = WHOLE.replace('[compare]\nreference = { zero = 1, precision = "fp32" }\n', "")
-    cells = studied.cells_of(file.read(str(written(text)), words))
+    cells = studied.cells_of(study_file.read(str(written(text)), arguments))
     assert [(cell.name, cell.seed, cell.plan.steps) for cell in cells] == [
         ("zero=1 precision=bf16", 5, 9),
         ("zero=1 precision=fp16", 5, 9),
@@ -82,7 +82,7 @@ def test_a_command_line_overrides_the_base_and_the_axes(written) -> None:
 
 def test_a_refused_cell_is_a_row_and_the_others_go_on(written) -> None:
     text = HEAD + '[axes]\noffload = ["none", "cpu"]\nzero = [1, 3]\n'
-    cells = studied.cells_of(file.read(str(written(text))))
+    cells = studied.cells_of(study_file.read(str(written(text))))
     refused = {cell.name: cell.refused for cell in cells if cell.refused}
     assert list(refused) == ["offload=cpu zero=1"]
     assert refused["offload=cpu zero=1"].startswith("param-offload-needs-stage-3: weights can move off the device")
@@ -90,12 +90,12 @@ def test_a_refused_cell_is_a_row_and_the_others_go_on(written) -> None:
 
 def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
     text = HEAD + "[axes]\nbatch.micro = [4, 3]\n"
-    cells = studied.cells_of(file.read(str(written(text))))
+    cells = studied.cells_of(study_file.read(str(written(text))))
     assert [cell.refused and cell.refused.split(":")[0] for cell in cells] == [None, "request"]
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "said"),
+    ("text", "arguments", "said"),
     [
         (HEAD + "[axes]\nzreo = [0, 1]\n", (), ["'zreo' is no run key", "did you mean zero?"]),
         (HEAD + "[axes]\nzero = []\n", (), ["axis zero has no values"]),
@@ -132,38 +132,38 @@ def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_three_lines(
-    written, text: str, words: Sequence[str], said: list[str]
+    written, text: str, arguments: Sequence[str], said: list[str]
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        studied.cells_of(file.read(str(written(text)), words))
+        studied.cells_of(study_file.read(str(written(text)), arguments))
     assert len(str(caught.value).splitlines()) == 3
-    for one in said:
-        assert one in str(caught.value)
+    for sentence in said:
+        assert sentence in str(caught.value)
 
 
 def test_names_that_come_to_one_folder_are_told_apart(written) -> None:
     names = ("\u03b1", "\u03b2", "no clip/1", "no clip 1", "x" * 200, "x" * 199)
     axis = "policy = [" + ", ".join(f'{{ name = "{name}", steps = 4 }}' for name in names) + "]\n"
-    cells = studied.cells_of(file.read(str(written(HEAD.replace("steps = 4\n", "") + "[axes]\n" + axis))))
+    cells = studied.cells_of(study_file.read(str(written(HEAD.replace("steps = 4\n", "") + "[axes]\n" + axis))))
     assert len({cell.folder for cell in cells}) == 6
     assert max(len(cell.folder) for cell in cells) < 200
 
 
 def test_values_that_differ_in_the_last_digit_are_two(written) -> None:
-    cells = studied.cells_of(file.read(str(written(HEAD + "[axes]\noptimizer.lr = [0.001, 0.0010000001]\n"))))
+    cells = studied.cells_of(study_file.read(str(written(HEAD + "[axes]\noptimizer.lr = [0.001, 0.0010000001]\n"))))
     assert len({cell.plan.run_id for cell in cells}) == 2
 
 
 def test_an_unknown_study_names_the_ready_ones() -> None:
     with pytest.raises(RequestError, match="there is no study 'precison'") as caught:
-        file.read("precison")
+        study_file.read("precison")
     assert "precision" in caught.value.fix
 
 
-@pytest.mark.parametrize("name", file.ready())
+@pytest.mark.parametrize("name", study_file.ready())
 def test_a_ready_study_plans_its_cells_for_a_tiny_model_and_for_a_real_one(name: str, corpus: Path) -> None:
-    for words in ([], ["model=gpt2-124m"]):
-        cells = studied.cells_of(file.read(name, [f"data={corpus}", *words]))
+    for arguments in ([], ["model=gpt2-124m"]):
+        cells = studied.cells_of(study_file.read(name, [f"data={corpus}", *arguments]))
         legal = [cell for cell in cells if not cell.refused]
         assert len(legal) >= 3
         assert len({cell.plan.batch.global_ for cell in legal}) == 1, "the global batch is constant"
@@ -174,17 +174,17 @@ def test_a_changed_file_keeps_what_is_still_asked_for_and_says_what_is_not(writt
     _, cells = studied.started(where, written(WHOLE))
     for cell in cells:
         studied.finish(where, cell, 5.0)
-    wider = studied.cells_of(file.read(str(written(WHOLE.replace('"bf16"]', '"bf16", "fp16"]')))))
-    change = folder.compare(where, wider)
+    wider = studied.cells_of(study_file.read(str(written(WHOLE.replace('"bf16"]', '"bf16", "fp16"]')))))
+    change = study_folder.compare(where, wider)
     assert (change.kept, change.new, change.left) == (8, 4, ())
-    longer = studied.cells_of(file.read(str(written(WHOLE.replace("steps = 4", "steps = 5")))))
-    change = folder.compare(where, longer)
+    longer = studied.cells_of(study_file.read(str(written(WHOLE.replace("steps = 4", "steps = 5")))))
+    change = study_folder.compare(where, longer)
     assert (change.kept, change.new, len(change.left)) == (0, 8, 8)
 
 
 def test_another_folder_is_not_written_into(written, tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "thesis.tex").touch()
-    cells = studied.cells_of(file.read(str(written(WHOLE))))
+    cells = studied.cells_of(study_file.read(str(written(WHOLE))))
     with pytest.raises(RequestError, match="is not a study's folder"):
-        folder.compare(tmp_path / "study", cells)
+        study_folder.compare(tmp_path / "study", cells)

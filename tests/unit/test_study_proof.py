@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import topology, verdict
-from launcher.parity import drive
-from launcher.parity.cases import Case, cases_of, default_cases
-from launcher.plan.plan import Plan
-from launcher.study import proof, state
+from halfstep.launcher import topology
+from halfstep.launcher.parity import gate, verdict
+from halfstep.launcher.parity.cases import Case, cases_of, default_cases
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.study import proof, run_status
 
 Make = Callable[..., Plan]
 
@@ -37,8 +37,8 @@ def test_a_cell_is_proved_when_all_its_cases_are(plan: Make, tmp_path: Path) -> 
     assert proof.needed([cell]) == runnable(cell)[:1]
     know(runnable(cell)[:1])
     assert proof.needed([cell]) == []
-    told = proof.tell(tmp_path, cell)
-    assert (told["proved"], told["refused"], told["cases"]) == (True, None, len(runnable(cell)))
+    record = proof.tell(tmp_path, cell)
+    assert (record["proved"], record["refused"], record["cases"]) == (True, None, len(runnable(cell)))
     assert json.loads((tmp_path / "proof.json").read_text())["conditions"]["versions"]["deepspeed"]
     assert proof.tell(tmp_path, plan("zero=3", "precision=bf16"))["proved"] is None, "another cell is not proved by it"
 
@@ -47,8 +47,8 @@ def test_one_case_that_fails_takes_the_proof_away(plan: Make, tmp_path: Path) ->
     cell = plan("zero=0", "precision=fp16")
     know(runnable(cell))
     know(runnable(cell)[-1:], ok=False)
-    told = proof.tell(tmp_path, cell)
-    assert (told["proved"], told["reason"]) == (False, "the parity gate found that it trains another model")
+    record = proof.tell(tmp_path, cell)
+    assert (record["proved"], record["reason"]) == (False, "the parity gate found that it trains another model")
 
 
 def test_stage_0_in_half_precision_without_repairs_is_never_proved(plan: Make, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_offload_runs_only_where_the_gate_holds_for_it(plan: Make, tmp_path: Pat
     refused = proof.tell(tmp_path, cell)["refused"]
     assert refused.startswith("offload-proved-here: offload=optimizer-cpu is not proved")
     row = {"run": ".", "refused": None}
-    assert (state.of(row, tmp_path).status, state.of(row, tmp_path).reason) == ("refused", refused)
+    assert (run_status.of(row, tmp_path).status, run_status.of(row, tmp_path).reason) == ("refused", refused)
     know(runnable(cell))
     assert proof.tell(tmp_path, cell)["refused"] is None
 
@@ -77,12 +77,12 @@ def test_the_gate_runs_what_is_missing_and_keeps_what_it_finds(
 ) -> None:
     asked: list[list[Case]] = []
 
-    def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> drive.Outcome:
+    def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> gate.Outcome:
         asked.append(cases)
-        found = [{**vars(case), "ok": case.offload == "none"} for case in cases]
-        return drive.Outcome(cells=found, not_run=[], seconds=1.0, repairs=repairs)
+        cells = [{**vars(case), "ok": case.offload == "none"} for case in cases]
+        return gate.Outcome(cells=cells, not_run=[], seconds=1.0, repairs=repairs)
 
-    monkeypatch.setattr(drive, "verify", verify)
+    monkeypatch.setattr(gate, "verify", verify)
     cells = [plan("zero=1", "precision=fp32"), plan("zero=2", "precision=fp32", "offload=optimizer-cpu")]
     said: list[str] = []
     proof.run(cells, said.append)

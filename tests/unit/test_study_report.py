@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from fakes import studied
 
-from launcher.cli import main
-from launcher.lease import lease
-from launcher.study import report, state
-from launcher.study.grid import Cell
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.study import report, run_status
+from halfstep.launcher.study.grid import Cell
 
 HEAD = '[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 20\nsequence = 32\nbatch.global = 8\n'
 GRID = '[axes]\nzero = [0, 1]\nprecision = ["fp32", "bf16"]\n[seeds]\nvalues = [0, 1, 2]\n'
@@ -66,24 +66,24 @@ def test_the_numbers_are_those_worked_out_by_hand(study) -> None:
     for cell in cells:
         if cell.name == "zero=0 precision=bf16":
             studied.finish(where, cell, SEEDS[cell.seed] + off[cell.seed], speed=1500.0, memory=2e9)
-    found = report.make(where).verdict
-    (cell,) = [one for one in found.cells if one.name == "zero=0 precision=bf16"]
-    assert found.reference.band == pytest.approx(2 * statistics.stdev(SEEDS.values()))
+    verdict = report.make(where).verdict
+    (cell,) = [candidate for candidate in verdict.cells if candidate.name == "zero=0 precision=bf16"]
+    assert verdict.reference.band == pytest.approx(2 * statistics.stdev(SEEDS.values()))
     assert cell.difference == pytest.approx(0.012)
-    assert found.freedom == 2, "of the cells in bf16 one scatters, with three seeds"
+    assert verdict.freedom == 2, "of the cells in bf16 one scatters, with three seeds"
     assert cell.noise == pytest.approx(4.303 * 0.002 / 3**0.5)
-    assert (cell.verdict, found.best.name) == ("real", "zero=0 precision=bf16"), "worse, but within the seeds' band"
+    assert (cell.verdict, verdict.best.name) == ("real", "zero=0 precision=bf16"), "worse, but within the seeds' band"
     assert cell.tokens_per_second == 1500.0
-    assert found.frontier[0].name == "zero=0 precision=bf16"
-    assert found.smallest.peak_memory_bytes == 1e9
+    assert verdict.frontier[0].name == "zero=0 precision=bf16"
+    assert verdict.smallest.peak_memory_bytes == 1e9
 
 
 def test_a_cell_that_is_worse_than_the_seeds_band_is_not_recommended(study) -> None:
     where, cells = study()
     finish_all(where, cells, zero0_bf16={"off": 0.05, "speed": 9000.0}, zero1_bf16={"off": 0.001, "speed": 2000.0})
-    found = report.make(where)
-    assert found.verdict.best.name == "zero=1 precision=bf16"
-    assert report.answer(found)[0].startswith(
+    made = report.make(where)
+    assert made.verdict.best.name == "zero=1 precision=bf16"
+    assert report.answer(made)[0].startswith(
         "Use zero=1 precision=bf16: at 2,000 tokens/s it is the fastest, 2.00 times (2.00 to 2.00)"
     )
 
@@ -94,10 +94,10 @@ def test_speeds_that_overlap_between_seeds_are_not_told_apart(study) -> None:
     for cell in cells:
         spread = {0: 1.0, 1: 1.04, 2: 0.97}[(cell.seed + len(cell.name) + cell.plan.zero) % 3]
         studied.finish(where, cell, SEEDS[cell.seed], speed=speeds.get(cell.name, 1000.0) * spread)
-    found = report.make(where)
-    assert found.verdict.best.name == "zero=1 precision=bf16"
-    assert [one.name for one in found.verdict.as_fast] == ["zero=0 precision=fp32"]
-    assert "Its speed cannot be told from that of zero=0 precision=fp32." in report.answer(found)[0]
+    made = report.make(where)
+    assert made.verdict.best.name == "zero=1 precision=bf16"
+    assert [candidate.name for candidate in made.verdict.as_fast] == ["zero=0 precision=fp32"]
+    assert "Its speed cannot be told from that of zero=0 precision=fp32." in report.answer(made)[0]
 
 
 def test_what_is_not_proved_is_flagged_and_left_out(study) -> None:
@@ -105,9 +105,9 @@ def test_what_is_not_proved_is_flagged_and_left_out(study) -> None:
     finish_all(
         where, cells, zero0_bf16={"speed": 9000.0, "proved": False}, zero0_fp32={"speed": 5000.0, "proved": None}
     )
-    found = report.make(where)
-    assert {cell.name for cell in found.verdict.usable} == {"zero=1 precision=fp32", "zero=1 precision=bf16"}
-    page = report.html(found, {})
+    made = report.make(where)
+    assert {cell.name for cell in made.verdict.usable} == {"zero=1 precision=fp32", "zero=1 precision=bf16"}
+    page = report.html(made, {})
     assert "Not proved, and left out of the recommendation: " in page
     assert "zero=0 precision=bf16" in page.split("left out of the recommendation: ")[1].split("</div>")[0]
     assert "its repairs are off" in page
@@ -124,13 +124,13 @@ def test_failures_are_rows_with_their_reasons(study) -> None:
     for cell in cells:
         if cell.name == "zero=2 precision=fp32":
             studied.fail(where, cell, *causes[cell.seed][:2])
-    found = report.make(where)
-    failed = {one.seed: one for one in found.results if one.status == "failed"}
+    made = report.make(where)
+    failed = {result.seed: result for result in made.results if result.status == "failed"}
     for seed, (_, cause, kind) in causes.items():
         assert failed[seed].reason == f"{kind}: {cause}"
-    page = report.html(found, {})
+    page = report.html(made, {})
     assert "out of host memory: DefaultCPUAllocator: can&#39;t allocate memory" in page
-    rows = list(csv.DictReader(report.as_csv(found).splitlines()))
+    rows = list(csv.DictReader(report.as_csv(made).splitlines()))
     assert len(rows) == len(cells)
     assert list(rows[0])[:6] == ["zero", "precision", "seed", "status", "reason", "proved"]
     assert {row["status"] for row in rows} == {"done", "failed"}
@@ -141,10 +141,10 @@ def test_a_run_whose_rows_were_edited_is_a_damaged_result_and_the_others_are_rep
     finish_all(where, cells)
     victim = where / "runs" / cells[0].folder / "metrics.jsonl"
     victim.write_text(victim.read_text().replace('"step_seconds": ', '"step_seconds": "soon", "was": ', 1))
-    found = report.make(where)
-    (bad,) = [one for one in found.results if one.status == "failed"]
-    assert bad.reason == "damaged: metrics.jsonl: step_seconds = 'soon' should be a valid number"
-    assert sum(one.done for one in found.results) == len(cells) - 1
+    made = report.make(where)
+    (bad,) = [result for result in made.results if result.status == "failed"]
+    assert bad.reason == "metrics.jsonl is damaged in line 1: step_seconds = 'soon' should be a valid number"
+    assert sum(result.done for result in made.results) == len(cells) - 1
     (where / "runs" / cells[1].folder / "plan.json").write_text("{")
     assert report.make(where).verdict.reference.done
 
@@ -186,12 +186,12 @@ def test_how_a_run_ended_is_what_was_written_last(study) -> None:
     where, cells = study()
     run = studied.fail(where, cells[0], 137, "killed")
     row = {"run": f"runs/{cells[0].folder}", "refused": None}
-    assert state.of(row, where).reason == "crashed (137): killed"
+    assert run_status.of(row, where).reason == "crashed (137): killed"
     refused = {"code": 2, "cause": "n2 has no data", "time": 2e9}
     (run / "refused.json").write_text(json.dumps(refused))
-    assert state.of(row, where).reason == "request: n2 has no data"
+    assert run_status.of(row, where).reason == "request: n2 has no data"
     (run / "outcome.json").write_text(json.dumps({"code": 124, "cause": "slow", "time": 3e9}))
-    assert state.of(row, where).reason == "timed out: slow"
+    assert run_status.of(row, where).reason == "timed out: slow"
 
 
 def test_other_hardware_and_versions_are_said(study) -> None:
@@ -204,7 +204,7 @@ def test_other_hardware_and_versions_are_said(study) -> None:
     assert "did not all run on the same device: another, a processor" in page
 
 
-def test_a_study_that_runs_is_left_alone_and_one_that_is_damaged_is_written_anew(study, capsys) -> None:
+def test_a_study_that_runs_is_left_alone_and_one_that_is_damaged_is_written_again(study, capsys) -> None:
     where, cells = study()
     finish_all(where, cells)
     file = where.parent / "mine.toml"
@@ -238,10 +238,10 @@ def test_every_difference_between_configs_follows_from_an_axis(study) -> None:
     finish_all(where, cells)
     seen = report.make(where).conditions
     assert seen.unexplained == ()
-    follows = {one.name: one.follows_from for one in seen.differences}
+    follows = {condition.name: condition.follows_from for condition in seen.differences}
     assert follows["zero_optimization.stage"] == "zero"
     assert follows["bf16.enabled"] == "precision"
-    pinned = {one.name: one.pinned for one in seen.confounders}
+    pinned = {condition.name: condition.pinned for condition in seen.confounders}
     for name in ("overlapped communication", "reduce bucket, elements", "gradient clipping"):
         assert pinned[name], name
 
@@ -253,8 +253,8 @@ def test_a_plan_that_was_changed_by_hand_is_no_result(study) -> None:
     tree = json.loads(file.read_text())
     tree["deepspeed"]["gradient_clipping"] = 7.0
     file.write_text(json.dumps(tree))
-    (bad,) = [one for one in report.make(where).results if one.status == "failed"]
-    assert bad.reason == "damaged: plan.json was changed: it is not the plan of this run"
+    (bad,) = [result for result in report.make(where).results if result.status == "failed"]
+    assert bad.reason == "plan.json was changed after it was written: its run id does not fit"
 
 
 def test_the_four_files_stand_by_themselves(study) -> None:
@@ -298,9 +298,9 @@ def test_what_a_file_says_is_escaped(study) -> None:
 def test_nothing_usable_is_said_with_its_reasons(study) -> None:
     where, cells = study()
     finish_all(where, cells[:2])
-    found = report.make(where)
-    assert report.answer(found) == ["No cell can be recommended: 4 not done."]
-    report.write(found)
+    made = report.make(where)
+    assert report.answer(made) == ["No cell can be recommended: 4 not done."]
+    report.write(made)
 
 
 def test_report_and_status_are_verbs(study, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +312,7 @@ def test_report_and_status_are_verbs(study, capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     assert "11 done, 1 missing" in shown
     assert main(["study", "status", str(where), "--json"]) == 0
-    assert {one["status"] for one in json.loads(capsys.readouterr().out)} == {"done", "missing"}
+    assert {row["status"] for row in json.loads(capsys.readouterr().out)} == {"done", "missing"}
     assert main(["study", "report", str(where), "--price", "cheap"]) == 2
     assert "'cheap' is no price" in capsys.readouterr().err
     assert main(["study", "report", str(where.parent / "nothing")]) == 2
@@ -393,7 +393,7 @@ STUDIES: list[tuple[Callable[[Any], Any], str]] = [
     (lambda tree: tree["cells"][0].update(run="runs/../.."), "no plain name"),
     (lambda tree: tree["cells"][0].update(run="runs/a\nb"), "no plain name"),
     (lambda tree: tree["cells"][0].update(seed="0"), "cells.0.seed = '0'"),
-    (lambda tree: tree["cells"][0].update(words=["x", 1]), "cells.0.words.1 = 1"),
+    (lambda tree: tree["cells"][0].update({"words": ["x", 1]}), "cells.0.words.1 = 1"),
     (lambda tree: tree["cells"][0].update(values={}), "cells.0 is not on the study's axes"),
     (lambda tree: tree["cells"][0].update(values={"zero": "9", "precision": "fp32"}), "not on the study's axes"),
     (lambda tree: tree["study"].update(price="cheap"), "study.price = 'cheap'"),
@@ -416,9 +416,9 @@ def test_a_study_json_that_claims_too_much_is_refused(
     file.write_text(json.dumps(tree))
     for verb in ("status", "report"):
         assert main(["study", verb, str(where)]) == 2
-        words = capsys.readouterr().err
-        assert "study.json is damaged" in words
-        assert said in words
+        message = capsys.readouterr().err
+        assert "study.json is damaged" in message
+        assert said in message
 
 
 def test_rows_in_another_order_are_no_curve(study) -> None:
@@ -427,5 +427,5 @@ def test_rows_in_another_order_are_no_curve(study) -> None:
     victim = where / "runs" / cells[0].folder / "metrics.jsonl"
     first, second, *rest = victim.read_text().splitlines(keepends=True)
     victim.write_text("".join([second, first, *rest]))
-    (bad,) = [one for one in report.make(where).results if one.status == "failed"]
-    assert bad.reason == "damaged: metrics.jsonl has its steps in another order than they were made"
+    (bad,) = [result for result in report.make(where).results if result.status == "failed"]
+    assert bad.reason == "metrics.jsonl is damaged: it has its steps in another order than they were made"

@@ -13,28 +13,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import assets
-from launcher.cli import main
-from launcher.errors import RequestError
-from launcher.plan.plan import Plan
-from launcher.submit import inside, render, site, slurm, times
-from launcher.submit.job import Array, Job
-from launcher.topology import Topology, hosts
-from launcher.watch import exits
+from halfstep.launcher.cli.main import main
+from halfstep.launcher.errors import Fault, RequestError
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import exits
+from halfstep.launcher.submit import inside, render, site_file, slurm, times
+from halfstep.launcher.submit.job import Array, Job
+from halfstep.launcher.system import assets
+from halfstep.launcher.topology import Topology, hosts
 
 Make = Callable[..., Plan]
 GOLDEN = Path(__file__).parents[1] / "golden"
 SITES = ("cpu", "gpu", "container")
 
 
-def world(chosen: site.Site, nodes: int = 2) -> Topology:
+def world(chosen: site_file.Site, nodes: int = 2) -> Topology:
     ranks = chosen.node.gpus or 2
     kind = "cuda" if chosen.node.gpus else "cpu"
     return Topology(world_size=nodes * ranks, ranks_per_node=ranks, accelerator=kind, fused_adam=kind == "cuda")
 
 
 def job(plan: Make, name: str = "gpu", **more: Any) -> Job:
-    chosen = more.pop("site", None) or site.read(name, environ={})
+    chosen = more.pop("site", None) or site_file.read(name, environ={})
     made = plan("model=gpt2-124m", "batch.global=8192", topology=world(chosen, more.pop("nodes", 2)))
     return Job(run=more.pop("run", Path("/scratch/me/runs/one")), plan=made, site=chosen, **more)
 
@@ -107,7 +107,7 @@ def test_what_is_wrong_in_a_site_is_named(tmp_path: Path, text: str, said: str) 
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert said in str(caught.value)
     assert str(file) in str(caught.value)
 
@@ -117,12 +117,12 @@ def test_an_unknown_site_names_the_known_ones(tmp_path: Path) -> None:
     own.mkdir(parents=True)
     (own / "mine.toml").write_text('description = "mine"')
     with pytest.raises(RequestError, match="known sites: container, cpu, gpu, mine"):
-        site.read("gpus", environ={"XDG_CONFIG_HOME": str(tmp_path)})
-    assert site.read("mine", environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "mine"
+        site_file.read("gpus", environ={"XDG_CONFIG_HOME": str(tmp_path)})
+    assert site_file.read("mine", environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "mine"
     (own / "default.toml").write_text('description = "default"')
-    assert site.read(None, environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "default"
+    assert site_file.read(None, environ={"XDG_CONFIG_HOME": str(tmp_path)}).description == "default"
     named = {"XDG_CONFIG_HOME": str(tmp_path), "HALFSTEP_SITE": "mine"}
-    assert site.read(None, environ=named).description == "mine"
+    assert site_file.read(None, environ=named).description == "mine"
 
 
 @pytest.mark.parametrize(
@@ -134,23 +134,23 @@ def test_slurm_times(limit: str, seconds: int) -> None:
 
 
 def test_a_plan_must_fit_the_site(plan: Make) -> None:
-    one = job(plan)
-    four = one.site.model_copy(update={"node": one.site.node.model_copy(update={"gpus": 4})})
+    made = job(plan)
+    four = made.site.model_copy(update={"node": made.site.node.model_copy(update={"gpus": 4})})
     with pytest.raises(RequestError, match="8 ranks on a node of 4 GPUs"):
-        Job(run=one.run, plan=one.plan, site=four).check()
+        Job(run=made.run, plan=made.plan, site=four).check()
     with pytest.raises(RequestError, match="told to stop 300 s before a limit of 300 s"):
-        Job(run=one.run, plan=one.plan, site=site.read("gpu", {"time": "5"}, environ={})).check()
-    shared = one.site.model_copy(
-        update={"environment": one.site.environment.model_copy(update={"shared": ["/home", one.plan.data.path]})}
+        Job(run=made.run, plan=made.plan, site=site_file.read("gpu", {"time": "5"}, environ={})).check()
+    shared = made.site.model_copy(
+        update={"environment": made.site.environment.model_copy(update={"shared": ["/home", made.plan.data.path]})}
     )
     with pytest.raises(RequestError, match="cannot be seen from the compute nodes"):
-        Job(run=one.run, plan=one.plan, site=shared).check()
+        Job(run=made.run, plan=made.plan, site=shared).check()
 
 
 def test_the_same_script_serves_again_when_what_it_waited_for_is_over(plan: Make) -> None:
-    one = job(plan, after=("12",), behind=("13", "14"))
-    assert slurm.sbatch_line(one)[2:4] == ["--dependency=afterok:12,afterany:13:14", "--kill-on-invalid-dep=yes"]
-    assert "dependency" not in render.script(one)
+    made = job(plan, after=("12",), behind=("13", "14"))
+    assert slurm.sbatch_line(made)[2:4] == ["--dependency=afterok:12,afterany:13:14", "--kill-on-invalid-dep=yes"]
+    assert "dependency" not in render.script(made)
 
 
 def test_two_arrays_in_one_folder_have_lists_of_their_own() -> None:
@@ -162,10 +162,10 @@ def test_two_arrays_in_one_folder_have_lists_of_their_own() -> None:
 
 @pytest.mark.parametrize("word", ["checkpoint.resume=never", "out=/tmp/a\nb"])
 def test_what_a_job_cannot_do_is_refused(corpus: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["submit", "--dry-run", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", word]
-    assert main(words) == 2
+    arguments = ["submit", "--dry-run", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", word]
+    assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "begin anew at every start" in said or "control character" in said
+    assert "begin from scratch at every start" in said or "control character" in said
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_what_a_job_cannot_do_is_refused(corpus: Path, word: str, capsys: pytest
 def test_a_wrong_submit_ends_with_2_and_writes_nothing(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    words = ["submit", "--dry-run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", *options]
-    assert main(words) == 2
+    arguments = ["submit", "--dry-run", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}", *options]
+    assert main(arguments) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -195,10 +195,10 @@ def test_without_slurm_a_submit_says_so_and_a_dry_run_works(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    words = ["submit", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
-    assert main(words) == 3
+    arguments = ["submit", "--site", "cpu", "model=gpt2-nano", f"data={corpus}", f"out={tmp_path / 'run'}"]
+    assert main(arguments) == 3
     assert "this is no host that submits to SLURM" in capsys.readouterr().err
-    assert main([*words, "--dry-run", "--json"]) == 0
+    assert main([*arguments, "--dry-run", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["command"] == ["sbatch", "--parsable", f"{tmp_path}/run/job.sbatch"]
     assert "\n#SBATCH --nodes=1\n" in shown["text"]
@@ -253,7 +253,7 @@ def test_the_third_start_that_gets_nowhere_ends_the_job(tmp_path: Path, capsys: 
     assert "error: 3 starts in a row came no further than step 10: the cause" in capsys.readouterr().out
 
 
-def test_a_job_that_is_submitted_again_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_submitted_again_counts_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(tmp_path)
     assert [inside.main(["end", str(run), "1", ""]) for _ in range(3)] == [75, 75, 76]
     monkeypatch.setenv("SLURM_JOB_ID", "8")
@@ -271,7 +271,7 @@ def test_what_becomes_of_a_job_follows_from_how_the_run_ended(
 
 
 @pytest.mark.parametrize(
-    ("told", "ends"),
+    ("used", "ends"),
     [
         ("", 75),
         ("2:00:00 2:00:00", 75),
@@ -282,9 +282,9 @@ def test_what_becomes_of_a_job_follows_from_how_the_run_ended(
         ("INVALID INVALID", 143),
     ],
 )
-def test_told_to_end_before_its_limit_a_job_leaves_it_to_slurm(tmp_path: Path, told: str, ends: int) -> None:
+def test_told_to_end_before_its_limit_a_job_leaves_it_to_slurm(tmp_path: Path, used: str, ends: int) -> None:
     run = _run(tmp_path, code=75)
-    assert inside.main(["end", str(run), "75", told]) == ends
+    assert inside.main(["end", str(run), "75", used]) == ends
     assert (run / "starts.jsonl").exists() == (ends == 75), "a preemption is no failure of the run's"
 
 
@@ -302,8 +302,8 @@ def test_a_refusal_of_this_start_counts_whatever_srun_returns(
     run = _run(tmp_path, code=75, newest=10)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    exits.write_refusal(run, 2, "n2 has another torch")
-    exits.write_refusal(run, 1, "what came of it")
+    exits.write_refusal(run, RequestError("n2 has another torch", where="n2", fix="install it"))
+    exits.write_refusal(run, Fault("what came of it", where="n1", fix="look"))
     assert inside.main(["end", str(run), "137", ""]) == 2
     assert "n2 has another torch (exit code 2)" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
@@ -378,7 +378,7 @@ def test_a_site_whose_tables_are_none_is_named(tmp_path: Path, text: str, said: 
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) % 3 == 0
 
@@ -388,7 +388,7 @@ def test_a_site_s_file_name_puts_no_line_into_the_script(tmp_path: Path, name: s
     file = tmp_path / f"{name}.toml"
     file.write_text('description = "fine"')
     with pytest.raises(RequestError, match="no name of a site") as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert "rename the file" in caught.value.fix
     assert len(str(caught.value).splitlines()) == 3
 
@@ -408,7 +408,7 @@ def test_a_secret_of_a_site_is_refused_and_the_way_out_is_named(tmp_path: Path, 
     file = tmp_path / "mine.toml"
     file.write_text(f"[environment]\n{text}")
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     said = str(caught.value)
     assert name in said
     assert "environment.forward" in said
@@ -427,14 +427,14 @@ def test_a_secret_of_a_site_is_refused_and_the_way_out_is_named(tmp_path: Path, 
 def test_what_only_names_a_secret_is_none(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(f"[environment]\n{text}")
-    site.read(str(file))
+    site_file.read(str(file))
 
 
 def test_a_value_of_a_variable_is_not_printed_whatever_is_wrong_with_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('[environment]\nvariables = { ANY = "hush\\u0007hush" }')
     with pytest.raises(RequestError) as caught:
-        site.read(str(file))
+        site_file.read(str(file))
     assert "hush" not in str(caught.value)
     assert "environment.variables.ANY: may not hold" in str(caught.value)
 
@@ -444,20 +444,20 @@ def test_a_job_script_is_its_owner_s_alone(plan: Make, tmp_path: Path, monkeypat
 
     from fakes import scheduler
 
-    from launcher.spec.load import load
-    from launcher.submit import send
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.submit import send
 
     partition = "PartitionName=main Default=YES MaxTime=UNLIMITED TotalNodes=9 State=UP\n"
     scheduler.install(tmp_path / "bin", monkeypatch, sbatch="4711\n", scontrol=partition, sinfo="9999999\n")
     run, victim = tmp_path / "run", tmp_path / "victim"
-    one = job(plan, run=run)
-    request = load(["model=gpt2-124m", f"data={one.plan.data.path}", "batch.global=8192"])
-    assert send.send(one, [(run, request, one.plan)]) == "4711"
+    made = job(plan, run=run)
+    request = load(["model=gpt2-124m", f"data={made.plan.data.path}", "batch.global=8192"])
+    assert send.send(made, [(run, request, made.plan)]) == "4711"
     assert stat.S_IMODE((run / "job.sbatch").stat().st_mode) == 0o600
     victim.write_text("mine")
     (run / "jobs.jsonl").unlink()
     (run / "jobs.jsonl").symlink_to(victim)
     (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\n[ "$2" = --test-only ] || [ "$1" = --test-only ] || exit 1\n')
     with pytest.raises(RequestError, match="cannot be written"):
-        send.send(one, [(run, request, one.plan)])
+        send.send(made, [(run, request, made.plan)])
     assert victim.read_text() == "mine"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launcher import topology
-from launcher.errors import TopologyError
+from halfstep.launcher import topology
+from halfstep.launcher.errors import TopologyError
 
 
 def test_nobody_numbered_this_process() -> None:
@@ -92,3 +92,16 @@ def test_ranks_other_than_the_planned_ones_are_refused_with_both_numbers() -> No
         topology.check(rank, 4, None, None)
     with pytest.raises(TopologyError, match=r"2 rank\(s\) were started, 6 were planned"):
         topology.check(rank, 2, 3, 2)
+
+
+def test_the_processes_of_a_world_share_the_batch() -> None:
+    world = topology.Topology(world_size=8, ranks_per_node=4, accelerator="cpu")
+    assert (world.ranks, world.ranks.world_size) == (topology.Ranks(data=8), 8)
+    assert topology.Ranks(data=2, model=4, sequence=3).world_size == 24
+
+
+def test_a_request_that_names_no_ranks_gets_those_that_would_be_started_here() -> None:
+    nowhere = {"DS_ACCELERATOR": "cpu"}
+    assert topology.local_topology(2, 3, nowhere).world_size == 6
+    here = topology.local_topology(None, None, nowhere)
+    assert here.world_size == here.ranks_per_node == topology.default_ranks_per_node(nowhere)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import rundir, trust
-from launcher.errors import RequestError
-from launcher.plan import facts
-from launcher.plan.plan import Plan, run_id_of
-from launcher.plan.resolve import resolve
-from launcher.spec.load import Request, load
-from launcher.topology import Topology
+from halfstep.launcher.config.load import Request, load
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan import facts
+from halfstep.launcher.plan.plan import Plan, run_id_of
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.rundir import run_directory, trust
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
 Decide = Callable[..., tuple[Request, Plan]]
@@ -21,16 +22,16 @@ Decide = Callable[..., tuple[Request, Plan]]
 
 @pytest.fixture
 def decide(corpus: Path) -> Decide:
-    def make(*words: str) -> tuple[Request, Plan]:
-        request = load(["model=gpt2-nano", f"data={corpus}", *words])
-        return request, resolve(request, WORLD, facts.read(request.spec, lambda *_: NotImplemented))
+    def make(*arguments: str) -> tuple[Request, Plan]:
+        request = load(["model=gpt2-nano", f"data={corpus}", *arguments])
+        return request, resolve(request, WORLD, facts.read(request.spec))
 
     return make
 
 
 @pytest.fixture
 def run(decide: Decide, tmp_path: Path) -> Path:
-    rundir.write_plan(tmp_path / "run", *decide())
+    run_directory.write_plan(tmp_path / "run", *decide())
     return tmp_path / "run"
 
 
@@ -51,7 +52,7 @@ def test_a_plan_that_was_changed_is_refused_even_by_a_single_number(run: Path) -
     text = (run / "plan.json").read_text()
     (run / "plan.json").write_text(text.replace('"seed": 0', '"seed": 1'))
     with pytest.raises(RequestError, match=r"plan\.json was changed after it was written"):
-        rundir.read_plan(run)
+        Run(run).require_as_asked()
 
 
 @pytest.mark.parametrize(
@@ -74,14 +75,18 @@ def test_a_forged_plan_with_a_fitting_run_id_does_nothing_beyond_its_request(
 ) -> None:
     forge(run, **changes)
     with pytest.raises(RequestError) as caught:
-        rundir.read_plan(run)
+        Run(run).require_as_asked()
     assert caught.value.what == f"plan.json does what request.toml does not ask for: {what}"
 
 
 def test_what_the_request_names_itself_is_taken(decide: Decide, tmp_path: Path) -> None:
-    words = ["ds.csv_monitor.enabled=true", "ds.csv_monitor.output_path=/logs/of mine", "ds.csv_monitor.job_name=../x"]
-    rundir.write_plan(tmp_path / "run", *decide(*words))
-    assert rundir.read_plan(tmp_path / "run")[1].deepspeed["csv_monitor"]["job_name"] == "../x"
+    arguments = [
+        "ds.csv_monitor.enabled=true",
+        "ds.csv_monitor.output_path=/logs/of mine",
+        "ds.csv_monitor.job_name=../x",
+    ]
+    run_directory.write_plan(tmp_path / "run", *decide(*arguments))
+    assert Run(tmp_path / "run").plan.deepspeed["csv_monitor"]["job_name"] == "../x"
 
 
 @pytest.mark.parametrize("name", ["", "plan.json", "request.toml", "origins.json"])
@@ -122,7 +127,7 @@ def test_what_a_group_of_several_can_write_needs_consent(run: Path, monkeypatch:
 def test_a_run_directory_is_made_so_that_nobody_else_can_write_it(decide: Decide, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        rundir.write_plan(tmp_path / "open", *decide())
+        run_directory.write_plan(tmp_path / "open", *decide())
     finally:
         os.umask(before)
     assert (tmp_path / "open").stat().st_mode & 0o022 == 0

@@ -1,0 +1,5 @@
+"""Let `python -m halfstep` stand for `halfstep`."""
+
+from halfstep.launcher.cli.console import main
+
+main()

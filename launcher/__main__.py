@@ -1,5 +1,0 @@
-"""Let `python -m launcher` stand for `halfstep`."""
-
-from launcher.console import main
-
-main()

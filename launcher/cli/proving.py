@@ -1,0 +1,121 @@
+"""The verbs that prove and examine: verify, numerics, doctor."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from halfstep.launcher import topology
+from halfstep.launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, HalfstepError
+from halfstep.launcher.system.files import reason
+from halfstep.launcher.system.terminal import say, say_json
+
+
+def add(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verbs to the command."""
+    verify = verbs.add_parser(
+        "verify",
+        help="prove that every (stage, precision) cell trains the same model here",
+        description="Train tiny models in every (ZeRO stage, precision) cell, on one rank and two, and compare each "
+        "with a plain PyTorch mixed-precision trainer and with stage 1. Exit code 76 where one differs.",
+        parents=[common],
+    )
+    verify.add_argument("--all", action="store_true", help="every combination of conditions, not the subset")
+    verify.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="zero=0|3, precision=fp16, ..."
+    )
+    verify.add_argument("--without-repairs", action="store_true", help="show DeepSpeed as it is; stores no verdict")
+    verify.add_argument("--json", action="store_true", help="print the results as JSON")
+    verify.set_defaults(verb=_verify)
+    numerics = verbs.add_parser(
+        "numerics",
+        help="show a run's loss scale, its skipped steps and what fp16 loses",
+        description="Print and plot the loss scale with the skipped steps and, layer by step, the gradients that fp16 "
+        "loses with and without scaling.",
+        parents=[common],
+    )
+    numerics.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    numerics.add_argument("--out", metavar="FILE.png", type=Path, help="the picture (default: RUN/numerics.png)")
+    numerics.add_argument("--json", action="store_true", help="print every move and every reading as JSON")
+    numerics.set_defaults(verb=_numerics)
+    doctor = verbs.add_parser("doctor", help="check what a run needs", parents=[common])
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure this machine's CPU for the planner, once: some seconds, best with nothing else running",
+    )
+    doctor.set_defaults(verb=_doctor)
+
+
+def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
+    from halfstep.launcher.parity import cases, gate, verdict
+
+    chosen = cases.select(cases.every_case() if options.all else cases.default_cases(), options.only)
+    outcome = gate.verify(chosen, repairs=not options.without_repairs, quiet=options.json)
+    here, kept = topology.describe(1, 1), None
+    try:
+        kept = verdict.store(here, outcome.cells) if outcome.repairs else None
+    except OSError as error:  # what was found counts all the same
+        say(f"the verdict cannot be kept for a study to ask: {reason(error)}", error=True)
+    if options.json:
+        tree = {"ok": outcome.ok, "conditions": verdict.conditions(here), "seconds": outcome.seconds}
+        tree |= {"repairs": outcome.repairs, "not_run": [dataclasses.asdict(case) for case in outcome.not_run]}
+        say_json({**tree, "cells": outcome.cells})
+    else:
+        say(*gate.table(outcome))
+        if kept:
+            say(f"verdict for these versions and this hardware: {kept}")
+    return 0 if outcome.ok else EXIT_NUMERICS
+
+
+def _numerics(options: argparse.Namespace, arguments: list[str]) -> int:
+    from halfstep.launcher.metrics import numerics_history, numerics_report, plots  # matplotlib takes its time
+
+    run = numerics_history.read(options.run)
+    picture = options.out or options.run / "numerics.png"
+    failure = None
+    try:
+        plots.write(run, picture)
+    except HalfstepError as error:
+        failure = error  # what the run tells is printed all the same
+    if options.json:
+        say_json({**numerics_history.to_dict(run), "picture": None if failure else str(picture)}, indent=None)
+    else:
+        say(*numerics_report.lines(run), *([] if failure else ["", f"picture {picture}"]))
+    if failure:
+        raise failure
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from halfstep.launcher.doctor.measure import measure
+    from halfstep.launcher.forecast.hardware import folder
+
+    file = folder() / "this-cpu.toml"
+    row = measure(file)
+    if options.json:
+        say_json(row)
+        return 0
+    say(f"this CPU, one of {row['measured_ranks']} rank(s), into {file}")
+    for name, unit in (("fp32", "FLOP/s"), ("half", "FLOP/s in bf16"), ("fp16", "FLOP/s"), ("bandwidth", "bytes/s"),
+                       ("link", "bytes/s"), ("link_latency", "s"), ("storage", "bytes/s")):  # fmt: skip
+        if name in row:
+            say(f"  {name:<14} {row[name]:.3g} {unit}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace, arguments: list[str]) -> int:
+    topology.prefer_cpu()
+    from halfstep.launcher.doctor import checks
+
+    if options.measure:
+        return _measure(options)
+    findings = checks.examine(Path.cwd())
+    if options.json:
+        say_json([finding.to_dict() for finding in findings])
+    else:
+        for finding in findings:
+            remedy = [f"      {'':<14} try: {finding.fix}"] if finding.fix else []
+            say(f"{finding.status:>4}  {finding.name:<14} {finding.detail}", *remedy)
+    return EXIT_REFUSED if any(finding.status == checks.FAIL for finding in findings) else 0

@@ -1,0 +1,38 @@
+"""Decide whether two things are the same: canonical JSON, its hash, and what a run may not change half-way."""
+
+import hashlib
+import json
+from typing import Any
+
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.config.schema import RunSpec
+
+# A run continues in its directory when only these differ; everything else would make it a different run.
+_MAY_CHANGE = ("out", "zero", "precision", "offload", "nvme_path", "batch.micro", "steps", "tokens", "hardware",
+               "nodes", "gpus_per_node", "data", "numerics.every", "numerics.max_skips")  # fmt: skip
+_MAY_CHANGE_SECTIONS = ("checkpoint.", "eval.", "log.", "watch.")
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of a value: keys sorted, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Return the first hex digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+
+
+def identity(spec: RunSpec) -> dict[str, Any]:
+    """Return the keys that make a run this run, by dotted name.
+
+    `data` is a path and not among them: the plan's data digest is compared instead.
+    """
+    leaves = flatten(spec.model_dump(by_alias=True))
+    if spec.schedule.kind != "wsd":  # nothing comes of it, and runs of other kinds are older than this key
+        del leaves["schedule.decay"]
+    return {
+        key: value
+        for key, value in leaves.items()
+        if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_SECTIONS)
+    }

@@ -1,0 +1,1 @@
+"""What a corpus and its tokenizer say of themselves: read and checked, without torch."""

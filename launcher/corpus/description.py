@@ -1,0 +1,229 @@
+"""Read what a corpus says of itself, and check it: the manifest of a prepared folder, or a bare Megatron pair."""
+
+import glob
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.corpus import corpus_manifest, file_hash, megatron
+from halfstep.launcher.corpus.corpus_manifest import AGAIN, Manifest, Split
+from halfstep.launcher.corpus.vocabulary import TokenizerFacts, table_digest, tokenizer_sha256
+from halfstep.launcher.errors import RequestError
+
+_NOT_READ = ("left_out", "bad_rows")
+"""Of the source in a manifest: what was passed over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What the corpus says of itself."""
+
+    path: str
+    train_prefix: str
+    """The .bin/.idx pair without its endings."""
+    validation_prefix: str | None
+    train_tokens: int
+    validation_tokens: int
+    vocabulary: int | None
+    """Of its tokenizer: token ids are below this; None where the corpus does not say."""
+    max_token_id: int | None = None
+    """The largest id that it holds; None where it does not say."""
+    tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
+    has_tokenizer: bool
+    """Whether the corpus says how it was tokenised."""
+    digest: str
+    """Identifies the content by what its manifest or index says, wherever the folder lies."""
+    tokens_digest: str | None = None
+    """Identifies the tokens themselves, by the sample of `halfstep.launcher.corpus.file_hash`."""
+
+    @property
+    def vocabulary_digest(self) -> str | None:
+        """What identifies the token table of the corpus's tokenizer."""
+        return self.tokenizer.vocabulary_digest
+
+
+def read_data(path: str) -> DataFacts:
+    """Read a prepared folder's manifest, or the index of a bare Megatron .bin/.idx pair, and check the files by it.
+
+    Sizes, counts and indexes are checked whole, tokens by a sample (all of them up to 64 MiB); `verify_tokens` reads
+    the rest. Raises RequestError for what is missing, damaged or contradicts itself.
+    """
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            if (folder / corpus_manifest.NAME).exists():
+                return _of_folder(folder)
+            raise _unfinished(folder, path)
+        if Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file():
+            return _of_pair(path)
+        raise _missing(folder, path)
+    except OSError as error:
+        named = error.filename if error.filename is not None else path
+        raise RequestError(
+            f"the corpus cannot be read: {error.strerror or error}",
+            where=str(named)[:300],
+            fix="check the path and permissions",
+        ) from None
+
+
+def verify_tokens(path: str) -> bool:
+    """Read all of a prepared folder's tokens and compare them with the manifest; False where it has no hashes.
+
+    Raises RequestError naming the file that is not what was written.
+    """
+    folder = Path(path)
+    about, _ = corpus_manifest.read(folder)
+    for split in _splits(about):
+        if split.xxh3 is None:
+            return False
+        for file, expected in zip(_files(folder, split), (split.xxh3.bin, split.xxh3.idx), strict=True):
+            if file_hash.whole(file) != expected:
+                raise _changed(file)
+    return True
+
+
+def _unfinished(folder: Path, path: str) -> RequestError:
+    prefixes = sorted(str(index.with_suffix("")) for index in folder.glob("*.idx"))
+    return RequestError(
+        f"{folder} holds no manifest.json, so it was not finished or not made by `halfstep data prepare`",
+        where=f"data={path}",
+        fix="prepare it again into a new folder"
+        + (f", or name one Megatron pair of it: data={prefixes[0]}" if prefixes else ""),
+    )
+
+
+def _missing(folder: Path, path: str) -> RequestError:
+    name = glob.escape(folder.name)
+    partial = sorted(folder.parent.glob(f"{name}.partial*")) + sorted(folder.parent.glob(f".{name}.partial*"))
+    if partial:
+        return RequestError(
+            f"{folder} was never finished: only the unfinished {partial[0].name} is there",
+            where=f"data={path}",
+            fix="run `halfstep data prepare` again and let it end",
+        )
+    if folder.suffix in (".bin", ".idx") and folder.exists():
+        return RequestError(
+            f"{folder.name} is one file of a Megatron pair, and data names both",
+            where=f"data={path}",
+            fix=f"leave its ending out: data={folder.with_suffix('')}",
+        )
+    halves = [half for half in (Path(f"{path}.idx"), Path(f"{path}.bin")) if half.is_file()]
+    if halves:
+        return RequestError(
+            f"of a Megatron pair only {halves[0].name} is there",
+            where=f"data={path}",
+            fix="copy the other file beside it",
+        )
+    return RequestError(
+        f"there is no data at {folder}",
+        where=f"data={path}",
+        fix=f"make it: halfstep data prepare --source stdlib --out {folder} --vocab-size 4096",
+    )
+
+
+def _of_folder(folder: Path) -> DataFacts:
+    about, content = corpus_manifest.read(folder)
+    tokens_digests = [_check_split(folder, about, split) for split in _splits(about)]
+    home = folder / about.tokenizer.path
+    sha256 = tokenizer_sha256(home)
+    if sha256 != about.tokenizer.sha256:
+        raise RequestError(
+            "the tokens were made with another tokenizer than the one in the folder: "
+            f"its hash is {sha256[:12]}, the manifest says {about.tokenizer.sha256[:12]}",
+            where=str(home),
+            fix=f"put the right tokenizer back, or {AGAIN}",
+        )
+    train, validation = _splits(about)
+    return DataFacts(
+        path=str(folder),
+        train_prefix=str(folder / train.prefix),
+        validation_prefix=str(folder / validation.prefix) if validation.tokens else None,
+        train_tokens=train.tokens,
+        validation_tokens=validation.tokens,
+        vocabulary=about.tokenizer.vocabulary,
+        max_token_id=about.max_token_id,
+        tokenizer=TokenizerFacts(sha256=sha256, vocabulary_digest=table_digest(home)),
+        has_tokenizer=True,
+        digest=_digest(about, content),
+        tokens_digest=digest(tokens_digests),
+    )
+
+
+def _digest(about: Manifest, content: dict[str, Any]) -> str:
+    """Identify a prepared corpus.
+
+    The moment and the machine of the preparation do not make another corpus, nor does what was passed over. Of what
+    stands in the manifest, not of what the schema makes of it: a corpus of an earlier version keeps its digest, and its
+    runs resume.
+    """
+    source = {key: value for key, value in content["source"].items() if key not in _NOT_READ}
+    return digest([content["splits"], about.tokenizer.sha256, about.token_dtype, source, content.get("seed")])
+
+
+def _splits(about: Manifest) -> tuple[Split, Split]:
+    return about.splits.train, about.splits.validation
+
+
+def _files(folder: Path, split: Split) -> tuple[Path, Path]:
+    return folder / f"{split.prefix}.bin", folder / f"{split.prefix}.idx"
+
+
+def _check_split(folder: Path, about: Manifest, split: Split) -> list[str]:
+    """Compare the pair with what the manifest says of it; return the hashes of a sample of its files."""
+    files = _files(folder, split)
+    for file, size in zip(files, (split.bytes.bin, split.bytes.idx), strict=True):
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes"
+            raise RequestError(
+                f"{file.name} {state}, the manifest says {size} bytes: the folder is half-written or damaged",
+                where=str(folder / corpus_manifest.NAME),
+                fix=f"copy the folder again, or {AGAIN}",
+            )
+    pair = megatron.read_pair(folder / split.prefix)
+    dtype = pair.dtype.__name__ if pair.tokens else about.token_dtype
+    if (pair.tokens, pair.documents, dtype) != (split.tokens, split.documents, about.token_dtype):
+        raise RequestError(
+            f"{files[1].name} speaks of {pair.tokens} tokens of type {dtype} in {pair.documents} documents, "
+            f"the manifest of {split.tokens} of type {about.token_dtype} in {split.documents}",
+            where=str(folder / corpus_manifest.NAME),
+            fix=f"copy the folder again, or {AGAIN}",
+        )
+    sampled = [file_hash.sampled(file) for file in files]
+    if split.xxh3_sampled is not None:
+        for file, actual, expected in zip(
+            files, sampled, (split.xxh3_sampled.bin, split.xxh3_sampled.idx), strict=True
+        ):
+            if actual != expected:
+                raise _changed(file)
+    return sampled
+
+
+def _changed(file: Path) -> RequestError:
+    return RequestError(
+        f"{file.name} does not hold what was prepared: its hash is not the one in the manifest",
+        where=str(file),
+        fix=f"copy the folder again, or {AGAIN}",
+    )
+
+
+def _of_pair(path: str) -> DataFacts:
+    pair = megatron.read_pair(path)
+    idx, bin_file = Path(f"{path}.idx"), Path(f"{path}.bin")
+    if pair.tokens == 0:
+        raise RequestError("there are no tokens in it", where=str(bin_file), fix="name a corpus that holds text")
+    with idx.open("rb") as content:
+        index = hashlib.file_digest(content, "sha256").hexdigest()
+    return DataFacts(
+        path=path,
+        train_prefix=path,
+        validation_prefix=None,
+        train_tokens=pair.tokens,
+        validation_tokens=0,
+        vocabulary=None,
+        has_tokenizer=False,
+        digest=digest([index, bin_file.stat().st_size]),
+        tokens_digest=digest([[file_hash.sampled(bin_file), file_hash.sampled(idx)]]),
+    )

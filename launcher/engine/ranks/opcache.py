@@ -1,0 +1,89 @@
+"""Build DeepSpeed's compiled operators once a host, behind a lock that a dead process cannot leave behind.
+
+torch's own build lock is a plain file: a start killed at the wrong moment leaves it, and every later start waits for it
+without a word and without end (T25; torch/utils/file_baton.py). Ours is released by the kernel, and while we hold it
+nobody of ours can be building, so a plain lock file found then is stale and is removed.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+from halfstep.launcher import topology
+from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.system import caches
+
+
+def folder() -> Path:
+    """Return the build folder: TORCH_EXTENSIONS_DIR where a user set it, else one per CPU type, version and place.
+
+    Hosts that share a home must not share builds for another instruction set (T11), nor two installations theirs: the
+    compiler is given their paths, and either would build again what the other has built.
+    """
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(chosen)
+    installed = [importlib.util.find_spec(name) for name in ("torch", "deepspeed")]
+    places = [str(Path(spec.origin or "").resolve().parent) for spec in installed if spec is not None]
+    kind = hashlib.sha256("\0".join([topology.cpu_flags(), *places]).encode()).hexdigest()[:8]
+    versions = f"py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+    return caches.cache("ops") / f"{platform.machine()}-{kind}-{versions}".replace("+", "-")
+
+
+def stale_locks(cache: Path) -> list[Path]:
+    """Return the build locks in a cache; they are stale if nobody is building."""
+    return sorted(cache.glob("*/lock"))
+
+
+def own_lock(cache: Path) -> FileLock:
+    """Return the lock that guards a cache, released by the kernel when its holder dies."""
+    return FileLock(cache / "halfstep.lock")
+
+
+def prepare() -> None:
+    """Set where operators are built and what builds them, and keep DeepSpeed from building one that no training uses.
+
+    Its shared-memory operator for CPUs serves `inference_all_reduce` alone (comm/torch.py); gloo does all others.
+    """
+    # ninja's wheel lies beside the interpreter, which is on PATH only in an activated environment.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder())
+    # By its full name: in deepspeed.comm, `torch` is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def load_operators(names: list[str]) -> list[str]:
+    """Build, or load what was built, one rank at a time, and return the names of those that fit this machine.
+
+    DeepSpeed then finds them loaded and takes no lock itself. Raises RefusedError where an operator cannot be built,
+    RequestError where there is no folder to build it in.
+    """
+    cache = caches.make(folder(), "TORCH_EXTENSIONS_DIR" if os.environ.get("TORCH_EXTENSIONS_DIR") else None)
+    prepare()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__
+
+    loaded = []
+    with own_lock(cache):
+        for lock in stale_locks(cache):
+            lock.unlink(missing_ok=True)
+        for name in names:
+            builder = get_accelerator().create_op_builder(name)  # pyright: ignore[reportOptionalMemberAccess]
+            if builder is not None and __compatible_ops__.get(builder.NAME, False):
+                try:
+                    builder.load()
+                except (RuntimeError, OSError, ImportError) as error:
+                    reason = str(error).strip().partition("\n")[0].partition(": [")[0]  # the compiler's line follows
+                    raise RefusedError(
+                        f"DeepSpeed's operator {builder.NAME} cannot be built: {reason}",
+                        where=str(cache),
+                        fix="`halfstep doctor` says what is missing; --debug shows the compiler's words",
+                    ) from error
+                loaded.append(name)
+    return loaded

@@ -1,0 +1,1 @@
+"""The training state: out of DeepSpeed's wrappers, onto the disk, and back."""

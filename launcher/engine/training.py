@@ -1,0 +1,52 @@
+"""What the loop works with: the engine and what stands around it, as one argument."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from halfstep.launcher import fault_injection
+from halfstep.launcher.engine.feed import Batches
+from halfstep.launcher.engine.numerics.guard import Guard
+from halfstep.launcher.engine.readings import sum_over_ranks
+from halfstep.launcher.engine.state.saving import Saver
+from halfstep.launcher.engine.untyped import Engine
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
+
+_FAULT_POINTS = {"data": "data", "forward": "fwd", "backward": "bwd", "step": "step", "evaluate": "eval"}
+_JOINT = ("step", "evaluate")
+"""Phases at whose beginning the ranks wait for each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One rank's share of a training; every rank calls the same functions, rank 0's write."""
+
+    engine: Engine
+    plan: Plan
+    feed: Batches
+    guard: Guard
+    saver: Saver | None = None
+    done: int = 0
+    """Steps that are done already."""
+    evaluated: bool = False
+    """Whether the evaluation that is due after `done` has been made."""
+    on_step: Callable[[StepRecord], None]
+    on_evaluation: Callable[[EvaluationRecord], None] = lambda record: None
+    on_event: Callable[..., None] = lambda kind, **details: None
+    on_traffic: Callable[[int, int], None] = lambda sent, collectives: None
+    """Called with the bytes and the collectives of one optimizer step."""
+    mark: Callable[[str, int], None] = lambda phase, step: None
+    """Called with the phase and the step whenever something has moved."""
+    stop_reason: Callable[[], str | None] = lambda: None
+    """Why this rank was asked to stop, if it was."""
+
+    def phase(self, name: str, step: int) -> None:
+        """Mark that a phase begins, and let happen what is set for it."""
+        self.mark(name, step)
+        fault_injection.hit(_FAULT_POINTS[name], rank=self.feed.rank, step=step)
+        if name in _JOINT:
+            self.mark(name, step)  # whoever hangs before is a mark behind those that wait for it
+
+    def stopping_anywhere(self) -> bool:
+        """Tell whether any rank was asked to stop. A collective call."""
+        return sum_over_ranks([float(self.stop_reason() is not None)], self.engine.device)[0] > 0

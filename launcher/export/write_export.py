@@ -1,0 +1,182 @@
+"""Export a checkpoint: a folder that transformers, and every tool that reads its format, loads as it is."""
+
+import math
+import shlex
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from halfstep.launcher.checkpoint.manifest import Damaged, Manifest
+from halfstep.launcher.checkpoint.shards import Shards
+from halfstep.launcher.config.digest import digest
+from halfstep.launcher.errors import RefusedError, RequestError
+from halfstep.launcher.export import compare, source, target, tokenizer_files, weights
+from halfstep.launcher.export.compare import Comparison
+from halfstep.launcher.export.exported import KIND, NOTE
+from halfstep.launcher.export.source import Source
+from halfstep.launcher.rundir import environment, records
+from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.system.files import write_json
+
+_SPARE = 1 << 24
+"""Bytes besides the weights: the tokenizer and the configuration."""
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was exported."""
+
+    folder: Path
+    step: int
+    files: dict[str, int]
+    """Name -> bytes."""
+    parameters: int
+    dtype: str
+    tokenizer: dict[str, Any] | None
+    compare: dict[str, Any] | None
+    warnings: tuple[str, ...]
+    sentence: str | None
+    """The comparison in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as programs read it."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def export(
+    run: Path,
+    to: Path,
+    *,
+    step: int | None = None,
+    dtype: str = "fp32",
+    max_shard_bytes: int = 5 * 10**9,
+    data: Path | None = None,
+    comparing: bool = True,
+) -> Outcome:
+    """Write the weights, configuration and tokenizer of a checkpoint as a folder for transformers.
+
+    `data` is where the run's corpus lies now, if it was moved. The export is loaded and compared with the training
+    engine before it appears. Raises RequestError for a damaged checkpoint, RefusedError for an export that computes
+    something else; then nothing is written.
+    """
+    folder = target.absolute(to)
+    chosen = source.choose(run, step, f"halfstep checkpoint export {shlex.join([str(run), '--to', str(to)])}")
+    manifest = chosen.manifest
+    content = weights.content(manifest, dtype)
+    parts = weights.divide(content.entries, max_shard_bytes)
+    with target.filling(folder, sum(part.bytes for part in parts) + _SPARE) as partial:
+        tokenizer, warnings = _tokenizer(manifest, data, partial, content.context)
+        _configure(partial, content.config, tokenizer)
+        files = Shards(chosen.folder, manifest)
+        try:
+            weights.write(partial, files, parts)
+        except Damaged as damage:
+            raise RequestError(
+                f"the checkpoint of step {manifest.step} is incomplete: {damage}",
+                where=str(chosen.folder),
+                fix="take another with --step",
+            ) from None
+        comparison = _compare(partial, manifest, files, dtype) if comparing else None
+        write_json(partial / NOTE, _note(chosen, dtype, tokenizer, comparison))
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    if comparing and comparison is None:
+        warnings.append("the checkpoint holds no logits of the training engine: there was nothing to compare with")
+    return Outcome(
+        folder=folder,
+        step=manifest.step,
+        files=sizes,
+        parameters=sum(math.prod(shape) for shape in manifest.model["parameters"].values()),
+        dtype=dtype,
+        tokenizer=tokenizer.to_dict() if tokenizer else None,
+        compare=comparison.to_dict() if comparison else None,
+        warnings=tuple(warnings),
+        sentence=comparison.sentence if comparison else None,
+    )
+
+
+def _tokenizer(
+    manifest: Manifest, data: Path | None, folder: Path, context: int | None
+) -> tuple[tokenizer_files.Exported | None, list[str]]:
+    """Write the tokenizer where the corpus is still there; otherwise say in a warning that there is none."""
+    corpus = data or Path(manifest.data["path"])
+    if data is None and not corpus.exists():
+        return None, [
+            f"no tokenizer: the corpus {corpus} has gone; --data DIR says where it is now, and the weights are complete"
+        ]
+    try:
+        tokenizer = tokenizer_files.export(corpus, manifest.data["digest"], folder, context)
+    except RequestError as error:
+        if data is not None:
+            raise
+        return None, [f"no tokenizer: {error.what}; {error.fix}"]
+    if tokenizer.differs:
+        return tokenizer, [
+            f"the tokenizer of the export gives other ids than the corpus's own, first at {tokenizer.differs}"
+        ]
+    return tokenizer, []
+
+
+def _configure(folder: Path, config: PreTrainedConfig, tokenizer: tokenizer_files.Exported | None) -> None:
+    """Write config.json and generation_config.json; what ends a document also begins one and pads.
+
+    The padding stands in the latter alone: a Llama whose config.json names it would never train that token again
+    (`padding_idx`), and here it is the one that ends a document.
+    """
+    if tokenizer:
+        for key in ("bos_token_id", "eos_token_id"):
+            if getattr(config, key, None) is None:
+                setattr(config, key, tokenizer.end_of_text)
+    config.save_pretrained(folder)
+    special = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer and special["pad_token_id"] is None:
+        special["pad_token_id"] = tokenizer.end_of_text
+    GenerationConfig(**{key: value for key, value in special.items() if value is not None}).save_pretrained(folder)
+
+
+def _compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comparison | None:
+    comparison = compare.compare(folder, manifest, files, dtype)
+    if comparison is not None and comparison.ok is False:
+        raise RefusedError(
+            f"the export computes something else than the training engine did: {comparison.sentence}",
+            where=f"the checkpoint of step {manifest.step}, loaded by transformers on {comparison.device}",
+            fix="export with the versions of the run (attempts/NNNN/env.json); --no-compare writes it all the same",
+        )
+    return comparison
+
+
+def _note(
+    chosen: Source, dtype: str, tokenizer: tokenizer_files.Exported | None, comparison: Comparison | None
+) -> dict[str, Any]:
+    manifest = chosen.manifest
+    return {
+        "kind": KIND,
+        "format": FORMAT,
+        "run_id": manifest.run_id,
+        "step": manifest.step,
+        "tokens": manifest.tokens,
+        "model": manifest.model["name"],
+        "identity": digest(manifest.identity),
+        "data": manifest.data,
+        "sequence": manifest.sequence,
+        "evaluation_sequences": _evaluation_sequences(chosen.run),
+        "loss": source.losses(chosen.run).get(manifest.step),
+        "trained": {"zero": manifest.zero, "precision": manifest.precision, "world_size": manifest.world_size},
+        "dtype": dtype,
+        "tokenizer": tokenizer.to_dict() if tokenizer else None,
+        "compare": comparison.to_dict() if comparison else None,
+        "versions": {"trained": manifest.versions, "exported": environment.versions()},
+        "time": time.time(),
+    }
+
+
+def _evaluation_sequences(run: Path) -> int | None:
+    """Return how many validation sequences the run's own evaluations read; None where its plan has gone."""
+    try:
+        planned = Run(run).planned
+    except records.Damaged:
+        return None
+    return planned.data.validation_windows if planned else None

@@ -1,0 +1,136 @@
+"""What a micro-batch keeps for its backward pass, in bytes: blocks, checkpoints, logits and the loss.
+
+Coefficients are of transformers' GPT-2 (with the fused tanh GELU) and Llama, with torch's scaled-dot-product attention;
+a test holds them against the tensors that autograd really saves.
+"""
+
+from dataclasses import dataclass
+
+from halfstep.launcher.forecast.workload import Workload
+from halfstep.launcher.system.heap import MAPPED
+from halfstep.models.shapes import Shape
+
+_GPU_CHUNK, _CPU_CHUNK = 4 << 24, 4 << 18
+"""Bytes in fp32 that our loss works on at a time (models/loss.py)."""
+_HF_LOSS_KEPT, _HF_LOSS_PEAK = 4, 14
+"""Bytes a logit of transformers' ForCausalLMLoss with 16-bit logits: fp32 copies (planner facts, section 4)."""
+_UNKNOWN_BLOCK = 16
+"""Elements a token and hidden element of a block that is not known: GPT-2's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes on one rank for one micro-batch."""
+
+    block: int
+    """Kept by one block for its backward pass."""
+    kept: int
+    """Kept by all blocks when the forward pass is over: everything, or the blocks' inputs where they are recomputed."""
+    ends: int
+    """Kept outside the blocks: the last norm, dropout of the embedding."""
+    working: int
+    """What one block's backward pass holds beside what was kept."""
+    logits: int
+    """The logits, which live until the next forward pass has made new ones."""
+    loss: int
+    """What the loss holds more, at its worst."""
+    head_copies: int
+    """Where products are made of fp32 copies: those of the head's weights, input and output."""
+    block_copies: int
+    """The same of a block's widest layer."""
+    heap: int
+    """Of what a block's two passes hold at most, what lies in tensors that a CPU's C library does not map."""
+    evaluation: int
+    """A forward pass that keeps nothing: one block's largest moment."""
+
+
+def activations(workload: Workload) -> Activations:
+    """Return the activations of a workload; of a family that is not known, GPT-2's of its width or nothing at all."""
+    shape = workload.shape
+    if shape is None:
+        return Activations(
+            block=0,
+            kept=0,
+            ends=0,
+            working=0,
+            logits=0,
+            loss=0,
+            head_copies=0,
+            block_copies=0,
+            heap=0,
+            evaluation=0,
+        )
+    tokens, element = workload.micro * workload.sequence, workload.element_bytes
+    block = _block(workload, shape) * tokens
+    hidden = element * shape.width * tokens
+    norm = 2 * hidden if shape.family == "gpt2" else _rms_norm(shape, element) * tokens
+    logits = element * shape.vocabulary * tokens
+    chunk = _GPU_CHUNK if workload.accelerator == "cuda" else _CPU_CHUNK
+    loss = logits + min(chunk, 4 * shape.vocabulary * tokens) if workload.fused_loss else _hf_loss(workload, logits)
+    widest = max(2 * shape.ffn, 4 * shape.width)
+    return Activations(
+        block=block,
+        kept=shape.layers * (hidden if workload.activation_checkpointing else block),
+        ends=norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
+        working=element * (widest + 2 * shape.width) * tokens,
+        logits=logits,
+        loss=loss,
+        head_copies=_copies(workload, tokens, shape.width, shape.vocabulary),
+        block_copies=_copies(workload, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
+        heap=_heap(workload, shape, block),
+        evaluation=element * (widest + 3 * shape.width) * tokens,
+    )
+
+
+def _heap(workload: Workload, shape: Shape, block: int) -> int:
+    tokens, element = workload.micro * workload.sequence, workload.element_bytes
+    hidden, wide = element * shape.width * tokens, element * shape.ffn * tokens
+    if hidden >= MAPPED:
+        return 0
+    if wide >= MAPPED:  # what is as wide as the feed-forward layer is mapped
+        block -= (2 if shape.family == "gpt2" else 4) * wide
+        working = 4 * hidden
+    else:
+        working = max(2 * wide, 4 * hidden) + 2 * hidden
+    kept = hidden * shape.layers + block if workload.activation_checkpointing else block * shape.layers
+    return kept + working
+
+
+def _copies(workload: Workload, tokens: int, width: int, out: int) -> int:
+    return 4 * (tokens * (width + out) + width * out) if workload.widened else 0
+
+
+def _block(workload: Workload, shape: Shape) -> int:
+    """Return the bytes a token that one block keeps."""
+    element, h, f = workload.element_bytes, shape.width, shape.ffn
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if shape.family == "gpt2":
+        # Two norms' inputs and outputs, query, key and value, the attention's output; the wide layer before and after.
+        size = element * (8 * h + 2 * f) + 2 * _dropped(workload, shape) * h
+    else:
+        # Two norms; query, key, value and the output; gate, its SiLU, up and their product.
+        size = 2 * _rms_norm(shape, element) + element * (2 * query + 2 * kv + 4 * f)
+        if shape.qk_norm:
+            size += (8 if element == 4 else 6) * (query + kv)
+    if shape.dropout and workload.accelerator == "cpu":
+        # No fused kernel has dropout there: queries, keys and values of every head in fp32, and three fp32 matrices of
+        # the scores (softmax, noise, product).
+        return size - element * (query + 2 * kv) + 12 * query + 12 * shape.heads * workload.sequence
+    return size + 4 * shape.heads
+
+
+def _rms_norm(shape: Shape, element: int) -> int:
+    """Return the bytes a token that Llama's norm keeps: in 16 bits an fp32 copy of its input, normed, and scaled."""
+    return shape.width * (12 if element == 4 else 8)
+
+
+def _dropped(workload: Workload, shape: Shape) -> int:
+    """Return the bytes an element that one dropout keeps: on a CPU the noise itself, elsewhere a mask."""
+    if shape.dropout == 0:
+        return 0
+    return workload.element_bytes if workload.accelerator == "cpu" else 1
+
+
+def _hf_loss(workload: Workload, logits: int) -> int:
+    elements = logits // workload.element_bytes
+    return (_HF_LOSS_PEAK + (2 if workload.element_bytes == 4 else 0)) * elements - logits

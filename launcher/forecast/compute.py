@@ -1,0 +1,137 @@
+"""What one device computes in one micro-step, and how long that takes: a roofline with few constants."""
+
+import math
+from dataclasses import dataclass
+
+from halfstep.launcher.forecast.calibration import Calibration
+from halfstep.launcher.forecast.hardware import Hardware
+from halfstep.launcher.forecast.parallelism import Layout
+from halfstep.launcher.forecast.workload import Workload
+
+_SELECTIVE = 0.15
+"""Of a forward pass, what selective checkpointing recomputes besides attention."""
+_WAIT = 4.0
+"""How sharply the host or the device decides: (a^p + b^p)^(1/p)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroStep:
+    """The seconds of one forward and backward on one device, layers and head, by what limits them."""
+
+    matmul: float
+    """Linear layers and the head."""
+    attention: float
+    memory: float
+    """Elementwise kernels, unfused attention scores, logits, and reading weights."""
+    host: float
+    """Launching kernels; a GPU works meanwhile."""
+    serial: bool = False
+    """Whether host and device are one: a CPU computes before it launches the next kernel."""
+
+    @property
+    def device(self) -> float:
+        """Seconds of the device alone."""
+        return self.matmul + self.attention + self.memory
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the slower of host and device, smoothly; of both where they are one."""
+        if self.serial:
+            return self.device + self.host
+        return (self.device**_WAIT + self.host**_WAIT) ** (1 / _WAIT)
+
+
+def recomputed(workload: Workload, layout: Layout) -> float:
+    """Return how much of a forward pass the backward pass does again: 0 to 1."""
+    kind = layout.recompute or ("full" if workload.activation_checkpointing else "none")
+    return {"none": 0.0, "selective": _SELECTIVE}.get(kind, 1.0)
+
+
+def stage(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
+    """Return the seconds of one micro-step of the layers of one pipeline stage, without the head.
+
+    A forward pass takes 2 FLOPs for each weight and token, the backward pass twice that. Attention forward takes 4 s h
+    FLOPs a token, half of that where a fused kernel leaves the masked half out; the fused backward computes the scores
+    again, 2.5 times the forward (Dao 2023). Bytes are counted in passes over tensors, and the passes are calibrated.
+    """
+    shape = workload.shape
+    assert shape is not None, "the caller asks `can_tell` first"
+    assert hardware.bandwidth, "the caller asks `can_tell` first"
+    again = recomputed(workload, layout)
+    tokens = workload.micro * workload.sequence / layout.context
+    layers = shape.layers / layout.pipeline
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    feed = (2 if shape.family == "gpt2" else 3) * shape.ffn
+    weights = shape.width * (2 * query + 2 * kv + feed) / layout.tensor
+    # A CPU's elementwise kernels convert 16 bits to 32, compute and convert back: fewer bytes save them nothing.
+    serial = workload.accelerator == "cpu"
+    width, size = shape.width, 4 if serial else workload.element_bytes
+
+    narrow = 1 + known.narrow * math.sqrt(1024 * layout.tensor / shape.width)
+    matmul = narrow * (3 + again) * 2 * tokens * weights * layers / _linear(workload, layout, hardware, known)
+    unfused = layout.attention == "unfused"
+    causal, passes = (1.0, 3 + again) if unfused else (0.5, 3.5 + (1 if again else 0))
+    scores = causal * passes * 4 * tokens * workload.sequence * query / layout.tensor * layers
+    attention = scores / (_reach(workload, hardware) * _attention_share(layout, hardware, known, shape.head_dim))
+
+    fused = known.compiled if layout.compiled else 1.0
+    whole = 0.0 if layout.sequence_parallel else 0.4  # norms and residuals, on every tensor-parallel rank
+    spread = whole + (1 - whole) / layout.tensor
+    if serial and workload.element_bytes == 2:
+        fused *= known.converted * (known.copied if workload.widened else 1.0)
+    moved = (
+        fused * known.elementwise * (1 + again / 3) * spread * tokens * (0.5 * width + 0.0625 * feed) * size * layers
+    )
+    if unfused:
+        seen = tokens * workload.sequence * shape.heads / layout.tensor
+        moved += known.scores * (1 + again / 3) * seen * size * layers
+    moved += known.weight_passes * (1 + again / 3) * weights * layers * size
+    host = known.host * layers * (2 + again) * (known.host_tensor if layout.tensor > 1 else 1.0)
+    return MicroStep(
+        matmul=matmul,
+        attention=attention,
+        memory=moved / hardware.bandwidth,
+        host=host * (known.host_compiled if layout.compiled else 1.0),
+        serial=serial,
+    )
+
+
+def head(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> MicroStep:
+    """Return the seconds of one micro-step of the output head and the loss, in 16 bits in every precision."""
+    shape = workload.shape
+    assert shape is not None, "the caller asks `can_tell` first"
+    assert hardware.bandwidth, "the caller asks `can_tell` first"
+    tokens = workload.micro * workload.sequence / layout.context
+    logits = tokens * shape.vocabulary / layout.tensor
+    fused = known.compiled if layout.compiled else 1.0
+    return MicroStep(
+        matmul=6 * logits * shape.width / (_reach(workload, hardware) * known.matmul),
+        attention=0.0,
+        memory=known.loss * fused * logits * workload.element_bytes / hardware.bandwidth,
+        host=0.0,
+    )
+
+
+def _reach(workload: Workload, hardware: Hardware) -> float:
+    peak = hardware.peak(workload.precision)
+    assert peak, "the caller asks `can_tell` first"
+    return peak * (hardware.matmul or 0.8)
+
+
+def _linear(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> float:
+    low = hardware.peak(layout.arithmetic) if layout.arithmetic else None
+    if low is None:
+        return _reach(workload, hardware) * known.matmul
+    return low * (hardware.matmul or 0.8) * known.matmul * known.low_precision
+
+
+def _attention_share(layout: Layout, hardware: Hardware, known: Calibration, head_dim: int) -> float:
+    lag = 1.0
+    if layout.attention == "flash":
+        lag = known.attention_early * (known.attention_lag if hardware.fp8 else 1.0)
+    return known.attention * lag * known.attention_small ** max(0.0, math.log2(128 / head_dim))
+
+
+def can_tell(workload: Workload, layout: Layout, hardware: Hardware) -> bool:
+    """Tell whether shape and device are known well enough for a forecast."""
+    return bool(workload.shape and hardware.peak(workload.precision) and hardware.bandwidth and workload.micro > 0)

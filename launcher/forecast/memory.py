@@ -1,0 +1,182 @@
+"""How much memory a rank will need, term by term, in which phase, and whether that is there."""
+
+from dataclasses import dataclass
+
+from halfstep.launcher.forecast import tensors as cuts
+from halfstep.launcher.forecast.activations import activations
+from halfstep.launcher.forecast.phases import Buffer, Phase, phases
+from halfstep.launcher.forecast.states import FULL, States, states
+from halfstep.launcher.forecast.workload import Workload
+from halfstep.launcher.system.heap import MAPPED
+
+# What a rank's memory is beyond its tensors: libraries, allocators, CUDA and its communicators. The constants of CPU
+# ranks are fitted by `benchmarks/measure_memory.py --fit` to runs of its own; those of GPUs are published ranges
+# and not measured by this project (docs/planner.md, Memory).
+MIB = 1 << 20
+
+CPU_RANK = 409 * MIB
+"""A rank with torch, transformers, DeepSpeed and gloo, and what the C heap keeps (launcher/system/heap.py)."""
+CPU_RANK_SHARDED = 45 * MIB
+"""More at stages 1 to 3: DeepSpeed imports its Muon there to ask for its type, which compiles (zero/utils.py)."""
+CPU_HEAP = 1.26
+"""Bytes of the C heap for a byte of activations in tensors that it serves, where it keeps them: with the holes."""
+CPU_ERROR = (0.07, 0.07)
+"""The band below and above a CPU rank's peak: the farthest of the measured rows."""
+
+CUDA_CONTEXT = 750 * MIB
+"""0.5 to 1.8 GiB by GPU and torch: Stas Bekman, Machine Learning Engineering Open Book. BigScience: 1113 MiB, V100."""
+NCCL = 1024 * MIB
+"""1 to 2 GiB more with torch.distributed: the same book."""
+CUDA_SLACK = 0.06
+"""What torch's allocator reserves beyond what is allocated; an assumption."""
+CUDA_ERROR = (0.07, 0.12)
+"""The band below and above a GPU's peak: published runs of this stack lie 8 % above the sum of known terms."""
+CUDA_HOST = 3072 * MIB
+"""Host memory of a rank that drives a GPU: its libraries. An assumption."""
+UNKNOWN_FAMILY = 0.5
+"""How much more a model whose activations are not known may need."""
+
+FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One line of a forecast."""
+
+    name: str
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one rank needs. On CPU ranks device and host are one memory, and everything is a device term."""
+
+    device: tuple[Term, ...]
+    """What lies on the device at the peak; the terms add up to `peak_bytes` and `outside_bytes`."""
+    host: tuple[Term, ...]
+    peak_at: str
+    """The phase of the peak."""
+    by_phase: dict[str, int]
+    """The peak of every phase, in bytes, without what lies outside."""
+    allocated_bytes: int
+    """Tensors alone."""
+    peak_bytes: int
+    """What the run will call its peak: on a GPU most reserved by torch, on a CPU the high-water resident size."""
+    low_bytes: int
+    high_bytes: int
+    outside_bytes: int
+    """On a GPU, what torch does not count: the CUDA context, NCCL."""
+    states: States
+    capacity_bytes: int | None = None
+    """What a rank has, if that was said."""
+
+    def verdict(self, capacity_bytes: int | None = None) -> str | None:
+        """Say whether a rank that has so much memory can do it: `fits`, `tight`, `does not fit`; None if not known."""
+        capacity_bytes = self.capacity_bytes if capacity_bytes is None else capacity_bytes
+        if capacity_bytes is None:
+            return None
+        if self.low_bytes + self.outside_bytes > capacity_bytes:
+            return TOO_LARGE
+        return FITS if self.high_bytes + self.outside_bytes <= capacity_bytes else TIGHT
+
+    @property
+    def host_bytes(self) -> int:
+        """All host terms."""
+        return sum(term.bytes for term in self.host)
+
+
+def forecast(workload: Workload, *, capacity_bytes: int | None = None) -> Forecast:
+    """Return the forecast of a workload; of a family that is not known, without activations and with a wider band."""
+    every, held = phases_on(workload), states(workload)
+    on_cpu = workload.accelerator == "cpu"
+    offloaded = _offloaded(workload, held)
+    peaks = _cpu_peaks(workload, every) if on_cpu else _cuda_peaks(every)
+    worst = max(every, key=lambda phase: peaks[phase.name])
+    peak = peaks[worst.name]
+    terms = [Term(**vars(buffer)) for buffer in worst.buffers if buffer.bytes]
+    outside = 0
+    if on_cpu:
+        terms.append(Term(name="framework", bytes=peak - worst.bytes, note="Python, torch, DeepSpeed, gloo, C heap"))
+        low, high = 1 - CPU_ERROR[0], 1 + CPU_ERROR[1]
+    else:
+        outside = CUDA_CONTEXT + (NCCL if workload.ranks > 1 else 0)
+        terms.append(Term(name="allocator slack", bytes=peak - worst.bytes, note="reserved and not in use"))
+        terms += _cuda_overheads(workload)
+        low, high = 1 - CUDA_ERROR[0], 1 + CUDA_ERROR[1]
+    if workload.shape is None:
+        high += UNKNOWN_FAMILY
+    return Forecast(
+        device=tuple(terms),
+        host=() if on_cpu else _host(workload, offloaded),
+        peak_at=worst.name,
+        by_phase=peaks,
+        allocated_bytes=worst.bytes,
+        peak_bytes=peak,
+        low_bytes=int(peak * low),
+        high_bytes=int(peak * high),
+        outside_bytes=outside,
+        states=held,
+        capacity_bytes=capacity_bytes,
+    )
+
+
+def phases_on(workload: Workload) -> tuple[Phase, ...]:
+    """Return the phases of a run, and on CPU ranks, whose host is their device, with what is offloaded."""
+    if workload.accelerator != "cpu":
+        return phases(workload)
+    offloaded = _offloaded(workload, states(workload))
+    return tuple(Phase(name=phase.name, buffers=(*phase.buffers, *offloaded)) for phase in phases(workload))
+
+
+def _offloaded(workload: Workload, held: States) -> tuple[Buffer, ...]:
+    """Return what lies in host memory for the device's sake."""
+    buffers = (
+        Buffer("offloaded masters", held.host_masters, "fp32, a shard"),
+        Buffer("offloaded moments", held.host_moments, "fp32, a shard"),
+        Buffer("offloaded gradients", held.host_gradients, "fp32, a shard"),
+        Buffer("offloaded weights", held.host_weights, f"{workload.precision}, a shard"),
+    )
+    return tuple(buffer for buffer in buffers if buffer.bytes)
+
+
+def _cpu_peaks(workload: Workload, every: tuple[Phase, ...]) -> dict[str, int]:
+    """Return the resident size in every phase: what is large goes back to the system when it is freed (heap.py)."""
+    beside = _rank_bytes(workload)
+    return {phase.name: beside + phase.bytes for phase in every}
+
+
+def _rank_bytes(workload: Workload) -> int:
+    """Return what a CPU rank takes beside its tensors."""
+    sharded = CPU_RANK_SHARDED if workload.zero else 0
+    return CPU_RANK + sharded + int(CPU_HEAP * heap_bytes(workload))
+
+
+def heap_bytes(workload: Workload) -> int:
+    """Return the bytes of activations whose pages the C heap keeps: it does where gradients lie there among them."""
+    if workload.shape is None or workload.element_bytes * 3 * workload.shape.width**2 >= MAPPED:
+        return 0
+    return activations(workload).heap
+
+
+def _cuda_peaks(every: tuple[Phase, ...]) -> dict[str, int]:
+    return {phase.name: int(phase.bytes * (1 + CUDA_SLACK)) for phase in every}
+
+
+def _cuda_overheads(workload: Workload) -> list[Term]:
+    terms = [Term(name="CUDA context", bytes=CUDA_CONTEXT, note="outside of what torch counts")]
+    if workload.ranks > 1:
+        terms.append(Term(name="NCCL", bytes=NCCL, note="outside of what torch counts"))
+    return terms
+
+
+def _host(workload: Workload, offloaded: tuple[Buffer, ...]) -> tuple[Term, ...]:
+    """Return the host memory of a rank that drives a GPU."""
+    terms = [Term(name="framework", bytes=CUDA_HOST, note="Python, torch, CUDA's libraries; an assumption")]
+    terms += [Term(name=buffer.name, bytes=buffer.bytes, note=f"{buffer.note}, pinned") for buffer in offloaded]
+    largest = cuts.of(workload.shape, workload.parameters).largest
+    terms.append(Term(name="checkpoint staging", bytes=FULL * largest, note="one tensor in fp32, to the disk"))
+    if workload.zero < 3:
+        size = workload.element_bytes * workload.parameters
+        terms.append(Term(name="model as built", bytes=size, note="drawn on the host, then moved; only at the start"))
+    return tuple(terms)

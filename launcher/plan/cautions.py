@@ -1,0 +1,56 @@
+"""What a Plan should be warned of: legal, and perhaps not what was meant."""
+
+from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.plan.batch import Batch
+from halfstep.launcher.plan.plan import DataPlan, Plan
+from halfstep.launcher.plan.schedule import Schedule
+from halfstep.models.presets import PRESETS
+
+_GIB = 2**30
+
+
+def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, sequence: int) -> list[str]:
+    """Return the warnings, each a sentence or two."""
+    said = []
+    steps = curve.steps
+    preset = PRESETS.get(spec.model.name)
+    if preset is not None and preset.rope_theta is None and sequence > preset.context:
+        said.append(
+            f"sequence={sequence} is longer than {spec.model.name}'s {preset.context} positions: "
+            "the model gets more of them"
+        )
+    if curve.warmup >= steps > 1:
+        said.append(f"schedule.warmup={curve.warmup} is as long as the run: the learning rate only rises")
+    if spec.zero == 0 and spec.precision != "fp32" and not spec.numerics.repairs:
+        fault = (
+            "never scales the loss and starts Adam one step late"
+            if spec.precision == "fp16"
+            else "starts Adam one step late"
+        )
+        said.append(
+            f"DO NOT TRUST numerics.repairs=false with zero=0 precision={spec.precision}: DeepSpeed 0.19.8 {fault} at "
+            "stage 0, so this run does not train the same model as stages 1 to 3."
+        )
+    if not data.known:
+        return said
+    if batch.global_ * steps > data.train_windows:
+        epochs = batch.global_ * steps / data.train_windows
+        said.append(f"the run reads the corpus {epochs:.1f} times over")
+    if data.validation_prefix is None:
+        said.append("the corpus has no validation split: no evaluation")
+    return said
+
+
+def memory_warning(plan: Plan, capacity_bytes: int | None) -> str | None:
+    """Return what a run that starts all the same says where its ranks may not have the memory; None where they do."""
+    memory = plan.memory
+    if capacity_bytes is None or "outside_bytes" not in memory:  # a plan that an older version wrote
+        return None
+    if memory["predicted_high_bytes"] + memory["outside_bytes"] <= capacity_bytes:
+        return None
+    least = memory["predicted_low_bytes"] + memory["outside_bytes"]
+    risk = "does not fit" if least > capacity_bytes else "may not fit"
+    return (
+        f"this run {risk}: a rank is predicted to need {memory['predicted_peak_bytes'] / _GIB:.2f} GiB and has "
+        f"{capacity_bytes / _GIB:.2f}; `halfstep plan` shows why and what to change"
+    )

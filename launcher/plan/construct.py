@@ -1,0 +1,67 @@
+"""Construct the model of a request before anything is started: torch and transformers, and none of DeepSpeed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from halfstep.launcher.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is known of an `hf:` model once it has been constructed, on the meta device."""
+
+    parameters: int
+    """Distinct ones; a tied head counts once."""
+    vocabulary: int
+    """Token ids that it reads and predicts."""
+    positions: int | None
+    """The most tokens that it can look at; None where there is no limit."""
+    width: int
+    """Columns of the embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where an `hf:` model lies."""
+
+    name: str
+    """As the request names it, without `hf:`."""
+    home: str
+    """The folder, or the hub id: where weights and the model's own code are."""
+    weights: str | None
+    """Where trained weights are loaded from; None for a bare config."""
+    local: bool
+
+    @property
+    def where(self) -> str:
+        """What an error names as the place."""
+        return f"model=hf:{self.name}"
+
+
+def construct(source: Source, config: dict[str, Any], trust_remote_code: bool) -> Network:
+    """Construct a model on the meta device, and compare it with the weights where they lie here.
+
+    Raises RequestError for what cannot be constructed, and for weights of another model.
+    """
+    from halfstep.models import hf_config, hf_weights, network  # load torch, which other plans do without
+
+    try:
+        model = network.skeleton(config, source=source.home, trust_remote_code=trust_remote_code)
+        if source.weights is not None and source.local:
+            made = hf_config.configuration(config, source=source.home, trust_remote_code=trust_remote_code)
+            hf_weights.check(source.weights, made, {"trust_remote_code": trust_remote_code})
+    except (ValueError, OSError, KeyError) as error:
+        raise unfit(error, source.where, "the model cannot be constructed") from error
+    return Network(
+        parameters=network.count_parameters(model),
+        vocabulary=hf_config.vocabulary(model),
+        positions=hf_config.positions(model),
+        width=hf_config.width(model),
+    )
+
+
+def unfit(error: Exception, where: str, heading: str) -> RequestError:
+    """Return what to say of a model that cannot be made."""
+    what = " ".join(str(error).split()) or type(error).__name__
+    fix = getattr(error, "fix", None) or "correct its config.json, or take another causal language model"
+    return RequestError(f"{heading}: {what}", where=where, fix=fix)

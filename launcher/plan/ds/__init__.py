@@ -1,0 +1,1 @@
+"""The DeepSpeed config: composed from fragments or adopted from a file, every key checked."""

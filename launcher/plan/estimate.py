@@ -1,0 +1,75 @@
+"""What a plan is predicted to need and take: the one place where planning asks the forecast."""
+
+from typing import Any
+
+from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.forecast import fit, hardware, run_estimate, workload
+from halfstep.launcher.forecast.memory import FITS, TOO_LARGE
+from halfstep.launcher.plan.facts import Facts
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Topology
+from halfstep.models.shapes import from_hf_config
+
+_GIB = 2**30
+
+
+def memory_of(plan: Plan, facts: Facts, named: str | None) -> dict[str, Any]:
+    """Return a rank's predicted memory and whether its device has it; `named` is the run key `hardware`."""
+    return fit.described(workload_of(plan), _capacity(plan.topology, facts, named))
+
+
+def time_of(plan: Plan, facts: Facts, named: str | None, terms: run_estimate.Terms | None = None) -> dict[str, Any]:
+    """Return how long a plan takes; `named` is the run key `hardware`."""
+    topology = plan.topology
+    device = hardware.of(named, topology.device_name, topology.accelerator, facts.hardware)
+    work = run_estimate.Work(
+        steps=plan.steps,
+        evaluations=plan.evaluations,
+        evaluation_sequences=plan.data.validation_windows,
+        checkpoints=plan.checkpoint.count(plan.steps),
+    )
+    return run_estimate.of(workload_of(plan), device, topology.device_name, work, terms)
+
+
+def workload_of(plan: Plan) -> workload.Workload:
+    """Return what the forecasts read of a whole plan."""
+    return workload.of(
+        plan.deepspeed,
+        shape=from_hf_config(plan.model.config),
+        parameters=plan.model.parameters,
+        zero=plan.zero,
+        precision=plan.precision,
+        micro=plan.batch.micro,
+        accumulation=plan.batch.accumulation,
+        topology=plan.topology,
+        sequence=plan.sequence,
+        activation_checkpointing=plan.activation_checkpointing,
+        compile=plan.compile,
+        repairs=plan.numerics.repairs,
+    )
+
+
+def _capacity(topology: Topology, facts: Facts, named: str | None) -> int | None:
+    """Return the bytes that one rank has: its GPU's, or its share of the host's."""
+    if topology.accelerator == "cuda":
+        return hardware.memory_bytes(named, topology.device_name, facts.hardware)
+    return facts.node_memory_bytes // topology.ranks_per_node if facts.node_memory_bytes else None
+
+
+def require_fit(plan: Plan, force: bool = False) -> None:
+    """Raise RefusedError, exit code 3, where a rank cannot have the memory it needs; `force` starts it all the same."""
+    memory = plan.memory
+    if force or memory.get("verdict") != TOO_LARGE:
+        return
+    least = memory["predicted_low_bytes"] + memory["outside_bytes"]
+    largest = sorted(memory["device_terms"], key=lambda term: -term["bytes"])[:3]
+    terms = ", ".join(f"{term['name']} {term['bytes'] / _GIB:.1f}" for term in largest)
+    first = [
+        f"{change['words']} ({change['peak_bytes'] / _GIB:.1f} GiB{', fits' if change['verdict'] == FITS else ''})"
+        for change in memory["changes"][:3]
+    ]
+    raise RefusedError(
+        f"a rank needs at least {least / _GIB:.1f} GiB and has {memory['capacity_bytes'] / _GIB:.1f}: it cannot fit",
+        where=f"the largest terms at the peak, {memory['peak_at']}, in GiB: {terms}",
+        fix=f"{', or '.join(first) or 'take more ranks or a smaller model'}; --force starts it all the same",
+    )

@@ -1,0 +1,1 @@
+"""What lies under everything: files, the screen, the clock, the environment; no knowledge of training."""

@@ -1,1 +1,0 @@
-"""Who watches a rank and ends it: signals, heartbeats, wardens, and how an attempt ended. Standard library only."""

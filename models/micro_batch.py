@@ -1,0 +1,56 @@
+"""What one forward pass reads and is judged by: token ids, and the token that is to be predicted after each."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from halfstep.models.loss import IGNORED, next_token_loss
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """Rows of token ids and their targets; all tensors are (rows, sequence)."""
+
+    inputs: Tensor
+    targets: Tensor
+    """The token that follows each position, IGNORED where none is to be predicted."""
+    positions: Tensor | None = None
+    """Where each token stands in its own document; None: rows are counted from 0."""
+    weights: Tensor | None = None
+    """How much each target counts; None: all alike."""
+
+    def __post_init__(self) -> None:
+        counted = self.targets != IGNORED
+        self.target_count: float = int(counted.sum()) if self.weights is None else float(self.weights[counted].sum())
+        """Targets that count, or the sum of their weights: what the mean loss over them weighs beside others."""
+
+    @classmethod
+    def of_windows(cls, tokens: Tensor) -> Self:
+        """Return what consecutive tokens, (rows, sequence + 1), ask for: after each token the next one."""
+        return cls(tokens[:, :-1], tokens[:, 1:])
+
+    def to(self, device: torch.device) -> Self:
+        """Return it on a device; its targets are counted already, so that nobody waits for that device."""
+        moved = copy.copy(self)
+        moved.inputs, moved.targets = self.inputs.to(device), self.targets.to(device)
+        moved.positions, moved.weights = (
+            part if part is None else part.to(device) for part in (self.positions, self.weights)
+        )
+        return moved
+
+    def rows(self, count: int) -> Self:
+        """Return the first `count` rows."""
+        positions, weights = (part if part is None else part[:count] for part in (self.positions, self.weights))
+        return type(self)(self.inputs[:count], self.targets[:count], positions, weights)
+
+    def logits(self, model: Any) -> Tensor:
+        """Run a model, or the engine around it, and return its logits (rows, sequence, vocabulary)."""
+        positions = {} if self.positions is None else {"position_ids": self.positions}
+        return model(input_ids=self.inputs, **positions).logits
+
+    def loss(self, logits: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Return the cross-entropy of logits for the same rows, a scalar: the mean over the targets or their sum."""
+        return next_token_loss(logits, self.targets, weights=self.weights, reduction=reduction)
