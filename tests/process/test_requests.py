@@ -33,7 +33,7 @@ def odd(start: Start, data: Path) -> Callable[[int, str], Outcome]:
     return train
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 def test_a_model_with_an_odd_number_of_parameters_trains_alike_at_stages_1_and_2(
     odd: Callable[[int, str], Outcome], precision: str
 ) -> None:
@@ -102,7 +102,13 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+RARE = ("a Trainer's stage 3 with auto", "a launch script's, with comments")
+"""Files of which `make test-all` alone trains: what they say is resolved in tests/unit/test_deepspeed_files.py."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in RARE else name for name in FILES]
+)
 def test_a_deepspeed_file_trains_as_it_says(start: Start, data: Path, tmp_path: Path, name: str) -> None:
     text, expected = FILES[name]
     file = tmp_path / "mine.json"
