@@ -197,8 +197,11 @@ def test_halfstep_run_prints_its_command_and_a_bare_process_agrees(
 
 @pytest.mark.parametrize(
     ("starter", "zero", "precision"),
-    [(DEEPSPEED, 2, "fp16"), (TORCHRUN, 3, "bf16"), (["halfstep", "run", "--with", "accelerate"], 2, "fp32")],
-    ids=["deepspeed", "torchrun", "accelerate"],
+    [
+        pytest.param(DEEPSPEED, 2, "fp16", id="deepspeed"),
+        pytest.param(TORCHRUN, 3, "bf16", id="torchrun", marks=pytest.mark.full),
+        pytest.param(["halfstep", "run", "--with", "accelerate"], 2, "fp32", id="accelerate", marks=pytest.mark.full),
+    ],
 )
 def test_a_wheel_trains_amid_other_people_s_packages(
     start: Start, cell: Cell, data: Path, installed: Installation, amid: dict[str, str | Path],

@@ -81,7 +81,8 @@ def test_what_has_a_result_is_not_run_again_and_a_failure_is_one(study: Study, t
     assert sum(run["status"] == "done" for run in results(where)) == 2
 
 
-def test_ctrl_c_stops_a_study_which_goes_on_where_it_was(tmp_path: Path, data: Path, scratch: Path) -> None:
+@pytest.mark.full
+def test_ctrl_c_stops_a_study_which_resumes_where_it_was(tmp_path: Path, data: Path, scratch: Path) -> None:
     file, where = tmp_path / "mine.toml", tmp_path / "study"
     text = (HEAD + '[axes]\nseed_axis_of_one = [{ name = "one", "optimizer.lr" = 1e-3 }]\n').replace("{steps}", "400")
     file.write_text(text.replace("{data}", str(data)))
