@@ -143,5 +143,6 @@ def _throughput(plan, moments: list[float]) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(json.loads(sys.argv[2]))
+        os._exit(0)  # as in launcher/train.py: taking Python down beside gloo's threads can abort
     else:
         sys.exit(main())

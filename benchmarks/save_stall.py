@@ -140,5 +140,6 @@ def _worker(job: dict) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         _worker(json.loads(sys.argv[2]))
+        os._exit(0)  # as in launcher/train.py: taking Python down beside gloo's threads can abort
     else:
         sys.exit(main())
