@@ -23,7 +23,7 @@ from typing import Any
 from halfstep.launcher.forecast import memory, workload
 from halfstep.launcher.plan import estimate
 from halfstep.launcher.plan.plan import Plan
-from halfstep.launcher.topology import free_port
+from halfstep.launcher.system.machine import free_port
 from halfstep.models.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,17 +1,13 @@
 """Which processes take part, and on what: ranks from whoever set them, devices from what is there."""
 
-import contextlib
-import functools
 import os
-import platform
 import re
-import shutil
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from halfstep.launcher.errors import TopologyError
+from halfstep.launcher.system import machine
 from halfstep.launcher.system.limits import allow_open_files, check_numbers
 from halfstep.launcher.system.nodelist import hosts
 
@@ -155,94 +151,20 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     return int(number[1])
 
 
-def gpu_count(environ: Mapping[str, str] = os.environ) -> int:
-    """Count the GPUs this process may use, without torch: the driver's list, less what CUDA_VISIBLE_DEVICES hides."""
-    if environ.get("DS_ACCELERATOR", "cuda") != "cuda":
-        return 0
-    # In some containers only the device files are there.
-    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
-
-
-def has_cuda_compiler(environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether nvcc is at hand, which DeepSpeed needs to build its fused optimizers."""
-    home = environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc", path=environ.get("PATH")) is not None or Path(home, "bin", "nvcc").exists()
-
-
-def device_name() -> str:
-    """Return the first GPU's model as the driver prints it, else empty."""
-    for info in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("Model:"):
-                return line.partition(":")[2].strip()
-    return ""
-
-
-def cpu_model() -> str:
-    """Return what the processor calls itself."""
-    return _cpu_info("model name").strip() or platform.machine()
-
-
-def cpu_flags() -> str:
-    """Return the line that lists what the processor can do, or what it calls itself."""
-    return _cpu_info("flags") or _cpu_info("Features") or platform.processor()
-
-
-@functools.cache
-def multiplies_fp16() -> bool:
-    """Tell whether this host's processor has the matrix instructions for fp16 that oneDNN wants.
-
-    AVX512-FP16 on x86 and FPHP with ASIMDHP on Arm; a CPU without them trains fp16 all the same (engine/half.py).
-    """
-    flags = set(cpu_flags().split())
-    return "avx512_fp16" in flags or {"fphp", "asimdhp"} <= flags
-
-
-def _cpu_info(field: str) -> str:
-    return next((line.partition(":")[2] for line in _lines(Path("/proc/cpuinfo")) if line.startswith(field)), "")
-
-
-def node_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Return the memory of this host, or of the control group that holds this process if that has less; else None."""
-    sizes = []
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemTotal:"):
-            sizes.append(int(line.split()[1]) * 1024)
-    for limit in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        sizes += [int(line) for line in _lines(root / limit) if line.strip().isdigit()]  # `max`: no limit
-    return min(sizes) if sizes else None
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def usable_cores() -> int:
-    """Count the cores this process may run on (an affinity mask or a cgroup may leave fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_ranks_per_node(environ: Mapping[str, str] = os.environ) -> int:
     """Return how many ranks to start here unless told: one for each GPU, else two on a CPU that has two cores."""
-    return gpu_count(environ) or min(2, usable_cores())
+    return machine.gpu_count(environ) or min(2, machine.usable_cores())
 
 
 def describe(world_size: int, ranks_per_node: int, environ: Mapping[str, str] = os.environ) -> Topology:
     """Describe a world of `world_size` ranks whose nodes are like this one."""
-    on_gpu = gpu_count(environ) > 0
+    on_gpu = machine.gpu_count(environ) > 0
     return Topology(
         world_size=world_size,
         ranks_per_node=ranks_per_node,
         accelerator="cuda" if on_gpu else "cpu",
-        fused_adam=on_gpu and has_cuda_compiler(environ),
-        device_name=device_name() if on_gpu else "",
+        fused_adam=on_gpu and machine.has_cuda_compiler(environ),
+        device_name=machine.device_name() if on_gpu else "",
     )
 
 
@@ -254,7 +176,7 @@ def local_topology(nodes: int | None, ranks_per_node: int | None, environ: Mappi
 
 def prefer_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
     """Tell DeepSpeed that there is no GPU, where there is none; left to itself it looks for other devices first."""
-    if gpu_count(environ) == 0:
+    if machine.gpu_count(environ) == 0:
         environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -265,8 +187,8 @@ def prepare_environment(rank: Rank, environ: MutableMapping[str, str] = os.envir
     half speed. DeepSpeed looks for mpi4py unless all five rendezvous variables stand (comm/comm.py, init_distributed).
     """
     prefer_cpu(environ)
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, rank.local_world_size))))
-    gpus = gpu_count(environ)
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.usable_cores() // max(1, rank.local_world_size))))
+    gpus = machine.gpu_count(environ)
     if gpus > 1 and rank.local_world_size > gpus:
         raise TopologyError(
             f"{rank.local_world_size} ranks on this host share {gpus} GPUs",
@@ -284,7 +206,7 @@ def prepare_environment(rank: Rank, environ: MutableMapping[str, str] = os.envir
         environ.setdefault("MASTER_PORT", str(20000 + job % 12000))
     elif rank.world_size == 1:
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        environ.setdefault("MASTER_PORT", str(free_port()))
+        environ.setdefault("MASTER_PORT", str(machine.free_port()))
     # What stays on this host need not be heard by any other; gloo would take the address of the host's name.
     if rank.world_size == rank.local_world_size and _has_loopback():
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -301,25 +223,3 @@ def _has_loopback() -> bool:
         return "lo" in [name for _, name in socket.if_nameindex()]
     except OSError:
         return False
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing on this host listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def is_this_host(host: str) -> bool:
-    """Tell whether a name or an address is this host's own; a name that nobody knows is not another host's."""
-    if host == socket.gethostname():
-        return True
-    try:
-        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
-    except OSError:
-        return True
-    for family, kind, protocol, _, address in addresses:
-        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)
-            return True
-    return False

@@ -14,7 +14,7 @@ from pathlib import Path
 from halfstep.launcher import topology
 from halfstep.launcher.engine.ranks import opcache
 from halfstep.launcher.errors import HalfstepError
-from halfstep.launcher.system import assets, caches
+from halfstep.launcher.system import assets, caches, machine
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _FREE_BYTES_WANTED = 5 * 2**30
@@ -93,7 +93,7 @@ def _versions() -> Iterator[Finding]:
 def _accelerator() -> Iterator[Finding]:
     import torch
 
-    seen, usable = topology.gpu_count(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen, usable = machine.gpu_count(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable and not seen:
         fix = (
             "unset DS_ACCELERATOR=cpu to use them"
@@ -117,17 +117,17 @@ def _accelerator() -> Iterator[Finding]:
 
 def _compiler() -> Iterator[Finding]:
     """Look for what compiles: on a GPU host DeepSpeed's operators need it, on CPUs compile=true alone."""
-    missing = FAIL if topology.gpu_count() else WARN
+    missing = FAIL if machine.gpu_count() else WARN
     compiler = os.environ.get("CXX") or shutil.which("c++")
     fix = "" if compiler else f"install a C++ compiler (Debian: apt-get install g++); {_users_of_a_compiler()} need it"
     yield Finding(name="compiler", status=OK if compiler else missing, detail=compiler or "none", fix=fix)
-    if topology.gpu_count() and not topology.has_cuda_compiler():
+    if machine.gpu_count() and not machine.has_cuda_compiler():
         fix = "install the CUDA toolkit for DeepSpeed's fused Adam; without it torch's own Adam is used"
         yield Finding(name="nvcc", status=WARN, detail="none", fix=fix)
 
 
 def _users_of_a_compiler() -> str:
-    return "DeepSpeed's operators and compile=true" if topology.gpu_count() else "runs with compile=true"
+    return "DeepSpeed's operators and compile=true" if machine.gpu_count() else "runs with compile=true"
 
 
 def _ninja() -> Iterator[Finding]:
@@ -135,7 +135,7 @@ def _ninja() -> Iterator[Finding]:
 
     # The wheel puts ninja beside the interpreter, which is on PATH only in an activated environment.
     good = is_ninja_available() or (Path(sys.executable).parent / "ninja").exists()
-    missing = FAIL if topology.gpu_count() else WARN
+    missing = FAIL if machine.gpu_count() else WARN
     yield Finding(
         name="ninja",
         status=OK if good else missing,
@@ -145,7 +145,7 @@ def _ninja() -> Iterator[Finding]:
 
 
 def _operators() -> Iterator[Finding]:
-    if topology.gpu_count() == 0:
+    if machine.gpu_count() == 0:
         yield Finding(name="operators", status=OK, detail="none is needed on CPU ranks")
         return
     names = ["FusedAdamBuilder"]
@@ -192,7 +192,7 @@ def _lock() -> Iterator[Finding]:
 
 def _port() -> Iterator[Finding]:
     try:
-        port = topology.free_port()
+        port = machine.free_port()
         with socket.create_server(("127.0.0.1", port)):
             yield Finding(name="ports", status=OK, detail=f"loopback listens ({port})")
     except OSError as error:
@@ -201,7 +201,7 @@ def _port() -> Iterator[Finding]:
 
 
 def _threads() -> Iterator[Finding]:
-    cores, ranks = topology.usable_cores(), topology.default_ranks_per_node()
+    cores, ranks = machine.usable_cores(), topology.default_ranks_per_node()
     chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if chosen.isdigit() and int(chosen) * ranks > cores:
         fix = f"unset OMP_NUM_THREADS or set it to {max(1, cores // ranks)}: ranks would fight over the cores"

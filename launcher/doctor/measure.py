@@ -16,6 +16,7 @@ from halfstep.launcher import topology
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
+from halfstep.launcher.system import machine
 from halfstep.launcher.system.files import write_atomic
 
 _SECONDS = 0.4
@@ -55,7 +56,7 @@ def measure(target: Path) -> dict[str, Any]:
 
 
 def _rank(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(max(1, topology.usable_cores() // ranks))
+    torch.set_num_threads(max(1, machine.usable_cores() // ranks))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     rates: dict[str, float] = {}
     for name, dtype in (("fp32", torch.float32), ("half", torch.bfloat16), ("fp16", torch.float16)):

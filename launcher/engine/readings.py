@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from halfstep.launcher import topology
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.system import machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def capacity_bytes(plan: Plan) -> int | None:
     """Return the memory that a rank has here: its GPU's, or its share of the host's."""
     if plan.topology.accelerator == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    memory = topology.node_memory_bytes()
+    memory = machine.node_memory_bytes()
     return memory // plan.topology.ranks_per_node if memory else None
 
 

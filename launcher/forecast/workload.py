@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from halfstep.launcher.topology import Topology, multiplies_fp16
+from halfstep.launcher.system.machine import multiplies_fp16
+from halfstep.launcher.topology import Topology
 from halfstep.models.shapes import Shape
 
 
@@ -60,7 +61,7 @@ class Workload:
     """Our own loss; False: transformers'."""
     compile: bool = False
     widened: bool = False
-    """Whether matrices are multiplied as fp32 copies: fp16 on a CPU without instructions for it (engine/half.py)."""
+    """Whether matrices are multiplied as fp32 copies: fp16 on a CPU without it (engine/numerics/cpu_fp16.py)."""
 
     @property
     def element_bytes(self) -> int:

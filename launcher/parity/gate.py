@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from halfstep.launcher import topology
 from halfstep.launcher.errors import Fault, RefusedError
 from halfstep.launcher.parity.cases import Case
-from halfstep.launcher.system import assets, caches
+from halfstep.launcher.system import assets, caches, machine
 
 _SHOWN_FAILURES = 12
 
@@ -45,11 +45,11 @@ def verify(cases: list[Case], *, repairs: bool, quiet: bool) -> Outcome:
     """Run cases on real ranks; raises Fault where a rank ends before it has reported."""
     started = time.monotonic()
     ranks = topology.default_ranks_per_node()
-    on_gpu = topology.gpu_count() > 0
+    on_gpu = machine.gpu_count() > 0
     runnable = [case for case in cases if case.world_size <= ranks]
     alone = [case for case in runnable if case.world_size == 1]
     # A case on one rank leaves the other cores idle; a GPU is not shared.
-    workers = 1 if on_gpu else min(topology.usable_cores(), 4)
+    workers = 1 if on_gpu else min(machine.usable_cores(), 4)
     groups = _split(alone, workers)
     rest = {size: [case for case in runnable if case.world_size == size] for size in {c.world_size for c in runnable}}
     batches = [groups, *[[group] for size, group in sorted(rest.items()) if size > 1]]

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from halfstep.launcher import topology
 from halfstep.launcher.config.digest import digest
-from halfstep.launcher.system import assets, caches, foreign
+from halfstep.launcher.system import assets, caches, foreign, machine
 from halfstep.launcher.system.files import write_json
 
 _VERSIONED = ("halfstep", "torch", "deepspeed", "transformers")
@@ -31,7 +31,7 @@ def conditions(here: topology.Topology) -> dict[str, Any]:
         "versions": versions,
         "code": _code_digest(),
         "accelerator": here.accelerator,
-        "device": here.device_name or topology.cpu_model(),
+        "device": here.device_name or machine.cpu_model(),
         "cuda_compiler": here.fused_adam,
     }
 

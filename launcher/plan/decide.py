@@ -9,6 +9,7 @@ from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.system import machine
 from halfstep.launcher.topology import Topology
 
 
@@ -19,7 +20,7 @@ def decide(request: Request, world: Topology, *, on_this_host: bool = False) -> 
 
 def read_facts(spec: RunSpec, world: Topology, *, on_this_host: bool) -> facts.Facts:
     """Read what the plan of a request depends on."""
-    return facts.read(spec, topology.node_memory_bytes() if on_this_host and world.accelerator == "cpu" else None)
+    return facts.read(spec, machine.node_memory_bytes() if on_this_host and world.accelerator == "cpu" else None)
 
 
 def planned_topology(spec: RunSpec) -> Topology:

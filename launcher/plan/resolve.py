@@ -49,14 +49,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         own=own,
         request_origins=request.origins,
     )
-    curve = schedule.Schedule(
-        kind=spec.schedule.kind,
-        peak=float(composed.leaves["optimizer.params.lr"]),
-        warmup=schedule.default_warmup(steps) if spec.schedule.warmup is None else spec.schedule.warmup,
-        steps=steps,
-        min_ratio=spec.schedule.min_ratio,
-        decay=max(1, round(spec.schedule.decay * steps)) if spec.schedule.kind == "wsd" else 0,
-    )
+    curve = _schedule(spec, float(composed.leaves["optimizer.params.lr"]), steps)
     demanded = dsconfig.demanded_by_run_keys(spec, batch, learning_rate, topology)
     case = rules.Case(
         spec=spec,
@@ -67,14 +60,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         asked=request.origins,
     )
     decided: dict[str, Any] = {
-        "identity": {
-            **identity(asked),
-            # The file's digest stands for the rest of what it says; a global batch may follow from the ranks as well.
-            "batch.global": batch.global_,
-            "data": data.digest,
-            "weights": model.weights_digest,
-            "ds_config": digest(facts.ds_config) if facts.ds_config else None,
-        },
+        "identity": _identity(asked, facts, batch, data, model),
         "model": model,
         "data": data,
         "batch": batch,
@@ -109,6 +95,32 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         time=estimate.time_of(plan, facts, spec.hardware),
     )
     return dataclasses.replace(plan, run_id=run_id_of(plan.to_dict())) if data.known else plan
+
+
+def _identity(
+    asked: RunSpec, facts: Facts, batch: batch_equation.Batch, data: DataPlan, model: ModelPlan
+) -> dict[str, Any]:
+    """Return what makes two plans the same run."""
+    return {
+        **identity(asked),
+        # The file's digest stands for the rest of what it says; a global batch may follow from the ranks as well.
+        "batch.global": batch.global_,
+        "data": data.digest,
+        "weights": model.weights_digest,
+        "ds_config": digest(facts.ds_config) if facts.ds_config else None,
+    }
+
+
+def _schedule(spec: RunSpec, peak: float, steps: int) -> schedule.Schedule:
+    keys = spec.schedule
+    return schedule.Schedule(
+        kind=keys.kind,
+        peak=peak,
+        warmup=schedule.default_warmup(steps) if keys.warmup is None else keys.warmup,
+        steps=steps,
+        min_ratio=keys.min_ratio,
+        decay=max(1, round(keys.decay * steps)) if keys.kind == "wsd" else 0,
+    )
 
 
 def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, Sizes, int]:

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher import topology
-from halfstep.launcher.system import assets, clock
+from halfstep.launcher.system import assets, clock, machine
 
 _VERSIONED = (
     "halfstep",
@@ -43,7 +42,7 @@ def describe() -> dict[str, Any]:
         "command": sys.argv,
         "folder": str(Path.cwd()),
         "load_average": os.getloadavg(),
-        "cpu": topology.cpu_model(),
+        "cpu": machine.cpu_model(),
         "versions": versions(),
         "code_revision": code_revision(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},

@@ -8,7 +8,7 @@ from pathlib import Path
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.system import assets
-from halfstep.launcher.topology import free_port
+from halfstep.launcher.system.machine import free_port
 
 Starter = Callable[[Plan, Path], list[str]]
 ACCELERATE_CONFIG = ("--config_file", str(Path(__file__).with_name("accelerate.yaml")))

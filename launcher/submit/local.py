@@ -17,8 +17,9 @@ from halfstep.launcher.rundir.exits import EXIT_TIMED_OUT, read_exit, write_exit
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.rundir.trust import CONSENT_VARIABLE, SECRET_VARIABLE
 from halfstep.launcher.submit.hostfile import write_environment
+from halfstep.launcher.system.machine import usable_cores
 from halfstep.launcher.system.processes import LAUNCHER, marked, this_process
-from halfstep.launcher.topology import prefer_cpu, usable_cores
+from halfstep.launcher.topology import prefer_cpu
 from halfstep.launcher.watchdog import reaper as reaper_page
 
 STOP_FILE = "STOP"

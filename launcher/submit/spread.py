@@ -13,7 +13,7 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.submit.argv import ACCELERATE_CONFIG, script_words, tool
 from halfstep.launcher.submit.hostfile import Hosts, exported
-from halfstep.launcher.topology import free_port
+from halfstep.launcher.system.machine import free_port
 
 BACKENDS = ("pdsh", "openmpi")
 _NODE = "@NODE@"

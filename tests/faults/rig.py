@@ -18,7 +18,7 @@ import psutil
 from ranks import environment
 
 from halfstep.launcher.rundir.lease import lease
-from halfstep.launcher.topology import free_port
+from halfstep.launcher.system.machine import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [

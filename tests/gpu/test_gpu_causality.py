@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from halfstep.launcher import topology
+from halfstep.launcher.system import machine
 from halfstep.models.causality import look
 from halfstep.models.network import build
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(topology.gpu_count() == 0, reason="no GPU on this machine: nothing was measured"),
+    pytest.mark.skipif(machine.gpu_count() == 0, reason="no GPU on this machine: nothing was measured"),
 ]
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 FAMILIES = {"llama": {}, "mixtral": {"num_key_value_heads": 2}, "qwen3_moe": {"num_experts": 16}, "bert": {}}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.launcher import topology
+from halfstep.launcher.system import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(topology.gpu_count() == 0, reason="no GPU on this machine: nothing was measured"),
+    pytest.mark.skipif(machine.gpu_count() == 0, reason="no GPU on this machine: nothing was measured"),
 ]
 
 

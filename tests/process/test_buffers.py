@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from fakes.experts import BIAS, ROUTED
 from process.conftest import BIN, WORDS, Outcome
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -123,24 +124,7 @@ def test_buffers_that_every_rank_writes_to_are_restored_to_the_bit(
     assert hashes(again) == hashes(whole.out)
 
 
-EXPERTS = {
-    **LLAMA,
-    "model_type": "deepseek_v3",
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 16,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+EXPERTS = {**LLAMA, **ROUTED}
 VALUES = [5.001, 5.002, 5.003, 5.004]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.experts import BIAS, ROUTED
 
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.models.loss import next_token_loss
@@ -26,27 +27,7 @@ FAMILIES = ("gpt2-nano", "llama-nano")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY = 384
 SEED = 1234
-EXPERTS = {
-    "model_type": "deepseek_v3",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 16,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+EXPERTS = {**ROUTED, "vocab_size": VOCABULARY, "intermediate_size": 32}
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS = {
     # Drawn in a constructor, and set in one.

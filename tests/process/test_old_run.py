@@ -13,8 +13,8 @@ import pytest
 import torch
 from process.conftest import BIN, Outcome
 
-from halfstep.launcher import topology
 from halfstep.launcher.cli.main import main
+from halfstep.launcher.system import machine
 
 pytestmark = pytest.mark.process
 STORED = Path(__file__).with_name("old_run")
@@ -75,7 +75,7 @@ def test_an_old_run_resumes_to_the_end_of_the_undisturbed_one(old: Path, start: 
     assert spent == pytest.approx(summary["wall_seconds"]), "the time of the old attempt counts too"
     assert summary["lost_seconds"]["redone"] > 0
     about = read(old / "whole" / "attempts" / "0001" / "env.json")
-    if (about["cpu"], about["versions"]["torch"]) != (topology.cpu_model(), torch.__version__):
+    if (about["cpu"], about["versions"]["torch"]) != (machine.cpu_model(), torch.__version__):
         assert run.losses == pytest.approx(whole.losses, rel=1e-3), "another machine adds in another order"
         return
     assert run.losses == whole.losses

@@ -4,6 +4,7 @@ ROOMS is the only layer table; a room may import what its row names, and every r
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -159,6 +160,23 @@ def test_a_module_is_known_by_its_name_alone() -> None:
     stems = Counter(stem for stem, file in modules if file.name not in ("__init__.py", "__main__.py"))
     assert [stem for stem, count in stems.items() if count > 1] == []
     assert sorted(set(stems) & set(sys.stdlib_module_names)) == [], "these are names of the standard library"
+
+
+_PATH = re.compile(rf"(?<![\w/.-])(?:launcher/)?((?:{'|'.join([*ROOMS, 'tools', 'benchmarks'])})/[a-z_0-9/]+\.py)\b")
+
+
+def test_files_that_comments_and_pages_name_are_there() -> None:
+    there = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    there |= {path.removeprefix("launcher/") for path in there}
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *(file for _, file in _tree("launcher", "models", "tools")),
+    ]
+    gone = {
+        f"{page.name}: {name}" for page in pages for name in _PATH.findall(page.read_text("utf-8")) if name not in there
+    }
+    assert gone == set()
 
 
 def test_no_package_has_a_single_module_and_none_is_called_utils() -> None:

@@ -9,7 +9,7 @@ from halfstep.launcher import topology
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.submit import argv
-from halfstep.launcher.system import assets
+from halfstep.launcher.system import assets, machine
 from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
@@ -57,11 +57,11 @@ def test_deepspeed_is_told_which_gpus_where_they_were_chosen(plan: Make, monkeyp
 
 
 def test_more_ranks_than_gpus_are_refused_and_a_single_visible_gpu_is_number_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topology, "gpu_count", lambda environ: 2)
+    monkeypatch.setattr(machine, "gpu_count", lambda environ: 2)
     four = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_SIZE": "4"}
     with pytest.raises(RequestError, match="4 ranks on this host share 2 GPUs"):
         topology.prepare_environment(topology.from_environment(four), four)
-    monkeypatch.setattr(topology, "gpu_count", lambda environ: 1)
+    monkeypatch.setattr(machine, "gpu_count", lambda environ: 1)
     four["LOCAL_SIZE"] = "4"
     topology.prepare_environment(topology.from_environment(four), four)
     assert four["LOCAL_RANK"] == "0"

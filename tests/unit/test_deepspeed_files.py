@@ -161,8 +161,12 @@ def test_no_content_of_a_file_ends_in_anything_but_a_plan_or_an_error_of_ours(
     file.write_text(text, encoding="utf-8")
     request = load(["model=gpt2-nano", "model.vocabulary=64", f"--ds-config={file}"], data=False)
     world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
+    plan = None
     with contextlib.suppress(HalfstepError):
-        resolve(request, world, facts.read(request.spec))
+        plan = resolve(request, world, facts.read(request.spec))
+    if plan is not None:
+        written = json.dumps(plan.to_dict(), allow_nan=False)
+        assert json.loads(written)["deepspeed"] == plan.deepspeed, "what is planned survives being written"
 
 
 @pytest.mark.parametrize(("text", "expected"), REAL.values(), ids=REAL)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import saved
+from fakes.experts import ROUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -266,24 +267,9 @@ def test_another_model_than_was_trained_is_refused(gpt2: Trained, tmp_path: Path
 
 
 DEEPSEEK = {
-    "model_type": "deepseek_v3",
+    **ROUTED,
     "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
     "intermediate_size": 32,
-    "moe_intermediate_size": 16,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
     "max_position_embeddings": 64,
     "bos_token_id": None,
     "eos_token_id": None,

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import measure_memory
-from halfstep.launcher import topology
 from halfstep.launcher.cli import main
 from halfstep.launcher.config.load import load
 from halfstep.launcher.errors import EXIT_REFUSED, RefusedError, RequestError
@@ -20,6 +19,7 @@ from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.plan import cautions, estimate, facts, present
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.system import machine
 from halfstep.launcher.topology import Topology
 from halfstep.models import shapes
 from halfstep.models.presets import PRESETS
@@ -179,8 +179,8 @@ def test_what_fits_is_started_and_what_cannot_is_refused_with_what_to_change(pla
 def test_run_and_submit_refuse_before_anything_is_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(topology, "node_memory_bytes", lambda: 2**29)
-    monkeypatch.setattr(topology, "gpu_count", lambda *_: 0)
+    monkeypatch.setattr(machine, "node_memory_bytes", lambda: 2**29)
+    monkeypatch.setattr(machine, "gpu_count", lambda *_: 0)
     arguments = [
         "run",
         "model=gpt2-nano",
@@ -258,15 +258,15 @@ def test_the_memory_of_a_device_is_what_its_name_says_or_the_table() -> None:
 
 
 def test_the_memory_of_a_host_is_what_its_control_group_leaves(tmp_path: Path) -> None:
-    assert topology.node_memory_bytes(tmp_path) is None
+    assert machine.node_memory_bytes(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal:       1000 kB\nMemFree: 5 kB\n")
-    assert topology.node_memory_bytes(tmp_path) == 1_024_000
+    assert machine.node_memory_bytes(tmp_path) == 1_024_000
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
-    assert topology.node_memory_bytes(tmp_path) == 1_024_000
+    assert machine.node_memory_bytes(tmp_path) == 1_024_000
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("500000\n")
-    assert topology.node_memory_bytes(tmp_path) == 500_000
+    assert machine.node_memory_bytes(tmp_path) == 500_000
 
 
 def test_the_measured_runs_are_predicted() -> None:

@@ -12,7 +12,8 @@ from halfstep.launcher.engine.ranks.preflight import RollCall
 from halfstep.launcher.engine.ranks.reports import Report, different, summary
 from halfstep.launcher.errors import Fault, HalfstepError, Stalled, Stopped, TopologyError
 from halfstep.launcher.plan.plan import Plan
-from halfstep.launcher.topology import Rank, free_port
+from halfstep.launcher.system.machine import free_port
+from halfstep.launcher.topology import Rank
 
 
 def report(rank: int = 0, host: str = "n1", **more: Any) -> Report:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -427,7 +428,8 @@ def test_a_secret_of_a_site_is_refused_and_the_way_out_is_named(tmp_path: Path, 
 def test_what_only_names_a_secret_is_none(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(f"[environment]\n{text}")
-    site_file.read(str(file))
+    tree, kept = tomllib.loads(text), site_file.read(str(file)).environment
+    assert {name: type(value)(getattr(kept, name)) for name, value in tree.items()} == tree
 
 
 def test_a_value_of_a_variable_is_not_printed_whatever_is_wrong_with_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from halfstep.launcher import topology
 from halfstep.launcher.errors import TopologyError
+from halfstep.launcher.system import machine
 
 
 def test_nobody_numbered_this_process() -> None:
@@ -73,7 +74,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 
 
 def test_threads_default_to_cores_over_ranks_and_are_left_alone_when_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topology, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "4"}
     environment = dict(world)
     topology.prepare_environment(topology.from_environment(environment), environment)

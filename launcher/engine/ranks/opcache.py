@@ -16,9 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from halfstep.launcher import topology
 from halfstep.launcher.errors import RefusedError
-from halfstep.launcher.system import caches
+from halfstep.launcher.system import caches, machine
 
 
 def folder() -> Path:
@@ -31,7 +30,7 @@ def folder() -> Path:
         return Path(chosen)
     installed = [importlib.util.find_spec(name) for name in ("torch", "deepspeed")]
     places = [str(Path(spec.origin or "").resolve().parent) for spec in installed if spec is not None]
-    kind = hashlib.sha256("\0".join([topology.cpu_flags(), *places]).encode()).hexdigest()[:8]
+    kind = hashlib.sha256("\0".join([machine.cpu_flags(), *places]).encode()).hexdigest()[:8]
     versions = f"py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
     return caches.cache("ops") / f"{platform.machine()}-{kind}-{versions}".replace("+", "-")
 

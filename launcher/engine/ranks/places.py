@@ -23,7 +23,8 @@ from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 from halfstep.launcher.engine.ranks import meeting
 from halfstep.launcher.errors import TopologyError
 from halfstep.launcher.system import caches
-from halfstep.launcher.topology import Rank, is_this_host
+from halfstep.launcher.system.machine import is_this_host
+from halfstep.launcher.topology import Rank
 
 
 def several_nodes(rank: Rank) -> bool:

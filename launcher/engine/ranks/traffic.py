@@ -14,7 +14,7 @@ class Traffic(TorchDispatchMode):
     """Adds up the collectives that start while it is entered.
 
     Bytes are what one rank sends when a ring does it, with the (n - 1) / n of a ring taken as 1, as the plan counts
-    them (plan/communication.py): an all-reduce passes over its tensor twice, all others once over the whole of it.
+    them (forecast/communication.py): an all-reduce passes over its tensor twice, all others once over the whole of it.
     """
 
     def __init__(self) -> None:
