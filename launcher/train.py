@@ -6,6 +6,7 @@ torchrun ... launcher/train.py run=DIR       (--run DIR elsewhere; torchrun and 
 
 import os
 import sys
+import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -23,6 +24,9 @@ from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import heap
 from halfstep.launcher.system.files import explained
 from halfstep.launcher.watchdog.heartbeat import begin
+
+_PATIENCE = 5.0
+"""Seconds for which a rank that leaves the telling to another one stays: a launcher ends all with the first that ends."""
 
 
 def decide(arguments: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
@@ -79,7 +83,9 @@ def main(arguments: list[str]) -> int:
         if "--debug" in sys.argv:
             raise
         failure = explained(error, f"rank {rank.rank}, at the start")
-        if not failure.reported and (heartbeat or rank.local_rank == 0):  # ranks of one host plan the same
+        if failure.reported or (rank.local_rank and not heartbeat):  # ranks of one host plan the same
+            time.sleep(_PATIENCE)
+        if not failure.reported:  # who is still here after that was the only one
             print(failure, file=sys.stderr, flush=True)
         code = failure.exit_code
     if heartbeat:

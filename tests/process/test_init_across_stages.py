@@ -248,7 +248,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_SIZE"}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment |= {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
+    }
     done = subprocess.run(
         [*command, str(out)], env=environment, cwd=out, capture_output=True, text=True, timeout=300, check=False
     )
