@@ -26,7 +26,7 @@ from halfstep.launcher.system.files import explained
 from halfstep.launcher.watchdog.heartbeat import begin
 
 _PATIENCE = 5.0
-"""Seconds for which a rank that leaves the telling to another one stays: a launcher ends all with the first that ends."""
+"""Seconds for which a rank that leaves the telling to another one stays: the first that ends is the end of all."""
 
 
 def decide(arguments: list[str], rank: topology.Rank) -> tuple[Path, Request, Plan]:
