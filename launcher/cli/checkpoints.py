@@ -113,7 +113,7 @@ def _list(arguments: argparse.Namespace, _: list[str]) -> int:
             about.append("-" if row.loss is None else f"{row.loss:.4f}")
         state = row.state + (f": {row.reason}" if row.reason else "")
         lines.append([str(row.step), *about, state])
-    say(*table(lines, right=True))
+    say(*table(lines, left=(len(lines[0]) - 1,)))
     say("manifests and sizes were looked at, contents were not: `halfstep checkpoint verify` reads them")
     return 0
 

@@ -1,6 +1,7 @@
 """Say a run's numerics to a person: one line on the run, the loss scale's moves, every layer at the last reading."""
 
 from halfstep.launcher.metrics.numerics_history import Numerics
+from halfstep.launcher.system import terminal
 
 _SHOWN = 10
 """Moves shown from either end of a long list."""
@@ -48,7 +49,7 @@ def _move_lines(run: Numerics) -> list[str]:
         return unscaled or ["the loss scale never moved, no step was skipped"]
     rows = [["step", "scale", "", "next", "why"]]
     rows += [[f"{move.step:,}", scale_text(move.before), "->", scale_text(move.after), move.why] for move in run.moves]
-    table = _table([[row[0], row[-1]] for row in rows] if unscaled else rows, left=(1,) if unscaled else (4,))
+    table = terminal.table([[row[0], row[-1]] for row in rows] if unscaled else rows, left=(1,) if unscaled else (4,))
     if between := run.moves[_SHOWN:-_SHOWN]:
         skipped = sum(move.skipped for move in between)
         table[1 + _SHOWN : -_SHOWN] = [f"... {len(between):,} more, {skipped:,} of them skipped ..."]
@@ -71,7 +72,7 @@ def _gradient_lines(run: Numerics) -> list[str]:
         f"gradients at step {seen.steps[-1]:,} (reading {len(seen.steps):,}), in percent of each layer's elements",
         f"zero: as computed; unscaled: lost in fp16 without scaling; scaled: {lost} {scale_text(seen.scales[-1])}; "
         "most: of all readings",
-        *_table(rows, left=(0,)),
+        *terminal.table(rows, left=(0,)),
     ]
 
 
@@ -82,13 +83,3 @@ def _share_cells(series: list[list[float | None]]) -> list[str]:
 
 def _magnitude(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2e}"
-
-
-def _table(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
-    """Return aligned lines; columns are right-aligned but those in `left`."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        [cell.ljust(width) if index in left else cell.rjust(width) for index, (cell, width) in enumerate(cells)]
-        for cells in (zip(row, widths, strict=True) for row in rows)
-    ]
-    return ["  ".join(cells).rstrip() for cells in aligned]

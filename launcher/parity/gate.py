@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from halfstep.launcher import topology
 from halfstep.launcher.errors import Fault, RefusedError
 from halfstep.launcher.parity.cases import Case
-from halfstep.launcher.system import assets, caches, machine
+from halfstep.launcher.system import assets, caches, machine, terminal
 
 _SHOWN_FAILURES = 12
 
@@ -187,21 +187,19 @@ def _progress(total: int, quiet: bool) -> Iterator[Any]:
 
 def table(outcome: Outcome) -> list[str]:
     """Return the gate's findings as text: a line for each cell, the failures, and the verdict."""
-    head = f"{'zero':>4}  {'precision':<9}  {'cases':>5}  " + "  ".join(
-        f"{name:>{width}}" for name, width in (("loss", 17), ("grad norm", 17), ("first update", 17))
-    )
-    lines = [f"{head}  Adam steps, scale, skips  verdict"]
+    rows = [["zero", "precision", "cases", "loss", "grad norm", "first update", "Adam steps, scale, skips", "verdict"]]
     precisions = dict.fromkeys(cell["precision"] for cell in outcome.cells)
     for precision in precisions:
         for zero in sorted({cell["zero"] for cell in outcome.cells if cell["precision"] == precision}):
             cells = [c for c in outcome.cells if (c["zero"], c["precision"]) == (zero, precision)]
             deviations = [deviation for cell in cells for deviation in cell["deviations"]]
-            graded = "  ".join(_graded(deviations, name) for name in ("loss", "grad_norm", "first_update"))
+            graded = [_graded(deviations, name) for name in ("loss", "grad_norm", "first_update")]
             exact = [deviation for deviation in deviations if not deviation["tolerance"]]
             different = list(dict.fromkeys(deviation["measure"] for deviation in exact if not deviation["ok"]))
             same = ", ".join(different).replace("_", " ") + " differ" if different else "equal"
             verdict = "ok" if all(cell["ok"] for cell in cells) else "FAIL"
-            lines.append(f"{zero:>4}  {precision:<9}  {len(cells):>5}  {graded}  {same:<24}  {verdict}")
+            rows.append([str(zero), precision, str(len(cells)), *graded, same, verdict])
+    lines = terminal.table(rows, left=(1, 6, 7))
     lines.append(
         "largest relative deviation / tolerance over all steps and cases, against a plain PyTorch trainer and stage 1"
     )

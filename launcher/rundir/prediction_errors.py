@@ -9,6 +9,7 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.rundir import records
 from halfstep.launcher.rundir.records import damaged
 from halfstep.launcher.rundir.run_reader import Run
+from halfstep.launcher.system import terminal
 
 _FIX = "name the directory of a run that has ended"
 
@@ -74,16 +75,17 @@ def run(path: Path) -> Comparison:
 
 def table(compared: Sequence[Comparison]) -> list[str]:
     """Return comparisons as text, with the mean of their errors."""
-    each = " ".join(f"{name:>8} {'told':>8} {'off':>7}  " for name in ("step s", "GiB", "MiB sent"))
-    text = [f"{'run':<32} {'cell':<24} {each}".rstrip()]
+    rows = [["run", "cell"]]
+    rows[0] += [cell for name in ("step s", "GiB", "MiB sent") for cell in (name, "predicted", "error")]
     for comparison in compared:
         values = (
             (comparison.measured_step_seconds, comparison.predicted_step_seconds, 1.0, comparison.step_error),
             (comparison.measured_peak_bytes, comparison.predicted_peak_bytes, 2**30, comparison.peak_error),
             (comparison.measured_sent_bytes, comparison.predicted_sent_bytes, 2**20, comparison.sent_error),
         )
-        each = " ".join(f"{_cell(a, unit)} {_cell(b, unit)} {_percent(error)}  " for a, b, unit, error in values)
-        text.append(f"{comparison.run[-32:]:<32} {comparison.cell:<24} {each}".rstrip())
+        each = [cell for a, b, unit, error in values for cell in (_cell(a, unit), _cell(b, unit), _percent(error))]
+        rows.append([comparison.run[-32:], comparison.cell, *each])
+    text = terminal.table(rows, left=(0, 1))
     for name, errors in (
         ("step time", [comparison.step_error for comparison in compared if comparison.step_error is not None]),
         ("peak memory", [comparison.peak_error for comparison in compared if comparison.peak_error is not None]),
@@ -96,8 +98,8 @@ def table(compared: Sequence[Comparison]) -> list[str]:
 
 
 def _cell(value: float | None, unit: float) -> str:
-    return f"{'-' if value is None else f'{value / unit:.4g}':>8}"
+    return "-" if value is None else f"{value / unit:.4g}"
 
 
 def _percent(error: float | None) -> str:
-    return f"{'-' if error is None else f'{100 * error:+.1f} %':>7}"
+    return "-" if error is None else f"{100 * error:+.1f} %"

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from halfstep.launcher.errors import printable
@@ -36,17 +36,18 @@ def _print(text: str, *, error: bool) -> None:
     print(text, end="", file=sys.stderr if error else sys.stdout, flush=True)
 
 
-def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
-    """Return rows as lines whose columns stand under each other, `right` or left; the last column is free text.
+def table(rows: Sequence[Sequence[str]], *, left: Collection[int] | None = None) -> list[str]:
+    """Return rows as lines whose columns stand under each other: to the left those in `left` (None: all), else right.
 
     A cell is one line, whatever it holds.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]) - 1)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [
-            cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)
+            cell.ljust(width) if left is None or column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join([*padded, row[-1]]).rstrip())
+        lines.append("  ".join(padded).rstrip())
     return lines

@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_goes_on_from_its_own_export_on_the_same_corpus(home: Path) -> None:
+def test_a_run_continues_from_its_own_export_on_the_same_corpus(home: Path) -> None:
     plan = planned(home / "export", home / "corpus")
     assert plan.model.weights == str(home / "export")
     assert plan.data.digest == read_data(str(home / "corpus")).digest

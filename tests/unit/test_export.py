@@ -627,7 +627,7 @@ def test_random_states_are_kept_where_they_fit(llama: Trained, tmp_path: Path) -
     assert [files.sidecar(rank)["rng"] for rank in range(3)] == [{"rank": rank} for rank in range(3)]
 
 
-def test_a_converted_run_goes_on_under_its_own_name(gpt2: Trained, tmp_path: Path) -> None:
+def test_a_converted_run_continues_under_its_own_name(gpt2: Trained, tmp_path: Path) -> None:
     from halfstep.launcher.rundir.run_reader import Run
 
     convert_page.convert(gpt2.run, tmp_path / "new", step=10)

@@ -25,7 +25,7 @@ def step(number: int, seconds: float, time: float, *, overflow: bool = False) ->
 
 @pytest.fixture
 def killed_once(tmp_path: Path) -> Path:
-    """Two attempts: one from 100 s, killed after 130; one from 150, with a checkpoint of step 2 to go on from."""
+    """Two attempts: one from 100 s, killed after 130; one from 150, with a checkpoint of step 2 to resume from."""
     write(tmp_path / "attempts/0001/env.json", {"began": 100.0, "time": 104.0})
     write(tmp_path / "attempts/0002/env.json", {"began": 150.0, "time": 155.0})
     write(

@@ -236,7 +236,7 @@ def test_a_secret_in_a_run_file_is_refused_too(tmp_path: Path) -> None:
     assert "hunter2" not in str(error)
 
 
-def test_a_run_that_was_started_with_a_secret_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_was_started_with_a_secret_resumes(tmp_path: Path) -> None:
     file = tmp_path / "request.toml"
     file.write_text('data = "/data"\n[model]\nname = "gpt2-nano"\n[ds.comet]\napi_key = "hunter2"\n')
     assert load([str(file)], stored=True).spec.ds == {"comet.api_key": "hunter2"}
