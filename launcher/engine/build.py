@@ -34,7 +34,9 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
         if names:
-            opcache.load_operators(names)
+            # Torch's cannot keep masters in 16 bits (rules_deepspeed.py).
+            otherwise = "take torch's own, ds.optimizer.params.torch_adam=true (masters in 16 bits have to go, then)"
+            opcache.load_operators(names, otherwise=otherwise)
         # An optimizer built by DeepSpeed from the config, over our parameter groups.
         groups: Any = parameter_groups(model, plan)  # DeepSpeed's annotation says Module
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
