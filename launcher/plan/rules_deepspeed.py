@@ -83,7 +83,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         # engine.py, get_optimizer_configuration: all parameters but torch_adam and adam_w_mode go to the constructor.
         name="adam-takes-its-own-parameters",
-        sentence="torch's Adam has no bias_correction and no set_grad_none; DeepSpeed's have no fused, foreach and such",
+        sentence="torch's Adam has no bias_correction or set_grad_none; DeepSpeed's have no fused, foreach and such",
         broken=lambda c: bool(_strange_to_adam(c)),
         where=lambda c: set_by(*_strange_to_adam(c), _TORCH_ADAM)(c),
         fix="drop the key, or choose with ds.optimizer.params.torch_adam=true or false",

@@ -72,7 +72,7 @@ def test_nonsense_is_named_with_what_to_write_instead(
         opcache.load_operators(["FusedAdamBuilder"])
     assert caught.value.what == f"{VARIABLE}={users!r} names no GPU architecture with {piece!r}"
     assert caught.value.fix == (
-        f"unset {VARIABLE}, which builds for the GPUs of this host, or set it to numbers: '9.0', '8.0;9.0+PTX'"
+        f"unset {VARIABLE}, to build for the GPUs of this host, or set it to numbers: '9.0', '8.0;9.0+PTX'"
     )
     assert (built, os.environ[VARIABLE]) == ([], users)
 

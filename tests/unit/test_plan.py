@@ -442,7 +442,11 @@ def test_another_adam_on_a_gpu_is_had_by_asking_for_it(plan: Make, tmp_path: Pat
     assert adam(plan("ds.optimizer.params.foreach=true", topology=GPUS)) == (True, None)
     assert adam(plan("ds.optimizer.params.fused=false", topology=GPUS)) == (True, False)
     file = tmp_path / "mine.json"
-    for said, planned in (({}, (True, True)), ({"torch_adam": False}, (False, None)), ({"fused": "auto"}, (True, True))):
+    for said, planned in (
+        ({}, (True, True)),
+        ({"torch_adam": False}, (False, None)),
+        ({"fused": "auto"}, (True, True)),
+    ):
         file.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": said}}))
         assert adam(plan(f"--ds-config={file}", topology=GPUS)) == planned
     assert adam(plan(f"--ds-config={file}", "ds.optimizer.params.torch_adam=false", topology=GPUS)) == (False, None)

@@ -43,7 +43,7 @@ def readable(value: str) -> str:
             raise RefusedError(
                 f"{VARIABLE}={value[:80]!r} names no GPU architecture with {piece[:40]!r}",
                 where="the environment of this process, which DeepSpeed builds its operators by",
-                fix=f"unset {VARIABLE}, which builds for the GPUs of this host, or set it to numbers: '9.0', '8.0;9.0+PTX'",
+                fix=f"unset {VARIABLE}, to build for the GPUs of this host, or set it to numbers: '9.0', '8.0;9.0+PTX'",
             )
     return ";".join(pieces)
 

@@ -82,7 +82,7 @@ def _stage_0(engine: Engine) -> dict[Tensor, tuple[Tensor, int]] | None:
     if engine.zero_optimization():
         return None
     wrapper = engine.optimizer
-    if hasattr(wrapper, "fp32_groups_flat"):  # FusedAdam's
+    if hasattr(wrapper, "fp32_groups_flat"):  # a fused Adam's
         return {
             weight: (flat, sum(earlier.numel() for earlier in weights[:place]))
             for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True)
