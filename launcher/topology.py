@@ -55,7 +55,7 @@ class Topology:
     accelerator: str
     """`cuda` or `cpu`."""
     fused_adam: bool = False
-    """Whether DeepSpeed's fused Adam can be built here: a GPU, and a CUDA compiler beside it."""
+    """Whether DeepSpeed's own Adams can be built here: a GPU, and a CUDA compiler beside it."""
     device_name: str = ""
     """What the device calls itself, empty where unknown."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from halfstep.launcher.config.dotted import flatten
@@ -11,6 +12,8 @@ from halfstep.launcher.config.schema import RunSpec
 _MAY_CHANGE = ("out", "zero", "precision", "offload", "nvme_path", "batch.micro", "steps", "tokens", "hardware",
                "nodes", "gpus_per_node", "data", "numerics.every", "numerics.max_skips")  # fmt: skip
 _MAY_CHANGE_SECTIONS = ("checkpoint.", "eval.", "log.", "watch.")
+# Who steps the same Adam: where one cannot be built, its run goes on with another. `ds` alone: that no such key is set.
+_NO_OTHER_RUN = {"ds", *(f"ds.optimizer.params.{name}" for name in ("torch_adam", "fused", "foreach"))}
 
 
 def canonical(value: Any) -> str:
@@ -36,3 +39,8 @@ def identity(spec: RunSpec) -> dict[str, Any]:
         for key, value in leaves.items()
         if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_SECTIONS)
     }
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which two identities are those of different runs."""
+    return sorted(key for key in {*old, *new} - _NO_OTHER_RUN if old.get(key) != new.get(key))

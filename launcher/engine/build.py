@@ -1,7 +1,9 @@
 """Build the model and the DeepSpeed engine of a Plan, and check that DeepSpeed built what was planned."""
 
 import contextlib
+import importlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,34 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
         if names:
-            opcache.load_operators(names)
+            # Torch's cannot keep masters in 16 bits (rules_deepspeed.py).
+            otherwise = "take torch's own, ds.optimizer.params.torch_adam=true (masters in 16 bits have to go, then)"
+            opcache.load_operators(names, otherwise=otherwise)
         # An optimizer built by DeepSpeed from the config, over our parameter groups.
         groups: Any = parameter_groups(model, plan)  # DeepSpeed's annotation says Module
-        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
+        with _flat_at_stage_0(plan):
+            engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
     _check(engine, plan)
     repairs = repair(engine, plan)
     if plan.compile:
         engine.compile()
     return engine, repairs
+
+
+@contextlib.contextmanager
+def _flat_at_stage_0(plan: Plan) -> Iterator[None]:
+    """Let stage 0 wrap torch's fused Adam as it wraps DeepSpeed's: masters flat, not unscaled and normed one by one.
+
+    It goes by the class alone (engine.py, _configure_fp16_optimizer).
+    """
+    module: Any = importlib.import_module("deepspeed.runtime.engine")
+    own = module.FusedAdam
+    if plan.deepspeed["optimizer"].get("params", {}).get("fused"):
+        module.FusedAdam = (own, torch.optim.Adam, torch.optim.AdamW)
+    try:
+        yield
+    finally:
+        module.FusedAdam = own
 
 
 def _gather_experts_at_once(model: PreTrainedModel) -> None:

@@ -4,6 +4,10 @@ from halfstep.launcher.plan.rule import Case, Rule, offload, set_by
 
 _ALLGATHER = "zero_optimization.allgather_bucket_size"
 _MASTERS = ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")
+_ADAM = ("adam", "adamw")
+_TORCH_ADAM, _FUSED, _FOREACH = (f"optimizer.params.{name}" for name in ("torch_adam", "fused", "foreach"))
+_OF_TORCH = (_FUSED, _FOREACH, *(f"optimizer.params.{name}" for name in ("capturable", "differentiable", "maximize")))
+_OF_DEEPSPEED = ("optimizer.params.bias_correction", "optimizer.params.set_grad_none")
 _PRESCALING = ("prescale_gradients", "gradient_predivide_factor")
 _GPU_ONLY = (  # all but the first have an effect at stage 3 alone
     "aio.use_gds",
@@ -33,7 +37,14 @@ def _needs_gpu(case: Case) -> list[str]:
 
 
 def _has_no_cpu_adam(case: Case) -> bool:
-    return offload(case, "optimizer") is None or bool(case.leaves.get("optimizer.params.torch_adam"))
+    return offload(case, "optimizer") is None or bool(case.leaves.get(_TORCH_ADAM))
+
+
+def _strange_to_adam(case: Case) -> list[str]:
+    """Return the parameters that the implementation of Adam does not take: a TypeError when DeepSpeed makes it."""
+    if _optimizer(case) not in _ADAM:
+        return []
+    return [path for path in (_OF_DEEPSPEED if case.leaves.get(_TORCH_ADAM) else _OF_TORCH) if path in case.leaves]
 
 
 RULES: tuple[Rule, ...] = (
@@ -68,6 +79,21 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: _any(c, *_MASTERS) and _has_no_cpu_adam(c),
         where=set_by(*_MASTERS),
         fix="drop the key; or take zero=2 offload=optimizer-cpu ds.optimizer.params.torch_adam=false",
+    ),
+    Rule(
+        # engine.py, get_optimizer_configuration: all parameters but torch_adam and adam_w_mode go to the constructor.
+        name="adam-takes-its-own-parameters",
+        sentence="torch's Adam has no bias_correction or set_grad_none; DeepSpeed's have no fused, foreach and such",
+        broken=lambda c: bool(_strange_to_adam(c)),
+        where=lambda c: set_by(*_strange_to_adam(c), _TORCH_ADAM)(c),
+        fix="drop the key, or choose with ds.optimizer.params.torch_adam=true or false",
+    ),
+    Rule(
+        name="fused-or-foreach",
+        sentence="torch's Adam is fused or steps by foreach, not both",
+        broken=lambda c: _optimizer(c) in _ADAM and _any(c, _FUSED) and _any(c, _FOREACH),
+        where=set_by(_FUSED, _FOREACH),
+        fix="drop ds.optimizer.params.foreach",
     ),
     Rule(
         name="half-states-need-half-masters",

@@ -17,6 +17,7 @@ from typing import Any
 
 import tomli_w
 
+from halfstep.launcher.config.digest import changes
 from halfstep.launcher.config.dotted import flatten, unflatten
 from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import RequestError
@@ -128,11 +129,11 @@ def refuse_another_run(path: Path, plan: Plan, *, reported: bool = False) -> Non
             fix="bring the corpus back as it was, or choose another out",
         )
     new = plan.identity
-    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    changed = changes(old, new)
     if changed:
-        changes = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
+        said = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
         raise refuse(
-            f"{path} belongs to a different run: {changes}"
+            f"{path} belongs to a different run: {said}"
             + (f", and {len(changed) - 4} more" if len(changed) > 4 else ""),
             where=f"out={path}",
             fix="choose another out (or none), or ask for the same run again",

@@ -19,6 +19,7 @@ _CONFOUNDERS = {
     "accumulation dtype": "data_types.grad_accum_dtype",
     "optimizer": "optimizer.type",
     "optimizer is torch's own": "optimizer.params.torch_adam",
+    "torch's optimizer is fused": "optimizer.params.fused",
     "peak learning rate": "optimizer.params.lr",
     "gradient clipping": "gradient_clipping",
     "global batch, sequences": "train_batch_size",

@@ -1,9 +1,11 @@
-"""The repairs elsewhere: a DeepSpeed that scales at stage 0 is left alone, and the wrapper of FusedAdam is mended too.
+"""What GPUs and a later DeepSpeed do, on a CPU rank: Adam is fused, and a loss that is scaled at stage 0 is left alone.
 
-Run by itself, this file is one rank: it trains cases of the gate under a changed DeepSpeed and prints what deviates.
+Run by itself, this file is one rank: it trains cases of the gate under another optimizer or DeepSpeed and prints what
+deviates.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -14,54 +16,63 @@ import pytest
 from process.conftest import environment
 
 pytestmark = pytest.mark.process
+# Of fp16/fused_optimizer.py both precisions, of no wrapper, bf16_optimizer.py and zero/ one cell each.
+CELLS = {(0, "fp16"): "FP16_Optimizer", (0, "bf16"): "FP16_Optimizer", (0, "fp32"): "AdamW",
+         (1, "bf16"): "BF16_Optimizer", (2, "fp16"): "DeepSpeedZeroOptimizer",
+         (3, "bf16"): "DeepSpeedZeroOptimizer_Stage3"}  # fmt: skip
 
 
 def rank_main() -> None:
-    """Train stage 0 in both half precisions, changed in two ways, and judge it by the reference."""
+    """Train stage 0 under a DeepSpeed that scales, then cells with the optimizer of a GPU; the reference judges."""
     from halfstep.launcher import fault_injection, topology
     from halfstep.launcher.parity.cases import POISON, Case, plan_of
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)
     os.environ[fault_injection.VARIABLE] = POISON
-    import deepspeed.runtime.engine as runtime
     import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
 
     from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.state import training_state
     from halfstep.launcher.parity import distance, trial
 
     world = topology.describe(1, 1)
     fp16 = Case(zero=0, precision="fp16", accumulation=2, clip=0.05, world_size=1, optimizer="adamw", family="gpt2")
     distributed.join(rank, plan_of(fp16, world, repairs=True), torch.distributed.HashStore())
-    wrappers: list[str] = []
-    build, backward = trial.build, runtime.DeepSpeedEngine.backward
+    built: list[tuple[str, bool | None]] = []
+    build, backward = trial.build, DeepSpeedEngine.backward
 
     def watched(plan):
         engine, repairs = build(plan)
-        wrappers.append(type(engine.optimizer).__name__)
+        fused = training_state.base_optimizer(engine).defaults["fused"]
+        built.append((type(engine.optimizer).__name__, fused))
         return engine, repairs
 
     def scaling_backward(engine, loss, **options):
         return backward(engine, loss * engine.optimizer.loss_scale, **options)
 
+    @functools.cache
+    def reference_of(precision):
+        return trial.on_the_reference(plan_of(dataclasses.replace(fp16, precision=precision), world, repairs=True))
+
+    def judged(name, case, *, fused):
+        plan = plan_of(case, world, repairs=True)
+        if fused:
+            plan.deepspeed["optimizer"]["params"]["fused"] = True
+        series = trial.on_deepspeed(plan, 0)
+        deviations = distance.deviations(case, series, reference_of(case.precision), "oracle")
+        wrong = {deviation.measure: deviation.value for deviation in deviations if not deviation.ok}
+        return [name, case.zero, case.precision, *built[-1], list(series.repairs), wrong]
+
     trial.build = watched
-    changes = {"scales": (runtime.DeepSpeedEngine, "backward", scaling_backward, [fp16])}
-    both = [fp16, dataclasses.replace(fp16, precision="bf16")]
-    changes["fused"] = (runtime, "FusedAdam", torch.optim.AdamW, both)  # what the engine asks for the fused wrapper
-    rows = []
-    for name, (place, attribute, other, cases) in changes.items():
-        old = getattr(place, attribute)
-        for case in cases:
-            plan = plan_of(case, world, repairs=True)
-            reference = trial.on_the_reference(plan)
-            setattr(place, attribute, other)
-            try:
-                series = trial.on_deepspeed(plan, 0)
-            finally:
-                setattr(place, attribute, old)
-            deviations = distance.deviations(case, series, reference, "oracle")
-            wrong = {deviation.measure: deviation.value for deviation in deviations if not deviation.ok}
-            rows.append([name, case.precision, wrappers[-1], list(series.repairs), wrong])
+    DeepSpeedEngine.backward = scaling_backward
+    rows = [judged("scales", fp16, fused=False)]
+    DeepSpeedEngine.backward = backward
+    rows += [
+        judged("fused", dataclasses.replace(fp16, zero=zero, precision=precision), fused=True)
+        for zero, precision in CELLS
+    ]
     print("\n" + json.dumps(rows))
     distributed.leave()
 
@@ -81,16 +92,18 @@ def rows(scratch: Path) -> list[list]:
 
 def test_a_deepspeed_that_scales_the_loss_is_not_made_to_scale_it_twice(rows: list[list]) -> None:
     (row,) = [row for row in rows if row[0] == "scales"]
-    assert row[3] == ["false-optimizer-step", "half-precision-accumulation"]
-    assert row[4] == {}
+    assert row[3:] == ["FP16_UnfusedOptimizer", None, ["false-optimizer-step", "half-precision-accumulation"], {}]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_the_wrapper_that_fused_adam_gets_is_mended_as_well(rows: list[list], precision: str) -> None:
-    (row,) = [row for row in rows if row[:2] == ["fused", precision]]
+@pytest.mark.parametrize(("zero", "precision"), CELLS)
+def test_torchs_fused_adam_trains_the_same_model_under_every_wrapper(
+    rows: list[list], zero: int, precision: str
+) -> None:
+    (row,) = [row for row in rows if row[:3] == ["fused", zero, precision]]
     scaling = ["unscaled-loss"] if precision == "fp16" else []
-    assert row[2:4] == ["FP16_Optimizer", ["false-optimizer-step", *scaling, "half-precision-accumulation"]]
-    assert row[4] == {}
+    faults = ["false-optimizer-step", *scaling, "half-precision-accumulation"]
+    repairs = faults if (zero, precision) in ((0, "fp16"), (0, "bf16")) else []
+    assert row[3:] == [CELLS[zero, precision], True, repairs, {}]
 
 
 if __name__ == "__main__":

@@ -280,6 +280,12 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
         (["zero=2", "ds.prescale_gradients=true"], {"no-scaling-before-a-reduce-scatter"}),
         (["zero=3", "ds.gradient_predivide_factor=2.0"], {"no-scaling-before-a-reduce-scatter"}),
         (["zero=2", "ds.bf16.bf16_master_weights_and_grads=true"], {"half-masters-need-cpu-adam"}),
+        (["ds.optimizer.params.bias_correction=true"], {"adam-takes-its-own-parameters"}),
+        (["ds.optimizer.params.torch_adam=false", "ds.optimizer.params.fused=true"], {"adam-takes-its-own-parameters"}),
+        (["ds.optimizer.params.torch_adam=false", "ds.optimizer.params.bias_correction=true"], set()),
+        (["ds.optimizer.type=Adam", "ds.optimizer.params.foreach=true"], {"adam-takes-its-own-parameters"}),
+        (["ds.optimizer.params.fused=true", "ds.optimizer.params.foreach=true"], {"fused-or-foreach"}),
+        (["ds.optimizer.params.foreach=true"], set()),
         (
             ["zero=2", "ds.bf16.bf16_optimizer_states=true", "offload=optimizer-cpu"],
             {"half-states-need-half-masters"},
@@ -410,9 +416,40 @@ def test_a_plan_survives_json(plan: Make) -> None:
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
-def test_fused_adam_is_planned_only_where_it_can_be_built(plan: Make) -> None:
-    assert plan().deepspeed["optimizer"]["params"]["torch_adam"] is True
-    assert plan(topology=GPUS).deepspeed["optimizer"]["params"]["torch_adam"] is False
+def adam(made: Plan) -> tuple[bool, bool | None]:
+    params = made.deepspeed["optimizer"]["params"]
+    return params["torch_adam"], params.get("fused")
+
+
+def test_adam_is_torchs_own_and_on_a_gpu_its_fused_one(plan: Make) -> None:
+    assert adam(plan()) == (True, None)
+    for zero in range(4):
+        assert adam(plan(f"zero={zero}", topology=GPUS)) == (True, True)
+    bare = dataclasses.replace(GPUS, fused_adam=False)
+    assert adam(plan(topology=bare)) == (True, True), "it needs no compiler"
+    assert "fused" not in plan("optimizer.kind=sgd", topology=GPUS).deepspeed["optimizer"]["params"]
+
+
+def test_a_host_that_holds_the_states_steps_them_with_deepspeeds_adam_where_it_can_be_built(plan: Make) -> None:
+    assert adam(plan("offload=optimizer-cpu", "zero=2", topology=GPUS)) == (False, None)
+    bare = dataclasses.replace(GPUS, fused_adam=False)
+    assert adam(plan("offload=optimizer-cpu", "zero=2", topology=bare)) == (True, None)
+    assert adam(plan("offload=optimizer-cpu", "zero=2")) == (True, None)
+
+
+def test_another_adam_on_a_gpu_is_had_by_asking_for_it(plan: Make, tmp_path: Path) -> None:
+    assert adam(plan("ds.optimizer.params.torch_adam=false", topology=GPUS)) == (False, None)
+    assert adam(plan("ds.optimizer.params.foreach=true", topology=GPUS)) == (True, None)
+    assert adam(plan("ds.optimizer.params.fused=false", topology=GPUS)) == (True, False)
+    file = tmp_path / "mine.json"
+    for said, planned in (
+        ({}, (True, True)),
+        ({"torch_adam": False}, (False, None)),
+        ({"fused": "auto"}, (True, True)),
+    ):
+        file.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": said}}))
+        assert adam(plan(f"--ds-config={file}", topology=GPUS)) == planned
+    assert adam(plan(f"--ds-config={file}", "ds.optimizer.params.torch_adam=false", topology=GPUS)) == (False, None)
 
 
 def test_peak_arithmetic_is_known_for_an_h100_and_unknown_for_a_cpu(plan: Make) -> None:

@@ -59,7 +59,11 @@ def test_without_out_the_directory_is_named_by_the_run_id(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]]
+    "arguments",
+    [
+        *(["zero=3"], ["precision=fp16"], ["batch.micro=4"], ["steps=2000"], ["eval.every=7"], ["log.every=3"]),
+        *(["ds.optimizer.params.torch_adam=false"], ["ds.optimizer.params.fused=true"]),
+    ],
 )
 def test_a_run_resumes_in_its_directory_when_only_these_change(
     decide: Callable, tmp_path: Path, arguments: list[str]
@@ -80,6 +84,7 @@ def test_a_run_resumes_in_its_directory_when_only_these_change(
         (["optimizer.lr=1e-5"], "optimizer.lr was None and is now 1e-05"),
         (["model=llama-nano"], "model.name was 'gpt2-nano' and is now 'llama-nano'"),
         (["batch.global=64"], "batch.global was 32 and is now 64"),
+        (["ds.optimizer.params.lr=1e-5"], "ds.optimizer.params.lr was None and is now 1e-05"),
     ],
 )
 def test_a_directory_of_a_different_run_is_refused(

@@ -182,7 +182,7 @@ def unscale_and_clip(engine: Engine, *, norm: float, scale: float, clip: float) 
 
 
 def _weights(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (fp32 master, half-precision weight) of both wrappers: flat for FusedAdam, one by one for the others."""
+    """Yield (fp32 master, half-precision weight) of both wrappers: flat for a fused Adam, one by one for the others."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_flat"):
         yield from zip(wrapper.fp32_groups_flat, wrapper.fp16_groups_flat, strict=True)

@@ -13,9 +13,11 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
+from halfstep.launcher.engine.ranks import cuda_architectures
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.system import caches, machine
 
@@ -46,28 +48,40 @@ def own_lock(cache: Path) -> FileLock:
 
 
 def prepare() -> None:
-    """Set where operators are built and what builds them, and keep DeepSpeed from building one that no training uses.
+    """Set where operators are built and by what, and keep DeepSpeed from building one that no training uses.
 
     Its shared-memory operator for CPUs serves `inference_all_reduce` alone (comm/torch.py); gloo does all others.
+    Whichever it builds for a GPU, now or while it trains, is built for architectures that it can read.
     """
     # ninja's wheel lies beside the interpreter, which is on PATH only in an activated environment.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder())
     # By its full name: in deepspeed.comm, `torch` is torch itself.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    importlib.import_module("deepspeed.ops.op_builder.builder").CUDAOpBuilder.jit_load = _build  # type: ignore[attr-defined]
 
 
-def load_operators(names: list[str]) -> list[str]:
+def _build(builder: Any, verbose: bool = True) -> Any:
+    """Build an operator for a GPU as DeepSpeed does (op_builder/builder.py, jit_load)."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    with cuda_architectures.in_deepspeeds_spelling():
+        return OpBuilder.jit_load(builder, verbose)
+
+
+def load_operators(names: list[str], *, otherwise: str = "`halfstep doctor` says what is missing") -> list[str]:
     """Build, or load what was built, one rank at a time, and return the names of those that fit this machine.
 
     DeepSpeed then finds them loaded and takes no lock itself. Raises RefusedError where an operator cannot be built,
-    RequestError where there is no folder to build it in.
+    which says what to do `otherwise`; RequestError where there is no folder to build it in.
     """
     cache = caches.make(folder(), "TORCH_EXTENSIONS_DIR" if os.environ.get("TORCH_EXTENSIONS_DIR") else None)
     prepare()
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 
+    failures = (RuntimeError, OSError, ImportError, ValueError, CUDAMismatchException, MissingCUDAException)
     loaded = []
     with own_lock(cache):
         for lock in stale_locks(cache):
@@ -77,12 +91,24 @@ def load_operators(names: list[str]) -> list[str]:
             if builder is not None and __compatible_ops__.get(builder.NAME, False):
                 try:
                     builder.load()
-                except (RuntimeError, OSError, ImportError) as error:
+                except failures as error:
                     reason = str(error).strip().partition("\n")[0].partition(": [")[0]  # the compiler's line follows
                     raise RefusedError(
                         f"DeepSpeed's operator {builder.NAME} cannot be built: {reason}",
-                        where=str(cache),
-                        fix="`halfstep doctor` says what is missing; --debug shows the compiler's words",
+                        where=f"{cache}, built by {_means(builder)}",
+                        fix=f"{otherwise}; --debug shows the compiler's words",
                     ) from error
                 loaded.append(name)
     return loaded
+
+
+def _means(builder: Any) -> str:
+    """Name the compiler of an operator and what it was told to build for."""
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+    from torch.utils import cpp_extension
+
+    if not isinstance(builder, CUDAOpBuilder):
+        return cpp_extension.get_cxx_compiler()
+    home, list_ = cpp_extension.CUDA_HOME, os.environ.get(cuda_architectures.VARIABLE)
+    compiler = str(Path(home, "bin", "nvcc")) if home else "nvcc, which CUDA_HOME does not name"
+    return compiler + (f" for {cuda_architectures.VARIABLE}={list_!r}" if list_ else "")

@@ -82,7 +82,7 @@ def _stage_0(engine: Engine) -> dict[Tensor, tuple[Tensor, int]] | None:
     if engine.zero_optimization():
         return None
     wrapper = engine.optimizer
-    if hasattr(wrapper, "fp32_groups_flat"):  # FusedAdam's
+    if hasattr(wrapper, "fp32_groups_flat"):  # a fused Adam's
         return {
             weight: (flat, sum(earlier.numel() for earlier in weights[:place]))
             for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True)
@@ -161,14 +161,23 @@ def create_optimizer_states(engine: Engine, kinds: list[str], steps: float) -> N
         for kind in kinds:
             state.setdefault(kind, torch.zeros_like(flat, requires_grad=False))
         if steps and optimizers.of(type(optimizer).__name__).counts_steps:
-            # torch's own counts in a tensor, DeepSpeed's two Adams in an int (ops/adam).
-            own = type(optimizer).__module__.startswith("torch.optim")
-            state["step"] = torch.tensor(steps, dtype=torch.float32) if own else int(steps)
+            state["step"] = _counted(optimizer, flat, steps)
     if hasattr(optimizer, "ds_opt_adam"):
         _count_up(optimizer, int(steps))
     if type(optimizer).__name__ == "FusedAdam":
         for group in optimizer.param_groups:
             group["step"] = int(steps)
+
+
+def _counted(optimizer: torch.optim.Optimizer, flat: Tensor, steps: float) -> Tensor | int:
+    """Return a step count as an optimizer keeps it: torch's own in a tensor, DeepSpeed's two Adams in an int.
+
+    Torch's fused kernel reads it on the device of the parameter, all others on the host (optim/adam.py, _init_group).
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return int(steps)
+    beside = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return torch.tensor(steps, dtype=torch.float32, device=flat.device if beside else "cpu")
 
 
 def _count_up(optimizer: Any, steps: int) -> None:

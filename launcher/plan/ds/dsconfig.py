@@ -8,7 +8,7 @@ from typing import Any
 from halfstep.launcher.config import optimizers
 from halfstep.launcher.config.bucket_sizes import Sizes, bucket
 from halfstep.launcher.config.dotted import unflatten
-from halfstep.launcher.config.schema import Fp16Keys, OptimizerKeys, RunSpec
+from halfstep.launcher.config.schema import Fp16Keys, RunSpec
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.batch import Batch
 from halfstep.launcher.plan.ds import dskeys
@@ -20,6 +20,7 @@ from halfstep.launcher.topology import Topology
 # Book, network benchmarks); above DeepSpeed's default of 5e8 elements it wastes memory.
 OFFLOADS = {"none": ("none", "none"), "optimizer-cpu": ("cpu", "none"), "cpu": ("cpu", "cpu"), "nvme": ("nvme", "nvme")}
 """Where the optimizer's states and the weights go, by the run key `offload`."""
+_TORCH_ADAM, _FUSED = "optimizer.params.torch_adam", "optimizer.params.fused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +66,19 @@ def compose(
     origins: dict[str, str] = {}
     demanded = demanded_by_run_keys(spec, batch, learning_rate, topology)
     fragmentary, scaled = _said_by_fragments(spec), tuned(spec, sizes)
+    said = {**(own.leaves if own is not None else {}), **spec.ds}
     if own is not None:
         merge(leaves, origins, own.leaves, own.origin)
         for key, (value, origin) in [*fragmentary, *scaled.items()]:
             if key in own.autos:
                 merge(leaves, origins, {key: value}, f"{origin}, for {own.name}'s auto")
         for key, (value, origin) in demanded.items():
-            if key not in leaves and not _meant_for_another_optimizer(key, leaves, demanded):
+            if key not in leaves and not _meant_for_another_optimizer(key, said, demanded):
                 merge(leaves, origins, {key: value}, origin + _taken_from(own, origin, request_origins))
     else:
         demanded.setdefault("zero_allow_untested_optimizer", (False, "no optimizer asks for it"))
         for key, (value, origin) in [*fragmentary, *demanded.items(), *scaled.items()]:
-            if not _meant_for_another_optimizer(key, spec.ds, demanded):
+            if not _meant_for_another_optimizer(key, said, demanded):
                 merge(leaves, origins, {key: value}, origin)
     for key, value in spec.ds.items():
         leaves[key] = value
@@ -118,9 +120,14 @@ def merge(leaves: dict[str, Any], origins: dict[str, str], more: dict[str, Any],
         origins.setdefault(key, origin)
 
 
-def _meant_for_another_optimizer(key: str, own: dict[str, Any], demanded: dict[str, tuple[Any, str]]) -> bool:
-    """Tell whether a user's own optimizer type makes a parameter of ours meaningless; nearly all take these two."""
-    kind = own.get("optimizer.type", demanded["optimizer.type"][0])
+def _meant_for_another_optimizer(key: str, said: dict[str, Any], demanded: dict[str, tuple[Any, str]]) -> bool:
+    """Tell whether what a user says of the optimizer makes a parameter of ours meaningless.
+
+    Nearly all types take lr and weight_decay. `fused` is of torch's Adam alone, and torch refuses it beside `foreach`.
+    """
+    kind = said.get("optimizer.type", demanded["optimizer.type"][0])
+    if key == _FUSED and (said.get(_TORCH_ADAM) is False or said.get("optimizer.params.foreach")):
+        return True
     if kind == demanded["optimizer.type"][0] or not key.startswith("optimizer.params."):
         return False
     known = dskeys.parameters(kind)
@@ -145,7 +152,7 @@ def demanded_by_run_keys(
         keys["zero_allow_untested_optimizer"] = (True, "run key optimizer.kind")
     if spec.precision == "fp16":
         keys |= _loss_scaling(spec.fp16)
-    keys |= {f"optimizer.{key}": value for key, value in _optimizer(spec.optimizer, learning_rate, topology).items()}
+    keys |= {f"optimizer.{key}": value for key, value in _optimizer(spec, learning_rate, topology).items()}
     offload = read_fragment(assets.folder("ds_configs") / "offload" / f"{spec.offload}.json")
     keys |= {key: (value, "run key offload") for key, value in offload.items() if key.endswith(".device")}
     if spec.offload == "nvme" and spec.nvme_path:
@@ -166,7 +173,8 @@ def _loss_scaling(fp16: Fp16Keys) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _optimizer(keys: OptimizerKeys, learning_rate: float, topology: Topology) -> dict[str, tuple[Any, str]]:
+def _optimizer(spec: RunSpec, learning_rate: float, topology: Topology) -> dict[str, tuple[Any, str]]:
+    keys = spec.optimizer
     row, by_kind = optimizers.BY_KIND[keys.kind], "run key optimizer.kind"
     decided: dict[str, tuple[Any, str]] = {
         "type": (row.type, by_kind),
@@ -178,9 +186,19 @@ def _optimizer(keys: OptimizerKeys, learning_rate: float, topology: Topology) ->
         decided[f"params.{name}"] = (values if len(values) > 1 else values[0], origin)
     decided["params.weight_decay"] = (keys.weight_decay, "run key optimizer.weight_decay")
     if row.operators:
-        # Without it the first use compiles FusedAdam or CPUAdam, which needs a CUDA or C++ toolchain (T11).
-        decided["params.torch_adam"] = (not topology.fused_adam, "whether a fused build is possible here")
+        decided |= _implementation(spec, topology)
     return decided | {f"params.{name}": (value, by_kind) for name, value in row.fixed.items()}
+
+
+def _implementation(spec: RunSpec, topology: Topology) -> dict[str, tuple[Any, str]]:
+    """Choose who steps Adam: DeepSpeed's own are compiled at their first use, which needs a toolchain (T11).
+
+    On a GPU torch's fused one is as fast as FusedAdam (H200). On the host DeepSpeed's CPUAdam is the fast one.
+    """
+    if topology.accelerator == "cuda" and spec.offload == "none":
+        origin = "torch's own is as fast on a GPU, with nothing to compile"
+        return {"params.torch_adam": (True, origin), "params.fused": (True, origin)}
+    return {"params.torch_adam": (not topology.fused_adam, "whether a fused build is possible here")}
 
 
 def tuned(spec: RunSpec, sizes: Sizes) -> dict[str, tuple[Any, str]]:

@@ -32,7 +32,7 @@ _COMPUTED = (
     "fp16.loss_scale", "fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.hysteresis", "fp16.min_loss_scale",
     "optimizer.type", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
     "optimizer.params.weight_decay", "optimizer.params.momentum", "optimizer.params.torch_adam",
-    "optimizer.params.adam_w_mode", "zero_allow_untested_optimizer",
+    "optimizer.params.fused", "optimizer.params.adam_w_mode", "zero_allow_untested_optimizer",
 )  # fmt: skip
 
 
