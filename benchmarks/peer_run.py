@@ -8,6 +8,7 @@ The job names `who`, `config` (the plan's model as transformers has it), `micro`
 `steps`, `compiler` and `result`, where the seconds of each step, the losses and the peak of memory are written.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -131,6 +132,9 @@ def _bare_deepspeed(job: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tenso
     topology.prepare_environment(topology.from_environment())  # before DeepSpeed is imported
     import deepspeed
 
+    # On a CPU DeepSpeed builds an operator for messages between ranks, and waits for whoever else builds it. There is
+    # one rank here.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     device = _device()
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, init_method=f"file://{job['result']}.store", rank=0, world_size=1)
