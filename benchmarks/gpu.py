@@ -116,17 +116,17 @@ class Bench:
         return f"its plan is that of {same}" if same else None
 
     def _planned_alike(self, case: Case, plan: Plan) -> str | None:
-        """Return a case that was timed and whose plan does the same, though it was asked for in other words."""
+        """Return a case that was timed and whose plan does the same, though it was asked for in other command."""
         does = _doing(plan)
         return next((name for name, other in self._plans.items() if other == does and name != case.name), None)
 
     # processes
 
     def _words(self, case: Case) -> list[str]:
-        words = [*case.run_keys(), f"data={self._scratch / 'corpus'}"]
+        command = [*case.run_keys(), f"data={self._scratch / 'corpus'}"]
         # In some containers the driver does not say what the GPU is.
         named = hardware.described(self._device.name)
-        return words + (
+        return command + (
             [f"hardware={named.name}"] if named and self._device.index and not machine.device_name() else []
         )
 
@@ -145,10 +145,10 @@ class Bench:
             {"CUDA_VISIBLE_DEVICES": self._device.index} if self._device.index else {"DS_ACCELERATOR": "cpu"}
         )
 
-    def _start(self, words: list[Any], log: Path) -> subprocess.Popen:
+    def _start(self, command: list[Any], log: Path) -> subprocess.Popen:
         with log.open("ab") as sink:
             return subprocess.Popen(
-                [sys.executable, *map(str, words)],
+                [sys.executable, *map(str, command)],
                 stdout=sink,
                 stderr=sink,
                 env=self._environment(),
@@ -179,9 +179,9 @@ class Bench:
 
     def _write_corpus(self) -> None:
         count = gpu_cases.DRY_CORPUS_TOKENS if self._dry else gpu_cases.CORPUS_TOKENS
-        words = [ROOT / "benchmarks" / "random_corpus.py", self._scratch / "corpus", count, self._tokens_below]
+        command = [ROOT / "benchmarks" / "random_corpus.py", self._scratch / "corpus", count, self._tokens_below]
         log = self._scratch / "corpus.log"
-        problem = self._finish(self._start(words, log))
+        problem = self._finish(self._start(command, log))
         if problem:
             raise SystemExit(f"the corpus cannot be written: {problem}\n{_last_lines(log)}")
 
@@ -237,10 +237,10 @@ class Bench:
         case, out = task.case, self._folder(task.name)
         assert case is not None, "only the proof has no case"
         short = [f"steps={case.warmup + PROFILED_STEPS}", f"out={out / 'run'}"]
-        words = [word for word in self._words(case) if not word.startswith("steps=")]
+        command = [word for word in self._words(case) if not word.startswith("steps=")]
         trace, log = out / "trace.json", out / "log"
         script = ROOT / "benchmarks" / "profile_run.py"
-        problem = self._finish(self._start([script, trace, PROFILED_STEPS, *words, *short], log), task)
+        problem = self._finish(self._start([script, trace, PROFILED_STEPS, *command, *short], log), task)
         if problem or not trace.exists():
             self._skip(task, f"{problem or 'no trace was written'}: {_last_lines(log)}")
             return
@@ -278,8 +278,8 @@ class Bench:
             started = []
             for case in batch:
                 run = out / case.name
-                words = [assets.train_script(), *self._words(case), f"out={run}"]
-                started.append((case, run, self._start(words, out / f"{case.name}.log")))
+                command = [assets.train_script(), *self._words(case), f"out={run}"]
+                started.append((case, run, self._start(command, out / f"{case.name}.log")))
             for case, run, process in started:
                 problem = self._finish(process)
                 row = {"cell": case.name, "zero": case.zero, "precision": case.precision, **_of_cell(run)}
@@ -407,7 +407,7 @@ def _last_lines(log: Path, count: int = 3) -> str:
     return " / ".join(line.strip()[:200] for line in lines[-count:])
 
 
-def main(words: list[str] | None = None) -> int:
+def main(given: list[str] | None = None) -> int:
     """Measure, write the file and print the table; exit code 1 where there is no GPU and no dry run was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder for <device>.json")
@@ -415,7 +415,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, help=f"for everything (default {BUDGET:.0f}; a dry run {DRY_BUDGET:.0f})"
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(given)
     dry = arguments.dry_run
     device = gpu_device.Device(name=machine.cpu_model(), index="") if dry else gpu_device.first_gpu()
     if device is None:

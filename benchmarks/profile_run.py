@@ -51,7 +51,7 @@ def watch_steps(trace: Path, first: int, last: int) -> None:
 
 if __name__ == "__main__":
     trace, steps, *arguments = sys.argv[1:]
-    last = next(int(word.partition("=")[2]) for word in arguments if word.startswith("steps="))
+    last = next(int(argument.partition("=")[2]) for argument in arguments if argument.startswith("steps="))
     code = profiled(arguments, Path(trace), int(steps), last)
     sys.stdout.flush()
     os._exit(code)
