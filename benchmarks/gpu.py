@@ -8,6 +8,7 @@ left out, and named. --dry-run does the same with nano models on a CPU: it prove
 """
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 
 from benchmarks import breakdown, gpu_cases, gpu_device, gpu_report
 from benchmarks.gpu_cases import Case, Task
+from halfstep.launcher import topology
 from halfstep.launcher.config.load import load
 from halfstep.launcher.errors import HalfstepError
 from halfstep.launcher.forecast import hardware
@@ -33,7 +35,6 @@ from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import assets, machine
-from halfstep.launcher.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET, DRY_BUDGET = 460.0, 170.0
@@ -116,7 +117,7 @@ class Bench:
         return f"its plan is that of {same}" if same else None
 
     def _planned_alike(self, case: Case, plan: Plan) -> str | None:
-        """Return a case that was timed and whose plan does the same, though it was asked for in other command."""
+        """Return a case that was timed and whose plan does the same, though it was asked for in other terms."""
         does = _doing(plan)
         return next((name for name, other in self._plans.items() if other == does and name != case.name), None)
 
@@ -132,8 +133,8 @@ class Bench:
 
     def _plan(self, case: Case) -> Plan:
         kind = "cuda" if self._device.index else "cpu"
-        topology = Topology(world_size=1, ranks_per_node=1, accelerator=kind, device_name=machine.device_name())
-        return decide(load(self._words(case)), topology, on_this_host=True)
+        world = dataclasses.replace(topology.describe(1, 1), accelerator=kind)
+        return decide(load(self._words(case)), world, on_this_host=True)
 
     def _environment(self) -> dict[str, str]:
         numbered = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")

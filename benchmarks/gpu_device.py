@@ -36,9 +36,8 @@ class Device:
         answer = _smi(self.index, "--query-gpu=memory.used")
         used = _number(answer)
         if used is not None:
-            others = [
-                line for line in (_smi(self.index, "--query-compute-apps=pid") or "").splitlines() if line.strip()
-            ]
+            listed = (_smi(self.index, "--query-compute-apps=pid") or "").split()
+            others = [process for process in listed if process.isdecimal()]  # some drivers say that they do not know
             if others:
                 return f"process {', '.join(others)} is on the GPU"
             used, allowed = used << 20, LEAST_FOREIGN_BYTES
