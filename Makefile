@@ -7,7 +7,8 @@
 # make test-models every family of models that transformers has, tiny, on real ranks (about 25 minutes)
 # make test-slurm  jobs on a real SLURM cluster of two nodes on this machine: limits, preemption, lost nodes (about 25 minutes)
 # make measure the memory of real CPU runs against the plan's forecast, into benchmarks/results/memory-cpu.json (half an hour)
-# make gpu     what only a GPU can show, into benchmarks/results/<device>.json
+# make gpu     what only a GPU can show: its tests, then speed and memory beside their peers (eight minutes), into
+#              benchmarks/results/<device>.json
 # make check   formatting, lint, types, names, generated files
 
 PYTHON ?= python3
@@ -69,6 +70,7 @@ test-models: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results
 
 measure: $(STAMP)
 	$(BIN)/python benchmarks/measure_memory.py $(ARGS)

@@ -84,7 +84,7 @@ class BatchKeys(_Section):
     global_: Sequences = Field(default=32, alias="global")
     """Sequences per optimizer step, over all ranks."""
     micro: Sequences | None = None
-    """Sequences per forward and backward on one rank; unset: the largest that divides, up to 8."""
+    """Sequences per forward and backward on one rank; unset: the largest divisor (CPU: to 8; GPU: that fits)."""
 
 
 class OptimizerKeys(_Section):

@@ -1,7 +1,9 @@
 """Whether a rank's memory suffices: the peak and its terms, the largest micro-batch, what to change first."""
 
+import bisect
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,24 @@ def largest_micro(workload: Workload, capacity_bytes: int | None) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def largest_fitting(workload: Workload, capacity_bytes: int, sizes: Sequence[int]) -> tuple[int, int] | None:
+    """Return the largest of some micro-batches that surely fits, and the upper bound of its peak; None where none does.
+
+    `sizes` ascend and divide the rank's share of the batch. The bound is in bytes, with what lies outside of torch.
+    """
+    share = workload.micro * workload.accumulation
+
+    def bound(micro: int) -> int:
+        needed = forecast(dataclasses.replace(workload, micro=micro, accumulation=share // micro))
+        return needed.high_bytes + needed.outside_bytes
+
+    # Without accumulation there are no sums to keep: the whole share may need less than a part of it.
+    if (whole := bound(sizes[-1])) <= capacity_bytes:
+        return sizes[-1], whole
+    fitting = bisect.bisect_right(sizes, capacity_bytes, hi=len(sizes) - 1, key=bound)
+    return (sizes[fitting - 1], bound(sizes[fitting - 1])) if fitting else None
 
 
 def better(workload: Workload, needed: Forecast, capacity_bytes: int | None) -> list[Change]:

@@ -28,7 +28,7 @@ class Batch:
 
 
 def solve(global_: int, micro: int | None, ranks: int, where: str = "batch.global") -> Batch:
-    """Find the accumulation, and the micro-batch where it is free: the largest divisor up to 8.
+    """Find the accumulation, and the micro-batch where it is free: the largest divisor up to 8, as CPU ranks take.
 
     Raises RequestError with the nearest batches that do work; nothing is rounded silently.
     """
@@ -49,6 +49,11 @@ def solve(global_: int, micro: int | None, ranks: int, where: str = "batch.globa
             fix=f"take batch.global={_near(global_, micro * ranks)}, or batch.micro={near}",
         )
     return Batch(global_=global_, micro=micro, accumulation=per_rank // micro, ranks=ranks)
+
+
+def micro_sizes(share: int, most: int) -> list[int]:
+    """Return the micro-batches of up to `most` sequences, at least one, that divide a rank's share; ascending."""
+    return [size for size in range(1, max(1, min(most, share)) + 1) if share % size == 0]
 
 
 def _near(number: int, multiple: int) -> str:

@@ -156,6 +156,8 @@ class Plan:
     """A step's seconds and what follows from them (`forecast/run_estimate.py`); null where the device is not known."""
     warnings: list[str]
     refused_by: list[dict[str, str]]
+    micro_because: str = ""
+    """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
     @property
     def evaluations(self) -> int | None:
@@ -222,6 +224,7 @@ _NOT_THE_QUESTION = (
     "peak_flops",
     "checkpoint",
     "watch",
+    "micro_because",
 )
 """Parts of a plan that do not make it another run: logging, and what is only said about it."""
 

@@ -29,6 +29,7 @@ def lines(plan: Plan) -> list[str]:
         f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
         f"cell         zero={plan.zero} precision={plan.precision}",
         f"batch        {plan.batch.equation()}",
+        *([f"             micro-batch {plan.batch.micro}: {plan.micro_because}"] if plan.micro_because else []),
         f"sequence     {plan.sequence} tokens; {plan.batch.global_ * plan.sequence:,} tokens a step",
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
         f"data         {_data(data)}",

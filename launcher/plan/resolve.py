@@ -14,6 +14,7 @@ from halfstep.launcher.plan import batch as batch_equation
 from halfstep.launcher.plan import estimate, rules, schedule
 from halfstep.launcher.plan.cautions import warnings_of
 from halfstep.launcher.plan.ds import adopt, dsconfig
+from halfstep.launcher.plan.ds.dsfile import Own
 from halfstep.launcher.plan.facts import Facts
 from halfstep.launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan, run_id_of
 from halfstep.launcher.plan.pretrained import ModelFacts
@@ -32,10 +33,28 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
     asked = request.spec
     request, own = adopt.adopt(request, facts.ds_config, topology.ranks.data)
     spec = request.spec
+    plan = _decided(asked, request, own, topology, facts, spec.batch.micro)
+    if spec.batch.micro is None and topology.accelerator == "cuda":
+        # What fits can be told of a whole plan only; nothing else in it depends on the micro-batch.
+        micro, because = estimate.micro_of(plan, facts, spec.hardware)
+        plan = dataclasses.replace(_decided(asked, request, own, topology, facts, micro), micro_because=because)
+    plan = dataclasses.replace(
+        plan,
+        memory=estimate.memory_of(plan, facts, spec.hardware),
+        time=estimate.time_of(plan, facts, spec.hardware),
+    )
+    return dataclasses.replace(plan, run_id=run_id_of(plan.to_dict())) if plan.data.known else plan
+
+
+def _decided(
+    asked: RunSpec, request: Request, own: Own | None, topology: Topology, facts: Facts, micro: int | None
+) -> Plan:
+    """Return the plan with a micro-batch, without what is predicted of it and without its id."""
+    spec = request.spec
     model, sizes, sequence = _model(spec, facts)
     data = _data(spec, facts, sequence, model.vocabulary)
     batch = batch_equation.solve(
-        spec.batch.global_, spec.batch.micro, topology.ranks.data, request.origins.get("batch.global", "batch.global")
+        spec.batch.global_, micro, topology.ranks.data, request.origins.get("batch.global", "batch.global")
     )
     tokens_per_step = batch.global_ * sequence
     steps = spec.steps or (-(-spec.tokens // tokens_per_step) if spec.tokens else _DEFAULT_STEPS)
@@ -88,13 +107,7 @@ def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
         "warnings": warnings_of(spec, batch, data, curve, sequence) + list(own.warnings if own else ()),
         "refused_by": [dataclasses.asdict(violation) for violation in rules.violations(case)],
     }
-    plan = Plan(run_id="", time={}, **decided)
-    plan = dataclasses.replace(
-        plan,
-        memory=estimate.memory_of(plan, facts, spec.hardware),
-        time=estimate.time_of(plan, facts, spec.hardware),
-    )
-    return dataclasses.replace(plan, run_id=run_id_of(plan.to_dict())) if data.known else plan
+    return Plan(run_id="", time={}, **decided)
 
 
 def _identity(

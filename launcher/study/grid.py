@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def cells(study: Study, decide: Decide) -> list[Cell]:
         raise errors[0]
     if not planned:
         raise RequestError("no cell is left", where=f"only and exclude in {study.source}", fix="leave more")
+    planned = _with_equal_micro(planned, decide, study)
     if not any(_matches(cell.values, {key: (value,) for key, value in study.reference.items()}) for cell in planned):
         name = " ".join(f"{key}={value}" for key, value in study.reference.items())
         raise RequestError(
@@ -110,7 +111,7 @@ def _cell(study: Study, chosen: Sequence[Value], seed: int, decide: Decide, erro
     keys = dict(study.base)
     for value in chosen:
         keys |= value.keys
-    where = f"{Path(study.source).name} or the command line"
+    where = _place(study)
     arguments = _words(keys, seed)
     if load(arguments, origin=where).spec.zero > 0 and "ds_config" not in keys:
         arguments = _words({**keys, **{key: value for key, value in PINNED.items() if key not in keys}}, seed)
@@ -122,8 +123,43 @@ def _cell(study: Study, chosen: Sequence[Value], seed: int, decide: Decide, erro
         refused = "; ".join(f"{refusal['rule']}: {refusal['sentence']}" for refusal in plan.refused_by) or None
     except HalfstepError as error:
         errors.append(error)
-        refused = f"{'does-not-fit' if isinstance(error, RefusedError) else 'request'}: {error.what}"
+        refused = _refusal(error)
     return Cell(values=labels, seed=seed, arguments=arguments, request=request, plan=plan, refused=refused)
+
+
+def _with_equal_micro(cells: list[Cell], decide: Decide, study: Study) -> list[Cell]:
+    """Return the cells with one micro-batch for all that share a batch alike: the smallest that any of them is given.
+
+    On a GPU it follows from the memory that a cell needs, which its axes change; a study that names it decides it.
+    """
+    smallest: dict[int, int] = {}
+    for cell in cells:
+        if cell.plan is not None and cell.plan.micro_because:
+            batch = cell.plan.batch
+            share = batch.micro * batch.accumulation
+            smallest[share] = min(smallest.get(share, share), batch.micro)
+    return [_with_micro(cell, smallest, decide, study) for cell in cells]
+
+
+def _with_micro(cell: Cell, smallest: dict[int, int], decide: Decide, study: Study) -> Cell:
+    if cell.plan is None or not cell.plan.micro_because:
+        return cell
+    micro = smallest[cell.plan.batch.micro * cell.plan.batch.accumulation]
+    arguments = (*cell.arguments, f"batch.micro={micro}")
+    request = load(arguments, origin=_place(study))
+    try:
+        plan, refused = decide(request), cell.refused
+    except HalfstepError as error:
+        plan, refused = None, _refusal(error)
+    return replace(cell, arguments=arguments, request=request, plan=plan, refused=refused)
+
+
+def _place(study: Study) -> str:
+    return f"{Path(study.source).name} or the command line"
+
+
+def _refusal(error: HalfstepError) -> str:
+    return f"{'does-not-fit' if isinstance(error, RefusedError) else 'request'}: {error.what}"
 
 
 def _words(keys: dict[str, Any], seed: int) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ Make = Callable[..., Plan]
 GPUS = Topology(
     world_size=8, ranks_per_node=8, accelerator="cuda", fused_adam=True, device_name="NVIDIA H100 80GB HBM3"
 )
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/memory-nvidia-h200.json").read_text())
 CELLS = st.tuples(st.integers(0, 3), st.sampled_from(["fp32", "fp16", "bf16"]))
 
 
@@ -280,3 +281,15 @@ def test_the_measured_runs_are_predicted() -> None:
     ]
     assert sum(abs(error) <= 0.05 for error in errors) >= 0.95 * len(errors)
     assert abs(sum(errors) / len(errors)) < 0.02, "neither above nor below on the whole"
+
+
+@pytest.mark.parametrize("row", MEASURED["rows"], ids=[row["name"] for row in MEASURED["rows"]])
+def test_the_band_holds_every_row_of_an_h200_and_the_forecast_is_within_three_percent(plan: Make, row: dict) -> None:
+    topology = Topology(world_size=1, ranks_per_node=1, accelerator="cuda", device_name=MEASURED["device"])
+    keys = [f"{key}={row[key]}" for key in ("zero", "precision")]
+    keys += [f"batch.micro={row['micro']}", f"batch.global={row['micro'] * row['accumulation']}", *row["keys"]]
+    sequence = f"sequence={MEASURED['sequence']}"
+    memory = plan(f"model={MEASURED['model']}", sequence, *keys, topology=topology).memory
+    peak = row["peak_reserved_bytes"]
+    assert memory["predicted_low_bytes"] < peak < memory["predicted_high_bytes"]
+    assert memory["predicted_peak_bytes"] == pytest.approx(peak, rel=0.03)
