@@ -8,8 +8,8 @@ to 16 bit before the loss scale is known.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingModuleSource]
+import triton.language as tl  # pyright: ignore[reportMissingModuleSource]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

@@ -13,6 +13,11 @@ from halfstep.models.loss import next_token_loss
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def several_blocks_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_kernels, "BLOCK", 32)
+
+
 def drawn(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(rows + vocabulary)
     logits = (4 * torch.randn(rows, vocabulary, generator=generator)).to(dtype).requires_grad_()
