@@ -18,7 +18,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo study test test-all test-faults test-mutations test-models test-slurm cluster gpu measure check format setup clean
+.PHONY: demo study test test-all test-faults test-mutations test-models test-slurm cluster kernels gpu measure check format setup clean
 
 setup: $(STAMP)
 
@@ -50,13 +50,22 @@ cluster:
 	      hostname; } || \
 	  echo "SLURM is not installed and cannot be here: its tests are skipped" >&2
 
-test: $(STAMP) cluster
+# Where torch has brought no Triton, its interpreter is all that the tests need. It lies beside the packages, not among
+# them: there transformers would load it in every rank, which takes 80 MiB more.
+kernels: $(STAMP)
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' || \
+	  [ -d $(VENV)/triton ] || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check $(PIPFLAGS) -c constraints.txt --no-deps \
+	    --target $(VENV)/triton triton || \
+	  echo "Triton is not installed and cannot be here: the tests of its kernels are skipped" >&2
+
+test: $(STAMP) cluster kernels
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slurm: $(STAMP) cluster
 	$(BIN)/python -m pytest -m 'slurm or process' tests/slurm $(ARGS)
 
-test-all: $(STAMP) cluster
+test-all: $(STAMP) cluster kernels
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
 
 test-faults: $(STAMP)

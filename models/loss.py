@@ -1,5 +1,9 @@
 """Next-token cross-entropy: fp32 where it matters, and nothing in fp32 that is as large as the logits."""
 
+import functools
+import importlib.util
+import warnings
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -9,7 +13,7 @@ from torch.autograd.function import once_differentiable
 CPU_CHUNK_ELEMENTS = 1 << 18
 """Logits in work at a time on a CPU: 1 MiB in fp32, which stays in a core's second-level cache."""
 CHUNK_ELEMENTS = 1 << 24
-"""The same elsewhere: 64 MiB in fp32, large enough that starting the kernels costs nothing."""
+"""The same elsewhere: 64 MiB in fp32."""
 
 
 IGNORED = -100
@@ -31,10 +35,10 @@ def next_token_loss(
     have `weights`, each loss is multiplied with its own, and `mean` divides by their sum. The result is a scalar in
     fp32 (fp64 for fp64 logits).
 
-    Log-sum-exp, softmax, the sum and the product with the upstream gradient are fp32, made chunk by chunk; kept for the
-    backward pass are the logits as they are and one fp32 number a row. With 16-bit logits the peak is 4 bytes a logit
-    (the logits and their gradient) where transformers' ForCausalLMLoss holds 14. Raises ValueError for shapes that do
-    not belong together and for a reduction other than `mean` and `sum`.
+    Log-sum-exp, softmax, the sum and the product with the upstream gradient are fp32, made chunk by chunk or within a
+    kernel (`implementation`); kept for the backward pass are the logits as they are and a few numbers a row. With
+    16-bit logits the peak is 4 bytes a logit (the logits and their gradient) where transformers' ForCausalLMLoss holds
+    14. Raises ValueError for shapes that do not belong together and for a reduction other than `mean` and `sum`.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"the loss is reduced by mean or sum, not {reduction!r}")
@@ -44,11 +48,46 @@ def next_token_loss(
         )
     rows, row_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     row_weights = None if weights is None else weights.reshape(-1)
-    return _ChunkedCrossEntropy.apply(rows, row_targets, row_weights, ignore_index, reduction == "mean")
+    return _function(logits.device).apply(rows, row_targets, row_weights, ignore_index, reduction == "mean")
+
+
+@functools.cache
+def implementation(device: torch.device) -> str:
+    """Return what computes the loss on a device: `triton` (models/loss_kernels.py) or `chunks`, by torch's operators.
+
+    On a GPU it is Triton, which torch's CUDA builds bring along. Where it is missing or does not start, `torch.compile`
+    would not help: Inductor writes its kernels for GPUs in Triton, too.
+    """
+    # What Triton compiles for: the tensor cores of Volta and later (torch.utils._triton.has_triton asks the same).
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+        return "chunks"
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(f"{_SLOW}: Triton is not installed", RuntimeWarning, stacklevel=2)
+        return "chunks"
+    try:
+        from halfstep.models import loss_kernels
+
+        loss_kernels.start()
+    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
+        # It compiles a helper at its first start, with the host's C compiler and Python's headers (runtime/build.py).
+        warnings.warn(f"{_SLOW}: Triton does not start here: {error}", RuntimeWarning, stacklevel=2)
+        return "chunks"
+    return "triton"
+
+
+_SLOW = "the loss is computed by many small kernels, which takes a third of a small model's step"
+
+
+def _function(device: torch.device) -> type[torch.autograd.Function]:
+    if implementation(device) == "chunks":
+        return _ChunkedCrossEntropy
+    from halfstep.models.loss_kernels import KernelCrossEntropy
+
+    return KernelCrossEntropy
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Compute the loss and its gradient over chunks of rows.
+    """Compute the loss and its gradient over chunks of rows, by torch's operators.
 
     The gradient gets its own storage. Writing it over the logits would save another 2 bytes a logit, but the logits may
     be what an earlier operation saved for its own backward pass (a soft cap's tanh saves its output), and the caller

@@ -24,6 +24,7 @@ from halfstep.launcher.rundir.run_directory import RunDir
 from halfstep.launcher.topology import Rank
 from halfstep.launcher.watchdog.heartbeat import Heartbeat
 from halfstep.launcher.watchdog.stop import Stop
+from halfstep.models.loss import implementation
 from halfstep.models.network import initial_statistics
 
 
@@ -96,6 +97,7 @@ def _assemble(attempt: Attempt, recorder: Recorder) -> Training:
         optimizer=type(engine.optimizer).__name__,
         compiled=engine.is_compiled,
         activation_checkpointing=engine.module.is_activation_checkpointing,
+        loss=implementation(distributed.device(attempt.rank, plan)),
     )
     recorder.repaired(repairs.active)
     guard = Guard(engine, plan, repairs, recorder.event, rank)

@@ -10,8 +10,10 @@ from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.system.heap import MAPPED
 from halfstep.models.shapes import Shape
 
-_GPU_CHUNK, _CPU_CHUNK = 4 << 24, 4 << 18
-"""Bytes in fp32 that our loss works on at a time (models/loss.py)."""
+_CPU_CHUNK = 4 << 18
+"""Bytes in fp32 that our loss works on at a time on a CPU (models/loss.py)."""
+_KERNEL_ROW = 20
+"""Bytes a token of our loss on a GPU (models/loss_kernels.py): its factor, log-sum-exp and loss, its target again."""
 _HF_LOSS_KEPT, _HF_LOSS_PEAK = 4, 14
 """Bytes a logit of transformers' ForCausalLMLoss with 16-bit logits: fp32 copies (planner facts, section 4)."""
 _UNKNOWN_BLOCK = 16
@@ -65,8 +67,7 @@ def activations(workload: Workload) -> Activations:
     hidden = element * shape.width * tokens
     norm = 2 * hidden if shape.family == "gpt2" else _rms_norm(shape, element) * tokens
     logits = element * shape.vocabulary * tokens
-    chunk = _GPU_CHUNK if workload.accelerator == "cuda" else _CPU_CHUNK
-    loss = logits + min(chunk, 4 * shape.vocabulary * tokens) if workload.fused_loss else _hf_loss(workload, logits)
+    loss = logits + _loss_work(workload, shape) if workload.fused_loss else _hf_loss(workload, logits)
     widest = max(2 * shape.ffn, 4 * shape.width)
     return Activations(
         block=block,
@@ -129,6 +130,12 @@ def _dropped(workload: Workload, shape: Shape) -> int:
     if shape.dropout == 0:
         return 0
     return workload.element_bytes if workload.accelerator == "cpu" else 1
+
+
+def _loss_work(workload: Workload, shape: Shape) -> int:
+    """Return what our loss holds beside the gradient of the logits: a few numbers a row, on a CPU a chunk in fp32."""
+    tokens = workload.micro * workload.sequence
+    return _KERNEL_ROW * tokens if workload.accelerator == "cuda" else min(_CPU_CHUNK, 4 * shape.vocabulary * tokens)
 
 
 def _hf_loss(workload: Workload, logits: int) -> int:

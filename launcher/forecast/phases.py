@@ -185,12 +185,14 @@ def _before(case: _Case) -> list[Buffer]:
 
 def _loss(case: _Case) -> tuple[Buffer, ...]:
     """The end of the forward pass: everything is kept, and the logits are about to have a gradient."""
-    kept, note = case.kept, "their gradient and the chunk in work" if case.workload.fused_loss else "transformers' fp32"
+    kept, workload = case.kept, case.workload
+    ours = "their gradient" + ("" if workload.accelerator == "cuda" else " and the chunk in work")
+    note = ours if workload.fused_loss else "transformers' fp32"
     return (
         *_before(case),
         *_gathered(case),
         _activations(case),
-        Buffer("logits", kept.logits, f"{case.workload.precision}"),
+        Buffer("logits", kept.logits, f"{workload.precision}"),
         Buffer("loss", kept.loss, note),
         *_copies(kept.head_copies),
     )
