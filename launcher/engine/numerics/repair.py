@@ -55,8 +55,11 @@ class Fp32Sums:
         if missing and not self._begun:
             torch._foreach_zero_(missing)  # pyright: ignore[reportPrivateImportUsage]
         if made:
-            add = torch._foreach_add_ if self._begun else torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            add(*map(list, zip(*made, strict=True)))
+            totals, gradients = [total for total, _ in made], [gradient for _, gradient in made]
+            if self._begun:
+                torch._foreach_add_(totals, gradients)  # pyright: ignore[reportPrivateImportUsage]
+            else:
+                torch._foreach_copy_(totals, gradients)  # pyright: ignore[reportPrivateImportUsage]
         self._begun = True
         for parameter in self._parameters:
             parameter.grad = None
