@@ -1,6 +1,7 @@
 """What one forward pass reads and is judged by: token ids, and the token that is to be predicted after each."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -33,16 +34,35 @@ class MicroBatch:
         return cls(tokens[:, :-1], tokens[:, 1:])
 
     def to(self, device: torch.device) -> Self:
-        """Return it on a device; its targets are counted already, so that nobody waits for that device."""
+        """Return it on a device; its targets are counted already, so that nobody waits for that device.
+
+        From pinned memory the host does not wait for the copy either: the device's stream has it in its order.
+        """
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """Return it in page-locked memory of this host, from which a GPU reads by itself."""
+        return self._each(lambda part: part.contiguous().pin_memory())
+
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Keep its memory, which another stream filled, until this stream is done with what it has by now."""
+        for part in (self.inputs, self.targets, self.positions, self.weights):
+            if part is not None:
+                part.record_stream(stream)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """Return it with each tensor moved; its targets stay counted."""
         moved = copy.copy(self)
-        moved.inputs, moved.targets = self.inputs.to(device), self.targets.to(device)
+        moved.inputs, moved.targets = move(self.inputs), move(self.targets)
         moved.positions, moved.weights = (
-            part if part is None else part.to(device) for part in (self.positions, self.weights)
+            part if part is None else move(part) for part in (self.positions, self.weights)
         )
         return moved
 
     def rows(self, count: int) -> Self:
         """Return the first `count` rows."""
+        if count == len(self.inputs):
+            return self  # whose targets are counted already: to count them on a device is to wait for it
         positions, weights = (part if part is None else part[:count] for part in (self.positions, self.weights))
         return type(self)(self.inputs[:count], self.targets[:count], positions, weights)
 

@@ -1,6 +1,6 @@
 """Give a rank its share of every batch: the same global batch for any world size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 
 from halfstep.launcher.data.order import windows_of_step
 from halfstep.launcher.data.tokens import TokenFile
+from halfstep.launcher.errors import HalfstepError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.topology import Rank
 from halfstep.models.micro_batch import MicroBatch
@@ -29,6 +30,42 @@ class Batches(Protocol):
     def validation_batches(self) -> Iterator[tuple[MicroBatch, int]]:
         """Yield this rank's validation batches and how many rows of each count; every rank gets as many batches."""
         ...
+
+
+class Lookahead:
+    """The micro-batches of one step after another; on a GPU the next is on its way while one is computed.
+
+    There is no thread: a GPU is given work faster than it does it, and in that time its host reads the next one, which
+    travels beside the work on a stream of its own. On a CPU nothing is read before it is asked for.
+    """
+
+    def __init__(self, feed: Batches, steps: Iterable[int], device: torch.device) -> None:
+        self._source = (batch for step in steps for batch in feed.micro_batches(step))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: MicroBatch | None = None
+        self._failed: HalfstepError | None = None
+
+    def take(self) -> MicroBatch:
+        """Return the next micro-batch, on the device. Raises what the feed raised over it, not before its turn."""
+        if self._failed is not None:
+            raise self._failed
+        if self._stream is None or self._ahead is None:
+            return next(self._source)
+        batch, self._ahead = self._ahead, None
+        computing = torch.cuda.current_stream(self._stream.device)
+        computing.wait_stream(self._stream)  # until the copy is done
+        batch.used_on(computing)
+        return batch
+
+    def look_ahead(self) -> None:
+        """Read the next micro-batch and send it to the GPU, if there is one."""
+        if self._stream is None:
+            return
+        try:
+            with torch.cuda.stream(self._stream):
+                self._ahead = next(self._source, None)
+        except HalfstepError as error:
+            self._failed = error
 
 
 class Feed:
@@ -71,4 +108,6 @@ class Feed:
             yield self._batch(self._validation, rows), max(0, min(micro, total - first))
 
     def _batch(self, file: TokenFile, windows: Sequence[int] | np.ndarray) -> MicroBatch:
-        return MicroBatch.of_windows(file.batch(windows, self._plan.sequence)).to(self._device)
+        batch = MicroBatch.of_windows(file.batch(windows, self._plan.sequence))
+        # From pageable memory a copy to a GPU makes the host wait for it.
+        return (batch.pinned() if self._device.type == "cuda" else batch).to(self._device)

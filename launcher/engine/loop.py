@@ -1,10 +1,15 @@
 """The training loop: one optimizer step after another, each leaving one record."""
 
 import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from halfstep.launcher.checkpoint.store import folder_name
+from halfstep.launcher.engine.feed import Lookahead
 from halfstep.launcher.engine.meter import StepMeter
 from halfstep.launcher.engine.ranks.distributed import gather_objects
 from halfstep.launcher.engine.readings import Readings, sum_over_ranks
@@ -14,6 +19,7 @@ from halfstep.launcher.metrics import derive
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord
 from halfstep.launcher.system import clock
+from halfstep.models.micro_batch import MicroBatch
 
 
 def train(run: Training) -> None:
@@ -25,40 +31,54 @@ def train(run: Training) -> None:
     engine, plan, feed, guard, saver = run.engine, run.plan, run.feed, run.guard, run.saver
     readings, meter, accumulation = Readings(engine, plan), StepMeter(run), plan.batch.accumulation
     _begin(run)
+    batches = Lookahead(feed, range(run.done + 1, plan.steps + 1), engine.device)
+    engine.train()
     for step in range(run.done + 1, plan.steps + 1):
         rate = plan.schedule.learning_rate(step)
         meter.start(step, rate, guard.loss_scale)
         readings.set_learning_rate(rate)
         guard.start_step(step)
-        engine.train()
-        loss_sum, batches = torch.zeros((), device=engine.device), feed.micro_batches(step)
+        loss_sum = torch.zeros((), device=engine.device)
         mean_count = feed.target_count(step) / (accumulation * plan.batch.ranks)
         with meter.traffic():
             for micro_step in range(1, accumulation + 1):
                 with meter.waiting():
                     run.phase("data", step)
-                    batch = next(batches)
+                    batch = batches.take()
                 with meter.computing():
                     run.phase("forward", step)
                     logits = batch.logits(engine)
-                # DeepSpeed averages over micro-batches and ranks: one with fewer targets than others counts less.
-                loss = batch.loss(logits) * (batch.target_count / mean_count)
+                loss = _weighted_loss(batch, logits, mean_count)
                 run.phase("backward", step)
                 loss_sum += guard.backward(loss)
+                batches.look_ahead()  # while a GPU still has all of this to do
                 if micro_step == accumulation:
                     run.phase("step", step)
                     guard.before_step(readings.before_step(guard.gradient_scale))
                 engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
-        skipped, own_loss, stop = guard.after_step(), float(loss_sum / accumulation), run.stop_reason() is not None
-        reading = readings.after_step(own_loss, meter.waited, meter.computed(), skipped=skipped, stop=stop)
+        skipped, stop = guard.after_step(), run.stop_reason() is not None
+        reading = readings.after_step(
+            loss_sum / accumulation, meter.waited, meter.computed(), skipped=skipped, stop=stop
+        )
         meter.stop()
         if saver and saver.pending:
             run.mark("save", step)
             saver.finish()  # before this step is written down: a resume never redoes more than an interval
         record = meter.record(reading, skipped=skipped, skipped_steps=guard.skipped_steps)
-        guard.judge(record, own_loss, feed.micro_batches(step))
+        guard.judge(record, reading.own_loss, partial(_losses, run, step, mean_count))
         _boundary(run, step, rate, stopping=reading.stop)
+
+
+def _weighted_loss(batch: MicroBatch, logits: Tensor, mean_count: float) -> Tensor:
+    """DeepSpeed averages over micro-batches and ranks: one with fewer targets than others counts less."""
+    return batch.loss(logits) * (batch.target_count / mean_count)
+
+
+def _losses(run: Training, step: int, mean_count: float, model: Any) -> Iterator[Tensor]:
+    """Yield the losses of a step's micro-batches once more."""
+    for batch in run.feed.micro_batches(step):
+        yield _weighted_loss(batch, batch.logits(model), mean_count)
 
 
 def _begin(run: Training) -> None:
@@ -91,7 +111,8 @@ def _evaluation_due(plan: Plan, step: int) -> bool:
 @torch.no_grad()
 def _evaluate(run: Training, step: int) -> bool:
     """Tell the mean loss over the validation sequences of all ranks; False where a rank was asked to stop meanwhile."""
-    began, loss_sum, target_count = time.perf_counter(), 0.0, 0.0
+    began, target_count = time.perf_counter(), 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.engine.device)
     run.engine.eval()
     for batch, rows in run.feed.validation_batches():
         run.phase("evaluate", step)
@@ -100,8 +121,9 @@ def _evaluate(run: Training, step: int) -> bool:
         logits = batch.logits(run.engine)
         if rows:
             own = batch.rows(rows)
-            loss_sum += float(own.loss(logits[:rows], reduction="sum"))
+            loss_sum += own.loss(logits[:rows], reduction="sum")
             target_count += own.target_count
+    run.engine.train()
     total, count = sum_over_ranks([loss_sum, target_count], run.engine.device)
     if count:
         loss, perplexity = derive.finite(total / count), derive.perplexity(total / count)

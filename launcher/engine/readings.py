@@ -4,11 +4,13 @@ DeepSpeed has a different optimizer wrapper in nearly every cell, and each keeps
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
@@ -21,6 +23,8 @@ class StepReading:
 
     loss: float
     """Mean over accumulation and ranks."""
+    own_loss: float
+    """This rank's mean over accumulation."""
     grad_norm: float
     """Unscaled, before clipping; inf where the step overflowed."""
     data_seconds: float
@@ -56,28 +60,34 @@ class Readings:
         """
         if self._plan.zero == 0:
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            norms = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
             self._own_norm = float(torch.stack(norms).norm()) / gradient_scale
         return self._own_norm
 
     def after_step(
-        self, loss: float, data_seconds: float, compute_seconds: float, *, skipped: bool, stop: bool
+        self, loss: Tensor, data_seconds: float, compute_seconds: float, *, skipped: bool, stop: bool
     ) -> StepReading:
-        """Read the step that just ended; `loss` is this rank's mean over its micro-batches. A collective call."""
+        """Read the step that just ended; `loss` is this rank's mean over its micro-batches. A collective call.
+
+        Whatever the device knows comes in one transfer, the only one of a step but the norm that stage 0 steps by.
+        """
         peak = float(peak_memory_bytes(self._plan.topology.accelerator))
-        own = [loss, data_seconds, peak, compute_seconds, float(stop)]
+        norm = math.inf if skipped else self._grad_norm()
+        own = [loss, norm, data_seconds, peak, compute_seconds, float(stop)]
         everyone = _gather(own, self._engine.device)
         return StepReading(
             loss=math.fsum(row[0] for row in everyone) / len(everyone),
-            grad_norm=math.inf if skipped else self._grad_norm(),
-            data_seconds=max(row[1] for row in everyone),
-            peak_memory_bytes=int(max(row[2] for row in everyone)),
-            compute_seconds=[row[3] for row in everyone],
-            stop=any(row[4] for row in everyone),
+            own_loss=everyone[dist.get_rank()][0],
+            grad_norm=everyone[dist.get_rank()][1],
+            data_seconds=max(row[2] for row in everyone),
+            peak_memory_bytes=int(max(row[3] for row in everyone)),
+            compute_seconds=[row[4] for row in everyone],
+            stop=any(row[5] for row in everyone),
         )
 
-    def _grad_norm(self) -> float:
-        return float(self._engine.get_global_grad_norm()) if self._own_norm is None else self._own_norm
+    def _grad_norm(self) -> float | Tensor:
+        """Return the norm of the step, which most of DeepSpeed's wrappers leave on the device."""
+        return self._engine.get_global_grad_norm() if self._own_norm is None else self._own_norm
 
 
 def peak_memory_bytes(accelerator: str) -> int:
@@ -103,15 +113,20 @@ def host_peak_bytes() -> int:
     return 0
 
 
-def _gather(values: list[float], device: torch.device) -> list[list[float]]:
-    """Return every rank's numbers on every rank, in float64: an fp32 sum would lose bytes and digits."""
-    own = torch.tensor(values, dtype=torch.float64, device=device)
-    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, own)
-    return [row.tolist() for row in rows]
+def _gather(values: Sequence[float | Tensor], device: torch.device) -> list[list[float]]:
+    """Return every rank's numbers on every rank, in float64: an fp32 sum would lose bytes and digits.
+
+    Those that are on the device come first. The host waits for it once.
+    """
+    there = [value.detach() for value in values if isinstance(value, Tensor)]
+    here = torch.tensor([value for value in values if not isinstance(value, Tensor)], dtype=torch.float64)
+    own = torch.cat([part.to(device, torch.float64, non_blocking=True).reshape(-1) for part in (*there, here)])
+    rows = own.new_empty((dist.get_world_size(), len(values)))
+    dist.all_gather(list(rows.unbind()), own)
+    return rows.tolist()
 
 
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Return the sums over all ranks, in float64, the same to the last digit on each."""
+def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """Return the sums over all ranks, in float64, the same to the last digit on each; tensors come first."""
     rows = _gather(values, device)
     return [math.fsum(column) for column in zip(*rows, strict=True)]

@@ -242,7 +242,11 @@ def _end(case: _Case) -> tuple[Buffer, ...]:
     """Where nothing is reduced before the backward pass is over: all gradients, and no activations any more."""
     if case.workload.zero >= 2:
         return ()
-    return (*case.sums(reduced=False), Buffer("logits", case.kept.logits, "live until the next forward pass"))
+    logits = Buffer("logits", case.kept.logits, "live until the next forward pass")
+    if case.workload.zero == 0 and case.workload.precision != "fp32" and accumulator_bytes(case.workload) == FULL:
+        size = case.workload.element_bytes * case.every.elements
+        return (*case.sums(reduced=False), Buffer("16-bit gradients", size, "until they are in the sums"), logits)
+    return (*case.sums(reduced=False), logits)
 
 
 def _reduction(case: _Case) -> tuple[Buffer, ...]:

@@ -191,7 +191,8 @@ def _overflow_text(event: dict[str, Any] | None) -> str:
     if event is None or "first" not in event:
         return "overflow"
     if not event["first"]:
-        return "overflow in the sum over micro-steps or ranks"
+        repeated = event.get("repeated", True)
+        return f"overflow {'in the sum over micro-steps or ranks' if repeated else 'that was not there a second time'}"
     return f"overflow in {event['first'][0]['parameter']} on rank {event['first'][0]['rank']}"
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from halfstep.launcher.system.fields import Count, Finite, Measured, Text, checked
+from halfstep.launcher.system.fields import Count, Finite, Flag, Measured, Text, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class _Origin:
 class _Overflow:
     step: Count
     first: list[_Origin] | None = None
+    repeated: Flag = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,3 +85,16 @@ def test_experts_are_gathered_at_once_whichever_of_them_run() -> None:
     assert leaves(Experts(nn.SiLU(), nn.Identity())) == ["mlp.experts"]
     assert leaves(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])) == ["mlp"]
     assert leaves(Experts(nn.Linear(2, 2))) == [], "its parts may be called one by one"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_at_stage_0_is_taken_in_fp32_whatever_the_gradients_are_in(dtype: torch.dtype) -> None:
+    model, random = nn.Linear(300, 200, dtype=dtype), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = (400 * torch.randn(parameter.shape, generator=random)).to(dtype)
+    each = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in model.parameters()]
+    engine: Any = SimpleNamespace(module=model)
+    norm = Readings(engine, SimpleNamespace(zero=0)).before_step(4.0)  # type: ignore[arg-type]
+    assert norm == float(torch.stack(each).norm()) / 4, "to the bit, and beyond what fp16 holds"
+    assert norm * 4 > torch.finfo(torch.float16).max
+    assert Readings(engine, SimpleNamespace(zero=1)).before_step(4.0) is None  # type: ignore[arg-type]

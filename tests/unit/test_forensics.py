@@ -1,12 +1,22 @@
 """Gradients watched in the backward pass: what was not finite first, and what fp16 would lose of each layer."""
 
 import math
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from halfstep.launcher.engine.numerics.forensics import GradientWatch, first_of, layer_of, merged_statistics
+from halfstep.launcher.engine.numerics.forensics import (
+    Statistics,
+    first_bad_gradients,
+    first_of,
+    layer_of,
+    leaves_unreduced,
+    merged_statistics,
+)
+from halfstep.launcher.engine.state import rng
 
 
 @pytest.mark.parametrize(
@@ -34,20 +44,62 @@ class _Poison(torch.autograd.Function):
 
 def test_the_first_bad_gradient_is_the_first_one_behind_the_poison() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    watch = GradientWatch(model, in_fp16=False)
-    watch.start_step()
-    model(torch.ones(1, 2)).sum().backward()
-    assert watch.non_finite() == []
-    watch.next_micro_step()
-    hidden = _Poison.apply(model[1](model[0](torch.ones(1, 2))))
-    model[2](hidden).sum().backward()
-    seen = watch.non_finite()
+
+    def losses() -> Iterator[torch.Tensor]:
+        yield model(torch.ones(1, 2)).sum()
+        yield model[2](_Poison.apply(model[1](model[0](torch.ones(1, 2))))).sum()
+
+    seen = first_bad_gradients(model, losses())
     # The last layer comes before the poison; its weights and biases stay finite.
     assert {gradient["layer"] for gradient in seen[:2]} == {"1"}
     assert {gradient["layer"] for gradient in seen[2:]} == {"0"}
     assert all(gradient["micro_step"] == 2 for gradient in seen)
-    watch.start_step()
-    assert watch.non_finite() == []
+    assert first_bad_gradients(model, iter([model(torch.ones(1, 2)).sum()])) == [], "no hook of the last call is left"
+
+
+def test_looking_for_bad_gradients_touches_no_gradient_and_wakes_nothing_that_waits_for_one() -> None:
+    model, woken = nn.Linear(2, 2), []
+    model(torch.ones(1, 2)).sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(woken.append)  # as DeepSpeed does (utils/torch.py)
+    bad = first_bad_gradients(model, iter([model(torch.full((1, 2), math.inf)).sum()]))
+    assert [gradient["parameter"] for gradient in bad] == ["weight"]
+    assert all(torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), before, strict=True))
+    assert woken == []
+
+
+def test_a_weight_used_twice_is_seen_once_as_the_sum_of_both() -> None:
+    model = nn.Embedding(2, 2, dtype=torch.float16)
+    largest = torch.finfo(torch.float16).max
+    both = (model.weight * largest).sum() + (model.weight * largest).sum()
+    assert [gradient["parameter"] for gradient in first_bad_gradients(model, iter([both]))] == ["weight"]
+    assert first_bad_gradients(model, iter([(model.weight * largest).mean()])) == []
+
+
+def test_dropout_draws_again_what_it_drew_and_then_goes_on() -> None:
+    torch.manual_seed(1)
+    before = rng.drawn()
+    first, second = torch.rand(3), torch.rand(3)
+    torch.manual_seed(1)
+    torch.rand(3)
+    with rng.as_drawn(before):
+        again = torch.rand(3)
+    assert torch.equal(again, first)
+    assert torch.equal(torch.rand(3), second)
+
+
+def test_a_leaf_module_is_reduced_again_only_after_the_look() -> None:
+    model, reduced = nn.Sequential(nn.Linear(2, 2)), []
+    handle = model[0].register_full_backward_hook(lambda *_: reduced.append(None))
+    engine = SimpleNamespace(optimizer=SimpleNamespace(_leaf_module_hooks=[handle]))
+    with leaves_unreduced(engine):
+        model(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert reduced == []
+    model(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert reduced == [None]
+    with leaves_unreduced(SimpleNamespace(optimizer=None)):
+        pass
 
 
 def test_ranks_are_merged_in_the_order_of_micro_steps_and_of_the_backward_pass() -> None:
@@ -73,11 +125,12 @@ def weigh(dtype: torch.dtype, gradients: list[list[float]], *, scale: float, car
     """Return the statistics of one 2-D parameter whose gradient, as computed, is `gradients`."""
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(len(gradients), len(gradients[0]), dtype=dtype))
-    watch = GradientWatch(model, in_fp16=dtype == torch.float16)
-    watch.start_step()
-    watch.measure(scale=scale, carried=carried)
+    counting = Statistics(model, in_fp16=dtype == torch.float16, scale=scale, carried=carried)
     (model.weight * torch.tensor(gradients, dtype=dtype)).sum().backward()
-    return merged_statistics([watch.statistics(), watch.statistics()])[""]
+    counted = counting.end()
+    (model.weight * torch.tensor(gradients, dtype=dtype)).sum().backward()
+    assert str(counting.end()) == str(counted), "nothing is counted after the end"
+    return merged_statistics([counted, counted])[""]
 
 
 def test_underflow_in_fp32_is_counted_at_the_threshold_with_and_without_a_scale() -> None:

@@ -150,6 +150,15 @@ picture {path / "numerics.png"}
     assert show(path) == (0, expected, "")
 
 
+def test_an_overflow_that_a_second_look_did_not_find_is_not_put_down_to_a_sum(make: MakeRun) -> None:
+    gone = event("overflow", step=1, loss_scale=1024.0, skipped_steps=1, non_finite=0, first=[], repeated=False)
+    path = make([step(1, 1024.0, overflow=True)], [event("start", attempt="0001"), gone])
+    assert any(
+        line.endswith("overflow that was not there a second time")
+        for line in numerics_report.lines(numerics_history.read(path))
+    )
+
+
 def test_a_run_without_a_loss_scale_says_so(make: MakeRun) -> None:
     lost = event("loss_not_finite", step=2, ranks=[0, 1, 2, 3, 4], first_activation={"module": "h.0", "rank": 3})
     measured = reading(2, 65536.0, wte=layer(0.0, 0.0, grad_max=None), h_0=layer(0.5, 0.25))

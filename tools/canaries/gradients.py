@@ -196,8 +196,8 @@ CANARIES = (
         reference="launcher/engine/numerics/forensics.py",
         look=hooks_fire,
         changed=(
-            "fix GradientWatch in launcher/engine/numerics/forensics.py, which finds the first non-finite gradient by "
-            "such hooks"
+            "fix `hooked` in launcher/engine/numerics/forensics.py: by such hooks it counts what fp16 would lose, and "
+            "finds the first non-finite gradient when a skipped step is done again"
         ),
     ),
     Canary(

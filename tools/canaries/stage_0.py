@@ -145,9 +145,10 @@ def fp32_sums() -> Seen:
     from halfstep.launcher.engine.numerics import repair
 
     built = engine(0, "bf16", gradient_accumulation_steps=5, communication_data_type="fp32")
-    repair.accumulate_in_fp32(built)
+    sums = repair.accumulate_in_fp32(built)
     for gradient in (256, 0.25, 0.25, 0.25):
         step(built, gradient * 5)
+        sums.collect()
     built.backward(loss(built, 0.25 * 5))
     total = float(built.module.weight.grad)
     repair.unscale_and_clip(built, norm=total, scale=1.0, clip=1.0)
@@ -169,7 +170,7 @@ CANARIES = (
     ),
     Canary(
         name="stage-0-can-sum-in-fp32",
-        sentence="at stage 0 gradients kept in fp32 by a hook are reduced, clipped and stepped with as they are",
+        sentence="at stage 0 gradients that are given in fp32 are reduced, clipped and stepped with as they are",
         trap="T9",
         reference="runtime/engine.py, buffered_allreduce_fallback; launcher/engine/numerics/repair.py",
         look=fp32_sums,

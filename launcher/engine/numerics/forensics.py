@@ -1,11 +1,13 @@
-"""Look at gradients while the backward pass makes them: which were not finite first, and what fp16 would lose of them.
+"""Look at gradients while a backward pass makes them: which were not finite first, and what fp16 would lose of them.
 
 DeepSpeed takes a gradient away as soon as it is made (stages 1 to 3), so it is seen by a hook on its parameter, before
-any reduction: what is found belongs to one rank, one micro-step and one parameter.
+any reduction: what is found belongs to one rank, one micro-step and one parameter. A step has no such hooks: one that
+overflowed is done again with them, from the same weights, because it changed none.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.launcher.engine.untyped import Engine
-from halfstep.models.micro_batch import MicroBatch
 
 FP16_UNDERFLOW = 2.0**-25
 """A magnitude up to this one rounds to zero in fp16: half the smallest subnormal number, 2^-24."""
@@ -31,41 +32,86 @@ def layer_of(parameter: str) -> str:
     return ".".join(parts[: block + 1] if block is not None else parts[:-1])
 
 
-class GradientWatch:
-    """Hooks on every parameter of a model; read after the backward passes of a step."""
+@contextlib.contextmanager
+def hooked(module: nn.Module, see: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `see` with the name of every parameter and the gradient that a backward pass within made for it.
 
-    def __init__(self, module: nn.Module, *, in_fp16: bool) -> None:
-        self._in_fp16 = in_fp16
-        self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        self._sums: list[tuple[int, int, Tensor]] = []
-        self._statistics: dict[str, Tensor] | None = None
-        self._micro_step, self._scale, self._carried = 1, 1.0, 1.0
-        parameters = (parameter for parameter in module.parameters() if parameter.requires_grad)
-        for number, parameter in enumerate(parameters):
-            parameter.register_hook(partial(self._see, number))
+    What it returns takes the gradient's place.
+    """
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    hooks = [parameter.register_hook(partial(see, name)) for name, parameter in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    def start_step(self) -> None:
-        """Forget the last step."""
-        self._sums, self._statistics, self._micro_step = [], None, 1
 
-    def measure(self, *, scale: float, carried: float) -> None:
-        """Take statistics too in this step, for a loss scale of which the gradients carry `carried` already."""
-        self._statistics, self._scale, self._carried = {}, scale, carried
+def first_bad_gradients(module: nn.Module, losses: Iterator[Tensor]) -> list[dict[str, Any]]:
+    """Run the backward pass of each loss; return whose gradient was not finite, in the order they came, each once.
 
-    def next_micro_step(self) -> None:
-        """Tell that a backward pass has ended."""
-        self._micro_step += 1
+    The module's gradients, and whatever DeepSpeed hangs on them, stay as they are: `torch.autograd.grad` runs the hooks
+    on a parameter, but not its accumulation and what is registered there (torch/csrc/autograd/engine.cpp,
+    evaluate_function, captures), nor the hooks that `engine.forward` puts on its output.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    sums: list[tuple[int, str, Tensor]] = []
+    done: list[None] = []
 
-    def _see(self, number: int, gradient: Tensor) -> None:
-        # A sum is not finite if any element is not, costs one pass, and stays on the device until somebody asks.
-        self._sums.append((self._micro_step, number, gradient.sum(dtype=torch.float32)))
-        if self._statistics is not None:
-            layer = layer_of(self._names[number])
-            measured = self._measure(gradient)
-            known = self._statistics.get(layer)
-            if known is not None:
-                measured = torch.cat([measured[:-1] + known[:-1], torch.maximum(measured[-1:], known[-1:])])
-            self._statistics[layer] = measured
+    def see(name: str, gradient: Tensor) -> Tensor:
+        # A sum is not finite if any element is not, costs one pass, and stays on the device until the end.
+        sums.append((len(done) + 1, name, gradient.sum(dtype=torch.float32)))
+        return gradient.new_zeros(()).expand_as(gradient)  # no memory: at stage 3 no rank could hold them all
+
+    with hooked(module, see):
+        for loss in losses:
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+            done.append(None)
+    finite = torch.stack([total for *_, total in sums]).isfinite().tolist() if sums else []
+    first_seen: dict[str, int] = {}
+    for (micro_step, name, _), good in zip(sums, finite, strict=True):
+        if not good:
+            first_seen.setdefault(name, micro_step)
+    return [
+        {"parameter": name, "layer": layer_of(name), "micro_step": micro_step}
+        for name, micro_step in first_seen.items()
+    ]
+
+
+@contextlib.contextmanager
+def leaves_unreduced(engine: Engine) -> Iterator[None]:
+    """Keep a backward pass within from reducing gradients of stage 3's leaf modules.
+
+    These alone are reduced by a hook on the module instead of one on the accumulation (zero/stage3.py,
+    create_reduce_and_remove_grad_hooks), zeros where there is none.
+    """
+    handles = getattr(engine.optimizer, "_leaf_module_hooks", [])
+    hooks = [(handle.hooks_dict_ref(), handle.id) for handle in handles]
+    taken = [where.pop(number) for where, number in hooks]
+    try:
+        yield
+    finally:
+        for (where, number), hook in zip(hooks, taken, strict=True):
+            where[number] = hook
+
+
+class Statistics:
+    """What fp16 would lose of each layer's gradients, counted by hooks on every parameter for one step."""
+
+    def __init__(self, module: nn.Module, *, in_fp16: bool, scale: float, carried: float) -> None:
+        """Begin to count, for a loss scale of which the gradients carry `carried` already."""
+        self._in_fp16, self._scale, self._carried = in_fp16, scale, carried
+        self._order = dict.fromkeys(layer_of(name) for name, _ in module.named_parameters())
+        self._layers: dict[str, Tensor] = {}
+        self._hooks = contextlib.ExitStack()
+        self._hooks.enter_context(hooked(module, self._see))
+
+    def _see(self, name: str, gradient: Tensor) -> None:
+        layer, measured = layer_of(name), self._measure(gradient)
+        known = self._layers.get(layer)
+        if known is not None:
+            measured = torch.cat([measured[:-1] + known[:-1], torch.maximum(measured[-1:], known[-1:])])
+        self._layers[layer] = measured
 
     def _measure(self, gradient: Tensor) -> Tensor:
         """Return elements, zeros, losses without and with scaling, and the largest magnitude, in fp64."""
@@ -82,25 +128,10 @@ class GradientWatch:
         counts = [zero.sum(), lost_unscaled.sum(), lost_scaled.sum(), magnitude.max()]
         return torch.stack([torch.tensor(float(zero.numel())), *(count.double().cpu() for count in counts)]).double()
 
-    def non_finite(self) -> list[dict[str, Any]]:
-        """Return the parameters whose gradient was not finite on this rank, in the order they came, each once."""
-        if not self._sums:
-            return []
-        finite = torch.stack([total for _, _, total in self._sums]).isfinite().tolist()
-        first_seen: dict[int, int] = {}
-        for (micro_step, number, _), good in zip(self._sums, finite, strict=True):
-            if not good:
-                first_seen.setdefault(number, micro_step)
-        return [
-            {"parameter": self._names[number], "layer": layer_of(self._names[number]), "micro_step": micro_step}
-            for number, micro_step in first_seen.items()
-        ]
-
-    def statistics(self) -> dict[str, list[float]]:
-        """Return this rank's counts by layer, as `_measure` orders them, in the model's order."""
-        layers = self._statistics or {}
-        order = dict.fromkeys(layer_of(name) for name in self._names)
-        return {layer: layers[layer].tolist() for layer in order if layer in layers}
+    def end(self) -> dict[str, list[float]]:
+        """Take the hooks away and return this rank's counts by layer, as `_measure` has them, in the model's order."""
+        self._hooks.close()
+        return {layer: self._layers[layer].tolist() for layer in self._order if layer in self._layers}
 
 
 def first_of(ranks: list[list[dict[str, Any]]]) -> tuple[int, list[dict[str, Any]]]:
@@ -113,7 +144,7 @@ def first_of(ranks: list[list[dict[str, Any]]]) -> tuple[int, list[dict[str, Any
 
 
 def merged_statistics(ranks: list[dict[str, list[float]]]) -> dict[str, dict[str, float | int | None]]:
-    """Add up what every rank counted, as `GradientWatch.statistics` orders it, as fractions of the elements seen."""
+    """Add up what every rank counted, as `Statistics.end` orders it, as fractions of the elements seen."""
     merged = {}
     for layer in dict.fromkeys(layer for part in ranks for layer in part):  # a rank may not have used one
         parts = torch.tensor([part[layer] for part in ranks if layer in part], dtype=torch.float64)
@@ -130,25 +161,25 @@ def merged_statistics(ranks: list[dict[str, list[float]]]) -> dict[str, dict[str
 
 
 @torch.no_grad()
-def first_bad_activation(engine: Engine, batches: Iterator[MicroBatch]) -> str | None:
-    """Run the forward pass again and return the first module on this rank whose output is not finite, or None.
+def first_bad_activation(module: nn.Module, losses: Iterator[Tensor]) -> str | None:
+    """Run the forward pass of each loss; return the first module on this rank whose output is not finite, or None.
 
-    Every rank must call, with as many batches: stage 3 gathers weights on the way.
+    Every rank must call, with as many losses: stage 3 gathers weights on the way.
     """
     bad: list[str] = []
 
-    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def look(name: str, part: nn.Module, inputs: Any, output: Any) -> None:
         tensors = (
             [output] if isinstance(output, Tensor) else [tensor for tensor in output if isinstance(tensor, Tensor)]
         )
         if not bad and any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors):
             bad.append(name)
 
-    leaves = [(name, module) for name, module in engine.module.named_modules() if not any(module.children())]
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
+    leaves = [(name, part) for name, part in module.named_modules() if not any(part.children())]
+    hooks = [part.register_forward_hook(partial(look, name)) for name, part in leaves]
     try:
-        for batch in batches:
-            batch.logits(engine)
+        for _ in losses:
+            pass
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import Tensor
 
 from halfstep.launcher import fault_injection
@@ -13,11 +15,14 @@ from halfstep.launcher.engine.numerics import forensics
 from halfstep.launcher.engine.numerics.loss_scale import LossScale
 from halfstep.launcher.engine.numerics.repair import Repairs, unscale_and_clip
 from halfstep.launcher.engine.ranks import distributed
+from halfstep.launcher.engine.state import rng
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import NumericsError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import StepRecord
-from halfstep.models.micro_batch import MicroBatch
+
+Losses: TypeAlias = Callable[[Any], Iterator[Tensor]]
+"""The losses of this rank's micro-batches of a step, one after another, as a model makes them anew."""
 
 _SCALE_IN_OTHER_PRECISIONS = 2.0**16
 """For which loss scale underflow in fp16 is reported where there is none: the default that fp16 starts from."""
@@ -29,7 +34,7 @@ class Guard:
     def __init__(self, engine: Engine, plan: Plan, repairs: Repairs, event: Callable[..., None], rank: int) -> None:
         self._engine, self._plan, self._repairs, self._event, self._rank = engine, plan, repairs, event, rank
         self._scale = LossScale.of(plan.deepspeed["fp16"]) if plan.precision == "fp16" else None
-        self._watch = forensics.GradientWatch(engine.module, in_fp16=plan.precision == "fp16")
+        self._statistics: forensics.Statistics | None = None
         self._skipped_in_a_row, self._bad_losses_in_a_row = 0, 0
         self._last_good_step, self.skipped_steps = 0, 0
         self._dropped = False
@@ -85,11 +90,17 @@ class Guard:
     def start_step(self, step: int) -> None:
         """Begin an optimizer step."""
         self._step, self._dropped = step, False
-        self._watch.start_step()
+        self._drawn = rng.drawn()  # should the step have to be done again
+        self._carried = self.gradient_scale  # the scale moves before the step is judged
         # In fp16 the scale that the gradients carry, which without repairs is none at stage 0.
         self._measured_scale = self.gradient_scale if self._scale else _SCALE_IN_OTHER_PRECISIONS
         if self._plan.numerics.every and step % self._plan.numerics.every == 0:
-            self._watch.measure(scale=self._measured_scale, carried=self.gradient_scale)
+            self._statistics = forensics.Statistics(
+                self._engine.module,
+                in_fp16=self._plan.precision == "fp16",
+                scale=self._measured_scale,
+                carried=self.gradient_scale,
+            )
 
     @property
     def gradient_scale(self) -> float:
@@ -98,13 +109,19 @@ class Guard:
 
     def backward(self, loss: Tensor) -> Tensor:
         """Run the backward pass of a micro-batch, scaling the loss where DeepSpeed forgets to; return the raw loss."""
+        loss = self._broken(loss)
+        self._engine.backward(loss * self.gradient_scale if self._repairs.scale_loss else loss)
+        if self._repairs.sums:
+            self._repairs.sums.collect()
+        return loss.detach()
+
+    def _broken(self, loss: Tensor) -> Tensor:
+        """Return the loss with the faults that are set for this step."""
         if action := fault_injection.armed("fwd", rank=self._rank, step=self._step):
             loss = loss * float(action)
         if action := fault_injection.armed("bwd", rank=self._rank, step=self._step):
             loss.register_hook(lambda gradient: gradient * float(action))
-        self._engine.backward(loss * self.gradient_scale if self._repairs.scale_loss else loss)
-        self._watch.next_micro_step()
-        return loss.detach()
+        return loss
 
     def _guard_bare_optimizer(self) -> None:
         """Let torch's own optimizer step over a step with a NaN: fp32 without ZeRO has no wrapper that would look."""
@@ -125,6 +142,8 @@ class Guard:
 
     def after_step(self) -> bool:
         """Move the loss scale and return whether the step was skipped; the same on every rank."""
+        if self._repairs.sums:
+            self._repairs.sums.end()
         skipped = self._dropped or not self._engine.was_step_applied()
         if skipped and self._plan.zero in (1, 2) and getattr(self._engine.optimizer, "cpu_offload", False):
             # DeepSpeed resets its host buffers only, and adds the next gradients to these (stage_1_and_2.py, step).
@@ -137,17 +156,17 @@ class Guard:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         return skipped
 
-    def judge(self, record: StepRecord, loss: float, batches: Iterator[MicroBatch]) -> None:
+    def judge(self, record: StepRecord, loss: float, losses: Losses) -> None:
         """Write down what went wrong in a step; raise NumericsError on every rank where the run has to stop.
 
-        `loss` is this rank's own; `batches` are its micro-batches of the step, to look where it came from.
+        `loss` is this rank's own mean; `losses` does its micro-batches of the step again, to look where it came from.
         """
         self._report_statistics(record)
         if record.overflow:
-            self._report_overflow(record)
+            self._report_overflow(record, loss, losses)
         self._bad_losses_in_a_row = self._bad_losses_in_a_row + 1 if record.loss is None else 0
         if record.loss is None:
-            self._report_loss(record, loss, batches)
+            self._report_loss(record, loss, losses)
         if not record.overflow and record.loss is not None:
             self._last_good_step, self._first = record.step, None
         if reason := self._reason_to_stop(record):
@@ -183,8 +202,11 @@ class Guard:
             )
         return None
 
-    def _report_overflow(self, record: StepRecord) -> None:
-        count, first = forensics.first_of(distributed.gather_objects(self._watch.non_finite()))
+    def _report_overflow(self, record: StepRecord, loss: float, losses: Losses) -> None:
+        bad, loss_again = self._do_again(losses)
+        # To the bit, and not a number again where it was none: else it was another step that was looked at.
+        repeated = loss_again == loss or (math.isnan(loss_again) and math.isnan(loss))
+        count, first = forensics.first_of(distributed.gather_objects(bad))
         self._event(
             "overflow",
             step=record.step,
@@ -192,17 +214,46 @@ class Guard:
             skipped_steps=record.skipped_steps,
             non_finite=count,
             first=first,
+            repeated=all(distributed.gather_objects(repeated)),
         )
         if first and self._first is None:
             self._first = f"{first[0]['parameter']} on rank {first[0]['rank']} at step {record.step}"
 
-    def _report_loss(self, record: StepRecord, loss: float, batches: Iterator[MicroBatch]) -> None:
+    def _do_again(self, losses: Losses) -> tuple[list[dict[str, Any]], float]:
+        """Do the skipped step of this rank again, and return its gradients that were not finite and its mean loss.
+
+        A collective call at stage 3. A step that was skipped has changed no weight, and this changes nothing either: it
+        goes around the engine to the module inside, whose hooks gather weights at stage 3 as ever. What dropout draws
+        is what it drew, and what it draws next is what it would have been.
+        """
+        engine, accumulation, scale_loss = self._engine, self._plan.batch.accumulation, self._repairs.scale_loss
+        loss_sum = torch.zeros((), device=engine.device)
+
+        def forward(**inputs: Tensor) -> Any:
+            with autocast_if_enabled(engine):  # engine.py, forward
+                return engine.module(**inputs)
+
+        def scaled() -> Iterator[Tensor]:
+            for loss in losses(forward):
+                loss = self._broken(loss)
+                loss_sum.add_(loss.detach())
+                # In the order of `backward` here and in DeepSpeed's engine.
+                yield loss * self._carried / accumulation if scale_loss else loss / accumulation * self._carried
+
+        with rng.as_drawn(self._drawn), forensics.leaves_unreduced(engine):
+            bad = forensics.first_bad_gradients(engine.module, scaled())
+        if self._plan.zero == 3:
+            engine.optimizer.parameter_offload.release_backward_leftovers()  # stage3.py, backward_epilogue
+        return bad, float(loss_sum / accumulation)
+
+    def _report_loss(self, record: StepRecord, loss: float, losses: Losses) -> None:
         """Say which ranks' loss is not finite and, once in a row of them, which module's output was first."""
         first: dict[str, Any] | None = None
         everyone = distributed.gather_objects(math.isfinite(loss))
         ranks = [rank for rank, finite in enumerate(everyone) if not finite]
         if self._bad_losses_in_a_row == 1:
-            modules = distributed.gather_objects(forensics.first_bad_activation(self._engine, batches))
+            module = forensics.first_bad_activation(self._engine.module, losses(self._engine))
+            modules = distributed.gather_objects(module)
             first = next(({"module": module, "rank": rank} for rank, module in enumerate(modules) if module), None)
             self._first = f"the loss of rank {ranks[0]} at step {record.step}" if ranks else self._first
             if first:
@@ -210,7 +261,8 @@ class Guard:
         self._event("loss_not_finite", step=record.step, ranks=ranks, first_activation=first)
 
     def _report_statistics(self, record: StepRecord) -> None:
-        if not (self._plan.numerics.every and record.step % self._plan.numerics.every == 0):
+        if self._statistics is None:
             return
-        layers = forensics.merged_statistics(distributed.gather_objects(self._watch.statistics()))
+        layers = forensics.merged_statistics(distributed.gather_objects(self._statistics.end()))
+        self._statistics = None
         self._event("numerics", step=record.step, scale=self._measured_scale, layers=layers)

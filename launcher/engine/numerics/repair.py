@@ -27,12 +27,67 @@ _PROBE_PARAMETERS = 8
 _PROBE_SCALE = 256.0
 
 
+class Fp32Sums:
+    """Stage 0's 16-bit gradients added up in fp32, all of a micro-batch at once.
+
+    Their memory is there from the first micro-batch of a step to its end, as that of ordinary gradients is; the views
+    of it stay, so that nothing is done for each parameter.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._parameters = parameters
+        sizes = [parameter.numel() for parameter in parameters]
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+        self._sums = [part.view_as(parameter) for part, parameter in zip(flat.split(sizes), parameters, strict=True)]
+        self._storage, self._bytes = flat.untyped_storage(), flat.nbytes
+        self._begun = self._given = False
+        self._storage.resize_(0)
+
+    def collect(self) -> None:
+        """Add the gradients of a micro-batch, and take them off their parameters. Once given, there is none to add."""
+        if self._given:
+            return
+        if not self._begun:
+            self._storage.resize_(self._bytes)
+        pairs = list(zip(self._sums, (parameter.grad for parameter in self._parameters), strict=True))
+        made = [(total, gradient) for total, gradient in pairs if gradient is not None]
+        missing = [total for total, gradient in pairs if gradient is None]  # not used in this batch
+        if missing and not self._begun:
+            torch._foreach_zero_(missing)  # pyright: ignore[reportPrivateImportUsage]
+        if made:
+            totals, gradients = [total for total, _ in made], [gradient for _, gradient in made]
+            if self._begun:
+                torch._foreach_add_(totals, gradients)  # pyright: ignore[reportPrivateImportUsage]
+            else:
+                torch._foreach_copy_(totals, gradients)  # pyright: ignore[reportPrivateImportUsage]
+        self._begun = True
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def give(self) -> list[Tensor]:
+        """Make the sums, the last micro-batch's gradients among them, those of the parameters, and return them."""
+        self.collect()
+        self._given = True
+        for parameter, total in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = total
+        return list(self._sums)
+
+    def end(self) -> None:
+        """Give the memory back when the optimizer has stepped or left the step out; nobody may read them any more."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._begun = self._given = False
+        self._storage.resize_(0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Repairs:
     """What was found wrong with an engine, and what of it is repaired."""
 
     faults: tuple[str, ...] = ()
     active: tuple[str, ...] = ()
+    sums: Fp32Sums | None = None
+    """Where stage 0 accumulates in fp32: to be told of the end of every backward pass and of every step."""
 
     @property
     def scale_loss(self) -> bool:
@@ -64,14 +119,14 @@ def repair(engine: Engine, plan: Plan) -> Repairs:
             undo_false_step(engine)
     if plan.precision == "fp16" and leaves_loss_unscaled(engine, plan.model.vocabulary):
         faults.append(UNSCALED_LOSS)
-    fixed = list(faults)
+    fixed, sums = list(faults), None
     if accumulates_in_half(engine):
         faults.append(HALF_ACCUMULATION)
         # A gradient of another type than its parameter's is new in torch; without it, this one stays.
         if plan.numerics.repairs and hasattr(Tensor, "grad_dtype"):
             fixed.append(HALF_ACCUMULATION)
-            accumulate_in_fp32(engine)
-    return Repairs(faults=tuple(faults), active=tuple(fixed) if plan.numerics.repairs else ())
+            sums = accumulate_in_fp32(engine)
+    return Repairs(faults=tuple(faults), active=tuple(fixed) if plan.numerics.repairs else (), sums=sums)
 
 
 def took_false_step(engine: Engine) -> bool:
@@ -137,36 +192,22 @@ def accumulates_in_half(engine: Engine) -> bool:
     return accumulation_dtype != torch.float32
 
 
-def accumulate_in_fp32(engine: Engine) -> None:
-    """Add up each micro-batch's 16-bit gradients in fp32, as stages 1 to 3 do, and give the sums to DeepSpeed.
+def accumulate_in_fp32(engine: Engine) -> Fp32Sums:
+    """Let the engine reduce and step with fp32 sums of each micro-batch's 16-bit gradients, as stages 1 to 3 do.
 
-    The wrapper copies what it finds to fp32 before it steps. But it takes the norm, for clipping and for what it calls
-    an overflow, from the gradients in 16 bits (moe/utils.py): `unscale_and_clip` has to come before.
+    Whoever runs the backward passes calls `collect` after each, and `end` after a step. The wrapper copies what it
+    finds to fp32 before it steps. But it takes the norm, for clipping and for what it calls an overflow, from the
+    gradients in 16 bits (moe/utils.py): `unscale_and_clip` has to come before.
     """
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    sums: dict[Tensor, Tensor] = {}
-
-    def collect(parameter: Tensor) -> None:
-        gradient = parameter.grad
-        assert gradient is not None, "the hook runs when it has been made"
-        if parameter in sums:
-            sums[parameter].add_(gradient)
-        else:
-            sums[parameter] = gradient.float()
-        parameter.grad = None
-
-    def gradients() -> tuple[list[Tensor], dict]:
-        for parameter in parameters:
-            total = sums.pop(parameter, None)  # None: not used in this batch
-            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total
-        return [parameter.grad for parameter in parameters], {}
-
     for parameter in parameters:
         parameter.grad_dtype = None  # a gradient may have another type than its parameter
-        parameter.register_post_accumulate_grad_hook(collect)
-    # The engine's one door for gradients other than the parameters' own (engine.py, buffered_allreduce_fallback).
-    engine.optimizer.get_grads_for_reduction = gradients
+    sums = Fp32Sums(parameters)
+    # The engine's one door for gradients other than the parameters' own (engine.py, buffered_allreduce_fallback), which
+    # it opens at the end of a step's last backward pass.
+    engine.optimizer.get_grads_for_reduction = lambda: (sums.give(), {})
     engine.optimizer.clip_grad = 0.0
+    return sums
 
 
 def unscale_and_clip(engine: Engine, *, norm: float, scale: float, clip: float) -> None:

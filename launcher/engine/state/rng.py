@@ -1,6 +1,8 @@
 """The states of every random generator of this process: what dropout draws next."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,31 @@ def restore(drawn: dict[str, Any]) -> None:
     random.setstate((version, tuple(inner), gauss))
     if torch.cuda.is_available() and "cuda" in drawn:
         torch.cuda.set_rng_state(_tensor(drawn["cuda"]))
+
+
+def drawn() -> list[torch.Tensor]:
+    """Return the states of the generators that a model draws from: torch's, the host's and this rank's device's.
+
+    No device is waited for: a GPU's generator is a seed and a count that the host keeps.
+    """
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+@contextlib.contextmanager
+def as_drawn(earlier: list[torch.Tensor]) -> Iterator[None]:
+    """Let what is within draw again what was drawn since `drawn` returned `earlier`; what comes after draws on."""
+    now = drawn()
+    _set_drawn(earlier)
+    try:
+        yield
+    finally:
+        _set_drawn(now)
+
+
+def _set_drawn(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
 
 
 def _hex(state: torch.Tensor) -> str:
