@@ -66,11 +66,13 @@ def _compile_blocks(engine: Engine, plan: Plan, seen: Observed) -> None:
     """
     kinds = {name: block for name, block in blocks(engine.module).items() if plan.zero < 3 or name in seen.whole_blocks}
     if not kinds:
+        which, way_out = (" that stage 3 gathers whole", " or zero=2") if plan.zero == 3 else ("", "")
         raise RefusedError(
-            f"of {plan.model.name} no block can be compiled" + (" that stage 3 gathers whole" if plan.zero == 3 else ""),
+            f"of {plan.model.name} no block can be compiled{which}",
             where="compile=true",
-            fix="take compile=false" + (" or zero=2" if plan.zero == 3 else ""),
+            fix=f"take compile=false{way_out}",
         )
+    torch._dynamo.reset()  # programs of an engine that this process had before would count against the limit
     # Where blocks differ in a number, each is a kind of its own; beyond the limit torch would run the rest uncompiled.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, _PROGRAMS_OF_A_BLOCK * len(kinds))

@@ -164,7 +164,8 @@ def _gathered(case: _Case, left: float = 1.0, *, kept: bool = True) -> tuple[Buf
     workload = case.workload
     if workload.zero != 3:
         return ()
-    alive = min(int(left * case.every.elements), workload.max_live_parameters + case.every.largest)
+    fetched = max(case.every.largest, case.every.block)  # what is needed next is fetched however much lives already
+    alive = min(int(left * case.every.elements), workload.max_live_parameters + fetched)
     note = f"whole weights, {alive:,} elements"
     gathered = Buffer("gathered parameters", workload.element_bytes * alive, note)
     ahead = 0 if kept and workload.max_live_parameters >= case.every.elements else workload.prefetch_bucket
