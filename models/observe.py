@@ -54,9 +54,8 @@ def observe(model: PreTrainedModel) -> Observed:
     model.config._attn_implementation = _NAME if uses_sdpa else model.config._attn_implementation
     tokens = torch.ones(1, _LENGTH, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad():
-            # Some kernels know one type alone, and whether positions begin anew is read from them without this mask.
-            nn.Module.to(model, torch.bfloat16)(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        # Some kernels know one type alone, and whether positions begin anew is read from them without this mask.
+        nn.Module.to(model, torch.bfloat16)(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     except Exception:  # whatever a model's code raises without values
         return Observed()
     shared = _shared(model)
@@ -92,9 +91,9 @@ def _is_plain(request: dict[str, Any]) -> bool:
 
 
 def _is_whole(given: tuple[Any, ...], made: Any) -> bool:
-    """Tell whether hooks of torch and DeepSpeed see what goes in and comes out: positional tensors, and tuples."""
+    """Tell whether hooks on a block see its backward pass begin and end: gradients of positional tensors and tuples."""
     first = made[0] if isinstance(made, tuple) and made else made
-    return bool(given) and all(isinstance(value, Tensor) and value.is_floating_point() for value in (given[0], first))
+    return bool(given) and all(isinstance(value, Tensor) and value.requires_grad for value in (given[0], first))
 
 
 def _shared(model: PreTrainedModel) -> set[int]:

@@ -1,6 +1,7 @@
 """Build the model and the DeepSpeed engine of a Plan, and check that DeepSpeed built what was planned."""
 
 import contextlib
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     """
     cpu_fp16.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
     model = _model(plan)
-    seen = observe(_skeleton(plan))
+    seen = _observed(plan)
     if seen.plainly_causal:
         attention.leave_out_masks(model)
     if plan.zero == 3:
@@ -134,9 +135,12 @@ def _model(plan: Plan) -> PreTrainedModel:
         raise unfit(error, f"model={plan.model.name}", "the model cannot be built") from error
 
 
-def _skeleton(plan: Plan) -> PreTrainedModel:
+def _observed(plan: Plan) -> Observed:
+    """Return what the model does in a pass; weights on NVMe come through few buffers, which no whole block fits."""
     own, source = plan.trust_remote_code, _home(plan.model.name)
-    return model_build.skeleton(plan.model.config, source=source, trust_remote_code=own)
+    seen = observe(model_build.skeleton(plan.model.config, source=source, trust_remote_code=own))
+    on_nvme = plan.deepspeed["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
+    return dataclasses.replace(seen, whole_blocks=()) if on_nvme else seen
 
 
 def _home(name: str) -> str | None:

@@ -223,9 +223,16 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
         *([Buffer("recomputed block", block, "one block's activations")] if block else []),
         Buffer("logits", kept.logits, "live until the next forward pass"),
         *_head(case),
+        *_block_gradients(case),
         Buffer("backward workspace", kept.working, "gradients inside one block"),
         *_copies(kept.block_copies),
     )
+
+
+def _block_gradients(case: _Case) -> tuple[Buffer, ...]:
+    """Return what stage 3 reduces when a block is done: it is a leaf module (stage3.py, reduce_leaf_module_grads)."""
+    size = case.workload.element_bytes * case.every.block if case.workload.zero == 3 else 0
+    return (Buffer("block gradients", size, "reduced when the block is done"),) if size else ()
 
 
 def _waiting_bucket(case: _Case) -> tuple[Buffer, ...]:

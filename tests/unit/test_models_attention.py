@@ -218,7 +218,12 @@ def change_by_sharing(model: Any) -> None:
     model.model.layers[0].mlp.up_proj.weight = model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("change", [change_by_keyword, change_by_running_twice, change_by_sharing])
+def change_by_freezing(model: Any) -> None:
+    """Let the first block's input need no gradient: a hook of torch's fires before the block's own are there."""
+    model.model.embed_tokens.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [change_by_keyword, change_by_running_twice, change_by_sharing, change_by_freezing])
 def test_a_block_whose_gradients_a_hook_on_it_would_miss_is_not_whole(change: Any) -> None:
     model: Any = skeleton(config("llama", layer_types=None, vocab_size=32))
     change(model)
