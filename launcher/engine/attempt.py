@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.engine import readings
-from halfstep.launcher.engine.build import build
+from halfstep.launcher.engine.build import build, is_compiled
 from halfstep.launcher.engine.causal_check import refuse_foresight
 from halfstep.launcher.engine.feed import Feed
 from halfstep.launcher.engine.numerics.guard import Guard
@@ -95,7 +95,7 @@ def _assemble(attempt: Attempt, recorder: Recorder) -> Training:
     recorder.event(
         "built",
         optimizer=type(engine.optimizer).__name__,
-        compiled=engine.is_compiled,
+        compiled=is_compiled(engine),
         activation_checkpointing=engine.module.is_activation_checkpointing,
         loss=implementation(distributed.device(attempt.rank, plan)),
     )

@@ -1,6 +1,7 @@
 """Build the model and the DeepSpeed engine of a Plan, and check that DeepSpeed built what was planned."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 from collections.abc import Iterator
@@ -19,9 +20,13 @@ from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.construct import unfit
 from halfstep.launcher.plan.plan import Plan
+from halfstep.models import attention
 from halfstep.models import network as model_build
+from halfstep.models.observe import Observed, blocks, observe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PROGRAMS_OF_A_BLOCK = 4
+"""For training and evaluation, and for the rows of a last batch."""
 
 
 def build(plan: Plan) -> tuple[Engine, Repairs]:
@@ -31,7 +36,11 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     """
     cpu_fp16.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
     model = _model(plan)
+    seen = _observed(plan)
+    if seen.plainly_causal:
+        attention.leave_out_masks(model)
     if plan.zero == 3:
+        _gather_blocks_at_once(model, seen)
         _gather_experts_at_once(model)
     names = _compiled_optimizer(plan)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -46,7 +55,7 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     _check(engine, plan)
     repairs = repair(engine, plan)
     if plan.compile:
-        engine.compile()
+        _compile_blocks(engine, plan, seen)
     return engine, repairs
 
 
@@ -64,6 +73,43 @@ def _flat_at_stage_0(plan: Plan) -> Iterator[None]:
         yield
     finally:
         module.FusedAdam = own
+
+
+def is_compiled(engine: Engine) -> bool:
+    """Tell whether the engine's blocks are compiled."""
+    return any(hasattr(block.forward, "_torchdynamo_orig_callable") for block in blocks(engine.module).values())
+
+
+def _compile_blocks(engine: Engine, plan: Plan, seen: Observed) -> None:
+    """Compile each block by itself: the compiler makes one program for all blocks of a kind, however many there are.
+
+    What is compiled is `forward` alone. DeepSpeed's hooks stay outside of it, which at stage 3 fetch a block's weights
+    before and give them back after (zero/parameter_offload.py, _register_deepspeed_module): there it must be a leaf.
+    """
+    kinds = {name: block for name, block in blocks(engine.module).items() if plan.zero < 3 or name in seen.whole_blocks}
+    if not kinds:
+        which, way_out = (" that stage 3 gathers whole", " or zero=2") if plan.zero == 3 else ("", "")
+        raise RefusedError(
+            f"of {plan.model.name} no block can be compiled{which}",
+            where="compile=true",
+            fix=f"take compile=false{way_out}",
+        )
+    torch._dynamo.reset()  # programs of an engine that this process had before would count against the limit
+    # Where blocks differ in a number, each is a kind of its own; beyond the limit torch would run the rest uncompiled.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _PROGRAMS_OF_A_BLOCK * len(kinds))
+    for block in kinds.values():
+        block.forward = torch.compile(block.forward)
+
+
+def _gather_blocks_at_once(model: PreTrainedModel, seen: Observed) -> None:
+    """Let stage 3 fetch a block as a whole: with two hooks a block instead of two for each module in it.
+
+    Its gradients are reduced together, by a hook of torch's on the block (stage3.py, reduce_leaf_module_grads), which
+    sees positional tensors alone and fires at every call.
+    """
+    for name in seen.whole_blocks:
+        deepspeed.utils.set_z3_leaf_module(model.get_submodule(name), True)
 
 
 def _gather_experts_at_once(model: PreTrainedModel) -> None:
@@ -108,6 +154,14 @@ def _model(plan: Plan) -> PreTrainedModel:
         )
     except (ValueError, OSError) as error:
         raise unfit(error, f"model={plan.model.name}", "the model cannot be built") from error
+
+
+def _observed(plan: Plan) -> Observed:
+    """Return what the model does in a pass; weights on NVMe come through few buffers, which no whole block fits."""
+    own, source = plan.trust_remote_code, _home(plan.model.name)
+    seen = observe(model_build.skeleton(plan.model.config, source=source, trust_remote_code=own))
+    on_nvme = plan.deepspeed["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
+    return dataclasses.replace(seen, whole_blocks=()) if on_nvme else seen
 
 
 def _home(name: str) -> str | None:

@@ -164,7 +164,8 @@ def _gathered(case: _Case, left: float = 1.0, *, kept: bool = True) -> tuple[Buf
     workload = case.workload
     if workload.zero != 3:
         return ()
-    alive = min(int(left * case.every.elements), workload.max_live_parameters + case.every.largest)
+    fetched = max(case.every.largest, case.every.block)  # what is needed next is fetched however much lives already
+    alive = min(int(left * case.every.elements), workload.max_live_parameters + fetched)
     note = f"whole weights, {alive:,} elements"
     gathered = Buffer("gathered parameters", workload.element_bytes * alive, note)
     ahead = 0 if kept and workload.max_live_parameters >= case.every.elements else workload.prefetch_bucket
@@ -224,9 +225,16 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
         *([Buffer("recomputed block", block, "one block's activations")] if block else []),
         Buffer("logits", kept.logits, "live until the next forward pass"),
         *_head(case),
+        *_block_gradients(case),
         Buffer("backward workspace", kept.working, "gradients inside one block"),
         *_copies(kept.block_copies),
     )
+
+
+def _block_gradients(case: _Case) -> tuple[Buffer, ...]:
+    """Return what stage 3 reduces when a block is done: it is a leaf module (stage3.py, reduce_leaf_module_grads)."""
+    size = case.workload.element_bytes * case.every.block if case.workload.zero == 3 else 0
+    return (Buffer("block gradients", size, "reduced when the block is done"),) if size else ()
 
 
 def _waiting_bucket(case: _Case) -> tuple[Buffer, ...]:

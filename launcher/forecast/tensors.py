@@ -20,6 +20,8 @@ class Tensors:
     """Those of two and more dimensions, which weight decay is for."""
     vectors: tuple[int, ...]
     """Biases and gains of norms."""
+    block: int = 0
+    """Elements of a block, which stage 3 fetches as a whole; 0 where that is not known."""
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -59,6 +61,7 @@ def of(shape: Shape | None, total: int) -> Tensors:
         sizes=tuple(size for size, _ in every),
         matrices=tuple(size for size, matrix in every if matrix),
         vectors=tuple(size for size, matrix in every if not matrix),
+        block=sum(size for size, _ in block),
     )
 
 

@@ -43,21 +43,23 @@ class Case:
     family: str
     activation_checkpointing: bool = False
     offload: str = "none"
+    compile: bool = False
 
     def at_stage_1(self) -> "Case":
-        """Return the same run at ZeRO stage 1 with everything on the device, which it is compared with."""
-        return replace(self, zero=1, offload="none")
+        """Return the same run at ZeRO stage 1, uncompiled, with everything on the device: what it is compared with."""
+        return replace(self, zero=1, offload="none", compile=False)
 
     def __str__(self) -> str:
         extra = ", activation checkpointing" if self.activation_checkpointing else ""
         extra += "" if self.offload == "none" else f", offload {self.offload}"
+        extra += ", compiled" if self.compile else ""
         clip = f"clip {self.clip:g}" if self.clip else "no clip"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return f"{self.family} {self.optimizer}, accumulation {self.accumulation}, {clip}, {ranks}{extra}"
 
 
 def every_case() -> list[Case]:
-    """Return every combination, and activation checkpointing once in every cell."""
+    """Return every combination, and activation checkpointing and a compiled model once in every cell."""
     cases = [
         Case(
             zero=zero,
@@ -78,7 +80,7 @@ def every_case() -> list[Case]:
             (1, 0, 2, 3),
         )
     ]
-    return cases + _cells(_CHECKPOINTED)
+    return cases + _cells(_CHECKPOINTED) + _cells(_COMPILED)
 
 
 def default_cases() -> list[Case]:
@@ -105,6 +107,7 @@ _CHECKPOINTED: dict[str, Any] = {
     "family": "gpt2",
     "activation_checkpointing": True,
 }
+_COMPILED: dict[str, Any] = {**_CHECKPOINTED, "activation_checkpointing": False, "compile": True}
 _DEFAULT: list[dict[str, Any]] = [
     {"accumulation": 1, "clip": 0.0, "world_size": 1, "optimizer": "adamw", "family": "gpt2"},
     {"accumulation": 2, "clip": BINDING_CLIP, "world_size": 2, "optimizer": "adamw", "family": "gpt2"},
@@ -169,6 +172,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         *(_SCALING if case.precision == "fp16" else []),
         f"activation_checkpointing={str(case.activation_checkpointing).lower()}",
         f"offload={case.offload}",
+        f"compile={str(case.compile).lower()}",
         f"numerics.repairs={str(repairs).lower()}",
     ]
     request = load(arguments)

@@ -49,8 +49,8 @@ def main(job_file: Path) -> None:
             if case.zero == 1:
                 stage_1[case] = series
             if rank.rank == 0 and case in reported:
-                # What the reference does depends neither on the stage nor on what is recomputed or offloaded.
-                plain = {"zero": 0, "activation_checkpointing": False, "offload": "none"}
+                # What the reference does depends neither on the stage nor on what is recomputed, offloaded or compiled.
+                plain = {"zero": 0, "activation_checkpointing": False, "offload": "none", "compile": False}
                 oracle = reference(dataclasses.replace(case, **plain))
                 row = _row(case, series, oracle, stage_1[case.at_stage_1()])
                 out.write(json.dumps({**row, "seconds": time.perf_counter() - started}) + "\n")

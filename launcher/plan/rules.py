@@ -66,13 +66,6 @@ RULES: tuple[Rule, ...] = (
         fix="say that you want none: checkpoint.every=0 checkpoint.at_end=false; or take offload=cpu",
     ),
     Rule(
-        name="compile-unproved-at-stage-3",
-        sentence="at ZeRO stage 3 torch.compile breaks its graph at every gather: a slower start for no proven gain",
-        broken=lambda c: c.spec.compile and c.spec.zero == 3,
-        where=keys("compile", "zero"),
-        fix="take zero=2 or lower, or compile=false",
-    ),
-    Rule(
         name="no-second-scheduler",
         sentence="Halfstep writes the learning rate; a DeepSpeed scheduler would overwrite it",
         broken=lambda c: any(path.startswith("scheduler.") for path in c.leaves),

@@ -260,11 +260,12 @@ def test_another_run_in_the_same_directory_is_refused_on_all_ranks(start: Start,
 
 
 def test_activation_checkpointing_and_compile_change_no_loss(start: Start, cell: Cell, data: Path) -> None:
-    for word, starter in (("activation_checkpointing=true", "accelerate"), ("compile=true", "torchrun")):
-        request = [*WORDS, word, "zero=2", "precision=fp32", f"data={data}", "out={out}"]
+    # Stage 3 compiles as the others do, and gathers around what is compiled.
+    for word, starter, zero in (("activation_checkpointing=true", "accelerate", 2), ("compile=true", "torchrun", 3)):
+        request = [*WORDS, word, f"zero={zero}", "precision=fp32", f"data={data}", "out={out}"]
         outcome = start(word, [str(BIN / "halfstep"), "run", "--with", starter, *request], timeout=400)
         assert outcome.returncode == 0, outcome.output
-        assert outcome.losses == pytest.approx(cell(2, "fp32").losses, abs=2e-4)
+        assert outcome.losses == pytest.approx(cell(zero, "fp32").losses, abs=2e-4)
         built = json.loads((outcome.out / "events.jsonl").read_text().splitlines()[1])
         assert (built["activation_checkpointing"], built["compiled"]) == (
             starter == "accelerate",

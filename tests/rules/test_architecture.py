@@ -83,7 +83,18 @@ MAY_BE_HEAVY = (
     # Of models all but the presets and their arithmetic.
     *(
         f"models.{module}"
-        for module in ("causality", "collective", "draw", "hf_config", "hf_weights", "loss", "micro_batch", "network")
+        for module in (
+            "attention",
+            "causality",
+            "collective",
+            "draw",
+            "hf_config",
+            "hf_weights",
+            "loss",
+            "micro_batch",
+            "network",
+            "observe",
+        )  # fmt: skip
     ),
 )
 

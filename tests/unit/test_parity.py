@@ -30,7 +30,7 @@ def series(**changed) -> Series:
 
 def test_every_combination_is_there_once() -> None:
     every = cases.every_case()
-    assert len(every) == len(set(every)) == 12 * 2 * 2 * 2 * 2 * 2 + 12
+    assert len(every) == len(set(every)) == 12 * 2 * 2 * 2 * 2 * 2 + 12 + 12
     for name, values in {
         "zero": {0, 1, 2, 3},
         "precision": {"fp32", "fp16", "bf16"},
@@ -45,6 +45,8 @@ def test_every_combination_is_there_once() -> None:
             met = {getattr(c, name) for c in cases.default_cases() if (c.zero, c.precision) == cell}
             assert name in ("zero", "precision") or met == values, f"the default subset never varies {name} in {cell}"
     assert sum(case.activation_checkpointing for case in every) == 12
+    assert len({(case.zero, case.precision) for case in every if case.compile}) == 12
+    assert not any(case.compile for case in cases.default_cases()), "a compiler takes longer than the rest of them"
     assert set(cases.default_cases()) <= set(every)
 
 

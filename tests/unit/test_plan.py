@@ -250,7 +250,6 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
             {"nvme-needs-a-disk"},
         ),
         (["nvme_path=/disk"], {"nvme-path-needs-nvme"}),
-        (["compile=true", "zero=3"], {"compile-unproved-at-stage-3"}),
         (["ds.scheduler.type=WarmupLR"], {"no-second-scheduler"}),
         (
             ["precision=fp32", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=float16", "zero=2"],

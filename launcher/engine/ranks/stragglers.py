@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed.utils import z3_leaf_module
 
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
@@ -39,17 +40,14 @@ class Pace:
         self._waited: list[tuple[Stamp, Stamp]] = []
         self._before: tuple[list[tuple[Stamp, Stamp]], list[tuple[Stamp, Stamp]]] = ([], [])
         self._began: Stamp | None = None
-        gathers = plan.zero == 3
-        # torch.compile would trace the hooks: compiled stage-3 ranks are not measured, which `seconds` says with 0.
-        self._measures = not (gathers and plan.compile)
-        if gathers and self._measures:
-            for module in torch.nn.Module.modules(engine.module):  # type: ignore[arg-type]
+        if plan.zero == 3:
+            for module in set(_fetched(engine.module)):  # a shared one stands in several places
                 self._time_the_gathering(module)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Surround the engine's forward pass, and what else is this rank's own work."""
-        self._inside, began = self._measures, self._stamp()
+        self._inside, began = True, self._stamp()
         try:
             yield
         finally:
@@ -66,8 +64,6 @@ class Pace:
         self._worked, self._waited = [], []
         if self._cuda:
             now, self._before = self._before, now
-        if not self._measures:
-            return 0.0
         return max(0.0, sum(map(_between, now[0])) - sum(map(_between, now[1])))
 
     def _stamp(self) -> Stamp:
@@ -98,6 +94,14 @@ class Pace:
         module.register_forward_pre_hook(end)
         module.register_forward_hook(begin, prepend=True)
         module.register_forward_hook(end)
+
+
+def _fetched(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the modules whose weights DeepSpeed's hooks fetch: nothing within one that is fetched as a whole."""
+    yield module
+    if not z3_leaf_module(module):
+        for child in module.children():
+            yield from _fetched(child)
 
 
 def _between(stamps: tuple[Stamp, Stamp]) -> float:

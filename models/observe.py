@@ -1,0 +1,102 @@
+"""One forward pass without weights: which masks a model asks for, and how it calls its blocks."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function
+
+from halfstep.models.draw import units_of
+
+_LENGTH = 16
+"""Tokens of the pass; only what is asked for counts, not for how many."""
+_NAME = "halfstep_observed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What a forward pass over a window of tokens did."""
+
+    plainly_causal: bool = False
+    """Whether it asked for the plain causal mask alone, and every attention was content with it."""
+    whole_blocks: tuple[str, ...] = ()
+    """Blocks that ran once and as a whole, from a tensor to a tensor, and share no parameter with anything else."""
+
+
+def observe(model: PreTrainedModel) -> Observed:
+    """Run a model that lies on the meta device (network.skeleton), and return what it did.
+
+    Sees nothing in a model that cannot be run there: one whose course depends on values. The model is changed: it is of
+    no other use.
+    """
+    requests: list[bool] = []
+    attended: list[bool] = []
+    calls: Counter[str] = Counter()
+
+    def mask(**request: Any) -> None:
+        requests.append(_is_plain(request))
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **options: Any) -> Any:
+        attended.append(given is None)
+        return sdpa_attention_forward(module, query, key, value, given, **options)
+
+    AttentionMaskInterface.register(_NAME, mask)
+    AttentionInterface.register(_NAME, attention)
+    for name, block in blocks(model).items():
+        block.register_forward_hook(lambda _, given, made, name=name: calls.update([name] * _is_whole(given, made)))
+        # A call that is not whole must not pass for the only one.
+        block.register_forward_pre_hook(lambda _, given, name=name: calls.update([f"{name} entered"]))
+    uses_sdpa = model.config._attn_implementation == "sdpa"
+    model.config._attn_implementation = _NAME if uses_sdpa else model.config._attn_implementation
+    tokens = torch.ones(1, _LENGTH, dtype=torch.long, device="meta")
+    try:
+        # Some kernels know one type alone, and whether positions begin anew is read from them without this mask.
+        nn.Module.to(model, torch.bfloat16)(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    except Exception:  # whatever a model's code raises without values
+        return Observed()
+    shared = _shared(model)
+    return Observed(
+        plainly_causal=uses_sdpa and bool(attended) and bool(requests) and all(requests + attended),
+        whole_blocks=tuple(
+            name
+            for name, block in blocks(model).items()
+            if (calls[name], calls[f"{name} entered"]) == (1, 1) and shared.isdisjoint(map(id, block.parameters()))
+        ),
+    )
+
+
+def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return a model's transformer blocks by name: what stands in its outermost ModuleLists and can be called."""
+    named = {name: model.get_submodule(name) for name, _ in units_of(model) if name}
+    return {
+        name: module
+        for name, module in named.items()
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+        and type(module).forward is not nn.Module.forward
+    }
+
+
+def _is_plain(request: dict[str, Any]) -> bool:
+    """Tell whether a mask is what SDPA's `is_causal` does: no window, no chunks, nothing laid over it."""
+    return (
+        request["mask_function"] is causal_mask_function
+        and request.get("allow_is_causal_skip", True)
+        and request.get("local_size") is None
+        and request["q_length"] == request["kv_length"]
+    )
+
+
+def _is_whole(given: tuple[Any, ...], made: Any) -> bool:
+    """Tell whether hooks on a block see its backward pass begin and end: gradients of positional tensors and tuples."""
+    first = made[0] if isinstance(made, tuple) and made else made
+    return bool(given) and all(isinstance(value, Tensor) and value.requires_grad for value in (given[0], first))
+
+
+def _shared(model: PreTrainedModel) -> set[int]:
+    """Return the ids of parameters that stand in more than one place."""
+    counted = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, places in counted.items() if places > 1}
