@@ -94,7 +94,7 @@ MAY_BE_HEAVY = (
             "micro_batch",
             "network",
             "observe",
-        )  # fmt: skip
+        )
     ),
 )
 
