@@ -1,4 +1,4 @@
-"""One forward pass without weights: which masks a model asks for, and how it calls its blocks."""
+"""What a forward pass asks for, seen without weights: its masks, which may be left out, and how blocks are called."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +14,11 @@ from halfstep.models.draw import units_of
 
 _LENGTH = 16
 """Tokens of the pass; only what is asked for counts, not for how many."""
-_NAME = "halfstep_observed"
+_OBSERVED = "halfstep_observed"
+NAME = "sdpa_without_mask"
+"""transformers' name of it, in a configuration while a model trains; configurations are saved without one."""
+_WINDOWS = {"input_ids", "inputs_embeds", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+"""What may be given to a model whose rows are windows: no padding, no positions of documents, no cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +48,14 @@ def observe(model: PreTrainedModel) -> Observed:
         attended.append(given is None)
         return sdpa_attention_forward(module, query, key, value, given, **options)
 
-    AttentionMaskInterface.register(_NAME, mask)
-    AttentionInterface.register(_NAME, attention)
+    AttentionMaskInterface.register(_OBSERVED, mask)
+    AttentionInterface.register(_OBSERVED, attention)
     for name, block in blocks(model).items():
         block.register_forward_hook(lambda _, given, made, name=name: calls.update([name] * _is_whole(given, made)))
         # A call that is not whole must not pass for the only one.
         block.register_forward_pre_hook(lambda _, given, name=name: calls.update([f"{name} entered"]))
     uses_sdpa = model.config._attn_implementation == "sdpa"
-    model.config._attn_implementation = _NAME if uses_sdpa else model.config._attn_implementation
+    model.config._attn_implementation = _OBSERVED if uses_sdpa else model.config._attn_implementation
     tokens = torch.ones(1, _LENGTH, dtype=torch.long, device="meta")
     try:
         # Some kernels know one type alone, and whether positions begin anew is read from them without this mask.
@@ -67,6 +71,27 @@ def observe(model: PreTrainedModel) -> Observed:
             if (calls[name], calls[f"{name} entered"]) == (1, 1) and shared.isdisjoint(map(id, block.parameters()))
         ),
     )
+
+
+def leave_out_masks(model: PreTrainedModel) -> None:
+    """Let windows go through a model without a mask: SDPA's `is_causal` does what it would say, in a faster kernel.
+
+    For models of which `observe` says that they are plainly causal. The attention is transformers' own; there is no
+    mask function of its name, and without one transformers makes no mask and reads no positions
+    (masking_utils.py, _preprocess_mask_arguments), eager and compiled. Under its own name `sdpa` it looks for documents
+    in the positions at every pass, which waits for the device, and builds a mask whenever it is traced, before torch
+    2.14 (_ignore_causal_mask_sdpa). Whatever else is given to the model goes under that name all the same.
+    """
+    AttentionInterface.register(NAME, sdpa_attention_forward)
+    model.base_model.register_forward_pre_hook(_choose, with_kwargs=True)
+
+
+def _choose(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    config: Any = module.config
+    windows = len(arguments) <= 1 and all(name in _WINDOWS for name, value in options.items() if value is not None)
+    name = NAME if windows else "sdpa"
+    if config._attn_implementation != name:
+        config._attn_implementation = name
 
 
 def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -20,9 +20,8 @@ from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.construct import unfit
 from halfstep.launcher.plan.plan import Plan
-from halfstep.models import attention
 from halfstep.models import network as model_build
-from halfstep.models.observe import Observed, blocks, observe
+from halfstep.models.observe import Observed, blocks, leave_out_masks, observe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PROGRAMS_OF_A_BLOCK = 4
@@ -38,7 +37,7 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     model = _model(plan)
     seen = _observed(plan)
     if seen.plainly_causal:
-        attention.leave_out_masks(model)
+        leave_out_masks(model)
     if plan.zero == 3:
         _gather_blocks_at_once(model, seen)
         _gather_experts_at_once(model)

@@ -84,7 +84,6 @@ MAY_BE_HEAVY = (
     *(
         f"models.{module}"
         for module in (
-            "attention",
             "causality",
             "collective",
             "draw",

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel, masking_utils
 
 from halfstep.launcher.engine import build as engine_build
 from halfstep.launcher.errors import RefusedError
-from halfstep.models import attention
 from halfstep.models.micro_batch import MicroBatch
 from halfstep.models.network import build, skeleton
-from halfstep.models.observe import Observed, blocks, observe
+from halfstep.models.observe import NAME, Observed, blocks, leave_out_masks, observe
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32,
           "vocab_size": 64, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
@@ -35,7 +34,7 @@ def made(family: str, layers: int = 2, **more: Any) -> PreTrainedModel:
     """Return a model as an engine gets it."""
     model = build(config(family, layers, **more), seed=1)
     if observe(skeleton(config(family, layers, **more))).plainly_causal:
-        attention.leave_out_masks(model)
+        leave_out_masks(model)
     return model
 
 
@@ -106,8 +105,8 @@ def test_only_what_asks_for_the_plain_causal_mask_goes_without(family: str, more
 def test_without_a_mask_loss_and_gradients_are_the_same_to_the_bit(family: str) -> None:
     model = made(family)
     assert same(trained(build(config(family), seed=1)), trained(model))
-    assert model.config._attn_implementation == attention.NAME
-    assert attention.NAME not in str(model.config.to_dict()), "it is no part of a saved configuration"
+    assert model.config._attn_implementation == NAME
+    assert NAME not in str(model.config.to_dict()), "it is no part of a saved configuration"
 
 
 def test_windows_are_not_searched_for_documents_and_documents_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
