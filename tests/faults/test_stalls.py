@@ -64,7 +64,7 @@ def test_a_rank_that_hangs(launch: Callable[..., Launch], place: str, record: Ca
     assert HANGS[place] in cause["cause"], cause
     log = (launched.out / "attempts/0001" / f"rank-{place.split(':')[1]}.log").read_text()
     assert "most recent call first" in log
-    assert "faults.py" in log, "the stack shows where it hangs"
+    assert "fault_injection.py" in log, "the stack shows where it hangs"
     record(f"hang at {place}", injected=1, survived=1)
 
 
