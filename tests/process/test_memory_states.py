@@ -90,11 +90,15 @@ def _train(engine: Any, plan: Plan, repairs: Any, look: Callable[[str], None]) -
         loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:])
         engine.backward(loss)
         del loss
+        if repairs.sums:
+            repairs.sums.collect()
         last = micro_step == plan.batch.accumulation
         look("before the step" if last else "between micro-steps")
         if last and repairs.fp32_gradients:
             engine.optimizer.loss_scale_config.cur_scale = 1.0
         engine.step()
+        if last and repairs.sums:
+            repairs.sums.end()
 
 
 def _bytes() -> int:
