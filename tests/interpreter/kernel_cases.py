@@ -161,4 +161,3 @@ def test_no_value_is_asked_of_the_device_and_the_operators_do_not_grow_with_the_
     names = operators(2)
     assert operators(64) == names
     assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"} & set(names)
-    assert len(names) < 20, names
