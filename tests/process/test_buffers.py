@@ -141,6 +141,7 @@ def experts(scratch: Path) -> Path:
     return scratch / "experts"
 
 
+@pytest.mark.full
 def test_a_routers_bias_goes_through_stages_and_older_checkpoints(
     start: Start, data: Path, scratch: Path, experts: Path
 ) -> None:

@@ -102,7 +102,7 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-RARE = ("a Trainer's stage 3 with auto", "a launch script's, with comments")
+RARE = ("a Trainer's stage 3 with auto", "a launch script's, with comments", "a fixed scale")
 """Files of which `make test-all` alone trains: what they say is resolved in tests/unit/test_deepspeed_files.py."""
 
 
