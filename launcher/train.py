@@ -70,7 +70,14 @@ def main(arguments: list[str]) -> int:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
         path, request, plan = decide(arguments, rank)
-        stop, heartbeat = begin(rank.rank, plan.watch.startup)
+
+        from halfstep.launcher.engine.ranks.doorway import Doorway  # needs no torch
+
+        def leave_word(why: str) -> None:
+            if rank.rank:  # who waits is rank 0, for all others
+                Doorway(rank, trust.secret(path)).say_not_coming(why)
+
+        stop, heartbeat = begin(rank.rank, plan.watch.startup, leave_word)
         fault_injection.hit("import", rank=rank.rank)
         if plan.topology.accelerator == "cpu":
             heap.settle()

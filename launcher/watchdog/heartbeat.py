@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from halfstep.launcher.errors import Fault, Stopped
@@ -162,14 +163,11 @@ class Heartbeat:
         self._pulse = Pulse(bytearray(SIZE))
 
 
-def _say_stopped() -> None:
-    exits.say(
-        Stopped("asked to stop before the run had begun", where="nothing is lost", fix="start the same command again")
-    )
+def begin(rank: int, timeout: float, leave_word: Callable[[str], None]) -> tuple[Stop, Heartbeat]:
+    """Hear signals and be watched from here on, which is before torch is imported: that takes seconds.
 
-
-def begin(rank: int, timeout: float) -> tuple[Stop, Heartbeat]:
-    """Hear signals and be watched from here on, which is before torch is imported: that takes seconds."""
+    `leave_word` tells the other ranks why this one, asked to stop so early, will not meet them.
+    """
     if "HALFSTEP_REMOTE" in os.environ and processes.is_orphan(os.getpid()):
         raise Fault(
             "the ssh session that started this rank had ended before it began",
@@ -184,7 +182,13 @@ def begin(rank: int, timeout: float) -> tuple[Stop, Heartbeat]:
         )
     stop = Stop()
     stop.install()
-    stop.set_grace(EARLY_GRACE_SECONDS, _say_stopped)
+
+    def last_word() -> None:
+        early = "asked to stop before the run had begun"
+        exits.say(Stopped(early, where="nothing is lost", fix="start the same command again"))
+        leave_word(stop.asked or early)
+
+    stop.set_grace(EARLY_GRACE_SECONDS, last_word)
     heartbeat = Heartbeat(rank, stop)
     heartbeat.set_timeout(timeout)
     heartbeat.start()

@@ -43,6 +43,17 @@ def test_a_rank_that_waits_for_the_others_hears_a_signal(data: Path, scratch: Pa
     assert "Traceback" not in launch.output
 
 
+def test_a_rank_that_is_asked_to_stop_while_it_imports_keeps_no_other_waiting(data: Path, scratch: Path) -> None:
+    """It is gone before the roll call, and says so to the rank that holds it."""
+    out = scratch / "runs" / "importing"
+    launch = Launch(out, [*WORDS, f"data={data}", "zero=2"], scratch, HALFSTEP_FAULT="import:1:0:hang")
+    launch.until(lambda: _listens(launch.ranks[0]))
+    launch.kill(signal.SIGTERM, ranks=(1,))
+    assert launch.wait(timeout=30) == [75, 75], launch.output
+    assert "stopped: SIGTERM, before the ranks had met" in launch.output
+    assert "stopped: asked to stop before the run had begun" in launch.output
+
+
 def test_what_every_rank_refuses_is_said_although_the_first_rank_is_gone(data: Path, scratch: Path) -> None:
     launch = Launch(scratch / "runs" / "refused", [*WORDS, f"data={data}", "zero=9"], scratch, only=(1,))
     assert launch.wait(timeout=60) == [2], launch.output
@@ -88,7 +99,8 @@ def test_a_rank_whose_launcher_had_died_before_it_began_says_so() -> None:
     program = (
         "import os, subprocess, sys, time\n"
         "os.environ['TORCHELASTIC_RUN_ID'] = 'x'\n"
-        "code = 'import time; time.sleep(0.5); from halfstep.launcher.watchdog.heartbeat import begin; begin(0, 1.0)'\n"
+        "code = 'import time; time.sleep(0.5); from halfstep.launcher.watchdog import heartbeat as h'\n"
+        "code += '; h.begin(0, 1.0, print)'\n"
         "subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
     )
     done = subprocess.run(

@@ -16,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from halfstep.launcher.engine.ranks import links, meeting
+from halfstep.launcher.engine.ranks.doorway import Doorway, several_nodes
 from halfstep.launcher.engine.ranks.meeting import Connection, GoneError, Server, StrangerError
-from halfstep.launcher.engine.ranks.places import Doorway, Place, Stores, several_nodes
+from halfstep.launcher.engine.ranks.places import Place, Stores
 from halfstep.launcher.engine.ranks.reports import Report, different, report, summary
 from halfstep.launcher.errors import Fault, HalfstepError, Stalled, Stopped, TopologyError
 from halfstep.launcher.plan.plan import Plan
@@ -244,17 +245,9 @@ class RollCall:
             return reason
         if why := self._asked():
             if address is not None:
-                self._tell_stop(address, why)
+                self._door.tell(address, why)
             raise _error(_stopped(why))
         raise self._unreachable(str(reason))
-
-    def _tell_stop(self, address: meeting.Address, why: str) -> None:
-        """Let rank 0 know that this rank will not come, if it is there."""
-        connection = meeting.connect(address, self._secret, 1.0)
-        if isinstance(connection, Connection):
-            with contextlib.suppress(GoneError):
-                connection.send({"stopping": why})
-            connection.close()
 
     def _unreachable(self, reason: str) -> HalfstepError:
         return Stalled(
