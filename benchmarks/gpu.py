@@ -10,7 +10,6 @@ left out, and named. --dry-run does the same with nano models on a CPU: it prove
 import argparse
 import dataclasses
 import datetime
-import itertools
 import json
 import os
 import signal
@@ -24,7 +23,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import breakdown, gpu_cases, gpu_device, gpu_report
+from benchmarks import breakdown, gpu_cases, gpu_device, gpu_report, gpu_rows
 from benchmarks.gpu_cases import Case, Task
 from halfstep.launcher import topology
 from halfstep.launcher.config.load import load
@@ -33,7 +32,6 @@ from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan.decide import decide
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
-from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import assets, machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +182,7 @@ class Bench:
         log = self._scratch / "corpus.log"
         problem = self._finish(self._start(command, log))
         if problem:
-            raise SystemExit(f"the corpus cannot be written: {problem}\n{_last_lines(log)}")
+            raise SystemExit(f"the corpus cannot be written: {problem}\n{gpu_rows.last_lines(log)}")
 
     @property
     def _tokens_below(self) -> int:
@@ -208,17 +206,17 @@ class Bench:
             problem = self._finish(
                 self._start([assets.train_script(), *self._words(case), f"out={out / 'run'}"], log), task
             )
-            row |= _of_run(out / "run", case, began)
+            row |= gpu_rows.of_run(out / "run", case, began)
         else:
             plan, job, result = self._plan(case), out / "job.json", out / "result.json"
             job.write_text(json.dumps(self._peer_job(task.kind, case, plan, result)))
             problem = self._finish(self._start([ROOT / "benchmarks" / "peer_run.py", job], log), task)
-            row |= _of_peer(result, case, plan, began)
+            row |= gpu_rows.of_peer(result, case, plan, began)
         if strangers := self._alone():
             self._skip(task, f"not counted, the GPU was shared: {strangers}")
             return
         if row["outcome"] is None:
-            row |= {"outcome": problem or "it left no result", "detail": _last_lines(log)}
+            row |= {"outcome": problem or "it left no result", "detail": gpu_rows.last_lines(log)}
         self.result["rows"].append(row)
 
     def _peer_job(self, who: str, case: Case, plan: Plan, result: Path) -> dict[str, Any]:
@@ -243,7 +241,7 @@ class Bench:
         script = ROOT / "benchmarks" / "profile_run.py"
         problem = self._finish(self._start([script, trace, PROFILED_STEPS, *command, *short], log), task)
         if problem or not trace.exists():
-            self._skip(task, f"{problem or 'no trace was written'}: {_last_lines(log)}")
+            self._skip(task, f"{problem or 'no trace was written'}: {gpu_rows.last_lines(log)}")
             return
         spent = breakdown.of_trace(json.loads(trace.read_text()), PROFILED_STEPS)
         step = gpu_report.median_step(self.result["rows"], case.name, "ours")
@@ -270,7 +268,7 @@ class Bench:
         try:
             self.result["verify"] = json.loads(gate_out.read_text())
         except ValueError:
-            self._skip(task, f"the parity gate: {problem or 'no result'}: {_last_lines(gate_log)}")
+            self._skip(task, f"the parity gate: {problem or 'no result'}: {gpu_rows.last_lines(gate_log)}")
 
     def _run_cells(self, cells: list[Case], out: Path) -> None:
         waiting, width = list(cells), self._side_by_side(cells)
@@ -283,9 +281,9 @@ class Bench:
                 started.append((case, run, self._start(command, out / f"{case.name}.log")))
             for case, run, process in started:
                 problem = self._finish(process)
-                row = {"cell": case.name, "zero": case.zero, "precision": case.precision, **_of_cell(run)}
+                row = {"cell": case.name, "zero": case.zero, "precision": case.precision, **gpu_rows.of_cell(run)}
                 if problem:
-                    row |= {"outcome": problem, "detail": _last_lines(out / f"{case.name}.log")}
+                    row |= {"outcome": problem, "detail": gpu_rows.last_lines(out / f"{case.name}.log")}
                 self.result["cells"].append(row)
 
     def _side_by_side(self, cells: list[Case]) -> int:
@@ -327,85 +325,6 @@ class Bench:
 def _doing(plan: Plan) -> dict[str, Any]:
     """Return what a plan does, whoever asked for it and how."""
     return {name: value for name, value in plan.to_dict().items() if name not in ("run_id", "identity", "origins")}
-
-
-def _of_run(path: Path, case: Case, began: float) -> dict[str, Any]:
-    """Return what a run directory says of a timed run; a step lasts from one record to the next."""
-    run = Run(path)
-    try:
-        plan, steps = run.plan, run.steps()
-    except HalfstepError as error:
-        return {"outcome": None, "detail": error.what}
-    row: dict[str, Any] = {
-        "outcome": None if run.finished is None else "done",
-        "run_id": plan.run_id,
-        "compile": plan.compile,
-        "predicted_peak_bytes": plan.memory["predicted_peak_bytes"],
-        "predicted_low_bytes": plan.memory["predicted_low_bytes"],
-        "predicted_high_bytes": plan.memory["predicted_high_bytes"],
-        "predicted_step_seconds": (plan.time or {}).get("step_seconds"),
-    }
-    if run.exit is not None and run.finished is None:
-        row["outcome"] = run.exit.what
-    if not steps:
-        return row
-    moments = [step.time for step in steps]
-    lasted = [after - before for before, after in itertools.pairwise(moments)]
-    return {
-        **row,
-        **gpu_report.speed(lasted[case.warmup - 1 :], case.micro * case.sequence, _flops(plan), plan.peak_flops),
-        "peak_bytes": max(step.peak_memory_bytes for step in steps),
-        "seconds_to_first_step": round(moments[0] - began, 2),
-        "first_loss": steps[0].loss,
-        "last_loss": steps[-1].loss,
-    }
-
-
-def _of_peer(result: Path, case: Case, plan: Plan, began: float) -> dict[str, Any]:
-    try:
-        seen = json.loads(result.read_text())
-    except (OSError, ValueError):
-        return {"outcome": None}
-    if seen["outcome"] != "done":
-        return seen
-    timed = seen["step_seconds"][case.warmup :]
-    return {
-        "outcome": "done",
-        **gpu_report.speed(timed, case.micro * case.sequence, _flops(plan), plan.peak_flops),
-        "peak_bytes": seen["peak_reserved_bytes"],
-        "seconds_to_first_step": round(seen["first_step_at"] - began, 2),
-        "first_loss": seen["losses"][0],
-        "last_loss": seen["losses"][-1],
-    }
-
-
-def _of_cell(path: Path) -> dict[str, Any]:
-    try:
-        plan, steps = Run(path).plan, Run(path).steps()
-    except HalfstepError as error:
-        return {"outcome": error.what}
-    memory = plan.memory
-    return {
-        "outcome": "done" if Run(path).finished else "not done",
-        "losses": [step.loss for step in steps],
-        "peak_bytes": max((step.peak_memory_bytes for step in steps), default=None),
-        "predicted_peak_bytes": memory["predicted_peak_bytes"],
-        "predicted_low_bytes": memory["predicted_low_bytes"],
-        "predicted_high_bytes": memory["predicted_high_bytes"],
-    }
-
-
-def _flops(plan: Plan) -> float:
-    assert plan.model.flops_per_token is not None, "the benchmark's models are families whose arithmetic is known"
-    return plan.model.flops_per_token
-
-
-def _last_lines(log: Path, count: int = 3) -> str:
-    try:
-        lines = log.read_text("utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return " / ".join(line.strip()[:200] for line in lines[-count:])
 
 
 def main(given: list[str] | None = None) -> int:

@@ -76,8 +76,9 @@ def _weighted_loss(batch: MicroBatch, logits: Tensor, mean_count: float) -> Tens
 
 
 def _losses(run: Training, step: int, mean_count: float, model: Any) -> Iterator[Tensor]:
-    """Yield the losses of a step's micro-batches once more."""
+    """Yield the losses of a step's micro-batches once more, each with a mark: together they may take a step's time."""
     for batch in run.feed.micro_batches(step):
+        run.mark("forward", step)
         yield _weighted_loss(batch, batch.logits(model), mean_count)
 
 

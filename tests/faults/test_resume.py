@@ -107,7 +107,7 @@ def test_a_reshaped_run_resumes_as_the_unchanged_one(
 
 
 @pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "bf16"), ("fp32", "bf16"), ("fp16", "fp32")])
-def test_the_masters_go_on_in_another_precision(
+def test_the_masters_are_kept_in_another_precision(
     launch: Callable[..., Launch],
     undisturbed: Callable[..., Path],
     before: str,

@@ -6,16 +6,14 @@ Run by itself, this file is that rank: it trains small models through the loop a
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from process.conftest import environment
+from ranks import printed_alone
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +106,7 @@ class Rank:
         from halfstep.launcher.engine.numerics.guard import Guard
         from halfstep.launcher.engine.state import rng
 
-        self.plan, self.losses, self.events = plan, [], []
+        self.plan, self.losses, self.events, self.marks = plan, [], [], Counter()
         self.engine, repairs = build(plan)
         self.guard = Guard(self.engine, plan, repairs, self._event, 0)
         rng.seed(plan, 0, 0)
@@ -127,7 +125,11 @@ class Rank:
             after_step(record.step)
 
         feed = SyntheticFeed(self.plan, 0, self.engine.device)
-        train(Training(engine=self.engine, plan=self.plan, feed=feed, guard=self.guard, on_step=step))
+
+        def mark(phase: str, step: int) -> None:
+            self.marks[f"{phase} {step}"] += 1
+
+        train(Training(engine=self.engine, plan=self.plan, feed=feed, guard=self.guard, on_step=step, mark=mark))
         self.engine.destroy()
 
 
@@ -145,7 +147,7 @@ def counted(zero: int, precision: str, layers: int) -> dict[str, Any]:
     rank = Rank(plan_of(zero, precision, f"model.layers={layers}"))
     rank.train(after_step)
     waits = counts.pop("wait", 0) + counts["aten._local_scalar_dense.default"]
-    return {"waits": waits, "operators": counts, "losses": rank.losses, "events": rank.events}
+    return {"waits": waits, "operators": counts, "losses": rank.losses, "events": rank.events, "marks": rank.marks}
 
 
 def looked_at(zero: int, precision: str) -> dict[str, Any]:
@@ -166,19 +168,6 @@ def looked_at(zero: int, precision: str) -> dict[str, Any]:
     return {"bad": bad, "losses": rank.losses}
 
 
-@contextlib.contextmanager
-def blocks_as_leaves() -> Iterator[None]:
-    """Let stage 3 gather, and reduce, block by block."""
-    import deepspeed
-
-    from halfstep.launcher.engine import build
-
-    kept = build._gather_experts_at_once
-    build._gather_experts_at_once = lambda model: deepspeed.utils.set_z3_leaf_modules(model, ["GPT2Block"])
-    yield
-    build._gather_experts_at_once = kept
-
-
 def rank_main(wanted: list[str]) -> None:
     """Print one line for every training, those of `wanted` or all."""
     from halfstep.launcher import fault_injection, topology
@@ -191,25 +180,15 @@ def rank_main(wanted: list[str]) -> None:
     distributed.join(rank, plan_of(1, "fp32"), torch.distributed.HashStore())
     trainings = {f"z{zero} {precision} {n}": (counted, zero, precision, n) for zero, precision in CELLS for n in LAYERS}
     trainings |= {f"z{zero} {precision} looked at": (looked_at, zero, precision) for zero, precision in LOOKED_AT}
-    trainings |= {"leaves 2": (counted, 3, "bf16", 2), "leaves looked at": (looked_at, 3, "bf16")}
     for name, (run, *arguments) in trainings.items():
         if not wanted or name in wanted:
-            with blocks_as_leaves() if name.startswith("leaves") else contextlib.nullcontext():
-                print("\n" + json.dumps([name, run(*arguments)]), flush=True)
+            print("\n" + json.dumps([name, run(*arguments)]), flush=True)
     distributed.leave()
 
 
 @pytest.fixture(scope="module")
 def seen(scratch: Path) -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**environment(scratch), "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    return dict(json.loads(line) for line in printed_alone(__file__, scratch) if line.startswith("["))
 
 
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
@@ -227,7 +206,7 @@ def test_our_operators_in_a_step_do_not_grow_with_the_model(seen: dict[str, Any]
     assert 10 < sum(two.values()) < 60, two
 
 
-@pytest.mark.parametrize("cell", [*(f"z{zero} {precision}" for zero, precision in LOOKED_AT), "leaves"])
+@pytest.mark.parametrize("cell", [f"z{zero} {precision}" for zero, precision in LOOKED_AT])
 def test_a_broken_step_done_again_names_what_hooks_saw_and_leaves_no_trace(seen: dict[str, Any], cell: str) -> None:
     (event,), hooks = seen[f"{cell} 2"]["events"], seen[f"{cell} looked at"]
     bad = {gradient["parameter"]: gradient["micro_step"] for gradient in reversed(hooks["bad"])}
@@ -238,6 +217,13 @@ def test_a_broken_step_done_again_names_what_hooks_saw_and_leaves_no_trace(seen:
     assert [{key: named[key] for key in ("parameter", "micro_step")} for named in event["first"]] == first
     assert seen[f"{cell} 2"]["losses"] == hooks["losses"], "to the bit: masks of dropout, weights and gradients"
     assert len(set(hooks["losses"])) == STEPS
+
+
+@pytest.mark.parametrize("cell", [f"z{zero} {precision}" for zero, precision in LOOKED_AT])
+def test_a_step_done_again_makes_marks_on_its_way(seen: dict[str, Any], cell: str) -> None:
+    """It may take longer than a rank may stand still."""
+    marks = seen[f"{cell} 2"]["marks"]
+    assert [marks[f"forward {step}"] for step in (BROKEN_STEP, COUNTED_STEP)] == [2 * 2, 2]
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from process.conftest import environment
+from ranks import printed_alone
 
 pytestmark = pytest.mark.process
 # Of fp16/fused_optimizer.py both precisions, of no wrapper, bf16_optimizer.py and zero/ one cell each.
@@ -79,15 +77,7 @@ def rank_main() -> None:
 
 @pytest.fixture(scope="module")
 def rows(scratch: Path) -> list[list]:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**environment(scratch), "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed_alone(__file__, scratch)[-1])
 
 
 def test_a_deepspeed_that_scales_the_loss_is_not_made_to_scale_it_twice(rows: list[list]) -> None:
