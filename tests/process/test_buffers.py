@@ -102,7 +102,8 @@ def own(scratch: Path) -> Path:
     return home
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.full), 3])
+@pytest.mark.full
+@pytest.mark.parametrize("zero", [1, 3])
 def test_buffers_that_every_rank_writes_to_are_restored_to_the_bit(
     start: Start, data: Path, scratch: Path, own: Path, zero: int
 ) -> None:

@@ -33,7 +33,8 @@ def odd(start: Start, data: Path) -> Callable[[int, str], Outcome]:
     return train
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_with_an_odd_number_of_parameters_trains_alike_at_stages_1_and_2(
     odd: Callable[[int, str], Outcome], precision: str
 ) -> None:
