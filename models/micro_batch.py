@@ -71,6 +71,17 @@ class MicroBatch:
         positions = {} if self.positions is None else {"position_ids": self.positions}
         return model(input_ids=self.inputs, **positions).logits
 
+    def loss_by(self, model: Any, *, rows: int | None = None, reduction: str = "mean") -> Tensor:
+        """Run a model, or the engine around it, and return its loss, a scalar: of the first `rows` rows or of all.
+
+        A model that makes no logits has another way to say the same (models/fused_head.py, loss_of).
+        """
+        logits = self.logits(model)
+        if rows == 0:
+            return logits.new_zeros((), dtype=torch.float32)
+        own = self if rows is None else self.rows(rows)
+        return own.loss(logits[: len(own.targets)], reduction=reduction)
+
     def loss(self, logits: Tensor, *, reduction: str = "mean") -> Tensor:
         """Return the cross-entropy of logits for the same rows, a scalar: the mean over the targets or their sum."""
         return next_token_loss(logits, self.targets, weights=self.weights, reduction=reduction)

@@ -1,4 +1,4 @@
-"""What a forward pass asks for, seen without weights: its masks, which may be left out, and how blocks are called."""
+"""What a forward pass asks for, seen without weights: its masks, and how its blocks and its head are called."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ class Observed:
     """Whether it asked for the plain causal mask alone, and every attention was content with it."""
     whole_blocks: tuple[str, ...] = ()
     """Blocks that ran once and as a whole, from a tensor to a tensor, and share no parameter with anything else."""
+    plain_head: bool = False
+    """Whether the logits are what its head made of all tokens' hidden states at once, unchanged."""
 
 
 def observe(model: PreTrainedModel) -> Observed:
@@ -54,16 +56,21 @@ def observe(model: PreTrainedModel) -> Observed:
         block.register_forward_hook(lambda _, given, made, name=name: calls.update([name] * _is_whole(given, made)))
         # A call that is not whole must not pass for the only one.
         block.register_forward_pre_hook(lambda _, given, name=name: calls.update([f"{name} entered"]))
+    headed: list[tuple[Any, Any]] = []
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Module):
+        head.register_forward_hook(lambda _, given, made: headed.append((given, made)))
     uses_sdpa = model.config._attn_implementation == "sdpa"
     model.config._attn_implementation = _OBSERVED if uses_sdpa else model.config._attn_implementation
     tokens = torch.ones(1, _LENGTH, dtype=torch.long, device="meta")
     try:
         # Some kernels know one type alone, and whether positions begin anew is read from them without this mask.
-        nn.Module.to(model, torch.bfloat16)(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        made = nn.Module.to(model, torch.bfloat16)(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     except Exception:  # whatever a model's code raises without values
         return Observed()
     shared = _shared(model)
     return Observed(
+        plain_head=len(headed) == 1 and _is_plain_head(*headed[0], made.logits),
         plainly_causal=uses_sdpa and bool(attended) and bool(requests) and all(requests + attended),
         whole_blocks=tuple(
             name
@@ -119,6 +126,11 @@ def _is_whole(given: tuple[Any, ...], made: Any) -> bool:
     """Tell whether hooks on a block see its backward pass begin and end: gradients of positional tensors and tuples."""
     first = made[0] if isinstance(made, tuple) and made else made
     return bool(given) and all(isinstance(value, Tensor) and value.requires_grad for value in (given[0], first))
+
+
+def _is_plain_head(given: tuple[Any, ...], made: Any, logits: Any) -> bool:
+    """Tell whether a head made these logits by itself, from one hidden state for each token and nothing else."""
+    return made is logits and len(given) == 1 and isinstance(given[0], Tensor) and given[0].shape[:-1] == (1, _LENGTH)
 
 
 def _shared(model: PreTrainedModel) -> set[int]:

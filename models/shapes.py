@@ -292,3 +292,12 @@ def _llama_shape(config: Mapping[str, Any], family: str) -> Shape:
         mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
         qk_norm=family == "qwen3",
     )
+
+
+_CPU_CHUNK, _CHUNK = 1 << 24, 1 << 27
+"""Logits that a fused head makes at a time: enough tokens to keep a GPU's matrix units busy, 256 MiB in 16 bits."""
+
+
+def head_tokens(tokens: int, vocabulary: int, *, on_cpu: bool) -> int:
+    """Return how many of some tokens a fused head works on at a time: an eighth of them or fewer."""
+    return max(1, min((_CPU_CHUNK if on_cpu else _CHUNK) // vocabulary, -(-tokens // 8)))

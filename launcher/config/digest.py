@@ -34,6 +34,8 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     leaves = flatten(spec.model_dump(by_alias=True))
     if spec.schedule.kind != "wsd":  # nothing comes of it, and runs of other kinds are older than this key
         del leaves["schedule.decay"]
+    if not spec.fused_head:  # runs are older than this key
+        del leaves["fused_head"]
     return {
         key: value
         for key, value in leaves.items()

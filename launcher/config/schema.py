@@ -254,6 +254,8 @@ class RunSpec(_Section):
     """Recompute each block's activations in the backward pass instead of keeping them."""
     compile: bool = False
     """Compile each block with torch.compile; off until it is measured on a GPU to be faster in every cell."""
+    fused_head: bool = False
+    """Compute the output head and the loss in one, chunk by chunk: logits are never whole, and are made twice."""
     trust_remote_code: bool = False
     """Let a model from the hub run its own Python code."""
     hardware: str | None = None

@@ -21,6 +21,7 @@ from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.construct import unfit
 from halfstep.launcher.plan.plan import Plan
 from halfstep.models import network as model_build
+from halfstep.models.fused_head import FusedHead
 from halfstep.models.observe import Observed, blocks, leave_out_masks, observe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,6 +39,8 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     seen = _observed(plan)
     if seen.plainly_causal:
         leave_out_masks(model)
+    if plan.fused_head:
+        FusedHead(_plain_head(model, plan, seen), plan.model.vocabulary)
     if plan.zero == 3:
         _gather_blocks_at_once(model, seen)
         _gather_experts_at_once(model)
@@ -99,6 +102,18 @@ def _compile_blocks(engine: Engine, plan: Plan, seen: Observed) -> None:
     torch._dynamo.config.recompile_limit = max(limit, _PROGRAMS_OF_A_BLOCK * len(kinds))
     for block in kinds.values():
         block.forward = torch.compile(block.forward)
+
+
+def _plain_head(model: PreTrainedModel, plan: Plan, seen: Observed) -> torch.nn.Linear:
+    """Return the head whose products are the model's logits."""
+    head = model.get_output_embeddings()
+    if not seen.plain_head or not isinstance(head, torch.nn.Linear):
+        raise RefusedError(
+            f"the loss of {plan.model.name} cannot be made in its head: its logits are not a plain product",
+            where="fused_head=true",
+            fix="take fused_head=false",
+        )
+    return head
 
 
 def _gather_blocks_at_once(model: PreTrainedModel, seen: Observed) -> None:

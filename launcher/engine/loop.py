@@ -47,8 +47,7 @@ def train(run: Training) -> None:
                     batch = batches.take()
                 with meter.computing():
                     run.phase("forward", step)
-                    logits = batch.logits(engine)
-                loss = _weighted_loss(batch, logits, mean_count)
+                    loss = _weighted_loss(run, batch, engine, mean_count)
                 run.phase("backward", step)
                 loss_sum += guard.backward(loss)
                 batches.look_ahead()  # while a GPU still has all of this to do
@@ -70,16 +69,16 @@ def train(run: Training) -> None:
         _boundary(run, step, rate, stopping=reading.stop)
 
 
-def _weighted_loss(batch: MicroBatch, logits: Tensor, mean_count: float) -> Tensor:
+def _weighted_loss(run: Training, batch: MicroBatch, model: Any, mean_count: float) -> Tensor:
     """DeepSpeed averages over micro-batches and ranks: one with fewer targets than others counts less."""
-    return batch.loss(logits) * (batch.target_count / mean_count)
+    return run.loss_of(batch, model) * (batch.target_count / mean_count)
 
 
 def _losses(run: Training, step: int, mean_count: float, model: Any) -> Iterator[Tensor]:
     """Yield the losses of a step's micro-batches once more, each with a mark: together they may take a step's time."""
     for batch in run.feed.micro_batches(step):
         run.mark("forward", step)
-        yield _weighted_loss(batch, batch.logits(model), mean_count)
+        yield _weighted_loss(run, batch, model, mean_count)
 
 
 def _begin(run: Training) -> None:
@@ -119,11 +118,8 @@ def _evaluate(run: Training, step: int) -> bool:
         run.phase("evaluate", step)
         if run.stopping_anywhere():
             return False
-        logits = batch.logits(run.engine)
-        if rows:
-            own = batch.rows(rows)
-            loss_sum += own.loss(logits[:rows], reduction="sum")
-            target_count += own.target_count
+        loss_sum += run.loss_of(batch, run.engine, rows=rows, reduction="sum")
+        target_count += batch.rows(rows).target_count if rows else 0
     run.engine.train()
     total, count = sum_over_ranks([loss_sum, target_count], run.engine.device)
     if count:

@@ -1,7 +1,10 @@
 """What the loop works with: the engine and what stands around it, as one argument."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.engine.feed import Batches
@@ -11,6 +14,7 @@ from halfstep.launcher.engine.state.saving import Saver
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
+from halfstep.models import fused_head
 
 _FAULT_POINTS = {"data": "data", "forward": "fwd", "backward": "bwd", "step": "step", "evaluate": "eval"}
 _JOINT = ("step", "evaluate")
@@ -39,6 +43,11 @@ class Training:
     """Called with the phase and the step whenever something has moved."""
     stop_reason: Callable[[], str | None] = lambda: None
     """Why this rank was asked to stop, if it was."""
+
+    @functools.cached_property
+    def loss_of(self) -> Callable[..., Tensor]:
+        """What makes the loss of a batch: `MicroBatch.loss_by`, or what stands for it where the head is fused."""
+        return fused_head.loss_of(self.engine.module)
 
     def phase(self, name: str, step: int) -> None:
         """Mark that a phase begins, and let happen what is set for it."""

@@ -6,8 +6,10 @@ a test holds them against the tensors that autograd really saves.
 
 from dataclasses import dataclass
 
+from halfstep.launcher.forecast.states import FULL
 from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.system.heap import MAPPED
+from halfstep.models import shapes
 from halfstep.models.shapes import Shape
 
 _CPU_CHUNK = 4 << 18
@@ -33,7 +35,9 @@ class Activations:
     working: int
     """What one block's backward pass holds beside what was kept."""
     logits: int
-    """The logits, which live until the next forward pass has made new ones."""
+    """The logits, which live until the next forward pass has made new ones; none where the head is fused."""
+    made: int
+    """The logits that the head makes at a time."""
     loss: int
     """What the loss holds more, at its worst."""
     head_copies: int
@@ -56,6 +60,7 @@ def activations(workload: Workload) -> Activations:
             ends=0,
             working=0,
             logits=0,
+            made=0,
             loss=0,
             head_copies=0,
             block_copies=0,
@@ -66,17 +71,22 @@ def activations(workload: Workload) -> Activations:
     block = _block(workload, shape) * tokens
     hidden = element * shape.width * tokens
     norm = 2 * hidden if shape.family == "gpt2" else _rms_norm(shape, element) * tokens
-    logits = element * shape.vocabulary * tokens
-    loss = logits + _loss_work(workload, shape) if workload.fused_loss else _hf_loss(workload, logits)
+    headed = shapes.head_tokens(tokens, shape.vocabulary, on_cpu=workload.accelerator == "cpu")
+    headed = headed if workload.fused_head else tokens
+    made = element * shape.vocabulary * headed
+    loss = made + _loss_work(workload, shape, headed) if workload.fused_loss else _hf_loss(workload, made)
+    if workload.fused_head:  # the logits beside their gradient, that of the hidden states, of the weights with its sums
+        loss += made + hidden + 2 * FULL * shape.vocabulary * shape.width
     widest = max(2 * shape.ffn, 4 * shape.width)
     return Activations(
         block=block,
         kept=shape.layers * (hidden if workload.activation_checkpointing else block),
         ends=norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
         working=element * (widest + 2 * shape.width) * tokens,
-        logits=logits,
+        logits=0 if workload.fused_head else made,
+        made=made,
         loss=loss,
-        head_copies=_copies(workload, tokens, shape.width, shape.vocabulary),
+        head_copies=_copies(workload, headed, shape.width, shape.vocabulary),
         block_copies=_copies(workload, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
         heap=_heap(workload, shape, block),
         evaluation=element * (widest + 3 * shape.width) * tokens,
@@ -132,9 +142,8 @@ def _dropped(workload: Workload, shape: Shape) -> int:
     return workload.element_bytes if workload.accelerator == "cpu" else 1
 
 
-def _loss_work(workload: Workload, shape: Shape) -> int:
+def _loss_work(workload: Workload, shape: Shape, tokens: int) -> int:
     """Return what our loss holds beside the gradient of the logits: a few numbers a row, on a CPU a chunk in fp32."""
-    tokens = workload.micro * workload.sequence
     return _KERNEL_ROW * tokens if workload.accelerator == "cuda" else min(_CPU_CHUNK, 4 * shape.vocabulary * tokens)
 
 

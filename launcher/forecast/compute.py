@@ -105,7 +105,7 @@ def head(workload: Workload, layout: Layout, hardware: Hardware, known: Calibrat
     logits = tokens * shape.vocabulary / layout.tensor
     fused = known.compiled if layout.compiled else 1.0
     return MicroStep(
-        matmul=6 * logits * shape.width / (_reach(workload, hardware) * known.matmul),
+        matmul=(8 if workload.fused_head else 6) * logits * shape.width / (_reach(workload, hardware) * known.matmul),
         attention=0.0,
         memory=known.loss * fused * logits * workload.element_bytes / hardware.bandwidth,
         host=0.0,

@@ -131,6 +131,8 @@ def _changes(workload: Workload) -> list[tuple[str, Workload]]:
         micro = largest_part(workload.micro)
         more = workload.accumulation * workload.micro // micro
         singles.append((f"batch.micro={micro}", dataclasses.replace(workload, micro=micro, accumulation=more)))
+    if workload.shape and not workload.fused_head:
+        singles.append(("fused_head=true", dataclasses.replace(workload, fused_head=True)))
     if not workload.activation_checkpointing:
         singles.append(("activation_checkpointing=true", _recomputing(workload)))
     if workload.accelerator == "cuda" and workload.offload_optimizer == "none":

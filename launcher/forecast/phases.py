@@ -149,7 +149,7 @@ def _evaluation(case: _Case) -> tuple[Buffer, ...]:
     kept = case.kept
     return (
         *_gathered(case, kept=False),
-        Buffer("logits", kept.logits, "of one batch"),
+        Buffer("logits", kept.made, "of one batch"),
         Buffer("activations", kept.evaluation, "one block at a time"),
         *_copies(kept.head_copies),
     )
@@ -194,7 +194,7 @@ def _loss(case: _Case) -> tuple[Buffer, ...]:
         *_gathered(case),
         _activations(case),
         Buffer("logits", kept.logits, f"{workload.precision}"),
-        Buffer("loss", kept.loss, note),
+        Buffer("loss", kept.loss, "head and loss of a chunk, and their gradients" if workload.fused_head else note),
         *_copies(kept.head_copies),
     )
 

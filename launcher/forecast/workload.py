@@ -59,6 +59,8 @@ class Workload:
     overlap_comm: bool = False
     fused_loss: bool = True
     """Our own loss; False: transformers'."""
+    fused_head: bool = False
+    """Whether the head and the loss are made in one, in chunks of tokens (models/fused_head.py)."""
     compile: bool = False
     widened: bool = False
     """Whether matrices are multiplied as fp32 copies: fp16 on a CPU without it (engine/numerics/cpu_fp16.py)."""
@@ -82,6 +84,7 @@ def of(
     sequence: int,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    fused_head: bool = False,
     repairs: bool = True,
 ) -> Workload:
     """Return the workload of a DeepSpeed config; `repairs`: whether stage 0 accumulates in fp32 as the rest do.
@@ -117,6 +120,7 @@ def of(
         persistence_threshold=int(section.get("stage3_param_persistence_threshold", 100_000)),
         overlap_comm=bool(section.get("overlap_comm", zero == 3)),
         compile=compile,
+        fused_head=fused_head,
         widened=precision == "fp16" and topology.accelerator == "cpu" and not compile and not multiplies_fp16(),
     )
 

@@ -44,22 +44,28 @@ class Case:
     activation_checkpointing: bool = False
     offload: str = "none"
     compile: bool = False
+    fused_head: bool = False
 
     def at_stage_1(self) -> "Case":
-        """Return the same run at ZeRO stage 1, uncompiled, with everything on the device: what it is compared with."""
-        return replace(self, zero=1, offload="none", compile=False)
+        """Return the same run at stage 1, uncompiled, its head apart, all on the device: what it is compared with."""
+        return replace(self, zero=1, offload="none", compile=False, fused_head=False)
+
+    def plain(self) -> "Case":
+        """Return the case of the reference, which depends neither on the stage nor on how the same is computed."""
+        return replace(self.at_stage_1(), zero=0, activation_checkpointing=False)
 
     def __str__(self) -> str:
         extra = ", activation checkpointing" if self.activation_checkpointing else ""
         extra += "" if self.offload == "none" else f", offload {self.offload}"
         extra += ", compiled" if self.compile else ""
+        extra += ", fused head" if self.fused_head else ""
         clip = f"clip {self.clip:g}" if self.clip else "no clip"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return f"{self.family} {self.optimizer}, accumulation {self.accumulation}, {clip}, {ranks}{extra}"
 
 
 def every_case() -> list[Case]:
-    """Return every combination, and activation checkpointing and a compiled model once in every cell."""
+    """Return every combination, and once in every cell what computes the same in another way."""
     cases = [
         Case(
             zero=zero,
@@ -80,7 +86,7 @@ def every_case() -> list[Case]:
             (1, 0, 2, 3),
         )
     ]
-    return cases + _cells(_CHECKPOINTED) + _cells(_COMPILED)
+    return cases + _cells(_CHECKPOINTED) + _cells(_COMPILED) + _cells(_FUSED_HEAD)
 
 
 def default_cases() -> list[Case]:
@@ -108,6 +114,13 @@ _CHECKPOINTED: dict[str, Any] = {
     "activation_checkpointing": True,
 }
 _COMPILED: dict[str, Any] = {**_CHECKPOINTED, "activation_checkpointing": False, "compile": True}
+_FUSED_HEAD: dict[str, Any] = {
+    **_CHECKPOINTED,
+    "accumulation": 2,
+    "world_size": 2,
+    "activation_checkpointing": False,
+    "fused_head": True,
+}
 _DEFAULT: list[dict[str, Any]] = [
     {"accumulation": 1, "clip": 0.0, "world_size": 1, "optimizer": "adamw", "family": "gpt2"},
     {"accumulation": 2, "clip": BINDING_CLIP, "world_size": 2, "optimizer": "adamw", "family": "gpt2"},
@@ -173,6 +186,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool) -> Plan:
         f"activation_checkpointing={str(case.activation_checkpointing).lower()}",
         f"offload={case.offload}",
         f"compile={str(case.compile).lower()}",
+        f"fused_head={str(case.fused_head).lower()}",
         f"numerics.repairs={str(repairs).lower()}",
     ]
     request = load(arguments)

@@ -38,9 +38,7 @@ def main(job_file: Path) -> None:
     met = file_store(Path(job["out"]).with_suffix(".store"), rank)
     distributed.join(rank, plan_of(reported[0], world, repairs=job["repairs"]), met)
     distributed.quiet_deepspeed(Path(job["log"]))
-    reference = functools.cache(
-        lambda case: trial.on_the_reference(plan_of(dataclasses.replace(case, zero=0), world, repairs=True))
-    )
+    reference = functools.cache(lambda case: trial.on_the_reference(plan_of(case, world, repairs=True)))
     stage_1: dict[Case, Series] = {}
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for case in needed:
@@ -49,9 +47,7 @@ def main(job_file: Path) -> None:
             if case.zero == 1:
                 stage_1[case] = series
             if rank.rank == 0 and case in reported:
-                # What the reference does depends neither on the stage nor on what is recomputed, offloaded or compiled.
-                plain = {"zero": 0, "activation_checkpointing": False, "offload": "none", "compile": False}
-                oracle = reference(dataclasses.replace(case, **plain))
+                oracle = reference(case.plain())
                 row = _row(case, series, oracle, stage_1[case.at_stage_1()])
                 out.write(json.dumps({**row, "seconds": time.perf_counter() - started}) + "\n")
                 out.flush()

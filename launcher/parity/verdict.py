@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from halfstep.launcher import topology
 from halfstep.launcher.config.digest import digest
+from halfstep.launcher.parity.cases import Case
 from halfstep.launcher.system import assets, caches, foreign, machine
 from halfstep.launcher.system.files import write_json
 
@@ -87,5 +88,4 @@ def proved(
 
 
 def _key(cell: Mapping[str, Any]) -> str:
-    names = ("zero", "precision", "accumulation", "clip", "world_size", "optimizer", "family")
-    return digest([cell[name] for name in names] + [cell["activation_checkpointing"], cell["offload"]])
+    return digest({name: cell[name] for name in Case.__dataclass_fields__})

@@ -72,6 +72,7 @@ def workload_of(plan: Plan) -> workload.Workload:
         sequence=plan.sequence,
         activation_checkpointing=plan.activation_checkpointing,
         compile=plan.compile,
+        fused_head=plan.fused_head,
         repairs=plan.numerics.repairs,
     )
 

@@ -156,6 +156,8 @@ class Plan:
     """A step's seconds and what follows from them (`forecast/run_estimate.py`); null where the device is not known."""
     warnings: list[str]
     refused_by: list[dict[str, str]]
+    fused_head: bool = False
+    """Whether the head and the loss are one."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -247,6 +249,8 @@ def run_id_of(tree: dict[str, Any]) -> str:
             kept[section].pop(key, None)
     if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
         kept["schedule"].pop("decay", None)
+    if not kept.get("fused_head"):
+        kept.pop("fused_head", None)
     for section in kept["deepspeed"]["zero_optimization"].values():
         if isinstance(section, dict):
             section.pop("nvme_path", None)

@@ -92,6 +92,7 @@ def _decided(
         "seed": spec.seed,
         "activation_checkpointing": spec.activation_checkpointing,
         "compile": spec.compile,
+        "fused_head": spec.fused_head,
         "trust_remote_code": spec.trust_remote_code,
         "schedule": curve,
         "clip": float(composed.leaves["gradient_clipping"]),

@@ -37,6 +37,7 @@ _PLANNED = {
     "steps": "steps",
     "compile": "compiled",
     "activation_checkpointing": "activation checkpointing",
+    "fused_head": "head and loss in one",
     "data.digest": "corpus",
     "data.validation_windows": "validation sequences",
     "model.parameters": "parameters",

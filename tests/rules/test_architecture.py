@@ -87,6 +87,7 @@ MAY_BE_HEAVY = (
             "causality",
             "collective",
             "draw",
+            "fused_head",
             "hf_config",
             "hf_weights",
             "loss",
