@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from halfstep.launcher.forecast import tensors
 from halfstep.launcher.forecast.calibration import Calibration
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
@@ -39,6 +40,32 @@ class MicroStep:
         if self.serial:
             return self.device + self.host
         return (self.device**_WAIT + self.host**_WAIT) ** (1 / _WAIT)
+
+
+LAUNCHED = {
+    (0, "fp32"): (0, 10),
+    (0, "bf16"): (1, 24),
+    (0, "fp16"): (1, 24),
+    (1, "fp32"): (1, 20),
+    (1, "bf16"): (6, 4),
+    (1, "fp16"): (5, 33),
+    (2, "fp32"): (13, 8),
+    (2, "bf16"): (14, 23),
+    (2, "fp16"): (14, 23),
+    (3, "fp32"): (12, 7),
+    (3, "bf16"): (13, 7),
+    (3, "fp16"): (13, 7),
+}
+"""Operators for each parameter beside the model's own, in a micro-step and once more in an optimizer step: DeepSpeed's
+hooks, sums, buckets, checks and copies. Counted on engines with torch's fused AdamW (tests/process/test_host_share.py).
+"""
+
+
+def launched(workload: Workload) -> float:
+    """Return the operators of DeepSpeed's in a micro-step, with its share of what a whole step has but once."""
+    micro_step, step = LAUNCHED[workload.zero, workload.precision]
+    count = len(tensors.of(workload.shape, workload.parameters).sizes)
+    return count * (micro_step + step / workload.accumulation)
 
 
 def recomputed(workload: Workload, layout: Layout) -> float:
@@ -87,11 +114,14 @@ def stage(workload: Workload, layout: Layout, hardware: Hardware, known: Calibra
         moved += known.scores * (1 + again / 3) * seen * size * layers
     moved += known.weight_passes * (1 + again / 3) * weights * layers * size
     host = known.host * layers * (2 + again) * (known.host_tensor if layout.tensor > 1 else 1.0)
+    host *= known.host_compiled if layout.compiled else 1.0
+    if not serial:
+        host += known.operator * launched(workload) / layout.cut
     return MicroStep(
         matmul=matmul,
         attention=attention,
         memory=moved / hardware.bandwidth,
-        host=host * (known.host_compiled if layout.compiled else 1.0),
+        host=host,
         serial=serial,
     )
 

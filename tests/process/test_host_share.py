@@ -27,6 +27,10 @@ LOOKED_AT = [(0, "fp32"), (0, "fp16"), (1, "bf16"), (2, "fp16"), (3, "fp16")]
 """Cells whose broken step is looked at by hooks as well: both wrappers of stage 0, and those of stages 1 to 3."""
 OURS = "/halfstep/launcher/"
 NOT_OURS = ("/transformers/", "/deepspeed/", "/torch/optim/", "/halfstep/models/", "/halfstep/launcher/parity/")
+EVERYBODYS = "everybody's"
+"""The count of all operators, whoever calls them."""
+MODELS = 150
+"""Operators of a block of transformers' GPT-2 in a micro-step, forward and backward."""
 WAITS = {"tolist", "cpu", "numpy"}
 """What makes a host wait for its device and is no operator on a CPU, where nothing has to be copied."""
 
@@ -57,6 +61,7 @@ class Operators(TorchDispatchMode):
         self.counts = counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[EVERYBODYS] += 1
         if is_ours():
             self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
@@ -83,6 +88,7 @@ def plan_of(zero: int, precision: str, *keys: str) -> Any:
     from halfstep.launcher.plan.resolve import resolve
 
     small = ["model=gpt2-nano", "model.width=32", "model.vocabulary=64", "data=synthetic", "sequence=32"]
+    small += ["ds.optimizer.params.torch_adam=true", "ds.optimizer.params.fused=true"]  # what steps on a GPU
     batch = [f"steps={STEPS}", "batch.global=4", "batch.micro=2", "optimizer.clip=0.05", "model.dropout=0.1"]
     request = load([*small, *batch, f"zero={zero}", f"precision={precision}", "fp16.initial_scale_power=10", *keys])
     data = DataFacts(
@@ -146,8 +152,16 @@ def counted(zero: int, precision: str, layers: int) -> dict[str, Any]:
 
     rank = Rank(plan_of(zero, precision, f"model.layers={layers}"))
     rank.train(after_step)
+    everybodys = counts.pop(EVERYBODYS)
     waits = counts.pop("wait", 0) + counts["aten._local_scalar_dense.default"]
-    return {"waits": waits, "operators": counts, "losses": rank.losses, "events": rank.events, "marks": rank.marks}
+    return {
+        "waits": waits,
+        EVERYBODYS: everybodys,
+        "operators": counts,
+        "losses": rank.losses,
+        "events": rank.events,
+        "marks": rank.marks,
+    }
 
 
 def looked_at(zero: int, precision: str) -> dict[str, Any]:
@@ -204,6 +218,15 @@ def test_our_operators_in_a_step_do_not_grow_with_the_model(seen: dict[str, Any]
     two, four = (seen[f"z{zero} {precision} {layers}"]["operators"] for layers in LAYERS)
     assert two == four
     assert 10 < sum(two.values()) < 60, two
+
+
+@pytest.mark.parametrize(("zero", "precision"), CELLS)
+def test_the_planner_knows_how_many_operators_deepspeed_adds(seen: dict[str, Any], zero: int, precision: str) -> None:
+    from halfstep.launcher.forecast import compute
+
+    two, four = (seen[f"z{zero} {precision} {layers}"][EVERYBODYS] for layers in LAYERS)
+    micro_step, step = compute.LAUNCHED[zero, precision]
+    assert (four - two) / 2 == pytest.approx(2 * MODELS + 12 * (2 * micro_step + step), rel=0.05)
 
 
 @pytest.mark.parametrize("cell", [f"z{zero} {precision}" for zero, precision in LOOKED_AT])

@@ -32,6 +32,7 @@ IDEAL = Calibration(
     shown=0.5,
     straggling=0.0,
     stage3=1.0,
+    operator=0.0,
     factors={},
 )
 
@@ -178,6 +179,22 @@ def test_the_slower_of_host_and_device_decides() -> None:
     )
     layers = small.shape.layers if small.shape else 0
     assert compute.stage(small, Layout(), H100, slow).seconds == pytest.approx(2.0 * layers, rel=1e-3)
+
+
+def test_the_host_launches_what_deepspeed_adds_for_each_parameter() -> None:
+    known = dataclasses.replace(IDEAL, host=0.0, operator=1e-3)
+    counts = {0: 1 + 24 / 4, 1: 6 + 4 / 4, 2: 14 + 23 / 4, 3: 13 + 7 / 4}
+    for zero, operators in counts.items():
+        small = workload(zero=zero, micro=1, sequence=128)
+        assert small.shape is not None
+        parameters_of_gpt = 12 * small.shape.layers + 4
+        assert compute.launched(small) == operators * parameters_of_gpt
+        assert compute.stage(small, Layout(), H100, known).host == pytest.approx(1e-3 * operators * parameters_of_gpt)
+    on_cpus = workload(accelerator="cpu")
+    assert compute.stage(on_cpus, Layout(), H100, known).host == 0, "their own constants have it"
+    slow = dataclasses.replace(known, operator=1.0)
+    assert step(workload(), known=slow) > 20
+    assert step(workload(), known=slow, stack="nanogpt") < 20, "counted were DeepSpeed's"
 
 
 def test_a_pipeline_waits_for_its_bubble() -> None:
