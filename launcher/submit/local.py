@@ -22,6 +22,10 @@ from halfstep.launcher.system.processes import LAUNCHER, marked, this_process
 from halfstep.launcher.topology import prefer_cpu
 from halfstep.launcher.watchdog import reaper as reaper_page
 
+MARK = "HALFSTEP_LAUNCH"
+"""The variable that names a launch: whatever it starts bears it, wherever it moves."""
+SET_HERE = ("DS_ACCELERATOR", "OMP_NUM_THREADS", MARK, SECRET_VARIABLE, LAUNCHER)
+"""The variables that a launch sets for its ranks, on whatever host; and CONSENT_VARIABLE, where it has consent."""
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -56,8 +60,7 @@ def start(
     prefer_cpu(environment)
     # torchrun would set one thread a rank, whatever the machine has.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
-    # Whatever is started from here on bears this name, wherever it moves: torchrun gives each rank its own session.
-    environment["HALFSTEP_LAUNCH"] = launch
+    environment[MARK] = launch  # torchrun gives each rank its own session, but leaves it this
     if trusted:
         environment[CONSENT_VARIABLE] = str(run)
     environment[SECRET_VARIABLE] = secrets.token_hex(32)
@@ -65,7 +68,7 @@ def start(
     reaper = None
     if remote is not None:
         write_environment(remote, environment)
-        command = [sys.executable, "-S", "-P", reaper_page.__file__, str(os.getpid()), f"HALFSTEP_LAUNCH={launch}"]
+        command = [sys.executable, "-S", "-P", reaper_page.__file__, str(os.getpid()), f"{MARK}={launch}"]
         reaper = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     stop, end = run / STOP_FILE, time.monotonic() + limit
     with _output(log) as out, _heard() as signals, subprocess.Popen(
@@ -75,13 +78,13 @@ def start(
         try:
             while process.poll() is None:
                 if signals.count(signal.SIGINT) >= 2:
-                    _end(f"HALFSTEP_LAUNCH={launch}", _newest(run, before))
+                    _end(f"{MARK}={launch}", _newest(run, before))
                     process.wait()
                     print("interrupted", file=sys.stderr, flush=True)
                     return Interrupted.exit_code
                 if limit and time.monotonic() > end:
                     cause = f"it took longer than the {limit:g} s it was given"
-                    _end(f"HALFSTEP_LAUNCH={launch}", _newest(run, before), EXIT_TIMED_OUT, cause)
+                    _end(f"{MARK}={launch}", _newest(run, before), EXIT_TIMED_OUT, cause)
                     process.wait()
                     return EXIT_TIMED_OUT
                 if signals and not asked:
@@ -89,7 +92,7 @@ def start(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
             status = _status(process.wait())
-            _wait_for_the_rest(f"HALFSTEP_LAUNCH={launch}", signals)
+            _wait_for_the_rest(f"{MARK}={launch}", signals)
         finally:
             if ours:
                 stop.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import os
 import shlex
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
-from halfstep.launcher.submit import hostfile, spread
+from halfstep.launcher.rundir.trust import CONSENT_VARIABLE
+from halfstep.launcher.submit import hostfile, local, spread
 from halfstep.launcher.topology import Topology
 
 Make = Callable[..., Plan]
@@ -64,6 +66,8 @@ def test_the_command_of_each_starter(plan: Make, tmp_path: Path, monkeypatch: py
     command = spread.STARTERS["deepspeed"](made, run, both, "openmpi")
     assert command[:3] == ["env", "MASTER_ADDR=a", "MASTER_PORT=12345"]
     assert "-x HF_HOME" in command[-3]
+    named = set(command[-3].removeprefix("--launcher_args=-x ").split(" -x "))
+    assert named >= {*local.SET_HERE, CONSENT_VARIABLE}, "mpirun passes on what it is told to, and nothing else"
     for name, expected in (("torchrun", "--node-rank %n"), ("accelerate", "--machine_rank %n")):
         command = spread.STARTERS[name](made, Path("/runs/it's 50%"), both, "pdsh")
         assert command[:7] == ["pdsh", "-S", "-N", "-R", "ssh", "-w", "a,b"]
@@ -145,3 +149,19 @@ def test_a_variable_s_name_puts_no_line_into_the_environment_of_other_hosts(tmp_
     text = (tmp_path / "environment").read_text()
     assert text.splitlines() == ["export HF_HOME='/it'\"'\"'s'", "export HALFSTEP_REMOTE=1"]
     assert list(hostfile.exported({name: "x"})) == []
+
+
+def test_what_a_launch_sets_for_its_ranks_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open MPI's ranks on other hosts once had no secret, and could not join: it had been set and not listed."""
+    before = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    for name in os.environ:
+        monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(local, "_verdict", lambda run, attempt, status: status)
+    seen = tmp_path / "seen"
+    argv = [sys.executable, "-c", f"import os; open({str(seen)!r}, 'w').write(' '.join(os.environ))"]
+    assert local.start(argv, tmp_path, 1, launch="one", trusted=True) == 0
+    added = set(seen.read_text().split()) - set(before) - {"LC_CTYPE"}
+    assert added <= {*local.SET_HERE, CONSENT_VARIABLE}
+    assert added >= {local.MARK, CONSENT_VARIABLE, "HALFSTEP_SECRET", "HALFSTEP_LAUNCHER"}
