@@ -1,4 +1,7 @@
-"""Write ds_configs/README.md from the fragments and the rules: `python -m tools.catalogue [--check]`."""
+"""Write the generated pages: `python -m tools.catalogue [--check]`.
+
+They are ds_configs/README.md, from the fragments and the rules, and docs/deepspeed-keys.md (tools/key_page.py).
+"""
 
 import functools
 import json
@@ -11,6 +14,7 @@ from halfstep.launcher.plan import batch, rules
 from halfstep.launcher.plan.ds import dsconfig, dsfile
 from halfstep.launcher.system import assets
 from halfstep.launcher.topology import Topology
+from tools import key_page
 
 _HEAD = """# DeepSpeed fragments
 
@@ -100,15 +104,17 @@ def _legal_cases() -> list[dict[str, object]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, or with --check compare it; 1 where it is out of date."""
-    file = assets.folder("ds_configs") / "README.md"
-    if arguments == ["--check"]:
-        if file.is_file() and file.read_text("utf-8") == page():
-            return 0
-        print(f"{file.name} in ds_configs/ is out of date: run `python -m tools.catalogue`", file=sys.stderr)
-        return 1
-    file.write_text(page(), "utf-8")
-    return 0
+    """Write the pages, or with --check compare them; 1 where one is out of date."""
+    folder = assets.folder("ds_configs")
+    pages = {folder / "README.md": page(), folder.parent / "docs" / "deepspeed-keys.md": key_page.page()}
+    if arguments != ["--check"]:
+        for file, text in pages.items():
+            file.write_text(text, "utf-8")
+        return 0
+    stale = [file for file, text in pages.items() if not file.is_file() or file.read_text("utf-8") != text]
+    for file in stale:
+        print(f"{file.parent.name}/{file.name} is out of date: run `python -m tools.catalogue`", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

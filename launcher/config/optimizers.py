@@ -84,9 +84,9 @@ _ROWS = (
         reference="SGD",
     ),
     Optimizer(type="Adam", states=_TWO_MOMENTS, operators=_ADAM_OPERATORS),
-    Optimizer(type="Adagrad", states=(State(name="sum"),)),
+    Optimizer(type="Adagrad", states=(State(name="sum"),), reference="Adagrad"),
     Optimizer(type="Lamb", states=_TWO_MOMENTS, tested_with_zero=False),
-    Optimizer(type="Lion", states=(State(name="exp_avg"),)),
+    Optimizer(type="Lion", states=(State(name="exp_avg"),), reference="Lion"),
     Optimizer(type="Muon", states=(State(name="momentum_buffer"),)),
 )
 _BY_TYPE = {row.type.lower(): row for row in _ROWS}

@@ -34,11 +34,14 @@ def main(job_file: Path) -> None:
 
     world = topology.describe(rank.world_size, rank.local_world_size)
     reported = [Case(**fields) for fields in job["cases"]]
-    needed = dict.fromkeys(run for case in reported for run in (case.at_stage_1(), case))
+    twins = {case: case.at_stage_1() for case in reported if case.has_twin_at_stage_1}
+    needed = dict.fromkeys(run for case in reported for run in (*([twins[case]] if case in twins else []), case))
     met = file_store(Path(job["out"]).with_suffix(".store"), rank)
     distributed.join(rank, plan_of(reported[0], world, repairs=job["repairs"]), met)
     distributed.quiet_deepspeed(Path(job["log"]))
-    reference = functools.cache(lambda case: trial.on_the_reference(plan_of(case, world, repairs=True)))
+    reference = functools.cache(
+        lambda case: trial.on_the_reference(plan_of(case, world, repairs=True, for_the_reference=True))
+    )
     stage_1: dict[Case, Series] = {}
     with Path(job["out"]).open("a", encoding="utf-8") as out:
         for case in needed:
@@ -48,17 +51,17 @@ def main(job_file: Path) -> None:
                 stage_1[case] = series
             if rank.rank == 0 and case in reported:
                 oracle = reference(case.plain())
-                row = _row(case, series, oracle, stage_1[case.at_stage_1()])
+                row = _row(case, series, oracle, stage_1.get(twins.get(case, case)))
                 out.write(json.dumps({**row, "seconds": time.perf_counter() - started}) + "\n")
                 out.flush()
     distributed.leave()
 
 
-def _row(case: Case, series: "Series", oracle: "Series", stage_1: "Series") -> dict[str, Any]:
+def _row(case: Case, series: "Series", oracle: "Series", stage_1: "Series | None") -> dict[str, Any]:
     from halfstep.launcher.parity import distance
 
     compared = distance.deviations(case, series, oracle, "oracle")
-    if case != case.at_stage_1():
+    if stage_1 is not None and stage_1 is not series:
         compared += distance.deviations(case, series, stage_1, "stage 1")
     worst = distance.worst(compared)
     return {

@@ -122,3 +122,21 @@ class MixedPrecisionTrainer:
         if self.scale:
             self.scale.grow()
         return done
+
+
+class Lion(Optimizer):
+    """Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2; torch has none."""
+
+    def __init__(self, groups: ParameterGroups, lr: float, betas: tuple[float, float], weight_decay: float = 0) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move every parameter by the learning rate, in the direction of its gradient's sign."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
+                direction = (first * momentum + (1 - first) * parameter.grad).sign()
+                parameter -= group["lr"] * (direction + group["weight_decay"] * parameter)
+                momentum.copy_(second * momentum + (1 - second) * parameter.grad)

@@ -1,6 +1,7 @@
 """Run one case on DeepSpeed through the training loop itself, or on the reference, and keep what they are judged by."""
 
 import contextlib
+import functools
 import gc
 import math
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from halfstep.launcher.config import optimizers
@@ -18,6 +20,7 @@ from halfstep.launcher.engine.state import training_state
 from halfstep.launcher.engine.training import Training
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import NumericsError
+from halfstep.launcher.parity import reference
 from halfstep.launcher.parity.cases import POISONED_STEP
 from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterGroups, Scale
 from halfstep.launcher.plan.plan import Plan
@@ -25,6 +28,8 @@ from halfstep.launcher.rundir.metric_rows import StepRecord
 from halfstep.models import network as model_build
 from halfstep.models.micro_batch import MicroBatch
 
+_OPTIONS = ("betas", "eps", "momentum")
+"""Of an optimizer, beside the learning rate and the weight decay: named alike by DeepSpeed, torch and the reference."""
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -98,6 +103,7 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
         series.skipped += [True] * missing
     finally:
         engine.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # a process may have hpZ's group once, and keeps it
         gc.collect()
     return series
 
@@ -149,12 +155,14 @@ def on_the_reference(plan: Plan) -> Series:
     def make_optimizer(groups: ParameterGroups) -> torch.optim.Optimizer:
         row = optimizers.of(plan.deepspeed["optimizer"]["type"])
         assert row.reference, f"the gate knows no reference for {row.type}"
-        return getattr(torch.optim, row.reference)(
-            groups, lr=settings["lr"], **{name: settings[name] for name in row.parameters}
-        )
+        made = getattr(torch.optim, row.reference, None) or getattr(reference, row.reference)
+        return made(groups, lr=settings["lr"], **{name: settings[name] for name in _OPTIONS if name in settings})
 
     trainer = MixedPrecisionTrainer(model, make_optimizer, clip=plan.clip, scale=scale, group_of=group_of)
     device = next(model.parameters()).device
+    section = plan.deepspeed.get("torch_autocast", {})
+    lower = getattr(torch, str(section.get("dtype", "bfloat16")).removeprefix("torch."))
+    autocast = functools.partial(torch.autocast, device.type, lower, bool(section.get("enabled")))
     feed = SyntheticFeed(plan, 0, device)
     before = torch.cat([master.flatten() for master in trainer.masters.values()]).cpu()
     series = Series()
@@ -171,7 +179,8 @@ def on_the_reference(plan: Plan) -> Series:
             model: nn.Module, share: tuple[MicroBatch, int], step: int = step, mean_count: float = mean_count
         ) -> Tensor:
             batch, rank = share
-            loss = batch.loss(batch.logits(model)) * (batch.target_count / mean_count)
+            with autocast():
+                loss = batch.loss(batch.logits(model)) * (batch.target_count / mean_count)
             return loss * math.nan if step == POISONED_STEP and rank == 0 else loss
 
         done = trainer.step(shares, loss_of, plan.schedule.learning_rate(step))

@@ -1,7 +1,10 @@
 """What a Plan should be warned of: legal, and perhaps not what was meant."""
 
+from collections.abc import Mapping
+
 from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.plan.batch import Batch
+from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.plan import DataPlan, Plan
 from halfstep.launcher.plan.schedule import Schedule
 from halfstep.models.presets import PRESETS
@@ -39,6 +42,15 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
     if data.validation_prefix is None:
         said.append("the corpus has no validation split: no evaluation")
     return said
+
+
+def without_effect(setting: effects.Setting, origins: Mapping[str, str]) -> list[str]:
+    """Return what to say of DeepSpeed keys that somebody set and that do nothing in this run."""
+    return [
+        f"{effect.path} from {origin} does nothing in this run: {effect.because}"
+        for effect, origin, in_a_file in effects.said(setting, origins)
+        if effect.kind == effects.INERT and effect.because and (in_a_file or not effect.always)
+    ]
 
 
 def memory_warning(plan: Plan, capacity_bytes: int | None) -> str | None:

@@ -4,14 +4,17 @@ import copy
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from halfstep.launcher.config.digest import digest
+from halfstep.launcher.config.digest import changes, digest
+from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.batch import Batch
+from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.schedule import Schedule
 from halfstep.launcher.topology import Topology
 
@@ -179,6 +182,17 @@ class Plan:
     def repairs_on(self) -> bool:
         """Whether what DeepSpeed gets wrong in this cell is repaired; only stage 0 in half precision needs it."""
         return self.numerics.repairs or self.zero != 0 or self.precision == "fp32"
+
+    def setting(self) -> effects.Setting:
+        """Return what the effect of a DeepSpeed key depends on."""
+        leaves = flatten(self.deepspeed)
+        return effects.Setting(zero=self.zero, precision=self.precision, topology=self.topology, leaves=leaves)
+
+    def changed_from(self, identity: Mapping[str, Any]) -> list[str]:
+        """Return the keys that make this another run than one of that identity; what does nothing may come and go."""
+        changed = changes(identity, self.identity)
+        pointless = effects.make_no_other_run(changed, identity, self.setting())
+        return [key for key in changed if key not in pointless]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries."""

@@ -2,6 +2,7 @@
 
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.forecast import memory_table, time_table
+from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.plan import DataPlan, Plan
 
 
@@ -43,12 +44,13 @@ def lines(plan: Plan) -> list[str]:
         f"checkpoints  {_checkpoints(plan)}",
         f"run id       {plan.run_id or 'needs data='}",
         "",
-        "DeepSpeed config",
+        "DeepSpeed config, what each key does (docs/deepspeed-keys.md), and where it comes from",
     ]
-    leaves = flatten(plan.deepspeed)
+    leaves, setting = flatten(plan.deepspeed), plan.setting()
     width = max(len(key) for key in leaves) + max(len(_value(value)) for value in leaves.values()) + 2
     for key in sorted(leaves):
-        text.append(f"  {f'{key} {_value(leaves[key]):>{width - len(key) - 1}}'}  # {plan.origins[key]}")
+        effect = effects.of(key, setting).kind
+        text.append(f"  {f'{key} {_value(leaves[key]):>{width - len(key) - 1}}'}  # {effect:<8}  {plan.origins[key]}")
     text += ["", *warnings(plan)]
     text += [
         f"REFUSED by rule {broken['rule']}: {broken['sentence']}\n"

@@ -12,7 +12,7 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan import batch as batch_equation
 from halfstep.launcher.plan import estimate, rules, schedule
-from halfstep.launcher.plan.cautions import warnings_of
+from halfstep.launcher.plan.cautions import warnings_of, without_effect
 from halfstep.launcher.plan.ds import adopt, dsconfig
 from halfstep.launcher.plan.ds.dsfile import Own
 from halfstep.launcher.plan.facts import Facts
@@ -105,7 +105,11 @@ def _decided(
         "deepspeed": composed.config(),
         "origins": composed.origins,
         "memory": {},
-        "warnings": warnings_of(spec, batch, data, curve, sequence) + list(own.warnings if own else ()),
+        "warnings": [
+            *warnings_of(spec, batch, data, curve, sequence),
+            *(own.warnings if own else ()),
+            *without_effect(rules.setting_of(case), composed.origins),
+        ],
         "refused_by": [dataclasses.asdict(violation) for violation in rules.violations(case)],
     }
     return Plan(run_id="", time={}, **decided)

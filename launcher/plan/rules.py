@@ -2,6 +2,7 @@
 
 from halfstep.launcher.config import optimizers
 from halfstep.launcher.plan import rules_deepspeed
+from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.ds.dsconfig import OFFLOADS, named
 from halfstep.launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
 
@@ -146,7 +147,37 @@ def violations(case: Case) -> list[Violation]:
         for rule in RULES
         if rule.broken(case)
     ]
-    return broken + _disagreements(case) + _offloaded_otherwise(case) + _dropped(case)
+    broken += _disagreements(case) + _offloaded_otherwise(case) + _dropped(case)
+    return broken + _without_use(case, " ".join(violation.where for violation in broken))
+
+
+def _without_use(case: Case, named_already: str) -> list[Violation]:
+    """Return the keys that somebody set and that end a run, and those that do nothing.
+
+    What does nothing in any run is refused where it is asked for as this one's own. A file may be shared with other
+    programs, and a study pins what matters to some of its cells: those keys are warned of (cautions.py).
+    """
+    return [
+        Violation(
+            rule=f"key-is-{effect.kind}",
+            sentence=f"{effect.path} {_USELESS[effect.kind]}: {effect.because}",
+            where=origin,
+            fix=effect.instead or "drop the key",
+        )
+        for effect, origin, in_a_file in effects.said(setting_of(case), case.origins)
+        if effect.because and effect.path not in named_already
+        if effect.kind == effects.FATAL or (effect.kind == effects.INERT and effect.always and not in_a_file)
+    ]
+
+
+def setting_of(case: Case) -> effects.Setting:
+    """Return what the effect of a key depends on."""
+    return effects.Setting(
+        zero=case.spec.zero, precision=case.spec.precision, topology=case.topology, leaves=case.leaves
+    )
+
+
+_USELESS = {effects.FATAL: "ends or breaks a run", effects.INERT: "does nothing"}
 
 
 def _dropped(case: Case) -> list[Violation]:

@@ -2,6 +2,7 @@
 
 from halfstep.launcher.plan.rule import Case, Rule, offload, set_by
 
+_HPZ = "zero_optimization.zero_hpz_partition_size"
 _ALLGATHER = "zero_optimization.allgather_bucket_size"
 _MASTERS = ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")
 _ADAM = ("adam", "adamw")
@@ -54,6 +55,13 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: c.spec.zero in (1, 2) and (c.leaves.get(_ALLGATHER, 2) or 1) % 2 != 0,
         where=set_by(_ALLGATHER),
         fix="write an even number above zero, or drop the key",
+    ),
+    Rule(
+        name="hpz-divides-the-ranks",
+        sentence="the groups of ranks that keep a second copy of the weights are all of one size",
+        broken=lambda c: c.spec.zero == 3 and c.topology.ranks.data % max(1, int(c.leaves.get(_HPZ) or 1)) != 0,
+        where=set_by(_HPZ),
+        fix="take a divisor of the number of ranks, as a rule the ranks of one host",
     ),
     Rule(
         name="no-autotuning",

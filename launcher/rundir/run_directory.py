@@ -17,7 +17,6 @@ from typing import Any
 
 import tomli_w
 
-from halfstep.launcher.config.digest import changes
 from halfstep.launcher.config.dotted import flatten, unflatten
 from halfstep.launcher.config.load import Request
 from halfstep.launcher.errors import RequestError
@@ -129,7 +128,7 @@ def refuse_another_run(path: Path, plan: Plan, *, reported: bool = False) -> Non
             fix="bring the corpus back as it was, or choose another out",
         )
     new = plan.identity
-    changed = changes(old, new)
+    changed = plan.changed_from(old)
     if changed:
         said = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
         raise refuse(

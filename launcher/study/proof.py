@@ -16,6 +16,7 @@ from halfstep.launcher import topology
 from halfstep.launcher.errors import EXIT_REFUSED, Fault, HalfstepError
 from halfstep.launcher.parity import gate, verdict
 from halfstep.launcher.parity.cases import Case, cases_of
+from halfstep.launcher.parity.cell import offload_of, question_of
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import foreign
@@ -29,24 +30,26 @@ RULE = "offload-proved-here"
 def needed(plans: Iterable[Plan]) -> list[Case]:
     """Return the cases that the cells of these plans need and that were not run here yet."""
     here = topology.describe(1, 1)
-    wanted = dict.fromkeys(case for plan in plans if plan.repairs_on for case in _cases(plan))
+    wanted = dict.fromkeys(
+        case for plan in plans if plan.repairs_on for case in (*question_of(plan).cases, *_of_its_offload(plan))
+    )
     return [case for case in wanted if _known(here, [case]) is None]
 
 
 def run(plans: Iterable[Plan], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Run what `needed` names, keep the verdict and return it; what cannot be run stays unproved, and is said.
 
-    A cell with offload is tried by itself: where the device cannot do it, DeepSpeed raises.
+    A cell with offload, or with keys of its own, is tried by itself: where the device cannot do it, DeepSpeed raises.
     """
     missing, verdicts = needed(plans), []
-    plain = [case for case in missing if case.offload == "none"]
+    plain = [case for case in missing if _is_sure_to_run(case)]
     groups = [plain] if plain else []
-    offloaded = dict.fromkeys(_cell(case) for case in missing if case.offload != "none")
-    groups += [[case for case in missing if _cell(case) == cell] for cell in offloaded]
+    risky = dict.fromkeys(_cell(case) for case in missing if not _is_sure_to_run(case))
+    groups += [[case for case in missing if _cell(case) == cell] for cell in risky]
     for cases in groups:
         first = cases[0]
         what = (
-            f"zero={first.zero} {first.precision} offload={first.offload}"
+            " ".join([f"zero={first.zero} {first.precision} {first.optimizer} offload={first.offload}", *first.keys])
             if cases is not plain
             else f"{len(cases)} cases"
         )
@@ -76,18 +79,21 @@ def tell(path: Path, plan: Plan, verdicts: Iterable[dict[str, Any]] = ()) -> dic
     `found` is what `run` has just returned. `proved` is True, False, or None where the gate was not run; `refused`
     names the rule that forbids the run.
     """
-    here, cases = topology.describe(1, 1), _cases(plan)
-    record: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(cases)}
-    if not plan.repairs_on:
+    here, asked = topology.describe(1, 1), question_of(plan)
+    record: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(asked.cases)}
+    if asked.unknown:
+        record["reason"] = f"the parity gate does not know {', '.join(asked.unknown)}"
+    elif not plan.repairs_on:
         record |= {"proved": False, "reason": "stage 0 in half precision without its repairs (numerics.repairs=false)"}
     else:
-        record["proved"] = verdict.proved(here, [vars(case) for case in cases], verdicts)
+        record["proved"] = verdict.proved(here, [vars(case) for case in asked.cases], verdicts)
         if record["proved"] is None:
             record["reason"] = "the parity gate was not run for it here"
         elif not record["proved"]:
             record["reason"] = "the parity gate found that it trains another model"
-    offload = _offload(plan)
-    if offload != "none" and not record["proved"]:
+    offload = offload_of(plan)
+    moved = [vars(case) for case in _of_its_offload(plan)]
+    if offload != "none" and not (plan.repairs_on and verdict.proved(here, moved, verdicts)):
         record["refused"] = f"{RULE}: offload={offload} is not proved to train the same model on this device"
     record["conditions"] = verdict.conditions(here)
     with cannot_write(path):
@@ -109,24 +115,19 @@ def _known(here: topology.Topology, cases: list[Case]) -> bool | None:
     return verdict.proved(here, [vars(case) for case in cases])
 
 
-def _cases(plan: Plan) -> list[Case]:
-    """Return the cases for a plan's cell that this machine's devices can run."""
-    ranks = topology.default_ranks_per_node()
-    return [case for case in cases_of(plan.zero, plan.precision, _offload(plan)) if case.world_size <= ranks]
+def _of_its_offload(plan: Plan) -> list[Case]:
+    """Return the cases without which a run with offload may not start here, whatever else it has."""
+    offload, ranks = offload_of(plan), topology.default_ranks_per_node()
+    cases = [] if offload == "none" else cases_of(plan.zero, plan.precision, offload)
+    return [case for case in cases if case.world_size <= ranks]
 
 
-def _offload(plan: Plan) -> str:
-    where = {
-        what: plan.deepspeed["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")
-        for what in ("optimizer", "param")
-    }
-    if "nvme" in where.values():
-        return "nvme"
-    return "none" if where["optimizer"] == "none" else "optimizer-cpu" if where["param"] == "none" else "cpu"
+def _cell(case: Case) -> tuple[object, ...]:
+    return case.zero, case.precision, case.offload, case.optimizer, case.keys
 
 
-def _cell(case: Case) -> tuple[int, str, str]:
-    return case.zero, case.precision, case.offload
+def _is_sure_to_run(case: Case) -> bool:
+    return case.offload == "none" and not case.keys and case.optimizer in ("adamw", "sgd")
 
 
 def _failed(case: Case, why: str) -> dict[str, Any]:

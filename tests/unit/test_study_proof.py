@@ -9,6 +9,7 @@ import pytest
 from halfstep.launcher import topology
 from halfstep.launcher.parity import gate, verdict
 from halfstep.launcher.parity.cases import Case, cases_of, default_cases
+from halfstep.launcher.parity.cell import offload_of
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.study import proof, run_status
 
@@ -26,7 +27,7 @@ def know(cases: list[Case], *, ok: bool = True) -> None:
 
 def runnable(plan: Plan) -> list[Case]:
     ranks = topology.default_ranks_per_node()
-    return [case for case in cases_of(plan.zero, plan.precision, proof._offload(plan)) if case.world_size <= ranks]
+    return [case for case in cases_of(plan.zero, plan.precision, offload_of(plan)) if case.world_size <= ranks]
 
 
 def test_a_cell_is_proved_when_all_its_cases_are(plan: Make, tmp_path: Path) -> None:

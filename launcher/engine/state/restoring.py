@@ -19,7 +19,6 @@ from halfstep.launcher.checkpoint import shards, store
 from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest
 from halfstep.launcher.checkpoint.shards import Shards
 from halfstep.launcher.checkpoint.store import Candidate
-from halfstep.launcher.config.digest import changes
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, saving, training_state
@@ -114,7 +113,7 @@ def _received(run: Path, tree: dict[str, Any]) -> Candidate:
 
 def _refuse_another(candidate: Candidate, manifest: Manifest, plan: Plan, refuse: Callable[..., RequestError]) -> None:
     old, new = manifest.identity, plan.identity
-    changed = changes(old, new)
+    changed = plan.changed_from(old)
     if changed:
         differences = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:3])
         raise refuse(

@@ -1,0 +1,104 @@
+"""Which cases of the gate prove a plan: all that changes its numbers is in them, or the plan stays unproved.
+
+What is asked is the difference between the plan's DeepSpeed config and that of the gate's own case for the same stage,
+precision, offload and optimizer. Keys that change no number are left out by the ledger of keys (plan/ds/effects.py).
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from halfstep.launcher import topology
+from halfstep.launcher.config.dotted import flatten
+from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.parity.cases import OPTIMIZERS, VARIED, Case, cases_of, plan_of
+from halfstep.launcher.plan.ds import effects
+from halfstep.launcher.plan.plan import Plan
+
+_FAMILIES = ("gpt2", "llama")
+_PARAMS = "optimizer.params."
+_ITS_OWN = (f"{_PARAMS}lr", f"{_PARAMS}betas", f"{_PARAMS}eps", f"{_PARAMS}weight_decay", f"{_PARAMS}momentum")
+"""Numbers of an optimizer that a run chooses for itself; the gate has its own, which no tiny model amplifies."""
+_WHO_STEPS = tuple(f"{_PARAMS}{name}" for name in ("torch_adam", "adam_w_mode", "fused", "foreach"))
+"""Which implementation steps the same Adam: the gate composes it for this machine as the plan does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the gate is asked about a plan."""
+
+    cases: tuple[Case, ...]
+    """What has to hold; none where something is not known to the gate."""
+    unknown: tuple[str, ...] = ()
+    """What the gate does not know, in words."""
+
+
+def question_of(plan: Plan) -> Question:
+    """Return the cases that prove a plan's cell on this machine, or what of it no case has."""
+    offload = offload_of(plan)
+    kind = str(plan.deepspeed["optimizer"]["type"]).lower()
+    family = str(plan.model.config.get("model_type"))
+    unknown = [] if kind in OPTIMIZERS else [f"the optimizer {plan.deepspeed['optimizer']['type']}"]
+    unknown += [] if family in _FAMILIES else [f"the model family {family}"]
+    if unknown:
+        return Question(cases=(), unknown=tuple(unknown))
+    varied: dict[str, Any] = {
+        "optimizer": kind,
+        "compile": plan.compile,
+        "fused_head": plan.fused_head,
+        "activation_checkpointing": plan.activation_checkpointing,
+        "family": family,
+        "keys": _keys(plan, Case(zero=plan.zero, precision=plan.precision, offload=offload, optimizer=kind, **_ANY)),
+    }
+    ranks = topology.default_ranks_per_node()
+    if _is_plain(varied, offload):
+        cases = [case for case in cases_of(plan.zero, plan.precision, "none") if case.world_size <= ranks]
+        return Question(cases=tuple(cases))
+    cases, refused = [], ""
+    for row in VARIED:
+        case = Case(zero=plan.zero, precision=plan.precision, offload=offload, **{**row, **varied})
+        try:
+            if case.world_size <= ranks:
+                plan_of(case, topology.describe(case.world_size, case.world_size), repairs=True)
+                cases.append(case)
+        except HalfstepError as error:
+            refused = error.what
+    return Question(cases=tuple(cases), unknown=() if cases else (f"{', '.join(varied['keys'])}: {refused}",))
+
+
+def offload_of(plan: Plan) -> str:
+    """Return the value of the run key `offload` that a plan's DeepSpeed config stands for."""
+    where = {
+        what: plan.deepspeed["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")
+        for what in ("optimizer", "param")
+    }
+    if "nvme" in where.values():
+        return "nvme"
+    return "none" if where["optimizer"] == "none" else "optimizer-cpu" if where["param"] == "none" else "cpu"
+
+
+_ANY: dict[str, Any] = {"accumulation": 1, "clip": 0.0, "world_size": 1, "family": "gpt2"}
+
+
+def _is_plain(varied: dict[str, Any], offload: str) -> bool:
+    """Tell whether a cell is one of the gate's default subset, which has both optimizers, families and recomputing."""
+    return (
+        offload == "none"
+        and varied["optimizer"] in ("adamw", "sgd")
+        and not (varied["compile"] or varied["fused_head"] or varied["keys"])
+    )
+
+
+def _keys(plan: Plan, base: Case) -> tuple[str, ...]:
+    """Return the keys that change a plan's numbers beside its cell, as words of a command line."""
+    here = plan_of(base, topology.describe(1, 1), repairs=True, for_the_reference=True)
+    leaves, own = flatten(plan.deepspeed), flatten(here.deepspeed)
+    setting = effects.Setting(zero=plan.zero, precision=plan.precision, topology=plan.topology, leaves=leaves)
+    asked = []
+    for path in sorted({*leaves, *own}):
+        value = leaves.get(path, effects.default(path))
+        if path in (*_ITS_OWN, *_WHO_STEPS) or value == own.get(path, effects.default(path)):
+            continue
+        if effects.of(path, setting).kind in (effects.NUMERICS, effects.UNKNOWN):
+            asked.append(f"ds.{path}={json.dumps(value)}")
+    return tuple(asked)

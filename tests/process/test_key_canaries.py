@@ -1,0 +1,127 @@
+"""Canaries of the ledger of keys: what it says does nothing does nothing, on real engines of every stage.
+
+Run by itself, this file is the one rank that trains: a line for each training, with its losses to the last bit. A newer
+DeepSpeed that begins to read a key changes a line.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import printed_alone
+
+pytestmark = pytest.mark.process
+STAGES = (0, 1, 2, 3)
+NUMERICS = {
+    "communication_data_type": (2, "bf16", "fp16"),
+    "data_types.grad_accum_dtype": (2, "bf16", "bf16"),
+    "torch_autocast.enabled": (1, "fp32", True),
+}
+"""Keys of which one rank shows that they change what is trained: a stage, a precision and a value."""
+UNTRIED = ("expert_parallel.", "zero_optimization.zenflow", "autotuning.")
+"""Sections that are read as a whole where one of their keys is set, and whose switch a rule refuses."""
+
+
+def other_value(key: str) -> Any:
+    """Return a legal value of a key that is not its default, None where the table of keys does not tell one."""
+    from halfstep.launcher.plan.ds import dskeys
+
+    entry = dskeys.KEYS[key]
+    default, kind = entry.get("default"), entry["type"]
+    if kind == "bool":
+        return not default
+    if kind in ("int", "float"):
+        least = entry.get("minimum", entry.get("above", 0))
+        return type(default or 1)(max(default or 0, least) + 2)
+    return "other" if kind == "str" else None
+
+
+def inert_keys() -> dict[str, Any]:
+    """Return the keys that do nothing in any run with values that are not their defaults, as far as they agree."""
+    from halfstep.launcher.config.dotted import flatten, unflatten
+    from halfstep.launcher.plan.ds import dskeys, effects
+
+    chosen: dict[str, Any] = {}
+    composed = flatten(plan_of(3, "bf16", {}).deepspeed)
+    for key, row in effects.rows().items():
+        value = other_value(key)
+        if value is None or row["effect"] != effects.INERT or row.get("cases") or key.startswith(UNTRIED):
+            continue
+        if not dskeys.problems(unflatten({**composed, **chosen, key: value})):
+            chosen[key] = value
+    return chosen
+
+
+def plan_of(zero: int, precision: str, keys: dict[str, Any]) -> Any:
+    from halfstep.launcher import topology
+    from halfstep.launcher.config.load import load
+    from halfstep.launcher.corpus.description import DataFacts
+    from halfstep.launcher.plan.facts import Facts
+    from halfstep.launcher.plan.resolve import resolve
+
+    small = ["model=gpt2-nano", "model.width=32", "model.layers=1", "model.vocabulary=64", "sequence=32", "steps=3"]
+    more = [f"ds.{key}={json.dumps(value)}" for key, value in keys.items()]
+    request = load(
+        [*small, "data=x", "batch.global=4", "batch.micro=2", f"zero={zero}", f"precision={precision}", *more]
+    )
+    data = DataFacts(
+        path="synthetic",
+        train_prefix="synthetic",
+        validation_prefix=None,
+        train_tokens=10**9,
+        validation_tokens=0,
+        vocabulary=64,
+        has_tokenizer=False,
+        digest="synthetic",
+    )
+    return resolve(request, topology.describe(1, 1), Facts(data=data, model=None, ds_config=None))
+
+
+def losses(plan: Any) -> dict[str, Any]:
+    from halfstep.launcher.parity import trial
+
+    series = trial.on_deepspeed(plan, 0)
+    return {"loss": [value.hex() if value else None for value in series.loss], "norm": series.grad_norm}
+
+
+def rank_main() -> None:
+    from halfstep.launcher import topology
+
+    rank = topology.from_environment()
+    topology.prepare_environment(rank)
+    from halfstep.launcher.engine.ranks import distributed
+
+    distributed.join(rank, plan_of(1, "fp32", {}), torch.distributed.HashStore())
+    inert = inert_keys()
+    print("\n" + json.dumps(["keys", inert]), flush=True)
+    for zero in STAGES:
+        for name, keys in (("plain", {}), ("inert", inert)):
+            print("\n" + json.dumps([f"{name} {zero}", losses(plan_of(zero, "bf16", keys))]), flush=True)
+    for key, (zero, precision, value) in NUMERICS.items():
+        for name, keys in (("without", {}), ("with", {key: value})):
+            print("\n" + json.dumps([f"{name} {key}", losses(plan_of(zero, precision, keys))]), flush=True)
+    distributed.leave()
+
+
+@pytest.fixture(scope="module")
+def seen(scratch: Path) -> dict[str, Any]:
+    return dict(json.loads(line) for line in printed_alone(__file__, scratch) if line.startswith("["))
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_all_keys_that_do_nothing_together_do_nothing(seen: dict[str, Any], zero: int) -> None:
+    assert len(seen["keys"]) > 60
+    assert seen[f"inert {zero}"] == seen[f"plain {zero}"]
+
+
+@pytest.mark.parametrize("key", NUMERICS)
+def test_a_key_that_changes_what_is_trained_does(seen: dict[str, Any], key: str) -> None:
+    assert seen[f"with {key}"] != seen[f"without {key}"]
+
+
+if __name__ == "__main__":
+    rank_main()
+    os._exit(0)  # as in launcher/train.py: taking Python down beside gloo's threads can abort
