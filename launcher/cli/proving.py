@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.launcher import topology
-from halfstep.launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, HalfstepError
+from halfstep.launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, HalfstepError, RefusedError
 from halfstep.launcher.system.files import reason
 from halfstep.launcher.system.terminal import say, say_json
 
@@ -23,6 +23,9 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     verify.add_argument("--all", action="store_true", help="every combination of conditions, not the subset")
     verify.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="zero=0|3, precision=fp16, ..."
+    )
+    verify.add_argument(
+        "--run", metavar="DIR", type=Path, help="the cases of that run's own cell: optimizer, keys, compile and all"
     )
     verify.add_argument("--without-repairs", action="store_true", help="show DeepSpeed as it is; stores no verdict")
     verify.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -51,7 +54,13 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     from halfstep.launcher.parity import cases, gate, verdict
 
-    chosen = cases.select(cases.every_case() if options.all else cases.default_cases(), options.only)
+    if options.run:
+        considered = _cases_of_run(options.run)
+    else:
+        considered = cases.every_case() if options.all else cases.default_cases()
+    chosen = cases.select(considered, options.only)
+    if options.all and not options.json:
+        say(f"{len(chosen)} cases; {gate.estimate(chosen)}")
     outcome = gate.verify(chosen, repairs=not options.without_repairs, quiet=options.json)
     here, kept = topology.describe(1, 1), None
     try:
@@ -67,6 +76,22 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
         if kept:
             say(f"verdict for these versions and this hardware: {kept}")
     return 0 if outcome.ok else EXIT_NUMERICS
+
+
+def _cases_of_run(path: Path) -> list[Any]:
+    """Return what proves a run's own cell; raises RefusedError where the gate does not know all of it."""
+    from halfstep.launcher.parity.cell import question_of
+    from halfstep.launcher.rundir.run_reader import Run
+
+    _, plan = Run(path).require_as_asked()
+    question = question_of(plan)
+    if question.unknown:
+        raise RefusedError(
+            f"the parity gate does not know {', '.join(question.unknown)}: this run can be proved by nothing",
+            where=str(path),
+            fix="compare it with a run that differs in nothing else, by `halfstep study`",
+        )
+    return list(question.cases)
 
 
 def _numerics(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from halfstep.launcher import topology
+from halfstep.launcher.cli.main import main
 from halfstep.launcher.config.load import load
-from halfstep.launcher.parity import cases, verdict
+from halfstep.launcher.parity import cases, gate, verdict
 from halfstep.launcher.parity.cell import Question, question_of
 from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.ds import dskeys, effects
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import run_directory
+from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.study import proof
 from halfstep.launcher.topology import Topology
 
@@ -204,3 +206,26 @@ def test_the_gates_own_config_leaves_nothing_to_ask(plan: Make) -> None:
         for precision in ("fp32", "fp16", "bf16"):
             for case in asked(plan(f"zero={zero}", f"precision={precision}")).cases:
                 assert (case.keys, case.compile, case.fused_head) == ((), False, False)
+
+
+def test_a_run_is_verified_by_the_cases_of_what_it_is(
+    plan: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ran: list[cases.Case] = []
+
+    def verify(chosen: list[cases.Case], *, repairs: bool, quiet: bool) -> gate.Outcome:
+        ran.extend(chosen)
+        return gate.Outcome(cells=[{**vars(case), "ok": True} for case in chosen], not_run=[], seconds=1, repairs=True)
+
+    made = plan("zero=2", "ds.communication_data_type=bf16")
+    monkeypatch.setattr(gate, "verify", verify)
+    monkeypatch.setattr(Run, "require_as_asked", lambda self: (None, made))
+    assert main(["verify", "--json", "--run", str(tmp_path)]) == 0
+    assert tuple(ran) == question_of(made).cases
+    assert {case.keys for case in ran} == {('ds.communication_data_type="bf16"',)}
+    assert proof.tell(tmp_path, made)["proved"] is True
+    monkeypatch.setattr(Run, "require_as_asked", lambda self: (None, plan("zero=1", "ds.optimizer.type=Muon")))
+    capsys.readouterr()
+    assert main(["verify", "--run", str(tmp_path)]) == 3
+    assert "does not know the optimizer Muon" in capsys.readouterr().err
