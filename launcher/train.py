@@ -4,7 +4,9 @@ deepspeed launcher/train.py [RUN.toml] key=value ... [--ds-config FILE]
 torchrun ... launcher/train.py run=DIR       (--run DIR elsewhere; torchrun and accelerate take it for their own)
 """
 
+import contextlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import heap
 from halfstep.launcher.system.files import explained
 from halfstep.launcher.watchdog.heartbeat import begin
+from halfstep.launcher.watchdog.stop import Stop
 
 _PATIENCE = 5.0
 """Seconds for which a rank that leaves the telling to another one stays: the first that ends is the end of all."""
@@ -55,6 +58,20 @@ def decide(arguments: list[str], rank: topology.Rank) -> tuple[Path, Request, Pl
     return path, request, plan
 
 
+def _stay(stop: Stop | None) -> None:
+    """Wait until whoever tells has ended, or until this rank is told to, which takes nothing from why it ends."""
+    if stop is not None:
+        stop.set_grace(0, lambda: None)  # or a signal would end it with the code of a stop, and a job begin again
+
+    def told(number: int, frame: object) -> None:
+        raise InterruptedError
+
+    with contextlib.suppress(InterruptedError):
+        signal.signal(signal.SIGTERM, told)
+        time.sleep(_PATIENCE)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def main(arguments: list[str]) -> int:
     """Run one training process and return its exit code."""
     if "-h" in arguments or "--help" in arguments:
@@ -65,7 +82,8 @@ def main(arguments: list[str]) -> int:
         for argument in arguments
         if not argument.startswith(("--local_rank", "--local-rank")) and argument != "--debug"
     ]
-    rank, heartbeat = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none"), None
+    rank = topology.Rank(rank=0, local_rank=0, world_size=1, local_world_size=1, source="none")
+    stop = heartbeat = None
     try:
         rank = topology.from_environment()
         topology.prepare_environment(rank)
@@ -91,7 +109,7 @@ def main(arguments: list[str]) -> int:
             raise
         failure = explained(error, f"rank {rank.rank}, at the start")
         if failure.reported or (rank.local_rank and not heartbeat):  # ranks of one host plan the same
-            time.sleep(_PATIENCE)
+            _stay(stop)
         if not failure.reported:  # who is still here after that was the only one
             print(failure, file=sys.stderr, flush=True)
         code = failure.exit_code

@@ -14,6 +14,8 @@ from faults.rig import Launch
 from process.conftest import BIN, WORDS
 from ranks import environment
 
+from halfstep.launcher.rundir.lease import lease
+
 pytestmark = pytest.mark.process
 
 
@@ -59,6 +61,21 @@ def test_what_every_rank_refuses_is_said_although_the_first_rank_is_gone(data: P
     assert launch.wait(timeout=60) == [2], launch.output
     assert launch.output.count("error: ") == 1, launch.output
     assert "zero" in launch.output
+
+
+def test_a_rank_that_leaves_the_telling_to_another_ends_with_its_own_code_when_told_to(
+    data: Path, scratch: Path
+) -> None:
+    """As srun tells the others once a rank has failed: a code that says `stopped` would have the job begin again."""
+    out = scratch / "runs" / "held"
+    out.mkdir(parents=True)
+    with lease(out):
+        launch = Launch(out, [*WORDS, f"data={data}", "zero=2"], scratch)
+        launch.until(lambda: launch.ranks[0].poll() is not None)
+        launch.kill(signal.SIGTERM, ranks=(1,))
+        assert launch.wait(timeout=30) == [2, 2], launch.output
+    assert launch.output.count("error: ") == 1, launch.output
+    assert "stopped" not in launch.output
 
 
 def test_a_rank_that_dies_early_ends_the_others(data: Path, scratch: Path) -> None:
