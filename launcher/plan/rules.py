@@ -10,6 +10,15 @@ __all__ = ["RULES", "Case", "Rule", "Violation", "violations"]
 
 _AUTOCAST_DTYPE = "torch_autocast.dtype"
 
+_FP16 = ("float16", "fp16", "half")
+
+
+def _autocast_dtype(case: Case) -> str:
+    """Return what torch.autocast computes in: unset, torch's own default, which is float16 on a GPU."""
+    unset = "float16" if case.topology.accelerator == "cuda" else "bfloat16"
+    return str(case.leaves.get(_AUTOCAST_DTYPE) or unset).lower().removeprefix("torch.")
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         name="param-offload-needs-stage-3",
@@ -77,11 +86,8 @@ RULES: tuple[Rule, ...] = (
         name="no-autocast-fp16",
         sentence="in DeepSpeed 0.19.8 torch_autocast in float16 clips gradients that are still scaled at ZeRO 1 to 3, "
         "and its scale and norm are hidden at stage 0",
-        broken=lambda c: (
-            bool(c.leaves.get("torch_autocast.enabled"))
-            and str(c.leaves.get(_AUTOCAST_DTYPE)).lower().removeprefix("torch.") in ("float16", "fp16", "half")
-        ),
-        where=set_by(_AUTOCAST_DTYPE),
+        broken=lambda c: bool(c.leaves.get("torch_autocast.enabled")) and _autocast_dtype(c) in _FP16,
+        where=set_by("torch_autocast.enabled", _AUTOCAST_DTYPE),
         fix="use precision=fp16, or torch_autocast.dtype=bfloat16",
     ),
     Rule(

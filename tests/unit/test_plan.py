@@ -276,6 +276,7 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
         (["zero=1", "ds.zero_optimization.allgather_bucket_size=5001"], {"allgather-bucket-is-even"}),
         (["zero=2", "ds.zero_optimization.allgather_bucket_size=0"], {"allgather-bucket-is-even"}),
         (["zero=3", "ds.zero_optimization.zero_hpz_partition_size=3"], {"hpz-divides-the-ranks"}),
+        (["ds.data_efficiency.data_routing.random_ltd=null"], {"key-is-fatal"}),
         (["ds.autotuning.enabled=true"], {"no-autotuning"}),
         (["zero=2", "ds.prescale_gradients=true"], {"no-scaling-before-a-reduce-scatter"}),
         (["zero=3", "ds.gradient_predivide_factor=2.0"], {"no-scaling-before-a-reduce-scatter"}),

@@ -96,9 +96,9 @@ def of(path: str, setting: Setting) -> Effect:
     if row is None:
         return Effect(path=path, kind=UNKNOWN, because="the ledger has no row for it", reads="", instead="")
     kind = row["effect"]
-    if path in dskeys.KEYS and value == default(path):
-        return Effect(path=path, kind=INERT if kind == FATAL else kind, because="", reads=row["reads"], instead="")
     case = next((case for case in row.get("cases", ()) if _holds(case["when"], value, setting)), {})
+    if path in dskeys.KEYS and value == default(path) and "value" not in case.get("when", ()):
+        return Effect(path=path, kind=INERT if kind == FATAL else kind, because="", reads=row["reads"], instead="")
     said = {**row, **case}
     return Effect(
         path=path,
