@@ -86,7 +86,9 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
     adam.pop("adamw_mode")  # DeepSpeed sets it itself, from adam_w_mode
     own = ("_MUON_HALF_KEYS", "_ADAM_HALF_KEYS")
     muon = {
-        key: adam.get(key, {"type": "any", "default": None}) for half in own for key in getattr(DeepSpeedEngine, half)
+        key: adam.get(key, {"type": "any", "default": None})
+        for half in own
+        for key in getattr(DeepSpeedEngine, half, ())
     }
     muon |= {key: adam[key] for key in ("adam_w_mode", "fp32_optimizer_states", TORCH_ADAM_PARAM)}
     muon |= {"ns_method": {"type": "str", "default": None}, "momentum": {"type": "float", "default": None}}
@@ -131,7 +133,10 @@ def dtype_entries() -> dict[str, Entry]:
 
 def expert_parallel() -> dict[str, Entry]:
     """Return the keys of the section that module_inject/auto_ep_config.py reads into a dataclass of the same names."""
-    from deepspeed.module_inject.auto_ep_config import AutoEPConfig
+    try:
+        from deepspeed.module_inject.auto_ep_config import AutoEPConfig
+    except ImportError:  # before 0.19
+        return {}
 
     hints = typing.get_type_hints(AutoEPConfig)
     return {

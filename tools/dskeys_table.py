@@ -207,8 +207,9 @@ def _removed() -> dict[str, str]:
     """Return what DeepSpeed says about each key it no longer takes."""
     from deepspeed.runtime import config
 
-    said = dict(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-    said |= {f"zero_optimization.{key}": text for key, text in config._REMOVED_ZERO_CONFIG_KEYS.items()}
+    said = dict(getattr(config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}))
+    removed = getattr(config, "_REMOVED_ZERO_CONFIG_KEYS", {})  # 0.18 has neither list
+    said |= {f"zero_optimization.{key}": text for key, text in removed.items()}
     return {key: re.sub(r" See https?://\S+", "", text).strip() for key, text in said.items()} | _REFUSED
 
 

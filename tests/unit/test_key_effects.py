@@ -22,6 +22,7 @@ from halfstep.launcher.rundir import run_directory
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.study import proof
 from halfstep.launcher.topology import Topology
+from tools import new_deepspeed
 
 Make = Callable[..., Plan]
 GPUS = Topology(world_size=8, ranks_per_node=8, accelerator="cuda", device_name="NVIDIA H100 80GB HBM3")
@@ -236,3 +237,27 @@ def test_a_run_is_verified_by_the_cases_of_what_it_is(
     capsys.readouterr()
     assert main(["verify", "--run", str(tmp_path)]) == 3
     assert "does not know the optimizer Muon" in capsys.readouterr().err
+
+
+# --- a new DeepSpeed -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_new_version_brings_takes_and_changes_is_listed() -> None:
+    old = {"a": {"type": "bool", "default": True}, "b": {"type": "int", "default": 1}, "s": {"type": "section"}}
+    new = {"b": {"type": "int", "default": 2, "minimum": 0}, "c": {"type": "str", "default": None}, "s": old["s"]}
+    assert new_deepspeed.differences(old, new) == {
+        "new, unknown": ["c = null"],
+        "gone": ["a"],
+        "another default": ["b: 1 -> 2"],
+        "other values": ['b: {"type": "int"} -> {"minimum": 0, "type": "int"}'],
+    }
+    assert not any(new_deepspeed.differences(dskeys.KEYS, dskeys.KEYS).values())
+
+
+def test_every_citation_names_its_key_in_the_version_of_the_ledger(tmp_path: Path) -> None:
+    assert [line for key in effects.rows() for line in new_deepspeed.misplaced(key, ROOT)] == []
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "engine.py").write_text("\n" * 5000)
+    lost = [line for key in effects.rows() for line in new_deepspeed.misplaced(key, tmp_path)]
+    assert len(lost) > 300
+    assert "log_level: runtime/engine.py:584" in lost
