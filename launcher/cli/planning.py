@@ -12,6 +12,7 @@ from halfstep.launcher.forecast import hardware, run_estimate, search, time_tabl
 from halfstep.launcher.plan import alternatives, estimate, present
 from halfstep.launcher.plan.decide import planned_topology, read_facts
 from halfstep.launcher.plan.ds import packages
+from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import prediction_errors
 from halfstep.launcher.system.terminal import say, say_json
@@ -67,8 +68,21 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.json:
         say_json(plan.to_dict())
     else:
-        say(*present.lines(plan))
+        say(*present.lines(plan), *([] if plan.refused_by else _proof(plan)))
     return HalfstepError.exit_code if plan.refused_by else 0
+
+
+def _proof(plan: Plan) -> list[str]:
+    """Say what `halfstep verify` can show of a plan."""
+    from halfstep.launcher.parity.cell import question_of
+
+    question = question_of(plan)
+    if question.unknown:
+        return ["", f"NOT PROVED: the parity gate does not know {', '.join(question.unknown)}"]
+    varied = sorted({word for case in question.cases for word in case.keys})
+    extra = f" with {', '.join(varied)}" if varied else ""
+    count = len(question.cases)
+    return ["", f"proof: {count} case{'s' if count > 1 else ''} of `halfstep verify`{extra}"]
 
 
 def _terms(options: argparse.Namespace) -> run_estimate.Terms:
