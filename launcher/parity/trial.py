@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import deepspeed
 import torch
+from deepspeed.runtime import torch_autocast
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -103,7 +104,10 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
         series.skipped += [True] * missing
     finally:
         engine.destroy()
-        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # a process may have hpZ's group once, and keeps it
+        # What DeepSpeed keeps for the process: hpZ's group may be made once, and after one engine with autocast every
+        # other reduces gradients in its type.
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         gc.collect()
     return series
 
