@@ -35,10 +35,11 @@ def study(tmp_path: Path, data: Path, scratch: Path) -> Study:
     """Return a function that writes a study file and runs a verb on it; its folder is tmp_path/study."""
 
     def run(
-        verb: str, text: str, *arguments: str, steps: int = 6, **more: object
+        verb: str, text: str, *arguments: str, steps: int = 6, zero: int = 1, **more: object
     ) -> "subprocess.CompletedProcess[str]":
         file = tmp_path / "mine.toml"
         file.write_text((HEAD + text).replace("{data}", str(data)).replace("{steps}", str(steps)))
+        file.write_text(file.read_text().replace("zero = 1", f"zero = {zero}"))
         command = [BIN / "halfstep", "study", verb, file, "--out", tmp_path / "study", *arguments]
         environ = {**environment(scratch), "XDG_CACHE_HOME": str(scratch / "cache")}
         return subprocess.run(
@@ -152,3 +153,20 @@ def test_out_of_memory_time_out_and_missing_repairs_are_rows_with_their_reasons(
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Not proved, and left out of the recommendation: what=unmended" in page
     assert tree["best"] == "what=plain"
+
+
+@pytest.mark.full
+def test_each_cell_is_proved_by_its_own_cases_and_a_wrong_condition_flags_its_cell_alone(
+    study: Study, tmp_path: Path
+) -> None:
+    """hpZ is proved on its own, and DeepSpeed's CPU Lion, which moves what has no gradient, is found out."""
+    shards = study("run", '[axes]\n"ds.zero_optimization.zero_hpz_partition_size" = [1, 2]\n', zero=3)
+    assert shards.returncode == 0, shards.stdout + shards.stderr
+    assert "zero=3 fp32 adamw offload=none ds.zero_optimization.zero_hpz_partition_size=2" in shards.stdout
+    assert [run["proved"] for run in results(tmp_path / "study")] == [True, True]
+    (tmp_path / "study").rename(tmp_path / "first")
+    steppers = study("run", '[axes]\noffload = ["optimizer-cpu"]\n"ds.optimizer.type" = ["AdamW", "Lion"]\n')
+    assert steppers.returncode == 0, steppers.stdout + steppers.stderr
+    proved = {run["values"]["ds.optimizer.type"]: run["proved"] for run in results(tmp_path / "study")}
+    assert proved == {"AdamW": True, "Lion": False}
+    assert {run["status"] for run in results(tmp_path / "study")} == {"done"}
