@@ -58,18 +58,21 @@ def decide(arguments: list[str], rank: topology.Rank) -> tuple[Path, Request, Pl
     return path, request, plan
 
 
-def _stay(stop: Stop | None) -> None:
-    """Wait until whoever tells has ended, or until this rank is told to, which takes nothing from why it ends."""
+def _stay(stop: Stop | None) -> bool:
+    """Wait for whoever tells to end this rank, and say whether it did; the signal takes nothing from why it ends."""
     if stop is not None:
         stop.set_grace(0, lambda: None)  # or a signal would end it with the code of a stop, and a job begin again
 
     def told(number: int, frame: object) -> None:
         raise InterruptedError
 
+    alone = False
     with contextlib.suppress(InterruptedError):
         signal.signal(signal.SIGTERM, told)
         time.sleep(_PATIENCE)
+        alone = True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return not alone
 
 
 def main(arguments: list[str]) -> int:
@@ -108,9 +111,10 @@ def main(arguments: list[str]) -> int:
         if "--debug" in sys.argv:
             raise
         failure = explained(error, f"rank {rank.rank}, at the start")
-        if failure.reported or (rank.local_rank and not heartbeat):  # ranks of one host plan the same
-            _stay(stop)
-        if not failure.reported:  # who is still here after that was the only one
+        # Ranks of one host plan the same; who is still there after that was the only one.
+        waits = failure.reported or (rank.local_rank and not heartbeat)
+        told = waits and _stay(stop)
+        if not failure.reported and not told:
             print(failure, file=sys.stderr, flush=True)
         code = failure.exit_code
     if heartbeat:

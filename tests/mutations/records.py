@@ -14,6 +14,7 @@ from mutations import mutate
 from mutations.driver import Case, Reader, command, file_cases, same
 
 from halfstep.launcher.metrics import numerics_history, numerics_report
+from halfstep.launcher.parity import cases as gate_cases
 from halfstep.launcher.parity import verdict
 from halfstep.launcher.rundir import exits, goodput, lease, prediction_errors
 from halfstep.launcher.rundir.run_reader import Run
@@ -406,7 +407,9 @@ def _judge_study(where: Path, tree: dict[str, Any]) -> str | None:
 def _verdict(folder: Path) -> Reader:
     here = Topology(world_size=1, ranks_per_node=1, accelerator="cpu")
     case = {"zero": 2, "precision": "bf16", "accumulation": 1, "clip": 1.0, "world_size": 1, "optimizer": "adamw",
-            "family": "gpt2", "activation_checkpointing": False, "offload": "none"}  # fmt: skip
+            "family": "gpt2", "activation_checkpointing": False, "offload": "none",
+            "compile": False, "fused_head": False, "keys": []}  # fmt: skip
+    assert set(case) == set(gate_cases.Case.__dataclass_fields__)
     file = folder / "verdict.json"
     file.write_text(
         json.dumps({"conditions": {}, "time": 1.0, "cells": [{**case, "ok": True}, {**case, "zero": 3, "ok": False}]})
