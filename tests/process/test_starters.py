@@ -259,6 +259,7 @@ def test_another_run_in_the_same_directory_is_refused_on_all_ranks(start: Start,
     assert "Traceback" not in outcome.output
 
 
+@pytest.mark.full
 def test_activation_checkpointing_and_compile_change_no_loss(start: Start, cell: Cell, data: Path) -> None:
     # Stage 3 compiles as the others do, and gathers around what is compiled.
     for word, starter, zero in (("activation_checkpointing=true", "accelerate", 2), ("compile=true", "torchrun", 3)):
