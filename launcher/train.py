@@ -113,8 +113,8 @@ def main(arguments: list[str]) -> int:
         failure = explained(error, f"rank {rank.rank}, at the start")
         # Ranks of one host plan the same; who is still there after that was the only one.
         waits = failure.reported or (rank.local_rank and not heartbeat)
-        told = waits and _stay(stop)
-        if not failure.reported and not told:
+        ended_by_another = waits and _stay(stop)
+        if not failure.reported and not ended_by_another:
             print(failure, file=sys.stderr, flush=True)
         code = failure.exit_code
     if heartbeat:
