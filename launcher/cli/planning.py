@@ -76,7 +76,7 @@ def _proof(plan: Plan) -> list[str]:
     """Say what `halfstep verify` can show of a plan."""
     from halfstep.launcher.parity.cell import question_of
 
-    question = question_of(plan)
+    question = question_of(plan, plan.topology)  # of the machine that is planned for
     if question.unknown:
         return ["", f"NOT PROVED: the parity gate does not know {', '.join(question.unknown)}"]
     varied = sorted({word for case in question.cases for word in case.keys})

@@ -20,11 +20,12 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         "with a plain PyTorch mixed-precision trainer and with stage 1. Exit code 76 where one differs.",
         parents=[common],
     )
-    verify.add_argument("--all", action="store_true", help="every combination of conditions, not the subset")
+    which = verify.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every combination of conditions, not the subset")
     verify.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="zero=0|3, precision=fp16, ..."
     )
-    verify.add_argument(
+    which.add_argument(
         "--run", metavar="DIR", type=Path, help="the cases of that run's own cell: optimizer, keys, compile and all"
     )
     verify.add_argument("--without-repairs", action="store_true", help="show DeepSpeed as it is; stores no verdict")

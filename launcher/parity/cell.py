@@ -4,6 +4,7 @@ What is asked is the difference between the plan's DeepSpeed config and that of 
 precision, offload and optimizer. Keys that change no number are left out by the ledger of keys (plan/ds/effects.py).
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,11 @@ class Question:
     """What the gate does not know, in words."""
 
 
-def question_of(plan: Plan) -> Question:
-    """Return the cases that prove a plan's cell on this machine, or what of it no case has."""
+def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
+    """Return the cases that prove a plan's cell on a node, or what of it no case has; `node`: unset, this one."""
+    if node is None:
+        here = topology.default_ranks_per_node()
+        node = topology.describe(here, here)
     offload = offload_of(plan)
     kind = str(plan.deepspeed["optimizer"]["type"]).lower()
     family = str(plan.model.config.get("model_type"))
@@ -48,9 +52,10 @@ def question_of(plan: Plan) -> Question:
         "fused_head": plan.fused_head,
         "activation_checkpointing": plan.activation_checkpointing,
         "family": family,
-        "keys": _keys(plan, Case(zero=plan.zero, precision=plan.precision, offload=offload, optimizer=kind, **_ANY)),
     }
-    ranks = topology.default_ranks_per_node()
+    base = Case(zero=plan.zero, precision=plan.precision, offload=offload, optimizer=kind, **_ANY)
+    varied["keys"] = _keys(plan, base, _of(node, 1))
+    ranks = node.ranks_per_node
     if _is_plain(varied, offload):
         cases = [case for case in cases_of(plan.zero, plan.precision, "none") if case.world_size <= ranks]
         return Question(cases=tuple(cases))
@@ -59,7 +64,7 @@ def question_of(plan: Plan) -> Question:
         case = Case(zero=plan.zero, precision=plan.precision, offload=offload, **{**row, **varied})
         try:
             if case.world_size <= ranks:
-                plan_of(case, topology.describe(case.world_size, case.world_size), repairs=True)
+                plan_of(case, _of(node, case.world_size), repairs=True)
                 cases.append(case)
         except HalfstepError as error:
             refused = error.what
@@ -89,12 +94,16 @@ def _is_plain(varied: dict[str, Any], offload: str) -> bool:
     )
 
 
-def _keys(plan: Plan, base: Case) -> tuple[str, ...]:
+def _of(node: topology.Topology, ranks: int) -> topology.Topology:
+    """Return some ranks of a node by themselves."""
+    return dataclasses.replace(node, world_size=ranks, ranks_per_node=ranks)
+
+
+def _keys(plan: Plan, base: Case, alone: topology.Topology) -> tuple[str, ...]:
     """Return the keys that change a plan's numbers beside its cell, as words of a command line."""
-    here = plan_of(base, topology.describe(1, 1), repairs=True, for_the_reference=True)
-    leaves, own = flatten(plan.deepspeed), flatten(here.deepspeed)
-    setting = effects.Setting(zero=plan.zero, precision=plan.precision, topology=plan.topology, leaves=leaves)
-    asked = []
+    composed = plan_of(base, alone, repairs=True, for_the_reference=True)
+    leaves, own = flatten(plan.deepspeed), flatten(composed.deepspeed)
+    setting, asked = plan.setting(), []
     for path in sorted({*leaves, *own}):
         value = leaves.get(path, effects.default(path))
         if path in (*_ITS_OWN, *_WHO_STEPS) or value == own.get(path, effects.default(path)):

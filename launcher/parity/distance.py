@@ -21,8 +21,10 @@ _COARSER = {
     "ds.communication_data_type": {"first_update": 0.03},
 }
 """Conditions in which the arithmetic is meant to be coarser than the cell's own, and how far apart it may be."""
-_FIRST_UPDATE_COMPILED = 0.1
-"""In half precision: what a compiler has made one kernel of is rounded once and not after every operator."""
+_FIRST_UPDATE_COMPILED = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.1}
+"""What a compiler has made one kernel of is rounded once and not after every operator, which turns more signs. With
+TORCHINDUCTOR_EMULATE_PRECISION_CASTS=1, which rounds where eager does, 0.012 became 0.0002 (fp16), 0.064 0.013 (bf16).
+"""
 _NOT_A_NUMBER = 1e9
 """Stands for a deviation that is no number, so that every result is JSON and fails."""
 
@@ -68,8 +70,8 @@ def deviations(case: Case, series: Series, reference: Series, against: str) -> l
     else:
         apart = float((series.first_update - reference.first_update).norm() / reference.first_update.norm())
     allowed = float(coarser.get("first_update", _FIRST_UPDATE[precision]))
-    if case.compile and precision != "fp32":
-        allowed = _FIRST_UPDATE_COMPILED
+    if case.compile:
+        allowed = max(allowed, _FIRST_UPDATE_COMPILED[precision])
     return [*compared, _relative("first_update", against, [apart], allowed)]
 
 

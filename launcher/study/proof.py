@@ -81,10 +81,10 @@ def tell(path: Path, plan: Plan, verdicts: Iterable[dict[str, Any]] = ()) -> dic
     """
     here, asked = topology.describe(1, 1), question_of(plan)
     record: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(asked.cases)}
-    if asked.unknown:
-        record["reason"] = f"the parity gate does not know {', '.join(asked.unknown)}"
-    elif not plan.repairs_on:
+    if not plan.repairs_on:
         record |= {"proved": False, "reason": "stage 0 in half precision without its repairs (numerics.repairs=false)"}
+    elif asked.unknown:
+        record["reason"] = f"the parity gate does not know {', '.join(asked.unknown)}"
     else:
         record["proved"] = verdict.proved(here, [vars(case) for case in asked.cases], verdicts)
         if record["proved"] is None:
