@@ -20,6 +20,8 @@ POISON = f"fwd:0:{POISONED_STEP}:nan"
 BINDING_CLIP = 0.05
 """A largest gradient norm that binds on every step: these models' norms are near 1."""
 _GLOBAL_BATCH, _SEQUENCE, _VOCABULARY = 8, 32, 64
+MOST_RANKS = _GLOBAL_BATCH
+"""Each has a sequence of its own."""
 # A constant lr of 1e-3 is the largest at which a tiny AdamW model does not amplify rounding by itself.
 OPTIMIZERS = {
     "adamw": ["optimizer.kind=adamw", "optimizer.lr=1e-3"],

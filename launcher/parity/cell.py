@@ -12,7 +12,7 @@ from typing import Any
 from halfstep.launcher import topology
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.errors import HalfstepError
-from halfstep.launcher.parity.cases import OPTIMIZERS, VARIED, Case, cases_of, plan_of
+from halfstep.launcher.parity.cases import MOST_RANKS, OPTIMIZERS, VARIED, Case, cases_of, plan_of
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.plan import Plan
 
@@ -60,12 +60,13 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         cases = [case for case in cases_of(plan.zero, plan.precision, "none") if case.world_size <= ranks]
         return Question(cases=tuple(cases))
     cases, refused = [], ""
-    for row in VARIED:
+    for row in (*VARIED, {**VARIED[0], "world_size": MOST_RANKS}):
         case = Case(zero=plan.zero, precision=plan.precision, offload=offload, **{**row, **varied})
+        if case.world_size > ranks or (cases and case.world_size == MOST_RANKS):
+            continue  # a whole node is for what fewer ranks cannot have: hpZ over eight
         try:
-            if case.world_size <= ranks:
-                plan_of(case, _of(node, case.world_size), repairs=True)
-                cases.append(case)
+            plan_of(case, _of(node, case.world_size), repairs=True)
+            cases.append(case)
         except HalfstepError as error:
             refused = error.what
     return Question(cases=tuple(cases), unknown=() if cases else (f"{', '.join(varied['keys'])}: {refused}",))

@@ -178,6 +178,14 @@ def test_a_cell_is_asked_about_as_it_is_run(plan: Make, asked_for: tuple[str, ..
     assert set(question.cases).isdisjoint(plain.cases), "a proof of something else proves nothing"
 
 
+def test_a_plan_for_another_machine_is_asked_about_on_that_one(plan: Make) -> None:
+    made = plan("zero=3", "ds.zero_optimization.zero_hpz_partition_size=8", topology=GPUS)
+    (case,) = question_of(made, GPUS).cases
+    assert (case.world_size, case.keys) == (8, ("ds.zero_optimization.zero_hpz_partition_size=8",))
+    quantised = plan("zero=3", "ds.zero_optimization.zero_quantized_weights=true", topology=GPUS)
+    assert {case.world_size for case in question_of(quantised, GPUS).cases} == {1, 2}
+
+
 def test_what_changes_no_number_asks_for_nothing_more(plan: Make) -> None:
     plain = asked(plan("zero=2"))
     keys = ("ds.zero_optimization.reduce_bucket_size=1000", "ds.wall_clock_breakdown=true")
