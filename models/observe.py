@@ -70,7 +70,7 @@ def observe(model: PreTrainedModel) -> Observed:
         return Observed()
     shared = _shared(model)
     return Observed(
-        plain_head=len(headed) == 1 and _is_plain_head(*headed[0], made.logits),
+        plain_head=isinstance(head, nn.Linear) and len(headed) == 1 and _is_plain_head(*headed[0], made.logits),
         plainly_causal=uses_sdpa and bool(attended) and bool(requests) and all(requests + attended),
         whole_blocks=tuple(
             name

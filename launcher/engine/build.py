@@ -18,7 +18,7 @@ from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
-from halfstep.launcher.plan.construct import unfit
+from halfstep.launcher.plan.construct import no_plain_head, unfit
 from halfstep.launcher.plan.plan import Plan
 from halfstep.models import network as model_build
 from halfstep.models.fused_head import FusedHead
@@ -108,11 +108,7 @@ def _plain_head(model: PreTrainedModel, plan: Plan, seen: Observed) -> torch.nn.
     """Return the head whose products are the model's logits."""
     head = model.get_output_embeddings()
     if not seen.plain_head or not isinstance(head, torch.nn.Linear):
-        raise RefusedError(
-            f"the loss of {plan.model.name} cannot be made in its head: its logits are not a plain product",
-            where="fused_head=true",
-            fix="take fused_head=false",
-        )
+        raise no_plain_head(f"model={plan.model.name}")
     return head
 
 

@@ -38,12 +38,13 @@ class Source:
         return f"model=hf:{self.name}"
 
 
-def construct(source: Source, config: dict[str, Any], trust_remote_code: bool) -> Network:
+def construct(source: Source, config: dict[str, Any], trust_remote_code: bool, *, fused_head: bool = False) -> Network:
     """Construct a model on the meta device, and compare it with the weights where they lie here.
 
-    Raises RequestError for what cannot be constructed, and for weights of another model.
+    Raises RequestError for what cannot be constructed, for weights of another model, and for a head that cannot be
+    fused where `fused_head` asks for that.
     """
-    from halfstep.models import hf_config, hf_weights, network  # load torch, which other plans do without
+    from halfstep.models import hf_config, hf_weights, network, observe  # load torch, which other plans do without
 
     try:
         model = network.skeleton(config, source=source.home, trust_remote_code=trust_remote_code)
@@ -52,11 +53,23 @@ def construct(source: Source, config: dict[str, Any], trust_remote_code: bool) -
             hf_weights.check(source.weights, made, {"trust_remote_code": trust_remote_code})
     except (ValueError, OSError, KeyError) as error:
         raise unfit(error, source.where, "the model cannot be constructed") from error
-    return Network(
+    made = Network(
         parameters=network.count_parameters(model),
         vocabulary=hf_config.vocabulary(model),
         positions=hf_config.positions(model),
         width=hf_config.width(model),
+    )
+    if fused_head and not observe.observe(model).plain_head:
+        raise no_plain_head(source.where)
+    return made
+
+
+def no_plain_head(where: str) -> RequestError:
+    """Return what to say of a model whose loss cannot be made in its head."""
+    return RequestError(
+        "the loss cannot be made in this model's head: its logits are not a plain product of the head's weights",
+        where=f"fused_head=true and {where}",
+        fix="take fused_head=false; activation_checkpointing=true saves memory in every model",
     )
 
 

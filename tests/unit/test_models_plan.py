@@ -306,3 +306,15 @@ def test_nothing_stale_is_kept_between_two_plans(planned: Planned, tmp_path: Pat
     shutil.rmtree(tmp_path / "model")
     assert planned(folder(tmp_path, {**LLAMA, "num_hidden_layers": 2})).model.parameters > first
     os.stat(tmp_path / "model" / "config.json")
+
+
+def test_a_head_whose_logits_are_changed_after_it_cannot_be_fused_and_the_plan_says_so(
+    planned: Planned, refused: Refused, tmp_path: Path
+) -> None:
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32,
+             "vocab_size": 4096, "num_hidden_layers": 1, "head_dim": 8, "max_position_embeddings": 64,
+             "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    assert planned(folder(tmp_path, {"model_type": "llama", **small}), "fused_head=true").fused_head
+    said = refused(folder(tmp_path, {"model_type": "gemma2", **small}), "fused_head=true")
+    assert "the loss cannot be made in this model's head" in said
+    assert "take fused_head=false" in said
