@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from process import synthetic
 from ranks import printed_alone
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -81,27 +82,9 @@ class Waits(TorchFunctionMode):
 
 
 def plan_of(zero: int, precision: str, *keys: str) -> Any:
-    from halfstep.launcher import topology
-    from halfstep.launcher.config.load import load
-    from halfstep.launcher.corpus.description import DataFacts
-    from halfstep.launcher.plan.facts import Facts
-    from halfstep.launcher.plan.resolve import resolve
-
-    small = ["model=gpt2-nano", "model.width=32", "model.vocabulary=64", "data=synthetic", "sequence=32"]
-    small += ["ds.optimizer.params.torch_adam=true", "ds.optimizer.params.fused=true"]  # what steps on a GPU
-    batch = [f"steps={STEPS}", "batch.global=4", "batch.micro=2", "optimizer.clip=0.05", "model.dropout=0.1"]
-    request = load([*small, *batch, f"zero={zero}", f"precision={precision}", "fp16.initial_scale_power=10", *keys])
-    data = DataFacts(
-        path="synthetic",
-        train_prefix="synthetic",
-        validation_prefix=None,
-        train_tokens=10**9,
-        validation_tokens=0,
-        vocabulary=64,
-        has_tokenizer=False,
-        digest="synthetic",
-    )
-    return resolve(request, topology.describe(1, 1), Facts(data=data, model=None, ds_config=None))
+    steps = [f"steps={STEPS}", "optimizer.clip=0.05", "model.dropout=0.1", "fp16.initial_scale_power=10"]
+    fused = ["ds.optimizer.params.torch_adam=true", "ds.optimizer.params.fused=true"]  # what steps on a GPU
+    return synthetic.plan_of(*steps, *fused, f"zero={zero}", f"precision={precision}", *keys)
 
 
 class Rank:

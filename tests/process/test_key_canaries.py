@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from process import synthetic
 from ranks import printed_alone
 
 pytestmark = pytest.mark.process
@@ -56,28 +57,8 @@ def inert_keys() -> dict[str, Any]:
 
 
 def plan_of(zero: int, precision: str, keys: dict[str, Any]) -> Any:
-    from halfstep.launcher import topology
-    from halfstep.launcher.config.load import load
-    from halfstep.launcher.corpus.description import DataFacts
-    from halfstep.launcher.plan.facts import Facts
-    from halfstep.launcher.plan.resolve import resolve
-
-    small = ["model=gpt2-nano", "model.width=32", "model.layers=1", "model.vocabulary=64", "sequence=32", "steps=3"]
-    more = [f"ds.{key}={json.dumps(value)}" for key, value in keys.items()]
-    request = load(
-        [*small, "data=x", "batch.global=4", "batch.micro=2", f"zero={zero}", f"precision={precision}", *more]
-    )
-    data = DataFacts(
-        path="synthetic",
-        train_prefix="synthetic",
-        validation_prefix=None,
-        train_tokens=10**9,
-        validation_tokens=0,
-        vocabulary=64,
-        has_tokenizer=False,
-        digest="synthetic",
-    )
-    return resolve(request, topology.describe(1, 1), Facts(data=data, model=None, ds_config=None))
+    asked_for = [f"ds.{key}={json.dumps(value)}" for key, value in keys.items()]
+    return synthetic.plan_of("model.layers=1", "steps=3", f"zero={zero}", f"precision={precision}", *asked_for)
 
 
 def losses(plan: Any) -> dict[str, Any]:
