@@ -52,11 +52,9 @@ def lines(plan: Plan) -> list[str]:
         effect = effects.of(key, setting).kind
         text.append(f"  {f'{key} {_value(leaves[key]):>{width - len(key) - 1}}'}  # {effect:<8}  {plan.origins[key]}")
     text += ["", *warnings(plan)]
-    text += [
-        f"REFUSED by rule {broken['rule']}: {broken['sentence']}\n"
-        f"     from: {broken['where']}\n      try: {broken['fix']}"
-        for broken in plan.refused_by
-    ]
+    for broken in plan.refused_by:
+        text.append(f"REFUSED by rule {broken['rule']}: {broken['sentence']}")
+        text += [f"     from: {broken['where']}", f"      try: {broken['fix']}"]
     return text if text[-1] else text[:-1]
 
 

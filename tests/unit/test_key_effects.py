@@ -115,6 +115,19 @@ def test_a_key_that_does_nothing_anywhere_is_refused_with_what_to_use_instead(pl
     assert broken["fix"]
 
 
+def test_a_plan_shows_what_each_key_does_and_a_refusal_in_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    asked_for = ["model=gpt2-nano", "model.vocabulary=64", "zero=2", "ds.tensor_parallel.tp.tp_size=2"]
+    assert main(["plan", *asked_for]) == 2
+    said = capsys.readouterr().out
+    refused, origin, remedy = said.splitlines()[-3:]
+    assert refused.startswith("REFUSED by rule key-is-inert: tensor_parallel.tp.tp_size does nothing: ")
+    assert origin == "     from: ds.tensor_parallel.tp.tp_size from the command line"
+    assert remedy.startswith("      try: drop it")
+    assert "\\n" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("  zero_optimization.reduce_bucket_size ")]
+    assert line.split("#")[1].split() == ["memory", "scaled", "to", "the", "model"]
+
+
 def test_a_key_that_does_nothing_in_this_cell_is_warned_of_so_that_studies_can_pin_it(plan: Make) -> None:
     key = "ds.zero_optimization.overlap_comm=true"
     idle, busy = plan("zero=0", key, topology=GPUS), plan("zero=2", key, topology=GPUS)
