@@ -40,7 +40,7 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         here = topology.default_ranks_per_node()
         node = topology.describe(here, here)
     offload = offload_of(plan)
-    kind = str(plan.deepspeed["optimizer"]["type"]).lower()
+    kind = _optimizer(plan)
     family = str(plan.model.config.get("model_type"))
     unknown = [] if kind in OPTIMIZERS else [f"the optimizer {plan.deepspeed['optimizer']['type']}"]
     unknown += [] if family in _FAMILIES else [f"the model family {family}"]
@@ -69,7 +69,15 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
             cases.append(case)
         except HalfstepError as error:
             refused = error.what
-    return Question(cases=tuple(cases), unknown=() if cases else (f"{', '.join(varied['keys'])}: {refused}",))
+    what = ", ".join(varied["keys"]) or f"offload={offload}"
+    return Question(cases=tuple(cases), unknown=() if cases else (f"{what}: {refused}",))
+
+
+def _optimizer(plan: Plan) -> str:
+    """Return an optimizer's name in the table of cases; DeepSpeed's Adam is AdamW unless it is told otherwise."""
+    section = plan.deepspeed["optimizer"]
+    kind = str(section["type"]).lower()
+    return "adamw" if kind == "adam" and section.get("params", {}).get("adam_w_mode", True) else kind
 
 
 def offload_of(plan: Plan) -> str:
@@ -107,7 +115,7 @@ def _keys(plan: Plan, base: Case, alone: topology.Topology) -> tuple[str, ...]:
     setting, asked = plan.setting(), []
     for path in sorted({*leaves, *own}):
         value = leaves.get(path, effects.default(path))
-        if path in (*_ITS_OWN, *_WHO_STEPS) or value == own.get(path, effects.default(path)):
+        if path in ("optimizer.type", *_ITS_OWN, *_WHO_STEPS) or value == own.get(path, effects.default(path)):
             continue
         if effects.of(path, setting).kind in (effects.NUMERICS, effects.UNKNOWN):
             asked.append(f"ds.{path}={json.dumps(value)}")

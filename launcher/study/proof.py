@@ -39,7 +39,7 @@ def needed(plans: Iterable[Plan]) -> list[Case]:
 def run(plans: Iterable[Plan], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Run what `needed` names, keep the verdict and return it; what cannot be run stays unproved, and is said.
 
-    A cell with offload, or with keys of its own, is tried by itself: where the device cannot do it, DeepSpeed raises.
+    A cell with offload, a compiler or keys of its own is tried by itself: it may end in an error here.
     """
     missing, verdicts = needed(plans), []
     plain = [case for case in missing if _is_sure_to_run(case)]
@@ -123,11 +123,11 @@ def _of_its_offload(plan: Plan) -> list[Case]:
 
 
 def _cell(case: Case) -> tuple[object, ...]:
-    return case.zero, case.precision, case.offload, case.optimizer, case.keys
+    return case.zero, case.precision, case.offload, case.optimizer, case.compile, case.keys
 
 
 def _is_sure_to_run(case: Case) -> bool:
-    return case.offload == "none" and not case.keys and case.optimizer in ("adamw", "sgd")
+    return case.offload == "none" and not (case.keys or case.compile) and case.optimizer in ("adamw", "sgd")
 
 
 def _failed(case: Case, why: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from halfstep.launcher.watchdog import reaper as reaper_page
 
 MARK = "HALFSTEP_LAUNCH"
 """The variable that names a launch: whatever it starts bears it, wherever it moves."""
-SET_HERE = ("DS_ACCELERATOR", "OMP_NUM_THREADS", MARK, SECRET_VARIABLE, LAUNCHER)
-"""The variables that a launch sets for its ranks, on whatever host; and CONSENT_VARIABLE, where it has consent."""
+SET_HERE = ("DS_ACCELERATOR", "OMP_NUM_THREADS", MARK, SECRET_VARIABLE, LAUNCHER, CONSENT_VARIABLE)
+"""The variables that a launch sets for its ranks, on whatever host."""
 STOP_FILE = "STOP"
 """In the run directory: the ranks look for it at step boundaries, save and end with 75."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -61,6 +61,7 @@ def start(
     # torchrun would set one thread a rank, whatever the machine has.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     environment[MARK] = launch  # torchrun gives each rank its own session, but leaves it this
+    environment.setdefault(CONSENT_VARIABLE, "")
     if trusted:
         environment[CONSENT_VARIABLE] = str(run)
     environment[SECRET_VARIABLE] = secrets.token_hex(32)

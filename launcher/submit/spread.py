@@ -11,7 +11,6 @@ from pathlib import Path
 
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
-from halfstep.launcher.rundir.trust import CONSENT_VARIABLE
 from halfstep.launcher.submit.argv import ACCELERATE_CONFIG, script_words, tool
 from halfstep.launcher.submit.hostfile import Hosts, exported
 from halfstep.launcher.submit.local import SET_HERE
@@ -39,8 +38,7 @@ def deepspeed(plan: Plan, run: Path, hosts: Hosts, backend: str) -> list[str]:
             command += ["--ssh_port", str(hosts.ssh_port)]
         return [*command, *script_words(Path(_plain(run)))]
     # DeepSpeed tells mpirun neither address nor port. mpirun takes the names of variables, and their values from here.
-    # It says a line on one that is not set, and goes on: consent is given to some launches only.
-    named = [*exported(), *SET_HERE, CONSENT_VARIABLE, "MASTER_ADDR", "MASTER_PORT"]
+    named = [*exported(), *SET_HERE, "MASTER_ADDR", "MASTER_PORT"]
     options = " ".join(f"-x {name}" for name in dict.fromkeys(named))
     met = ["env", f"MASTER_ADDR={address}", f"MASTER_PORT={port}"]
     return [*met, *command, f"--launcher_args={options}", *script_words(run)]

@@ -199,6 +199,13 @@ def test_a_plan_for_another_machine_is_asked_about_on_that_one(plan: Make) -> No
     assert {case.world_size for case in question_of(quantised, GPUS).cases} == {1, 2}
 
 
+def test_deepspeeds_adam_is_proved_as_the_adamw_that_it_builds(plan: Make) -> None:
+    adam = plan("zero=2", "ds.optimizer.type=Adam")
+    assert question_of(adam) == question_of(plan("zero=2"))
+    other = question_of(plan("zero=2", "ds.optimizer.type=Adam", "ds.optimizer.params.adam_w_mode=false"))
+    assert other.unknown == ("the optimizer Adam",)
+
+
 def test_what_changes_no_number_asks_for_nothing_more(plan: Make) -> None:
     plain = asked(plan("zero=2"))
     keys = ("ds.zero_optimization.reduce_bucket_size=1000", "ds.wall_clock_breakdown=true")
