@@ -79,8 +79,9 @@ class MicroBatch:
         logits = self.logits(model)
         if rows == 0:
             return logits.new_zeros((), dtype=torch.float32)
-        own = self if rows is None else self.rows(rows)
-        return own.loss(logits[: len(own.targets)], reduction=reduction)
+        if rows is None or rows == len(self.inputs):
+            return self.loss(logits, reduction=reduction)  # a slice of all rows would copy the logits' gradient
+        return self.rows(rows).loss(logits[:rows], reduction=reduction)
 
     def loss(self, logits: Tensor, *, reduction: str = "mean") -> Tensor:
         """Return the cross-entropy of logits for the same rows, a scalar: the mean over the targets or their sum."""

@@ -149,3 +149,20 @@ def test_positions_reach_the_model_where_there_are_some() -> None:
     MicroBatch(inputs, inputs, positions).to(torch.device("cpu")).rows(1).logits(engine)
     assert [sorted(call) for call in engine.inputs] == [["input_ids"], ["input_ids", "position_ids"]]
     assert torch.equal(engine.inputs[1]["position_ids"], positions)
+
+
+@pytest.mark.parametrize(("rows", "operators"), [(None, []), (3, []), (2, ["SliceBackward0"])])
+def test_the_gradient_of_whole_logits_is_not_copied(rows: int | None, operators: list[str]) -> None:
+    """What a slice of all rows is would be a tensor of zeros as large as the logits, and a copy into it."""
+    batch = MicroBatch.of_windows(torch.arange(27).reshape(3, 9))
+    logits = torch.zeros(3, 8, VOCABULARY, requires_grad=True)
+    loss = batch.loss_by(lambda **_: SimpleNamespace(logits=logits * 1), rows=rows, reduction="sum")
+    graph, seen = [loss.grad_fn], []
+    while graph:
+        node = graph.pop()
+        seen += [node.name()]
+        graph += [following for following, _ in node.next_functions if following is not None]
+    assert [name for name in seen if "Slice" in name] == operators
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.any(dim=-1).sum() == 8 * (rows or 3)
