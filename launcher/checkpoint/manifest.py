@@ -12,6 +12,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.config.digest import digest
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.system import foreign
@@ -118,7 +119,7 @@ class Manifest:
     model: Model
     world_size: Annotated[int, Field(strict=True, ge=1, le=_RANKS)]
     zero: Annotated[int, Field(strict=True, ge=0, le=3)]
-    precision: Annotated[Text, Field(pattern="^(fp32|fp16|bf16)$")]
+    precision: Annotated[Text, Field(pattern=f"^({'|'.join(precisions.PRECISIONS)})$")]
     batch: dict[Text, Count]
     """`global`, `micro`, `accumulation`."""
     sequence: Positive

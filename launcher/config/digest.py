@@ -34,8 +34,9 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     leaves = flatten(spec.model_dump(by_alias=True))
     if spec.schedule.kind != "wsd":  # nothing comes of it, and runs of other kinds are older than this key
         del leaves["schedule.decay"]
-    if not spec.fused_head:  # runs are older than this key
-        del leaves["fused_head"]
+    for key in ("fused_head", "keep_fp32"):  # runs are older than these keys
+        if not getattr(spec, key):
+            del leaves[key]
     return {
         key: value
         for key, value in leaves.items()

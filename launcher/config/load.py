@@ -16,6 +16,8 @@ from halfstep.launcher.config.text_file import read_toml
 from halfstep.launcher.errors import RequestError, nearest
 from halfstep.models.presets import PRESETS
 
+_SPELT = {"model": "model.name", "precision.name": "precision", "precision.keep_fp32": "keep_fp32"}
+"""Run keys that have another spelling."""
 PATH_KEYS = ("data", "out", "nvme_path", "ds_config")
 _COMMAND_LINE = "the command line"
 
@@ -150,7 +152,7 @@ def _put(
     stored: bool = False,
 ) -> None:
     legal.check(key, value, origin, typed=not key.startswith("ds."), stored=stored)
-    key = "model.name" if key == "model" else key
+    key = _SPELT.get(key, key)
     if isinstance(value, str) and value:
         if key in PATH_KEYS:
             value = legal.absolute(key, value, base, origin)

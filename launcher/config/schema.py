@@ -122,7 +122,7 @@ class ScheduleKeys(_Section):
 
 
 class Fp16Keys(_Section):
-    """`fp16.*`: loss scaling; read only with precision=fp16."""
+    """`fp16.*`: loss scaling; read only with precision=fp16 and fp16-autocast."""
 
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
     """The dynamic loss scale starts at 2 to this power."""
@@ -218,8 +218,10 @@ class RunSpec(_Section):
     """The run directory; unset: runs/<run id>."""
     zero: Annotated[int, Field(ge=0, le=3)] = 1
     """ZeRO stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also weights."""
-    precision: Literal["fp32", "fp16", "bf16"] = "bf16"
-    """What forward and backward compute in; the masters are fp32 in all three."""
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "fp16-autocast", "bf16-autocast"] = "bf16"
+    """What forward and backward compute in; the masters are always fp32, with autocast and tf32 the weights, too."""
+    keep_fp32: tuple[str, ...] = ()
+    """Modules that stay in fp32 under autocast, by name or the end of one, `*` and `?` allowed: ["ln_f", "lm_head"]."""
     offload: Literal["none", "optimizer-cpu", "cpu", "nvme"] = "none"
     """What moves off the device: nothing, optimizer states, those and weights, or both to NVMe."""
     nvme_path: str | None = None

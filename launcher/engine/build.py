@@ -12,16 +12,17 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel
 
-from halfstep.launcher.config import optimizers
+from halfstep.launcher.config import optimizers, precisions
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
 from halfstep.launcher.engine.untyped import Engine
-from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.plan.construct import no_plain_head, unfit
 from halfstep.launcher.plan.plan import Plan
 from halfstep.models import network as model_build
 from halfstep.models.fused_head import FusedHead
+from halfstep.models.islands import keep_in_fp32
 from halfstep.models.observe import Observed, blocks, leave_out_masks, observe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,11 +35,14 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
 
     Raises RequestError for a model that cannot be built.
     """
-    cpu_fp16.prepare(plan.precision, plan.topology.accelerator, compiled=plan.compile)
+    precision = precisions.of(plan.precision)
+    cpu_fp16.prepare(precision.products, plan.topology.accelerator, compiled=plan.compile)
+    set_matrix_precision(plan)
     model = _model(plan)
     seen = _observed(plan)
     if seen.plainly_causal:
         leave_out_masks(model)
+    _keep_in_fp32(model, plan)
     if plan.fused_head:
         FusedHead(_plain_head(model, plan, seen), plan.model.vocabulary)
     if plan.zero == 3:
@@ -59,6 +63,11 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
     if plan.compile:
         _compile_blocks(engine, plan, seen)
     return engine, repairs
+
+
+def set_matrix_precision(plan: Plan) -> None:
+    """Let a GPU multiply fp32 matrices in TF32 where that is asked for, in this process, and nowhere else."""
+    torch.set_float32_matmul_precision("high" if precisions.of(plan.precision).products == "tf32" else "highest")
 
 
 @contextlib.contextmanager
@@ -102,6 +111,24 @@ def _compile_blocks(engine: Engine, plan: Plan, seen: Observed) -> None:
     torch._dynamo.config.recompile_limit = max(limit, _PROGRAMS_OF_A_BLOCK * len(kinds))
     for block in kinds.values():
         block.forward = torch.compile(block.forward)
+
+
+def _keep_in_fp32(model: PreTrainedModel, plan: Plan) -> None:
+    """Let autocast leave alone what the plan names; raises RequestError where that is no module, or fused."""
+    if not plan.keep_fp32:
+        return
+    where = f"keep_fp32={','.join(plan.keep_fp32)}"
+    try:
+        kept = keep_in_fp32(model, plan.keep_fp32, plan.topology.accelerator)
+    except ValueError as error:
+        raise RequestError(f"{plan.model.name} has other modules: {error}", where=where, fix="correct it") from None
+    head = model.get_output_embeddings()
+    if plan.fused_head and any(model.get_submodule(name) is head for name in kept):
+        raise RequestError(
+            "a fused head has no forward pass of its own that could stay in fp32",
+            where=f"fused_head=true and {where}",
+            fix="take fused_head=false, or leave the head out of keep_fp32",
+        )
 
 
 def _plain_head(model: PreTrainedModel, plan: Plan, seen: Observed) -> torch.nn.Linear:
@@ -159,7 +186,7 @@ def _model(plan: Plan) -> PreTrainedModel:
             weights=plan.model.weights,
             source=_home(plan.model.name),
             activation_checkpointing=plan.activation_checkpointing,
-            dtype=_DTYPES[plan.precision],
+            dtype=_DTYPES[precisions.of(plan.precision).weights],
             trust_remote_code=plan.trust_remote_code,
         )
     except (ValueError, OSError) as error:
@@ -206,7 +233,7 @@ def _check(engine: Engine, plan: Plan) -> None:
         "accumulation": (engine.gradient_accumulation_steps(), plan.batch.accumulation),
         "global batch": (engine.train_batch_size(), plan.batch.global_),
         "clipping": (float(engine.gradient_clipping()), plan.clip),
-        "weights": (next(engine.module.parameters()).dtype, _DTYPES[plan.precision]),
+        "weights": (next(engine.module.parameters()).dtype, _DTYPES[precisions.of(plan.precision).weights]),
         "parameters": (model_build.count_parameters(engine.module), plan.model.parameters),
     }
     for what, (actual, planned) in built.items():

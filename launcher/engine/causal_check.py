@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
@@ -76,7 +77,7 @@ def _forward(engine: Engine, plan: Plan) -> Any:
 
 
 def _unusable(plan: Plan, reason: str) -> RefusedError:
-    half = plan.precision != "fp32" and "dtype" in reason
+    half = precisions.of(plan.precision).products in ("fp16", "bf16") and "dtype" in reason
     return RefusedError(
         f"the model cannot be trained on next tokens: {reason}",
         where=f"model={plan.model.name}, model_type {plan.model.config.get('model_type')!r}",

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from halfstep.launcher.checkpoint.manifest import Manifest
 from halfstep.launcher.checkpoint.shards import MASTER, Shards, probe_tokens
+from halfstep.launcher.config import precisions
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.export import exported
 from halfstep.launcher.export.weights import DTYPES
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 """Of the largest logit: what the order of additions and the kernels of another device explain. For 16 bit it is about
 ten times the distance between neighbouring numbers (2^-10, 2^-7), as errors add up from layer to layer."""
 
@@ -73,14 +74,15 @@ def compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comp
     saved = files.probe()
     if saved is None:
         return None
-    network = exported.load(folder, DTYPES[manifest.precision])
+    weights = precisions.of(manifest.precision).weights
+    network = exported.load(folder, DTYPES[weights])
     rounded = None
-    if not _holds(dtype, manifest.precision):
+    if not _holds(dtype, weights):
         rounded = _largest(_logits(network, manifest, saved.shape[-1]) - saved)
-        _use_masters(network, folder, files, DTYPES[dtype], DTYPES[manifest.precision])
-    _as_in_training(network, files, DTYPES[manifest.precision])
+        _use_masters(network, folder, files, DTYPES[dtype], DTYPES[weights])
+    _as_in_training(network, files, DTYPES[weights])
     difference = np.abs(_logits(network, manifest, saved.shape[-1]) - saved).max(axis=-1)
-    largest, tolerance = _largest(saved), TOLERANCE[manifest.precision]
+    largest, tolerance = _largest(saved), TOLERANCE[precisions.of(manifest.precision).products]
     ok, flipped = None, 0
     if largest is not None and np.isfinite(difference).all():
         flipped = int((difference > tolerance * largest).sum())
@@ -111,7 +113,9 @@ def _holds(dtype: str, precision: str) -> bool:
 @torch.no_grad()
 def _logits(network: PreTrainedModel, manifest: Manifest, vocabulary: int) -> np.ndarray:
     tokens = probe_tokens(manifest.sequence, manifest.model.get("vocabulary") or vocabulary)
-    return exported.logits(network, torch.tensor([tokens], device=network.device))[0].float().cpu().numpy()
+    precision, device = precisions.of(manifest.precision), network.device
+    with torch.autocast(device.type, DTYPES.get(precision.products), precision.autocast):
+        return exported.logits(network, torch.tensor([tokens], device=device))[0].float().cpu().numpy()
 
 
 @torch.no_grad()

@@ -67,35 +67,38 @@ def activations(workload: Workload) -> Activations:
             heap=0,
             evaluation=0,
         )
-    tokens, element = workload.micro * workload.sequence, workload.element_bytes
+    tokens, element, low = workload.micro * workload.sequence, workload.element_bytes, workload.product_bytes
     block = _block(workload, shape) * tokens
     hidden = element * shape.width * tokens
-    norm = 2 * hidden if shape.family == "gpt2" else _rms_norm(shape, element) * tokens
+    norm = hidden if shape.family == "gpt2" else _rms_norm(workload, shape) * tokens
+    norm += low * shape.width * tokens if shape.family == "gpt2" or workload.autocast else 0
     headed = shapes.head_tokens(tokens, shape.vocabulary, on_cpu=workload.accelerator == "cpu")
     headed = headed if workload.fused_head else tokens
-    made = element * shape.vocabulary * headed
+    made = low * shape.vocabulary * headed
     loss = made + _loss_work(workload, shape, headed) if workload.fused_loss else _hf_loss(workload, made)
     if workload.fused_head:  # the logits beside their gradient, that of the hidden states, of the weights with its sums
         loss += made + hidden + 2 * FULL * shape.vocabulary * shape.width
     widest = max(2 * shape.ffn, 4 * shape.width)
+    copied = _weight_copies(workload, shape)
     return Activations(
         block=block,
-        kept=shape.layers * (hidden if workload.activation_checkpointing else block),
+        kept=shape.layers * (hidden if workload.activation_checkpointing else block)
+        + (copied.head + copied.block * (1 if workload.activation_checkpointing else shape.layers)),
         ends=norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
-        working=element * (widest + 2 * shape.width) * tokens,
+        working=(low * widest + element * 2 * shape.width) * tokens,
         logits=0 if workload.fused_head else made,
         made=made,
         loss=loss,
         head_copies=_copies(workload, headed, shape.width, shape.vocabulary),
         block_copies=_copies(workload, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
         heap=_heap(workload, shape, block),
-        evaluation=element * (widest + 3 * shape.width) * tokens,
+        evaluation=(low * widest + element * 3 * shape.width) * tokens + copied.head + copied.block * shape.layers,
     )
 
 
 def _heap(workload: Workload, shape: Shape, block: int) -> int:
     tokens, element = workload.micro * workload.sequence, workload.element_bytes
-    hidden, wide = element * shape.width * tokens, element * shape.ffn * tokens
+    hidden, wide = element * shape.width * tokens, workload.product_bytes * shape.ffn * tokens
     if hidden >= MAPPED:
         return 0
     if wide >= MAPPED:  # what is as wide as the feed-forward layer is mapped
@@ -113,33 +116,56 @@ def _copies(workload: Workload, tokens: int, width: int, out: int) -> int:
 
 def _block(workload: Workload, shape: Shape) -> int:
     """Return the bytes a token that one block keeps."""
-    element, h, f = workload.element_bytes, shape.width, shape.ffn
+    element, low, h, f = workload.element_bytes, workload.product_bytes, shape.width, shape.ffn
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     if shape.family == "gpt2":
         # Two norms' inputs and outputs, query, key and value, the attention's output; the wide layer before and after.
-        size = element * (8 * h + 2 * f) + 2 * _dropped(workload, shape) * h
+        size = element * 2 * h + low * (6 * h + 2 * f) + 2 * _dropped(workload, shape) * h
     else:
         # Two norms; query, key, value and the output; gate, its SiLU, up and their product.
-        size = 2 * _rms_norm(shape, element) + element * (2 * query + 2 * kv + 4 * f)
+        size = 2 * _rms_norm(workload, shape) + low * (2 * query + 2 * kv + 4 * f)
+        # Autocast makes a copy for each of the five layers that read what a norm has made.
+        size += low * 5 * h if workload.autocast else 0
         if shape.qk_norm:
             size += (8 if element == 4 else 6) * (query + kv)
     if shape.dropout and workload.accelerator == "cpu":
         # No fused kernel has dropout there: queries, keys and values of every head in fp32, and three fp32 matrices of
         # the scores (softmax, noise, product).
-        return size - element * (query + 2 * kv) + 12 * query + 12 * shape.heads * workload.sequence
+        return size - low * (query + 2 * kv) + 12 * query + 12 * shape.heads * workload.sequence
     return size + 4 * shape.heads
 
 
-def _rms_norm(shape: Shape, element: int) -> int:
-    """Return the bytes a token that Llama's norm keeps: in 16 bits an fp32 copy of its input, normed, and scaled."""
-    return shape.width * (12 if element == 4 else 8)
+def _rms_norm(workload: Workload, shape: Shape) -> int:
+    """Return the bytes a token that Llama's norm keeps: in 16 bits an fp32 copy of its input, normed, and scaled.
+
+    What autocast multiplies is a copy of what is scaled, which then goes.
+    """
+    return shape.width * (12 if workload.product_bytes == 4 else 8)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Bytes of autocast's 16-bit copies of weights, which live until the backward pass has used them."""
+
+    block: int = 0
+    head: int = 0
+
+
+def _weight_copies(workload: Workload, shape: Shape) -> _Copies:
+    """Return the copies of one block and of the head; none where the weights are what is multiplied."""
+    if not workload.autocast:
+        return _Copies()
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    feed = (2 if shape.family == "gpt2" else 3) * shape.ffn
+    low = workload.product_bytes
+    return _Copies(block=low * shape.width * (2 * query + 2 * kv + feed), head=low * shape.width * shape.vocabulary)
 
 
 def _dropped(workload: Workload, shape: Shape) -> int:
     """Return the bytes an element that one dropout keeps: on a CPU the noise itself, elsewhere a mask."""
     if shape.dropout == 0:
         return 0
-    return workload.element_bytes if workload.accelerator == "cpu" else 1
+    return workload.product_bytes if workload.accelerator == "cpu" else 1
 
 
 def _loss_work(workload: Workload, shape: Shape, tokens: int) -> int:
@@ -148,5 +174,5 @@ def _loss_work(workload: Workload, shape: Shape, tokens: int) -> int:
 
 
 def _hf_loss(workload: Workload, logits: int) -> int:
-    elements = logits // workload.element_bytes
-    return (_HF_LOSS_PEAK + (2 if workload.element_bytes == 4 else 0)) * elements - logits
+    elements = logits // workload.product_bytes
+    return (_HF_LOSS_PEAK + (2 if workload.product_bytes == 4 else 0)) * elements - logits

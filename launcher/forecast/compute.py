@@ -92,7 +92,7 @@ def stage(workload: Workload, layout: Layout, hardware: Hardware, known: Calibra
     weights = shape.width * (2 * query + 2 * kv + feed) / layout.tensor
     # A CPU's elementwise kernels convert 16 bits to 32, compute and convert back: fewer bytes save them nothing.
     serial = workload.accelerator == "cpu"
-    width, size = shape.width, 4 if serial else workload.element_bytes
+    width, size = shape.width, 4 if serial else (workload.element_bytes + workload.product_bytes) / 2
 
     narrow = 1 + known.narrow * math.sqrt(1024 * layout.tensor / shape.width)
     matmul = narrow * (3 + again) * 2 * tokens * weights * layers / _linear(workload, layout, hardware, known)
@@ -104,7 +104,7 @@ def stage(workload: Workload, layout: Layout, hardware: Hardware, known: Calibra
     fused = known.compiled if layout.compiled else 1.0
     whole = 0.0 if layout.sequence_parallel else 0.4  # norms and residuals, on every tensor-parallel rank
     spread = whole + (1 - whole) / layout.tensor
-    if serial and workload.element_bytes == 2:
+    if serial and workload.product_bytes == 2:
         fused *= known.converted * (known.copied if workload.widened else 1.0)
     moved = (
         fused * known.elementwise * (1 + again / 3) * spread * tokens * (0.5 * width + 0.0625 * feed) * size * layers
@@ -112,7 +112,7 @@ def stage(workload: Workload, layout: Layout, hardware: Hardware, known: Calibra
     if unfused:
         seen = tokens * workload.sequence * shape.heads / layout.tensor
         moved += known.scores * (1 + again / 3) * seen * size * layers
-    moved += known.weight_passes * (1 + again / 3) * weights * layers * size
+    moved += known.weight_passes * (1 + again / 3) * weights * layers * (4 if serial else workload.element_bytes)
     host = known.host * layers * (2 + again) * (known.host_tensor if layout.tensor > 1 else 1.0)
     host *= known.host_compiled if layout.compiled else 1.0
     if not serial:
@@ -137,13 +137,13 @@ def head(workload: Workload, layout: Layout, hardware: Hardware, known: Calibrat
     return MicroStep(
         matmul=(8 if workload.fused_head else 6) * logits * shape.width / (_reach(workload, hardware) * known.matmul),
         attention=0.0,
-        memory=known.loss * fused * logits * workload.element_bytes / hardware.bandwidth,
+        memory=known.loss * fused * logits * workload.product_bytes / hardware.bandwidth,
         host=0.0,
     )
 
 
 def _reach(workload: Workload, hardware: Hardware) -> float:
-    peak = hardware.peak(workload.precision)
+    peak = hardware.peak(workload.arithmetic)
     assert peak, "the caller asks `can_tell` first"
     return peak * (hardware.matmul or 0.8)
 
@@ -164,4 +164,4 @@ def _attention_share(layout: Layout, hardware: Hardware, known: Calibration, hea
 
 def can_tell(workload: Workload, layout: Layout, hardware: Hardware) -> bool:
     """Tell whether shape and device are known well enough for a forecast."""
-    return bool(workload.shape and hardware.peak(workload.precision) and hardware.bandwidth and workload.micro > 0)
+    return bool(workload.shape and hardware.peak(workload.arithmetic) and hardware.bandwidth and workload.micro > 0)

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.config.legal import shown
 from halfstep.launcher.config.text_file import read_toml
 from halfstep.launcher.errors import RequestError, nearest
@@ -36,6 +37,7 @@ class Hardware:
     fp16: float | None = None
     """Where it differs from bf16: CPUs."""
     fp32: float | None = None
+    tf32: float | None = None
     fp8: float | None = None
     fp4: float | None = None
     matmul: float | None = None
@@ -66,10 +68,15 @@ class Hardware:
     """What else the table says."""
 
     def peak(self, precision: str) -> float | None:
-        """Return the dense peak FLOP/s of a precision: fp32, fp16, bf16, fp8 (also `fp8-mx` and the like) or fp4."""
+        """Return the dense peak FLOP/s of what matrices are multiplied in.
+
+        `precision` is a run key's value, or fp8 (also `fp8-mx` and the like) or fp4.
+        """
+        if precision in precisions.PRECISIONS:
+            precision = precisions.of(precision).products
         if precision in ("fp16", "bf16"):
             return (self.fp16 if precision == "fp16" else None) or self.half
-        return {"fp32": self.fp32, "fp8": self.fp8, "fp4": self.fp4}.get(precision.partition("-")[0])
+        return {"fp32": self.fp32, "tf32": self.tf32, "fp8": self.fp8, "fp4": self.fp4}.get(precision.partition("-")[0])
 
     def shared(self, ranks: int) -> "Hardware":
         """Return what one of so many ranks of a measured CPU has; a GPU is no rank's but its own."""

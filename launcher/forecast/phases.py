@@ -193,7 +193,7 @@ def _loss(case: _Case) -> tuple[Buffer, ...]:
         *_before(case),
         *_gathered(case),
         _activations(case),
-        Buffer("logits", kept.logits, f"{workload.precision}"),
+        Buffer("logits", kept.logits, workload.arithmetic),
         Buffer("loss", kept.loss, "head and loss of a chunk, and their gradients" if workload.fused_head else note),
         *_copies(kept.head_copies),
     )

@@ -54,7 +54,7 @@ def of(
         why = (
             "arithmetic of the model's family"
             if workload.shape is None
-            else f"{workload.precision} speed of the device"
+            else f"{workload.arithmetic} speed of the device"
         )
         return _unknown(workload, f"the {why} is not known")
     return {

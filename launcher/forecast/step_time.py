@@ -107,11 +107,11 @@ def forecast(
     hardware = hardware.shared(workload.ranks_per_node)
     if not compute.can_tell(workload, layout, hardware):
         return None
-    shape, peak = workload.shape, hardware.peak(layout.arithmetic or workload.precision)
+    shape, peak = workload.shape, hardware.peak(layout.arithmetic or workload.arithmetic)
     assert shape is not None
-    peak = peak or hardware.peak(workload.precision)
+    peak = peak or hardware.peak(workload.arithmetic)
     assert peak is not None
-    precision = layout.arithmetic or workload.precision
+    precision = layout.arithmetic or workload.arithmetic
     sent = communication.volume(workload, layout)
     terms, hidden = _terms(workload, layout, hardware, known, sent, known.factor(stack, hardware.name, precision))
     total = sum(asdict(terms).values())

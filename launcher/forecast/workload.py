@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.system.machine import multiplies_fp16
 from halfstep.launcher.topology import Topology
 from halfstep.models.shapes import Shape
@@ -19,7 +20,7 @@ class Workload:
     zero: int
     """ZeRO stage, 0 to 3."""
     precision: str
-    """`fp32`, `fp16` or `bf16`: what forward and backward compute in."""
+    """`fp32`, `fp16` or `bf16`: what the weights and their gradients are in."""
     ranks: int
     """Data-parallel ranks."""
     ranks_per_node: int
@@ -62,13 +63,30 @@ class Workload:
     fused_head: bool = False
     """Whether the head and the loss are made in one, in chunks of tokens (models/fused_head.py)."""
     compile: bool = False
+    products: str = ""
+    """What matrices are multiplied in where that is not what the weights are in: `tf32`, by autocast `fp16`, `bf16`."""
     widened: bool = False
     """Whether matrices are multiplied as fp32 copies: fp16 on a CPU without it (engine/numerics/cpu_fp16.py)."""
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one element of what forward and backward compute in."""
+        """Bytes of one element of the weights, of their gradients and of what is added up along the blocks."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def arithmetic(self) -> str:
+        """What matrices are multiplied in."""
+        return self.products or self.precision
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of one element of what goes into a product of matrices and comes out of it."""
+        return 2 if self.arithmetic in ("fp16", "bf16") else 4
+
+    @property
+    def autocast(self) -> bool:
+        """Whether 16-bit copies of fp32 weights are multiplied."""
+        return self.product_bytes < self.element_bytes
 
 
 def of(
@@ -87,18 +105,22 @@ def of(
     fused_head: bool = False,
     repairs: bool = True,
 ) -> Workload:
-    """Return the workload of a DeepSpeed config; `repairs`: whether stage 0 accumulates in fp32 as the rest do.
+    """Return the workload of a DeepSpeed config; `precision` is the run key.
+
+    `repairs`: whether stage 0 accumulates in fp32 as the rest do.
 
     A key that the config leaves out has DeepSpeed 0.19.8's default (runtime/zero/config.py).
     """
     section: dict[str, Any] = deepspeed.get("zero_optimization", {})
     optimizer: dict[str, Any] = deepspeed.get("optimizer", {})
-    accumulation_dtype = deepspeed.get("data_types", {}).get("grad_accum_dtype") or precision
+    kind = precisions.of(precision)
+    accumulation_dtype = deepspeed.get("data_types", {}).get("grad_accum_dtype") or kind.weights
     return Workload(
         shape=shape,
         parameters=parameters,
         zero=zero,
-        precision=precision,
+        precision=kind.weights,
+        products=kind.products if kind.products != kind.weights else "",
         ranks=topology.ranks.data,
         ranks_per_node=topology.ranks_per_node,
         micro=micro,
@@ -111,7 +133,7 @@ def of(
         optimizer=str(optimizer.get("type", "AdamW")),
         momentum=float(optimizer.get("params", {}).get("momentum") or 0.0),
         accumulation_dtype="fp32" if zero == 0 and repairs else accumulation_dtype,
-        communication_dtype=deepspeed.get("communication_data_type") or precision,
+        communication_dtype=deepspeed.get("communication_data_type") or kind.weights,
         reduce_bucket=int(section.get("reduce_bucket_size", 500_000_000)),
         allgather_bucket=int(section.get("allgather_bucket_size", 500_000_000)),
         prefetch_bucket=int(section.get("stage3_prefetch_bucket_size", 50_000_000)),
@@ -121,7 +143,7 @@ def of(
         overlap_comm=bool(section.get("overlap_comm", zero == 3)),
         compile=compile,
         fused_head=fused_head,
-        widened=precision == "fp16" and topology.accelerator == "cpu" and not compile and not multiplies_fp16(),
+        widened=kind.products == "fp16" and topology.accelerator == "cpu" and not compile and not multiplies_fp16(),
     )
 
 

@@ -9,6 +9,8 @@ from halfstep.launcher.rundir.metric_rows import StepRecord
 from halfstep.launcher.rundir.records import Planned, Summary
 from halfstep.launcher.rundir.run_reader import Run
 
+TOO_MUCH_LOST = 0.01
+"""Of a layer's gradient elements, lost in fp16 with the scale: beyond this share it is proposed for fp32."""
 Matrix = list[list[float | None]]
 """One row a layer, in model order; one column a reading, steps increasing; None where there is nothing to tell."""
 
@@ -53,6 +55,14 @@ class Gradients:
     """Not zero as computed, but zero in fp16 without scaling."""
     underflow_scaled: Matrix
     """Lost at the scale."""
+
+    def worth_fp32(self) -> list[str]:
+        """Return the layers of whose gradients fp16 lost more than `TOO_MUCH_LOST` in some reading."""
+        return [
+            layer
+            for layer, shares in zip(self.layers, self.underflow_scaled, strict=True)
+            if max((share for share in shares if share is not None), default=0.0) > TOO_MUCH_LOST
+        ]
 
     def whole_model(self, matrix: Matrix) -> list[float | None]:
         """Return the share of all layers' elements together, one a reading."""
@@ -155,6 +165,7 @@ def to_dict(run: Numerics) -> dict[str, Any]:
         "diverged": run.diverged,
         "moves": [asdict(move) for move in run.moves],
         "gradients": None if run.gradients is None else asdict(run.gradients),
+        "keep_fp32": [] if run.gradients is None else run.gradients.worth_fp32(),
     }
 
 

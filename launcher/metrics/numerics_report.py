@@ -1,6 +1,8 @@
 """Say a run's numerics to a person: one line on the run, the loss scale's moves, every layer at the last reading."""
 
-from halfstep.launcher.metrics.numerics_history import Numerics
+import json
+
+from halfstep.launcher.metrics.numerics_history import TOO_MUCH_LOST, Numerics
 from halfstep.launcher.system import terminal
 
 _SHOWN = 10
@@ -73,6 +75,20 @@ def _gradient_lines(run: Numerics) -> list[str]:
         f"zero: as computed; unscaled: lost in fp16 without scaling; scaled: {lost} {scale_text(seen.scales[-1])}; "
         "most: of all readings",
         *terminal.table(rows, left=(0,)),
+        *_proposal(run),
+    ]
+
+
+def _proposal(run: Numerics) -> list[str]:
+    """Propose what to keep in fp32, for a run in which the scale does not save the gradients of some layers."""
+    kept = run.gradients.worth_fp32() if run.gradients else []
+    if not kept or (run.precision or "").startswith("bf16"):
+        return []  # bf16 has the range of fp32
+    return [
+        "",
+        f"fp16 loses more than {percent_text(TOO_MUCH_LOST)} % of the gradients of {len(kept)} "
+        f"layer{'' if len(kept) == 1 else 's'} even with the scale; to compute them in fp32:",
+        f"  precision=fp16-autocast 'keep_fp32={json.dumps(kept)}'",
     ]
 
 

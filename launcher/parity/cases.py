@@ -1,9 +1,11 @@
 """What the parity gate runs: every legal (stage, precision) cell under varied conditions, as run keys."""
 
 import itertools
+import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.config.load import load
 from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.errors import RequestError, nearest
@@ -30,8 +32,10 @@ OPTIMIZERS = {
     "lion": ["ds.optimizer.type=Lion", "ds.optimizer.params.betas=[0.9,0.99]", "optimizer.lr=3e-4"],
 }
 """The run keys that each optimizer of the table is tried with."""
-KNOWN_TO_THE_REFERENCE = ("ds.torch_autocast.",)
-"""What the reference does, too; the rest of `Case.keys` is another way to the same, within the tolerances."""
+GRID = ("fp32", "fp16", "bf16")
+"""The precisions that are tried under every condition; autocast is the same arithmetic as theirs, in other places."""
+_STAGE_1_FIRST = (1, 0, 2, 3)
+"""The others are compared with it."""
 # The scale grows twice and is halved once within the 20 steps.
 _SCALING = ["fp16.initial_scale_power=10", "fp16.window=5", "fp16.hysteresis=1"]
 
@@ -51,11 +55,13 @@ class Case:
     offload: str = "none"
     compile: bool = False
     fused_head: bool = False
+    keep_fp32: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     """DeepSpeed keys that change the arithmetic, as words of a command line, in their order."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", tuple(self.keys))  # JSON has lists
+        object.__setattr__(self, "keep_fp32", tuple(self.keep_fp32))
 
     def at_stage_1(self) -> "Case":
         """Return the same run at stage 1, uncompiled, its head apart, all on the device: what it is compared with."""
@@ -68,14 +74,14 @@ class Case:
 
     def plain(self) -> "Case":
         """Return the case of the reference, which depends neither on the stage nor on how the same is computed."""
-        kept = tuple(word for word in self.keys if word.startswith(KNOWN_TO_THE_REFERENCE))
-        return replace(self.at_stage_1(), zero=0, activation_checkpointing=False, keys=kept)
+        return replace(self.at_stage_1(), zero=0, activation_checkpointing=False, keys=())
 
     def __str__(self) -> str:
         extra = ", activation checkpointing" if self.activation_checkpointing else ""
         extra += "" if self.offload == "none" else f", offload {self.offload}"
         extra += ", compiled" if self.compile else ""
         extra += ", fused head" if self.fused_head else ""
+        extra += f", fp32 in {' '.join(self.keep_fp32)}" if self.keep_fp32 else ""
         extra += "".join(f", {word.removeprefix('ds.')}" for word in self.keys)
         clip = f"clip {self.clip:g}" if self.clip else "no clip"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
@@ -100,11 +106,22 @@ def every_case() -> list[Case]:
             (BINDING_CLIP, 0.0),
             (1, 2),
             (1, 2),
-            ("fp32", "fp16", "bf16"),
-            (1, 0, 2, 3),
+            GRID,
+            _STAGE_1_FIRST,
         )
     ]
-    return cases + _cells(_CHECKPOINTED) + _cells(_COMPILED) + _cells(_FUSED_HEAD) + conditional_cases()
+    once = _cells(_CHECKPOINTED) + _cells(_COMPILED) + _cells(_FUSED_HEAD)
+    return cases + once + autocast_cases() + conditional_cases()
+
+
+def autocast_cases() -> list[Case]:
+    """Return the cells in which torch.autocast computes, on one rank and on two."""
+    return [
+        Case(zero=zero, precision=precision, **row)
+        for row in VARIED
+        for precision in ("bf16-autocast", "fp16-autocast")
+        for zero in _STAGE_1_FIRST
+    ]
 
 
 def conditional_cases() -> list[Case]:
@@ -113,9 +130,8 @@ def conditional_cases() -> list[Case]:
     Lion is not among them. On a CPU DeepSpeed has it for offloaded states only, and that one moves, by the learning
     rate, what has no gradient: a study that asks for it is told that it trains another model.
     """
-    autocast = ("ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16")
     asked: list[tuple[list[int], tuple[str, ...], dict[str, Any]]] = [
-        ([0, 1, 2, 3], ("fp32",), {"keys": autocast}),
+        ([1, 3], ("bf16-autocast",), {"keys": ('ds.torch_autocast.lower_precision_safe_modules=["torch.nn.Linear"]',)}),
         ([1, 2, 3], ("bf16",), {"keys": ("ds.data_types.grad_accum_dtype=bf16",)}),
         ([0, 1, 2, 3], ("bf16",), {"keys": ("ds.communication_data_type=bf16",)}),
         ([3], ("fp32", "fp16", "bf16"), {"keys": ("ds.zero_optimization.zero_hpz_partition_size=2",)}),
@@ -134,7 +150,7 @@ def conditional_cases() -> list[Case]:
 
 def default_cases() -> list[Case]:
     """Return the subset that meets every value of every condition in every cell."""
-    return [case for conditions in _DEFAULT for case in _cells(conditions)]
+    return [case for conditions in _DEFAULT for case in _cells(conditions)] + autocast_cases()
 
 
 def cases_of(zero: int, precision: str, offload: str) -> list[Case]:
@@ -180,8 +196,8 @@ VARIED = _DEFAULT[:2]
 def _cells(conditions: dict[str, Any]) -> list[Case]:
     return [
         Case(zero=zero, precision=precision, **conditions)
-        for precision in ("fp32", "fp16", "bf16")
-        for zero in (1, 0, 2, 3)  # stage 1 first: the others are compared with it
+        for precision in GRID
+        for zero in _STAGE_1_FIRST
     ]
 
 
@@ -229,11 +245,12 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool, for_the_reference:
         f"optimizer.clip={case.clip}",
         "schedule.kind=constant",
         "schedule.warmup=0",
-        *(_SCALING if case.precision == "fp16" else []),
+        *(_SCALING if precisions.of(case.precision).scaled else []),
         f"activation_checkpointing={str(case.activation_checkpointing).lower()}",
         f"offload={case.offload}",
         f"compile={str(case.compile).lower()}",
         f"fused_head={str(case.fused_head).lower()}",
+        *([f"keep_fp32={json.dumps(case.keep_fp32)}"] if case.keep_fp32 else []),
         f"numerics.repairs={str(repairs).lower()}",
         *case.keys,
     ]

@@ -12,7 +12,7 @@ from typing import Any
 from halfstep.launcher import topology
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.errors import HalfstepError
-from halfstep.launcher.parity.cases import MOST_RANKS, OPTIMIZERS, VARIED, Case, cases_of, plan_of
+from halfstep.launcher.parity.cases import GRID, MOST_RANKS, OPTIMIZERS, VARIED, Case, cases_of, plan_of
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.plan import Plan
 
@@ -50,13 +50,14 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         "optimizer": kind,
         "compile": plan.compile,
         "fused_head": plan.fused_head,
+        "keep_fp32": tuple(plan.keep_fp32),
         "activation_checkpointing": plan.activation_checkpointing,
         "family": family,
     }
     base = Case(zero=plan.zero, precision=plan.precision, offload=offload, optimizer=kind, **_ANY)
     varied["keys"] = _keys(plan, base, _of(node, 1))
     ranks = node.ranks_per_node
-    if _is_plain(varied, offload):
+    if _is_plain(plan.precision, varied, offload):
         cases = [case for case in cases_of(plan.zero, plan.precision, "none") if case.world_size <= ranks]
         return Question(cases=tuple(cases))
     cases, refused = [], ""
@@ -94,10 +95,11 @@ def offload_of(plan: Plan) -> str:
 _ANY: dict[str, Any] = {"accumulation": 1, "clip": 0.0, "world_size": 1, "family": "gpt2"}
 
 
-def _is_plain(varied: dict[str, Any], offload: str) -> bool:
+def _is_plain(precision: str, varied: dict[str, Any], offload: str) -> bool:
     """Tell whether a cell is one of the gate's default subset, which has both optimizers, families and recomputing."""
     return (
         offload == "none"
+        and precision in GRID
         and varied["optimizer"] in ("adamw", "sgd")
         and not (varied["compile"] or varied["fused_head"] or varied["keys"])
     )

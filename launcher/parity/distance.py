@@ -13,9 +13,11 @@ _LOSS_TWO_RANKS_FP32 = 1e-4
 _GRAD_NORM = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
 # Adam's first update is lr x gradient / |gradient|: elements near zero turn with their sign, which rounding decides.
 _FIRST_UPDATE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 1e-2}
+_ROUNDS_LIKE = {"bf16-autocast": "bf16", "fp16-autocast": "fp16", "tf32": "fp16"}
+"""Precisions whose products have as many digits as another's; TF32 has fp16's ten bits."""
 _COARSER = {
-    # torch.autocast computes as bf16 does over weights that are fp32; at stage 3 gradients are reduced in bf16, too.
-    "ds.torch_autocast.enabled": {"precision": "bf16", "first_update": 0.1},
+    # Gradients of fp32 weights that are reduced in 16 bits, weights that stage 3 gathers in them.
+    "ds.torch_autocast.lower_precision_safe_modules": {"first_update": 0.1},
     # A sum of bf16 numbers that is bf16 itself, over micro-batches or ranks.
     "ds.data_types.grad_accum_dtype": {"first_update": 0.03},
     "ds.communication_data_type": {"first_update": 0.03},
@@ -56,7 +58,7 @@ class Deviation:
 def deviations(case: Case, series: Series, reference: Series, against: str) -> list[Deviation]:
     """Return the deviation of `series` from `reference` in every measure."""
     coarser = next((_COARSER[word.partition("=")[0]] for word in case.keys if word.partition("=")[0] in _COARSER), {})
-    precision = str(coarser.get("precision", case.precision))
+    precision = _ROUNDS_LIKE.get(case.precision, case.precision)
     loss = _LOSS_TWO_RANKS_FP32 if precision == "fp32" and case.world_size > 1 else _LOSS[precision]
     compared = [
         _largest("loss", against, series.loss, reference.loss, loss),
@@ -69,7 +71,7 @@ def deviations(case: Case, series: Series, reference: Series, against: str) -> l
         apart = math.nan
     else:
         apart = float((series.first_update - reference.first_update).norm() / reference.first_update.norm())
-    allowed = float(coarser.get("first_update", _FIRST_UPDATE[precision]))
+    allowed = coarser.get("first_update", _FIRST_UPDATE[precision])
     if case.compile:
         allowed = max(allowed, _FIRST_UPDATE_COMPILED[precision])
     return [*compared, _relative("first_update", against, [apart], allowed)]

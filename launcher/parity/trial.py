@@ -13,8 +13,8 @@ from deepspeed.runtime import torch_autocast
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from halfstep.launcher.config import optimizers
-from halfstep.launcher.engine.build import build
+from halfstep.launcher.config import optimizers, precisions
+from halfstep.launcher.engine.build import build, set_matrix_precision
 from halfstep.launcher.engine.loop import train
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.state import training_state
@@ -27,6 +27,7 @@ from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterG
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import StepRecord
 from halfstep.models import network as model_build
+from halfstep.models.islands import keep_in_fp32
 from halfstep.models.micro_batch import MicroBatch
 
 _OPTIONS = ("betas", "eps", "momentum")
@@ -143,13 +144,17 @@ def _optimizer_steps(engine: Engine) -> float | None:
 
 def on_the_reference(plan: Plan) -> Series:
     """Train a plan with `oracle.MixedPrecisionTrainer`, the global batch in this one process."""
-    model = model_build.build(plan.model.config, seed=plan.seed, dtype=_DTYPES[plan.precision])
+    precision = precisions.of(plan.precision)
+    set_matrix_precision(plan)
+    model = model_build.build(plan.model.config, seed=plan.seed, dtype=_DTYPES[precision.weights])
+    if plan.keep_fp32:
+        keep_in_fp32(model, plan.keep_fp32, plan.topology.accelerator)
     if plan.topology.accelerator == "cuda":
         nn.Module.to(model, "cuda")
     fp16 = plan.deepspeed["fp16"]
     scale = Scale(
         value=2.0 ** fp16["initial_scale_power"], window=fp16["loss_scale_window"], hysteresis=fp16["hysteresis"]
-    ) if plan.precision == "fp16" else None  # fmt: skip
+    ) if precision.scaled else None  # fmt: skip
     settings = plan.deepspeed["optimizer"]["params"]
     decay = settings["weight_decay"]
 
@@ -164,9 +169,7 @@ def on_the_reference(plan: Plan) -> Series:
 
     trainer = MixedPrecisionTrainer(model, make_optimizer, clip=plan.clip, scale=scale, group_of=group_of)
     device = next(model.parameters()).device
-    section = plan.deepspeed.get("torch_autocast", {})
-    lower = getattr(torch, str(section.get("dtype", "bfloat16")).removeprefix("torch."))
-    autocast = functools.partial(torch.autocast, device.type, lower, bool(section.get("enabled")))
+    autocast = functools.partial(torch.autocast, device.type, _DTYPES.get(precision.products), precision.autocast)
     feed = SyntheticFeed(plan, 0, device)
     before = torch.cat([master.flatten() for master in trainer.masters.values()]).cpu()
     series = Series()

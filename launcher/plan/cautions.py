@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.plan.batch import Batch
 from halfstep.launcher.plan.ds import effects
@@ -24,7 +25,7 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
         )
     if curve.warmup >= steps > 1:
         said.append(f"schedule.warmup={curve.warmup} is as long as the run: the learning rate only rises")
-    if spec.zero == 0 and spec.precision != "fp32" and not spec.numerics.repairs:
+    if spec.zero == 0 and precisions.of(spec.precision).half_weights and not spec.numerics.repairs:
         fault = (
             "never scales the loss and starts Adam one step late"
             if spec.precision == "fp16"

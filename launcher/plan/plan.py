@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.config.digest import changes, digest
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.errors import RequestError
@@ -161,6 +162,8 @@ class Plan:
     refused_by: list[dict[str, str]]
     fused_head: bool = False
     """Whether the head and the loss are one."""
+    keep_fp32: list[str] = field(default_factory=list)
+    """Patterns of the modules that autocast leaves alone."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -181,7 +184,7 @@ class Plan:
     @property
     def repairs_on(self) -> bool:
         """Whether what DeepSpeed gets wrong in this cell is repaired; only stage 0 in half precision needs it."""
-        return self.numerics.repairs or self.zero != 0 or self.precision == "fp32"
+        return self.numerics.repairs or self.zero != 0 or not precisions.of(self.precision).half_weights
 
     def setting(self) -> effects.Setting:
         """Return what the effect of a DeepSpeed key depends on."""
@@ -263,8 +266,9 @@ def run_id_of(tree: dict[str, Any]) -> str:
             kept[section].pop(key, None)
     if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
         kept["schedule"].pop("decay", None)
-    if not kept.get("fused_head"):
-        kept.pop("fused_head", None)
+    for key in ("fused_head", "keep_fp32"):
+        if not kept.get(key):
+            kept.pop(key, None)
     for section in kept["deepspeed"]["zero_optimization"].values():
         if isinstance(section, dict):
             section.pop("nvme_path", None)

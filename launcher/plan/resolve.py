@@ -31,7 +31,7 @@ _DEFAULT_SEQUENCE = 1024
 def resolve(request: Request, topology: Topology, facts: Facts) -> Plan:
     """Decide everything about a run; raises RequestError for what cannot be decided, lists broken rules in the plan."""
     asked = request.spec
-    request, own = adopt.adopt(request, facts.ds_config, topology.ranks.data)
+    request, own = adopt.adopt(request, facts.ds_config, topology)
     spec = request.spec
     plan = _decided(asked, request, own, topology, facts, spec.batch.micro)
     if spec.batch.micro is None and topology.accelerator == "cuda":
@@ -93,6 +93,7 @@ def _decided(
         "activation_checkpointing": spec.activation_checkpointing,
         "compile": spec.compile,
         "fused_head": spec.fused_head,
+        "keep_fp32": list(spec.keep_fp32),
         "trust_remote_code": spec.trust_remote_code,
         "schedule": curve,
         "clip": float(composed.leaves["gradient_clipping"]),

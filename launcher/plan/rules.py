@@ -1,23 +1,12 @@
 """What may not be combined: a table of named rules, one sentence each, all violations reported together."""
 
-from halfstep.launcher.config import optimizers
+from halfstep.launcher.config import optimizers, precisions
 from halfstep.launcher.plan import rules_deepspeed
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.ds.dsconfig import OFFLOADS, named
 from halfstep.launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
 
 __all__ = ["RULES", "Case", "Rule", "Violation", "violations"]
-
-_AUTOCAST_DTYPE = "torch_autocast.dtype"
-
-_FP16 = ("float16", "fp16", "half")
-
-
-def _autocast_dtype(case: Case) -> str:
-    """Return what torch.autocast computes in: unset, torch's own default, which is float16 on a GPU."""
-    unset = "float16" if case.topology.accelerator == "cuda" else "bfloat16"
-    return str(case.leaves.get(_AUTOCAST_DTYPE) or unset).lower().removeprefix("torch.")
-
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -83,25 +72,34 @@ RULES: tuple[Rule, ...] = (
         fix="drop it; use schedule.kind, schedule.warmup and schedule.min_ratio",
     ),
     Rule(
-        name="no-autocast-fp16",
-        sentence="in DeepSpeed 0.19.8 torch_autocast in float16 clips gradients that are still scaled at ZeRO 1 to 3, "
-        "and its scale and norm are hidden at stage 0",
-        broken=lambda c: bool(c.leaves.get("torch_autocast.enabled")) and _autocast_dtype(c) in _FP16,
-        where=set_by("torch_autocast.enabled", _AUTOCAST_DTYPE),
-        fix="use precision=fp16, or torch_autocast.dtype=bfloat16",
+        name="fp32-modules-need-autocast",
+        sentence="modules can stay in fp32 only where the weights are in fp32 and autocast multiplies in 16 bits",
+        broken=lambda c: bool(c.spec.keep_fp32) and not precisions.of(c.spec.precision).autocast,
+        where=keys("keep_fp32", "precision"),
+        fix="take precision=bf16-autocast or fp16-autocast, or drop keep_fp32",
     ),
     Rule(
-        name="autocast-replaces-precision",
-        sentence="torch_autocast and a half-precision engine are two ways to do one thing; both at once is neither",
-        broken=lambda c: bool(c.leaves.get("torch_autocast.enabled")) and c.spec.precision != "fp32",
-        where=set_by("torch_autocast.enabled"),
-        fix="take precision=fp32 with torch_autocast, or precision alone",
+        name="tf32-needs-a-gpu",
+        sentence="TF32 is arithmetic of NVIDIA's GPUs from Ampere on",
+        broken=lambda c: c.spec.precision == "tf32" and c.topology.accelerator != "cuda",
+        where=keys("precision"),
+        fix="take precision=fp32, or plan for GPUs with hardware=NAME",
+    ),
+    Rule(
+        name="fp16-autocast-needs-repairs",
+        sentence="DeepSpeed 0.19.8 clips the gradients of fp16 autocast while they are still scaled at ZeRO 1 to 3, and "
+        "hides their scale at stage 0; Halfstep scales them itself",
+        broken=lambda c: c.spec.precision == "fp16-autocast" and not c.spec.numerics.repairs,
+        where=keys("numerics.repairs"),
+        fix="take numerics.repairs=true, or precision=fp16, whose faults at ZeRO 1 to 3 are none",
     ),
     Rule(
         name="no-fp32-accumulation-at-stage-0",
         sentence="fp32 gradient accumulation in half precision is not implemented at ZeRO stage 0 in DeepSpeed 0.19.8",
         broken=lambda c: (
-            c.leaves.get("data_types.grad_accum_dtype") == "fp32" and c.spec.zero == 0 and c.spec.precision != "fp32"
+            c.leaves.get("data_types.grad_accum_dtype") == "fp32"
+            and c.spec.zero == 0
+            and precisions.of(c.spec.precision).half_weights
         ),
         where=set_by("data_types.grad_accum_dtype"),
         fix="drop the key, or take zero=1",

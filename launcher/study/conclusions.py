@@ -17,7 +17,7 @@ from halfstep.launcher.study.noise import Noise, between_seeds
 
 # Rounding alone moves a loss by this share, relative; what the parity gate tolerates between equal algorithms
 # (parity/distance.py): below it no difference is called real, however regular it is.
-_ROUNDING = {"fp32": 1e-5, "fp16": 3e-4, "bf16": 3e-4}
+_ROUNDING = {"fp32": 1e-5}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,11 +123,11 @@ def _of_its_offload(plan: Plan) -> list[Case]:
 
 
 def _cell(case: Case) -> tuple[object, ...]:
-    return case.zero, case.precision, case.offload, case.optimizer, case.compile, case.keys
+    return case.zero, case.precision, case.offload, case.optimizer, case.compile, case.keep_fp32, case.keys
 
 
 def _is_sure_to_run(case: Case) -> bool:
-    return case.offload == "none" and not (case.keys or case.compile) and case.optimizer in ("adamw", "sgd")
+    return case.offload == "none" and not (case.keys or case.keep_fp32 or case.compile) and case.optimizer in ("adamw", "sgd")
 
 
 def _failed(case: Case, why: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ STAGES = (0, 1, 2, 3)
 NUMERICS = {
     "communication_data_type": (2, "bf16", "fp16"),
     "data_types.grad_accum_dtype": (2, "bf16", "bf16"),
-    "torch_autocast.enabled": (1, "fp32", True),
 }
 """Keys of which one rank shows that they change what is trained: a stage, a precision and a value."""
 UNTRIED = ("expert_parallel.", "zero_optimization.zenflow", "autotuning.")

@@ -253,7 +253,7 @@ def test_a_default_that_contradicts_a_word_is_called_one(planned: Planned) -> No
         ({"fp16": {"enabled": False}}, "fp32"),
         ({"bf16": {"enabled": False}}, "fp32"),
         ({"fp16": {"enabled": False}, "bf16": {"enabled": False}}, "fp32"),
-        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "fp32"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16-autocast"),
         ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}, "bf16"),
         ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": True}}, "bf16"),
         ({"fp16": {}, "bf16": None}, "bf16"),
@@ -272,6 +272,7 @@ def test_the_precision_is_what_deepspeed_would_train_in(
         said = {key: value for key, value in content.items() if value}
         theirs = DeepSpeedConfig({**said, "train_batch_size": 1})
         enabled = "fp16" if theirs.float16_config.enabled else "bf16" if theirs.bfloat16_config.enabled else "fp32"
+        enabled = "bf16-autocast" if theirs.torch_autocast_enabled else enabled
         assert enabled == precision or not said
 
 

@@ -94,13 +94,6 @@ def test_the_default_of_a_key_that_breaks_runs_breaks_none(plan: Make) -> None:
     assert "masters" in broken["key-is-fatal"].lower()
 
 
-def test_autocast_without_a_type_is_float16_on_a_gpu_and_refused_there(plan: Make) -> None:
-    """Nothing would scale its loss."""
-    autocast = ("precision=fp32", "ds.torch_autocast.enabled=true")
-    assert "no-autocast-fp16" in rules(plan(*autocast, topology=GPUS))
-    assert rules(plan(*autocast, "ds.torch_autocast.dtype=bfloat16", topology=GPUS)) == rules(plan(*autocast)) == {}
-
-
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 

@@ -217,8 +217,8 @@ CANARIES = (
         reference="runtime/zero/stage_1_and_2.py, step",
         look=autocast_clips_scaled,
         changed=(
-            "if stages 1 to 3 are right now, and autocast-fp16-stuck is gone too, drop the rule "
-            "no-autocast-fp16 from launcher/plan/rules.py"
+            "if stages 1 to 3 are right now, and autocast-fp16-stuck is gone too, take torch's "
+            "scaler no longer away (launcher/engine/numerics/guard.py, _take_over)"
         ),
     ),
     Canary(
@@ -228,8 +228,8 @@ CANARIES = (
         reference="runtime/zero/stage_1_and_2.py, step",
         look=autocast_stuck,
         changed=(
-            "if stages 1 to 3 recover now, and autocast-fp16-clips-scaled is gone too, drop the rule "
-            "no-autocast-fp16 from launcher/plan/rules.py"
+            "if stages 1 to 3 recover now, and autocast-fp16-clips-scaled is gone too, take torch's "
+            "scaler no longer away (launcher/engine/numerics/guard.py, _take_over)"
         ),
     ),
     Canary(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import manifest
+from halfstep.launcher.config import precisions
 from halfstep.launcher.engine.numerics import forensics
 from halfstep.launcher.engine.numerics.loss_scale import LossScale
-from halfstep.launcher.engine.numerics.repair import Repairs, unscale_and_clip
+from halfstep.launcher.engine.numerics.repair import Repairs, unscale, unscale_and_clip
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import rng
 from halfstep.launcher.engine.untyped import Engine
@@ -33,13 +34,17 @@ class Guard:
 
     def __init__(self, engine: Engine, plan: Plan, repairs: Repairs, event: Callable[..., None], rank: int) -> None:
         self._engine, self._plan, self._repairs, self._event, self._rank = engine, plan, repairs, event, rank
-        self._scale = LossScale.of(plan.deepspeed["fp16"]) if plan.precision == "fp16" else None
+        precision = precisions.of(plan.precision)
+        self._scale = LossScale.of(plan.deepspeed["fp16"]) if precision.scaled else None
+        self._products = precision.products
         self._statistics: forensics.Statistics | None = None
         self._skipped_in_a_row, self._bad_losses_in_a_row = 0, 0
         self._last_good_step, self.skipped_steps = 0, 0
         self._dropped = False
         self._first: str | None = None
-        self._unguarded = plan.zero == 0 and plan.precision == "fp32"
+        self._unguarded = plan.zero == 0 and not precision.half_weights
+        # fp32 without ZeRO has no wrapper that would scale, either.
+        self._scale_loss = repairs.scale_loss or (self._unguarded and precision.scaled)
         if self._unguarded:
             self._guard_bare_optimizer()
         if self._scale is not None:
@@ -71,20 +76,26 @@ class Guard:
         self._last_good_step, self._first = state["last_good_step"], state["first"]
 
     def _take_over(self, scale: float) -> None:
-        """Keep DeepSpeed's own rule from moving the scale: there are three, and none leaves a growing step alone."""
+        """Keep DeepSpeed's own rule from moving the scale: there are three, and none leaves a growing step alone.
+
+        Under autocast it has torch's GradScaler, which unscales when the gradients have been clipped already.
+        """
         optimizer = self._engine.optimizer
-        if self._plan.zero == 0:
+        if self._unguarded:
+            self._engine.torch_autocast_z0_gradscaler = None
+        elif self._plan.zero == 0:
             optimizer.loss_scale_config.dynamic_loss_scale = False
         else:
+            optimizer.torch_autocast_gradscaler = None
             # DeepSpeed's fixed one, which only logs an overflow; its annotation says int and means a number.
             optimizer.loss_scaler = LossScaler(scale)  # pyright: ignore[reportArgumentType]
         self._write_scale(scale)
 
     def _write_scale(self, scale: float) -> None:
         optimizer = self._engine.optimizer
-        if self._plan.zero == 0:
+        if self._plan.zero == 0 and not self._unguarded:
             optimizer.loss_scale_config.cur_scale = scale
-        else:
+        elif self._plan.zero:
             optimizer.loss_scaler.cur_scale = scale
 
     def start_step(self, step: int) -> None:
@@ -97,7 +108,7 @@ class Guard:
         if self._plan.numerics.every and step % self._plan.numerics.every == 0:
             self._statistics = forensics.Statistics(
                 self._engine.module,
-                in_fp16=self._plan.precision == "fp16",
+                in_fp16=self._scale is not None,
                 scale=self._measured_scale,
                 carried=self.gradient_scale,
             )
@@ -110,7 +121,7 @@ class Guard:
     def backward(self, loss: Tensor) -> Tensor:
         """Run the backward pass of a micro-batch, scaling the loss where DeepSpeed forgets to; return the raw loss."""
         loss = self._broken(loss)
-        self._engine.backward(loss * self.gradient_scale if self._repairs.scale_loss else loss)
+        self._engine.backward(loss * self.gradient_scale if self._scale_loss else loss)
         if self._repairs.sums:
             self._repairs.sums.collect()
         return loss.detach()
@@ -137,6 +148,8 @@ class Guard:
         if own_norm is None:
             return
         self._dropped = self._unguarded and not math.isfinite(own_norm)
+        if self._unguarded and self._scale and not self._dropped:
+            unscale(self._engine, self.gradient_scale)  # the engine clips what it finds (engine.py, _take_model_step)
         if self._repairs.fp32_gradients:
             unscale_and_clip(self._engine, norm=own_norm, scale=self.gradient_scale, clip=self._plan.clip)
 
@@ -183,7 +196,7 @@ class Guard:
             return (
                 f"the loss was not finite {limit} steps in a row, up to step {record.step}",
                 "look at the data of these steps; take a smaller optimizer.lr or a longer schedule.warmup"
-                + {"fp16": ", or precision=bf16", "bf16": ", or precision=fp32"}.get(self._plan.precision, ""),
+                + {"fp16": ", or precision=bf16", "bf16": ", or precision=fp32"}.get(self._products, ""),
             )
         if not record.overflow:
             return None
@@ -226,7 +239,7 @@ class Guard:
         goes around the engine to the module inside, whose hooks gather weights at stage 3 as ever. What dropout draws
         is what it drew, and what it draws next is what it would have been.
         """
-        engine, accumulation, scale_loss = self._engine, self._plan.batch.accumulation, self._repairs.scale_loss
+        engine, accumulation, scale_loss = self._engine, self._plan.batch.accumulation, self._scale_loss
         loss_sum = torch.zeros((), device=engine.device)
 
         def forward(**inputs: Tensor) -> Any:

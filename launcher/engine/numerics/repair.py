@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.plan import Plan
@@ -110,7 +111,7 @@ def repair(engine: Engine, plan: Plan) -> Repairs:
 
     Every rank must call. Raises RefusedError where stage 0 does neither what it should nor what it is known to do.
     """
-    if plan.zero != 0 or plan.precision == "fp32":
+    if plan.zero != 0 or not precisions.of(plan.precision).half_weights:
         return Repairs()
     faults = []
     if took_false_step(engine):
@@ -208,6 +209,12 @@ def accumulate_in_fp32(engine: Engine) -> Fp32Sums:
     engine.optimizer.get_grads_for_reduction = lambda: (sums.give(), {})
     engine.optimizer.clip_grad = 0.0
     return sums
+
+
+def unscale(engine: Engine, scale: float) -> None:
+    """Divide fp32 gradients by the loss scale."""
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def unscale_and_clip(engine: Engine, *, norm: float, scale: float, clip: float) -> None:

@@ -17,6 +17,7 @@ import torch
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import shards, store
 from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest
+from halfstep.launcher.config import precisions
 from halfstep.launcher.checkpoint.shards import Shards
 from halfstep.launcher.checkpoint.store import Candidate
 from halfstep.launcher.engine.numerics.guard import Guard
@@ -219,8 +220,8 @@ def _compare(engine: Engine, plan: Plan, files: Shards) -> tuple[float, float]:
         raise _cannot(files.folder, f"{saved.size} logits were saved with it, and the engine computes {logits.size}")
     own = float(np.max(np.abs(logits - saved.reshape(-1))))
     worst = max(distributed.gather_objects(own if np.isfinite(own) else float("inf")))
-    coarse = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
-    bound = max(coarse[plan.precision], coarse[files.manifest.precision])
+    coarse = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
+    bound = max(coarse[precisions.of(kind).products] for kind in (plan.precision, files.manifest.precision))
     return worst, bound * max(1.0, float(np.max(np.abs(saved))))
 
 

@@ -1,11 +1,13 @@
 """Take what a user's DeepSpeed file decides into the run keys that nobody has set."""
 
+import dataclasses
 from typing import Any
 
 from halfstep.launcher.config.load import Request, extend
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.ds import adopt_schedule, dsconfig, dsfile
 from halfstep.launcher.plan.ds.dsfile import Own
+from halfstep.launcher.topology import Topology
 
 Taken = dict[str, tuple[Any, str]]
 """By run key, a value and its place in the file."""
@@ -23,7 +25,7 @@ _SCALING = {
 }
 
 
-def adopt(request: Request, content: dict[str, Any] | None, ranks: int) -> tuple[Request, Own | None]:
+def adopt(request: Request, content: dict[str, Any] | None, topology: Topology) -> tuple[Request, Own | None]:
     """Return the request with the file's word wherever it gave none itself, and what is left of the file, if any.
 
     A run key that was given stays: where the file says something else, the rules refuse both by name. Raises
@@ -31,11 +33,11 @@ def adopt(request: Request, content: dict[str, Any] | None, ranks: int) -> tuple
     """
     if content is None:
         return request, None
-    own = dsfile.own(request.spec.ds_config or "", content)
+    own, ranks = _plainly_autocast(dsfile.own(request.spec.ds_config or "", content), topology), topology.ranks.data
     taken: Taken = {key: (own.leaves[path], own.place(path)) for path, key in _SAME.items() if path in own.leaves}
     taken |= _precision(own, request) | _offload(own, request) | _batch(own, request, ranks)
     precision = request.spec.precision if "precision" in request.origins else taken.get("precision", ("",))[0]
-    if precision == "fp16":
+    if precision in ("fp16", "fp16-autocast"):
         more, own = _loss_scaling(own)
         taken |= more
     more, own = adopt_schedule.schedule(request, own)
@@ -54,7 +56,14 @@ def _precision(own: Own, request: Request) -> Taken:
         name = "fp16" if fp16 else "bf16"
         return {"precision": (name, own.place(f"{name}.enabled"))}
     if own.leaves.get("torch_autocast.enabled"):
-        return {"precision": ("fp32", own.place("torch_autocast.enabled"))}
+        name = {dtype: name for name, dtype in dsconfig.AUTOCAST_DTYPES.items()}.get(own.leaves["torch_autocast.dtype"])
+        if name is None and "precision" not in request.origins:
+            raise RequestError(
+                f"torch.autocast has no {own.leaves['torch_autocast.dtype']}",
+                where=own.place("torch_autocast.dtype"),
+                fix="write bfloat16 or float16, or turn torch_autocast.enabled off",
+            )
+        return {"precision": (f"{name}-autocast", own.place("torch_autocast.enabled", "torch_autocast.dtype"))}
     if bf16 is False and "fp16.enabled" in own.autos and "precision" not in request.origins:
         raise RequestError(
             'bf16.enabled is false and fp16.enabled "auto", which leaves open whether to train in fp16 or fp32',
@@ -66,6 +75,16 @@ def _precision(own: Own, request: Request) -> Taken:
     if said and not {"fp16.enabled", "bf16.enabled"} & set(own.autos):
         return {"precision": ("fp32", own.place(*said))}
     return {}
+
+
+def _plainly_autocast(own: Own, topology: Topology) -> Own:
+    """Return the file with one name for the format that autocast has; unset, it is torch's own for the device."""
+    if not own.leaves.get("torch_autocast.enabled"):
+        return own
+    said = own.leaves.get("torch_autocast.dtype") or ("float16" if topology.accelerator == "cuda" else "bfloat16")
+    name = str(said).lower().removeprefix("torch.")
+    plain = {"half": "float16", "fp16": "float16", "bf16": "bfloat16"}.get(name, name)
+    return dataclasses.replace(own, leaves={**own.leaves, "torch_autocast.dtype": plain})
 
 
 def _loss_scaling(own: Own) -> tuple[Taken, Own]:

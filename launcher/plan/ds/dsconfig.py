@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher.config import optimizers
+from halfstep.launcher.config import optimizers, precisions
 from halfstep.launcher.config.bucket_sizes import Sizes, bucket
 from halfstep.launcher.config.dotted import unflatten
 from halfstep.launcher.config.schema import Fp16Keys, RunSpec
@@ -20,6 +20,10 @@ from halfstep.launcher.topology import Topology
 # Book, network benchmarks); above DeepSpeed's default of 5e8 elements it wastes memory.
 OFFLOADS = {"none": ("none", "none"), "optimizer-cpu": ("cpu", "none"), "cpu": ("cpu", "cpu"), "nvme": ("nvme", "nvme")}
 """Where the optimizer's states and the weights go, by the run key `offload`."""
+AUTOCAST_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+"""What DeepSpeed calls the format that torch.autocast multiplies in."""
+REDUCED_IN_16_BITS = "torch_autocast.lower_precision_safe_modules"
+"""Whose gradients stages 1 to 3 reduce in that format, and whose weights stage 3 gathers in it: nobody's."""
 _TORCH_ADAM, _FUSED = "optimizer.params.torch_adam", "optimizer.params.fused"
 
 
@@ -70,8 +74,9 @@ def compose(
     if own is not None:
         merge(leaves, origins, own.leaves, own.origin)
         for key, (value, origin) in [*fragmentary, *scaled.items()]:
-            if key in own.autos:
-                merge(leaves, origins, {key: value}, f"{origin}, for {own.name}'s auto")
+            if key in own.autos or (key == REDUCED_IN_16_BITS and key not in leaves):
+                why = f", for {own.name}'s auto" if key in own.autos else ""
+                merge(leaves, origins, {key: value}, origin + why)
         for key, (value, origin) in demanded.items():
             if key not in leaves and not _meant_for_another_optimizer(key, said, demanded):
                 merge(leaves, origins, {key: value}, origin + _taken_from(own, origin, request_origins))
@@ -139,6 +144,7 @@ def demanded_by_run_keys(
     spec: RunSpec, batch: Batch, learning_rate: float, topology: Topology
 ) -> dict[str, tuple[Any, str]]:
     """Return the keys that run keys decide, each as (value, origin)."""
+    precision = precisions.of(spec.precision)
     keys: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch.global_, "run key batch.global"),
         "train_micro_batch_size_per_gpu": (batch.micro, "run key batch.micro"),
@@ -147,10 +153,13 @@ def demanded_by_run_keys(
         "zero_optimization.stage": (spec.zero, "run key zero"),
         "fp16.enabled": (spec.precision == "fp16", "run key precision"),
         "bf16.enabled": (spec.precision == "bf16", "run key precision"),
+        "torch_autocast.enabled": (precision.autocast, "run key precision"),
     }
+    if precision.autocast:
+        keys["torch_autocast.dtype"] = (AUTOCAST_DTYPES[precision.products], "run key precision")
     if not optimizers.BY_KIND[spec.optimizer.kind].tested_with_zero:
         keys["zero_allow_untested_optimizer"] = (True, "run key optimizer.kind")
-    if spec.precision == "fp16":
+    if precision.scaled:
         keys |= _loss_scaling(spec.fp16)
     keys |= {f"optimizer.{key}": value for key, value in _optimizer(spec, learning_rate, topology).items()}
     offload = read_fragment(assets.folder("ds_configs") / "offload" / f"{spec.offload}.json")

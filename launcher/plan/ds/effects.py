@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher.config import precisions
 from halfstep.launcher.plan.ds import dskeys
 from halfstep.launcher.topology import Topology
 
@@ -139,7 +140,9 @@ def _met(name: str, wanted: Any, value: Any, setting: Setting) -> bool:
         case "zero":
             return setting.zero in wanted
         case "precision":
-            return setting.precision in wanted
+            return precisions.of(setting.precision).weights in wanted
+        case "scaled":
+            return precisions.of(setting.precision).scaled == wanted
         case "accelerator":
             return setting.topology.accelerator == wanted
         case "ranks":
@@ -168,6 +171,8 @@ def _words(when: Mapping[str, Any]) -> str:
     for name, wanted in when.items():
         if name == "keys":
             parts += [f"{path} {_either(values)}" for path, values in wanted.items()]
+        elif name == "scaled":
+            parts.append("loss scaling" if wanted else "no loss scaling")
         else:
             label = {"zero": "stage", "ranks": "ranks", "value": "value"}.get(name, name.replace("_", " "))
             parts.append(f"{label} {_either(wanted if isinstance(wanted, list) else [wanted])}")
