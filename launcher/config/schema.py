@@ -222,6 +222,13 @@ class RunSpec(_Section):
     """What forward and backward compute in; the masters are always fp32, with autocast and tf32 the weights, too."""
     keep_fp32: tuple[str, ...] = ()
     """Modules that stay in fp32 under autocast, by name or the end of one, `*` and `?` allowed: ["ln_f", "lm_head"]."""
+
+    @field_validator("keep_fp32", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """Take `a,b` of a command line for the list it means."""
+        return [name.strip() for name in value.strip("[] ").split(",")] if isinstance(value, str) else value
+
     offload: Literal["none", "optimizer-cpu", "cpu", "nvme"] = "none"
     """What moves off the device: nothing, optimizer states, those and weights, or both to NVMe."""
     nvme_path: str | None = None

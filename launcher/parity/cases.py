@@ -194,11 +194,7 @@ VARIED = _DEFAULT[:2]
 
 
 def _cells(conditions: dict[str, Any]) -> list[Case]:
-    return [
-        Case(zero=zero, precision=precision, **conditions)
-        for precision in GRID
-        for zero in _STAGE_1_FIRST
-    ]
+    return [Case(zero=zero, precision=precision, **conditions) for precision in GRID for zero in _STAGE_1_FIRST]
 
 
 def select(cases: list[Case], conditions: list[str]) -> list[Case]:

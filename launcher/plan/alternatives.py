@@ -59,7 +59,7 @@ def search_open(arguments: Sequence[str]) -> Alternatives:
         if plan.refused_by:
             refused.append(plan)
         else:
-            starts.append(_start(plan, request, adopt.adopt(request, read.ds_config, world.ranks.data)[0]))
+            starts.append(_start(plan, request, adopt.adopt(request, read.ds_config, world)[0]))
     if device is None:
         raise RequestError(
             "there is no time to rank by: the device is not known",
@@ -102,7 +102,7 @@ def _requests(arguments: Sequence[str]) -> Iterator[tuple[Request, Topology]]:
             sized = [*fixed, *([f"nodes={nodes}"] if nodes else []), *([f"gpus_per_node={gpus}"] if gpus else [])]
             first = load(sized, data=False)
             world = planned_topology(first.spec)
-            known, _ = adopt.adopt(first, facts.ds_config(first.spec), world.ranks.data)
+            known, _ = adopt.adopt(first, facts.ds_config(first.spec), world)
             if "batch.global" not in known.origins:  # the default need not divide by so many ranks
                 share = -(-known.spec.batch.global_ // world.ranks.data)
                 sized.append(f"batch.global={share * world.ranks.data}")

@@ -87,10 +87,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="fp16-autocast-needs-repairs",
-        sentence="DeepSpeed 0.19.8 clips the gradients of fp16 autocast while they are still scaled at ZeRO 1 to 3, and "
-        "hides their scale at stage 0; Halfstep scales them itself",
+        sentence="DeepSpeed 0.19.8 clips the gradients of fp16 autocast while they are still scaled at ZeRO 1 to 3 "
+        "and hides their scale at stage 0; Halfstep scales them itself",
         broken=lambda c: c.spec.precision == "fp16-autocast" and not c.spec.numerics.repairs,
-        where=keys("numerics.repairs"),
+        where=lambda c: f"numerics.repairs=false precision={c.spec.precision}",
         fix="take numerics.repairs=true, or precision=fp16, whose faults at ZeRO 1 to 3 are none",
     ),
     Rule(

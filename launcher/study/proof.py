@@ -127,7 +127,11 @@ def _cell(case: Case) -> tuple[object, ...]:
 
 
 def _is_sure_to_run(case: Case) -> bool:
-    return case.offload == "none" and not (case.keys or case.keep_fp32 or case.compile) and case.optimizer in ("adamw", "sgd")
+    return (
+        case.offload == "none"
+        and not (case.keys or case.keep_fp32 or case.compile)
+        and case.optimizer in ("adamw", "sgd")
+    )
 
 
 def _failed(case: Case, why: str) -> dict[str, Any]:

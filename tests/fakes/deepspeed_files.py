@@ -75,7 +75,7 @@ REAL: dict[str, tuple[str, str]] = {
     "autocast": (
         """{"train_batch_size": 32, "torch_autocast": {"enabled": true, "dtype": "bfloat16"},
         "zero_optimization": {"stage": 2}}""",
-        "zero=2 fp32 32 = 8 x 2 x 2",
+        "zero=2 bf16-autocast 32 = 8 x 2 x 2",
     ),
     "a fixed scale": (
         """{"train_batch_size": 32, "fp16": {"enabled": true, "loss_scale": 128, "initial_scale_power": 32},

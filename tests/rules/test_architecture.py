@@ -90,6 +90,7 @@ MAY_BE_HEAVY = (
             "fused_head",
             "hf_config",
             "hf_weights",
+            "islands",
             "loss",
             "micro_batch",
             "network",

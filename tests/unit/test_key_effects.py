@@ -64,6 +64,7 @@ def test_every_row_cites_a_line_that_is_there() -> None:
 
 def test_conditions_name_what_there_is() -> None:
     known = {"zero", "precision", "accelerator", "ranks", "value", "offload_optimizer", "offload_param", "keys"}
+    known.add("scaled")
     for key, row in effects.rows().items():
         for case in row.get("cases", ()):
             assert case["when"], key
@@ -172,7 +173,7 @@ def asked(plan: Plan) -> Question:
         (("zero=2", "fused_head=true"), "fused_head", True),
         (("zero=0", "ds.optimizer.type=Adagrad"), "optimizer", "adagrad"),
         (("zero=2", "ds.data_types.grad_accum_dtype=bf16"), "keys", ('ds.data_types.grad_accum_dtype="bf16"',)),
-        (("zero=1", "precision=fp32", "ds.torch_autocast.enabled=true"), "keys", ("ds.torch_autocast.enabled=true",)),
+        (("zero=1", "precision=bf16-autocast", "keep_fp32=ln_f"), "keep_fp32", ("ln_f",)),
         (("zero=2", "ds.communication_data_type=bf16"), "keys", ('ds.communication_data_type="bf16"',)),
     ],
 )  # fmt: skip

@@ -370,6 +370,7 @@ def test_json_holds_every_move_and_every_reading(make: MakeRun, show: Show) -> N
             "underflow_unscaled": [[0.5, 0.41], [None, 0.0], [0.25, 0.1]],
             "underflow_scaled": [[0.01, 0.0003], [None, 0.0], [0.125, 0.00002]],
         },
+        "keep_fp32": ["transformer.h.1"],
         "picture": str(path / "numerics.png"),
     }
 

@@ -274,7 +274,7 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
         (["precision=fp16-autocast", "zero=2"], set()),
         (["precision=fp16-autocast", "numerics.repairs=false"], {"fp16-autocast-needs-repairs"}),
         (["precision=bf16-autocast", "numerics.repairs=false"], set()),
-        (["precision=tf32"], {"tf32-needs-a-gpu"}),
+        (["precision=tf32"], set()),
         (["precision=bf16", "keep_fp32=ln_f"], {"fp32-modules-need-autocast"}),
         (["precision=bf16-autocast", "keep_fp32=[ln_f,lm_head]"], set()),
         (["zero=1", "ds.zero_optimization.allgather_bucket_size=5001"], {"allgather-bucket-is-even"}),
@@ -344,11 +344,12 @@ def test_every_rule_is_tripped_by_a_test() -> None:
     tripped = {
         name for rule in test_each_rule_refuses_what_it_is_for.pytestmark for case in rule.args[1] for name in case[1]
     }
-    tripped |= {"nvme-unproved-on-cpu", "gpu-only", "fused-optimizers-need-a-gpu"}
+    tripped |= {"nvme-unproved-on-cpu", "gpu-only", "fused-optimizers-need-a-gpu", "tf32-needs-a-gpu"}
     assert tripped >= {rule.name for rule in rules.RULES}
 
 
-def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_is_not(plan: Make) -> None:
+def test_on_cpu_ranks_host_offload_is_allowed_and_nvme_and_tf32_are_not(plan: Make) -> None:
+    assert [violation["rule"] for violation in plan("precision=tf32").refused_by] == ["tf32-needs-a-gpu"]
     assert plan("offload=optimizer-cpu", "zero=2").refused_by == []
     assert plan("offload=cpu", "zero=3").refused_by == []
     assert [violation["rule"] for violation in plan("offload=nvme", "zero=3", "nvme_path=/disk").refused_by] == [

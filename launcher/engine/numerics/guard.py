@@ -14,7 +14,7 @@ from halfstep.launcher.checkpoint import manifest
 from halfstep.launcher.config import precisions
 from halfstep.launcher.engine.numerics import forensics
 from halfstep.launcher.engine.numerics.loss_scale import LossScale
-from halfstep.launcher.engine.numerics.repair import Repairs, unscale, unscale_and_clip
+from halfstep.launcher.engine.numerics.repair import Repairs, unscale_and_clip
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import rng
 from halfstep.launcher.engine.untyped import Engine
@@ -135,8 +135,11 @@ class Guard:
         return loss
 
     def _guard_bare_optimizer(self) -> None:
-        """Let torch's own optimizer step over a step with a NaN: fp32 without ZeRO has no wrapper that would look."""
-        step = self._engine.optimizer.step
+        """Let torch's own optimizer step over a step with a NaN: fp32 without ZeRO has no wrapper that would look.
+
+        The engine would work out the norm that is known here once more, to clip by it (engine.py, _take_model_step).
+        """
+        step, self._engine._config.gradient_clipping = self._engine.optimizer.step, 0.0
 
         def step_unless_dropped(*arguments: Any, **options: Any) -> Any:
             return None if self._dropped else step(*arguments, **options)
@@ -148,10 +151,10 @@ class Guard:
         if own_norm is None:
             return
         self._dropped = self._unguarded and not math.isfinite(own_norm)
-        if self._unguarded and self._scale and not self._dropped:
-            unscale(self._engine, self.gradient_scale)  # the engine clips what it finds (engine.py, _take_model_step)
-        if self._repairs.fp32_gradients:
+        if self._repairs.fp32_gradients or self._unguarded:
             unscale_and_clip(self._engine, norm=own_norm, scale=self.gradient_scale, clip=self._plan.clip)
+        if self._repairs.fp32_gradients:
+            self._engine.optimizer.loss_scale_config.cur_scale = 1.0
 
     def after_step(self) -> bool:
         """Move the loss scale and return whether the step was skipped; the same on every rank."""

@@ -211,22 +211,15 @@ def accumulate_in_fp32(engine: Engine) -> Fp32Sums:
     return sums
 
 
-def unscale(engine: Engine, scale: float) -> None:
-    """Divide fp32 gradients by the loss scale."""
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def unscale_and_clip(engine: Engine, *, norm: float, scale: float, clip: float) -> None:
     """Divide fp32 gradients by the loss scale and clip them, so that the wrapper finds neither left to do.
 
     `norm` is the unscaled one. A gradient that is not finite is left for the wrapper to find.
     """
-    if math.isfinite(norm):
-        factor = 1 / scale / max(1.0, (norm + 1e-6) / clip if clip else 1.0)
+    factor = 1 / scale / max(1.0, (norm + 1e-6) / clip if clip else 1.0)
+    if math.isfinite(norm) and factor != 1:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
-    engine.optimizer.loss_scale_config.cur_scale = 1.0
 
 
 def _weights(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:

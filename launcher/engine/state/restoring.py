@@ -17,9 +17,9 @@ import torch
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import shards, store
 from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest
-from halfstep.launcher.config import precisions
 from halfstep.launcher.checkpoint.shards import Shards
 from halfstep.launcher.checkpoint.store import Candidate
+from halfstep.launcher.config import precisions
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, saving, training_state
