@@ -15,9 +15,15 @@ from halfstep.launcher.rundir.metric_rows import StepRecord
 pytestmark = pytest.mark.process
 Cell = Callable[[int, str], Outcome]
 CELLS = [(zero, precision) for precision in ("fp32", "fp16", "bf16") for zero in range(4)]
+AUTOCAST = [
+    pytest.param(zero, precision, marks=[] if (zero, precision) in started else [pytest.mark.full])
+    for started in [[(0, "fp16-autocast"), (3, "bf16-autocast")]]
+    for precision in ("fp16-autocast", "bf16-autocast")
+    for zero in range(4)
+]
 
 
-@pytest.mark.parametrize(("zero", "precision"), CELLS)
+@pytest.mark.parametrize(("zero", "precision"), [*CELLS, *AUTOCAST])
 def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: str) -> None:
     outcome = cell(zero, precision)
     assert outcome.returncode == 0, outcome.output
@@ -33,7 +39,7 @@ def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: 
         assert row["peak_memory_bytes"] > 2**27
         assert 0 < row["data_seconds"] < row["step_seconds"]
     scales = {row["loss_scale"] for row in outcome.steps}
-    assert scales == ({65536.0} if precision == "fp16" else {None})
+    assert scales == ({65536.0} if precision.startswith("fp16") else {None})
     assert outcome.losses[-1] < outcome.losses[0]
     assert [row["step"] for row in outcome.evaluations] == [0, 10, 20]
     assert all(row["perplexity"] == pytest.approx(math.exp(row["eval_loss"])) for row in outcome.evaluations)
@@ -43,7 +49,7 @@ def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: 
     assert json.loads((outcome.out / "attempts/0001/env.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize(("zero", "precision"), CELLS)
+@pytest.mark.parametrize(("zero", "precision"), [*CELLS, *AUTOCAST])
 def test_a_cells_memory_was_predicted(cell: Cell, zero: int, precision: str) -> None:
     summary = cell(zero, precision).json("summary.json")
     assert summary["predicted_peak_bytes"] == cell(zero, precision).json("plan.json")["memory"]["predicted_peak_bytes"]
@@ -51,7 +57,7 @@ def test_a_cells_memory_was_predicted(cell: Cell, zero: int, precision: str) -> 
     assert summary["peak_host_bytes"] == pytest.approx(summary["peak_memory_bytes"], rel=0.01), "both the resident size"
 
 
-@pytest.mark.parametrize(("zero", "precision"), CELLS)
+@pytest.mark.parametrize(("zero", "precision"), [*CELLS, *AUTOCAST])
 def test_what_a_cells_step_sends_was_predicted(cell: Cell, zero: int, precision: str) -> None:
     summary = cell(zero, precision).json("summary.json")
     predicted, sent = summary["predicted_communication_bytes"], summary["communication_bytes"]

@@ -32,7 +32,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
         (["optimizer.learning_rate=1"], "optimizer.learning_rate"),
         (["ds.zero_optimization.overlap_com=true"], "zero_optimization.overlap_comm"),
         (["zero=4"], "less than or equal to 3"),
-        (["precision=fp8"], "'fp32', 'fp16' or 'bf16'"),
+        (["precision=fp8"], "'fp32', 'tf32', 'fp16', 'bf16', 'fp16-autocast' or 'bf16-autocast'"),
         (["offload=cpu", "zero=2"], "only where they are sharded, at ZeRO stage 3"),
         (["batch.global=32", "batch.micro=5"], "batch.micro="),
         (["sequence=200000"], "longer than the corpus"),

@@ -48,7 +48,10 @@ def test_a_misspelt_run_key_names_the_nearest_right_one() -> None:
     [
         ("zero=4", "zero=4: input should be less than or equal to 3"),
         ("zero=two", "zero=two: input should be a valid integer, unable to parse string as an integer"),
-        ("precision=fp8", "precision=fp8: input should be 'fp32', 'fp16' or 'bf16'"),
+        (
+            "precision=fp8",
+            "precision=fp8: input should be 'fp32', 'tf32', 'fp16', 'bf16', 'fp16-autocast' or 'bf16-autocast'",
+        ),
         ("steps=0", "steps=0: input should be greater than or equal to 1"),
         ("optimizer.lr=nan", "optimizer.lr=nan: input should be a finite number"),
         ("model.dropout=1", "model.dropout=1: input should be less than 1"),
