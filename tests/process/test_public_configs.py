@@ -96,15 +96,16 @@ def test_a_file_of_llama_factory_trains_saves_and_resumes_by_the_command(
     """Its round_robin_gradients would put the masters of a checkpoint under wrong names."""
     public = next(public for public in CONFIGS if public.path == "examples/deepspeed/ds_z2_config.json")
     words = ["model=gpt2-nano", "batch.global=8", "sequence=64", f"data={data}", "checkpoint.every=2"]
-    command = [str(BIN / "halfstep"), "run", f"--ds-config={public.write(tmp_path)}", *words, "out={out}"]
-    first: Outcome = start("public-2", [*command, "steps=2"])
-    assert first.returncode == 0, first.output
-    more: Outcome = start("public-2", [*command, "steps=4"])
-    assert more.returncode == 0, more.output
-    whole: Outcome = start("public-4", [*command, "steps=4"])
-    assert [row["step"] for row in more.steps] == [1, 2, 3, 4]
-    assert more.losses[:1] == whole.losses[:1]
-    assert "round_robin_gradients" not in more.json("ds_config.json")["zero_optimization"]
+    words += ["schedule.kind=constant", "schedule.warmup=0", f"--ds-config={public.write(tmp_path)}", "out={out}"]
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *words]
+    outcomes: list[Outcome] = [
+        start(name, [*command, f"steps={steps}"]) for name, steps in (("halves", 2), ("halves", 4), ("whole", 4))
+    ]
+    assert [outcome.returncode for outcome in outcomes] == [0, 0, 0], outcomes[0].output
+    halves, whole = outcomes[1:]
+    assert [row["step"] for row in halves.steps] == [1, 2, 3, 4]
+    assert halves.losses == whole.losses
+    assert "round_robin_gradients" not in halves.json("ds_config.json")["zero_optimization"]
 
 
 def test_a_refused_file_has_no_plan_to_train(tmp_path: Path) -> None:

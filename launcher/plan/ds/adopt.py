@@ -118,7 +118,7 @@ def _offload(own: Own, request: Request) -> Taken:
         if name is None:
             stay = ["stay" if device == "none" else f"go to {device}" for device in moved]
             raise RequestError(
-                f"the optimizer's states {stay[0]} and the weights {stay[1]}, which is none of the ways of Halfstep",
+                f"the optimizer's states {stay[0]} and the weights {stay[1]}, which is not one of the ways",
                 where=own.place(*said),
                 fix="move nothing, the optimizer to cpu, both to cpu, or both to nvme (run key offload)",
             )
