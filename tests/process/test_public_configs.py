@@ -95,9 +95,9 @@ def test_a_file_of_llama_factory_trains_saves_and_resumes_by_the_command(
 ) -> None:
     """Its round_robin_gradients would put the masters of a checkpoint under wrong names."""
     public = next(public for public in CONFIGS if public.path == "examples/deepspeed/ds_z2_config.json")
-    words = ["model=gpt2-nano", "batch.global=8", "sequence=64", f"data={data}", "checkpoint.every=2"]
-    words += ["schedule.kind=constant", "schedule.warmup=0", f"--ds-config={public.write(tmp_path)}", "out={out}"]
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *words]
+    arguments = ["model=gpt2-nano", "batch.global=8", "sequence=64", f"data={data}", "checkpoint.every=2"]
+    arguments += ["schedule.kind=constant", "schedule.warmup=0", f"--ds-config={public.write(tmp_path)}", "out={out}"]
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *arguments]
     outcomes: list[Outcome] = [
         start(name, [*command, f"steps={steps}"]) for name, steps in (("halves", 2), ("halves", 4), ("whole", 4))
     ]

@@ -43,8 +43,8 @@ def planned(
     monkeypatch.setattr(machine, "gpu_count", lambda environ=os.environ: 0)
 
     def plan(public: PublicConfig, *more: str) -> tuple[int, list[str]]:
-        words = ["model=gpt2-nano", "model.vocabulary=512", "gpus_per_node=2"]
-        code = main(["plan", *words, f"--ds-config={public.write(tmp_path)}", *more])
+        arguments = ["model=gpt2-nano", "model.vocabulary=512", "gpus_per_node=2"]
+        code = main(["plan", *arguments, f"--ds-config={public.write(tmp_path)}", *more])
         said = capsys.readouterr()
         return code, (said.out + said.err).splitlines()
 
