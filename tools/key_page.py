@@ -25,7 +25,7 @@ _TREATMENT = {
     effects.REPORT: "passed on",
     effects.INERT: "refused as `ds.KEY`; a warning where it is inert in this cell alone, or in a `--ds-config` file",
     effects.OWNED: "checked against the run keys",
-    effects.FATAL: "refused",
+    effects.FATAL: "refused; what changes speed alone is left out of a `--ds-config` file, with a warning",
     effects.UNKNOWN: "passed on, `not proved`",
 }
 
@@ -57,6 +57,8 @@ def _line(key: str) -> str:
     about = [row["because"], *(f"*{case}*" for case in effects.conditions(row))]
     if row.get("gpu_only"):
         about.append("Only a GPU shows it.")
+    if row.get("left_out"):
+        about.append("Of a `--ds-config` file it is left out, with a warning.")
     if row.get("instead"):
         about.append(f"Instead: {row['instead']}.")
     return f"| `{key}` | `{default}` | {row['effect']} | {_cell(' '.join(about))} | {_cell(row['reads'])} |\n"

@@ -46,12 +46,13 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
 
 
 def without_effect(setting: effects.Setting, origins: Mapping[str, str]) -> list[str]:
-    """Return what to say of DeepSpeed keys that somebody set and that do nothing in this run."""
-    return [
-        f"{effect.path} from {origin} does nothing in this run: {effect.because}"
+    """Return what to say of DeepSpeed keys that somebody set and that do nothing in this run, once for a table."""
+    idle = {
+        effects.row_path(effect.path): f"from {origin} does nothing in this run: {effect.because}"
         for effect, origin, in_a_file in effects.said(setting, origins)
         if effect.kind == effects.INERT and effect.because and (in_a_file or not effect.always)
-    ]
+    }
+    return [f"{path} {said}" for path, said in idle.items()]
 
 
 def memory_warning(plan: Plan, capacity_bytes: int | None) -> str | None:

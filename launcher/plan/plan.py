@@ -197,6 +197,15 @@ class Plan:
         pointless = effects.make_no_other_run(changed, identity, self.setting())
         return [key for key in changed if key not in pointless]
 
+    def left_out_since(self, tree: dict[str, Any]) -> list[str]:
+        """Return the keys that change checkpoints, that an older plan of the run had and that this one leaves out."""
+        try:
+            held = Plan.from_dict(tree).setting()
+        except (ValueError, KeyError, TypeError):
+            return []
+        here = self.setting()
+        return [path for path in held.leaves if effects.is_left_out(path, held) and not here.value(path)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries."""
         tree = dataclasses.asdict(self)

@@ -109,6 +109,7 @@ def _decided(
         "warnings": [
             *warnings_of(spec, batch, data, curve, sequence),
             *(own.warnings if own else ()),
+            *composed.left_out,
             *without_effect(rules.setting_of(case), composed.origins),
         ],
         "refused_by": [dataclasses.asdict(violation) for violation in rules.violations(case)],

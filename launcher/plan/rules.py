@@ -3,10 +3,15 @@
 from halfstep.launcher.config import optimizers, precisions
 from halfstep.launcher.plan import rules_deepspeed
 from halfstep.launcher.plan.ds import effects
-from halfstep.launcher.plan.ds.dsconfig import OFFLOADS, named
+from halfstep.launcher.plan.ds.dsconfig import OFFLOADS, PARALLELISM, UNDIVIDED, named
 from halfstep.launcher.plan.rule import Case, Rule, Violation, keys, offload, offloaded, set_by
 
 __all__ = ["RULES", "Case", "Rule", "Violation", "violations"]
+
+
+def _divided(case: Case) -> list[str]:
+    return [path for path in PARALLELISM if case.leaves.get(path) not in UNDIVIDED]
+
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -132,13 +137,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="no-pipeline-or-tensor-parallelism",
         sentence="Halfstep's batch equation and data order count data-parallel ranks only",
-        broken=lambda c: (
-            c.leaves.get("tensor_parallel.autotp_size", 0) not in (0, 1, None)
-            or c.leaves.get("sequence_parallel_size", 1) not in (1, None)
-            or c.leaves.get("pipeline.stages", 1) not in (1, None)
-        ),
-        where=lambda c: "tensor_parallel.autotp_size, sequence_parallel_size, pipeline.stages",
-        fix="leave them at 1",
+        broken=lambda c: bool(_divided(c)),
+        where=lambda c: set_by(*_divided(c))(c),
+        fix="leave it at 1",
     ),
     *rules_deepspeed.RULES,
 )

@@ -127,6 +127,12 @@ def refuse_another_run(path: Path, plan: Plan, *, reported: bool = False) -> Non
             where=f"data={plan.data.path} and out={path}",
             fix="bring the corpus back as it was, or choose another out",
         )
+    if gone := plan.left_out_since(there):
+        raise refuse(
+            f"the run in {path} was made with {', '.join(gone)}, which is left out now, and its checkpoints are of it",
+            where=f"out={path}",
+            fix=f"go on with it as it is, `deepspeed launcher/train.py run={path}`, or choose another out",
+        )
     new = plan.identity
     changed = plan.changed_from(old)
     if changed:

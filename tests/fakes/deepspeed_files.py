@@ -105,7 +105,7 @@ REAL: dict[str, tuple[str, str]] = {
     "apex": ('{"train_batch_size": 32, "amp": {"enabled": true, "opt_level": "O1"}}', "remove amp"),
     "one-bit Adam": (
         '{"train_batch_size": 32, "optimizer": {"type": "OneBitAdam", "params": {"lr": 2e-4}}}',
-        "use adagrad, adam, adamw",
+        "use AdamW, which compresses nothing",
     ),
     "elastic, with a curriculum": (
         '{"elasticity": {"enabled": true}, "curriculum_learning": {"enabled": true}, "train_batch_size": 32}',

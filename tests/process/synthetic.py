@@ -1,18 +1,20 @@
-"""A small plan without a corpus, for a program of one rank that makes its batches itself (the gate's feed)."""
+"""A small plan without a corpus, for programs of ranks that make their batches themselves (the gate's feed)."""
 
 from typing import Any
 
+BATCH = ("batch.global=4", "batch.micro=2")
 
-def plan_of(*keys: str) -> Any:
-    """Return the plan of a tiny GPT-2 on one rank, with more run keys, which win."""
+
+def plan_of(*keys: str, ranks: int = 1, batch: tuple[str, ...] = BATCH) -> Any:
+    """Return the plan of a tiny GPT-2 on ranks of this host, with more run keys, which win."""
     from halfstep.launcher import topology
     from halfstep.launcher.config.load import load
     from halfstep.launcher.corpus.description import DataFacts
-    from halfstep.launcher.plan.facts import Facts
+    from halfstep.launcher.plan import facts
     from halfstep.launcher.plan.resolve import resolve
 
     small = ["model=gpt2-nano", "model.width=32", "model.vocabulary=64", "sequence=32", "data=synthetic"]
-    request = load([*small, "batch.global=4", "batch.micro=2", *keys])
+    request = load([*small, *batch, *keys])
     data = DataFacts(
         path="synthetic",
         train_prefix="synthetic",
@@ -23,4 +25,5 @@ def plan_of(*keys: str) -> Any:
         has_tokenizer=False,
         digest="synthetic",
     )
-    return resolve(request, topology.describe(1, 1), Facts(data=data, model=None, ds_config=None))
+    known = facts.Facts(data=data, model=None, ds_config=facts.ds_config(request.spec))
+    return resolve(request, topology.describe(ranks, ranks), known)

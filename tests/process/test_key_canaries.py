@@ -1,26 +1,44 @@
 """Canaries of the ledger of keys: what it says does nothing does nothing, on real engines of every stage.
 
-Run by itself, this file is the one rank that trains: a line for each training, with its losses to the last bit. A newer
-DeepSpeed that begins to read a key changes a line.
+Run by itself, this file is the one rank that trains: a line for each training, with its losses to the last bit, and one
+for what each canary of `ledger_canaries.py` saw. A newer DeepSpeed that begins to read a key, or mends one, changes a
+line.
 """
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from process import synthetic
+from process.ledger_canaries import CHANGED, FATAL, GPU_ONLY, pair
 from ranks import printed_alone
+
+from halfstep.launcher.parity import cases
+from halfstep.launcher.plan.ds import effects
 
 pytestmark = pytest.mark.process
 STAGES = (0, 1, 2, 3)
 NUMERICS = {
     "communication_data_type": (2, "bf16", "fp16"),
     "data_types.grad_accum_dtype": (2, "bf16", "bf16"),
+    "optimizer.params.eps": (1, "fp32", 1e-3),
 }
 """Keys of which one rank shows that they change what is trained: a stage, a precision and a value."""
+_CPU_ADAM = "it needs DeepSpeed's own CPU Adam, whose first build takes a compiler a minute"
+_GPU = "its quantiser has no implementation for CPU ranks"
+UNPROVED = {
+    "bf16.bf16_master_weights_and_grads": _CPU_ADAM,
+    "bf16.bf16_optimizer_states": _CPU_ADAM,
+    "fp16.fp16_master_weights_and_grads": _CPU_ADAM,
+    "zero_optimization.zero_quantized_gradients": _GPU,
+    "zero_optimization.zero_quantized_nontrainable_weights": _GPU,
+    "zero_optimization.zero_quantized_weights": _GPU,
+}
+"""Keys that change what is trained and have no canary, each with the reason."""
 UNTRIED = ("expert_parallel.", "zero_optimization.zenflow", "autotuning.")
 """Sections that are read as a whole where one of their keys is set, and whose switch a rule refuses."""
 
@@ -42,7 +60,7 @@ def other_value(key: str) -> Any:
 def inert_keys() -> dict[str, Any]:
     """Return the keys that do nothing in any run with values that are not their defaults, as far as they agree."""
     from halfstep.launcher.config.dotted import flatten, unflatten
-    from halfstep.launcher.plan.ds import dskeys, effects
+    from halfstep.launcher.plan.ds import dskeys
 
     chosen: dict[str, Any] = {}
     composed = flatten(plan_of(3, "bf16", {}).deepspeed)
@@ -83,6 +101,10 @@ def rank_main() -> None:
     for key, (zero, precision, value) in NUMERICS.items():
         for name, keys in (("without", {}), ("with", {key: value})):
             print("\n" + json.dumps([f"{name} {key}", losses(plan_of(zero, precision, keys))]), flush=True)
+    for key, (look, _) in FATAL.items():
+        print("\n" + json.dumps([f"fatal {key}", look()]), flush=True)
+    for key, looks in CHANGED.items():
+        print("\n" + json.dumps([f"changed {key}", pair(looks)]), flush=True)
     distributed.leave()
 
 
@@ -100,6 +122,33 @@ def test_all_keys_that_do_nothing_together_do_nothing(seen: dict[str, Any], zero
 @pytest.mark.parametrize("key", NUMERICS)
 def test_a_key_that_changes_what_is_trained_does(seen: dict[str, Any], key: str) -> None:
     assert seen[f"with {key}"] != seen[f"without {key}"]
+
+
+@pytest.mark.parametrize("key", FATAL)
+def test_a_key_that_ends_or_breaks_a_run_still_does(seen: dict[str, Any], key: str) -> None:
+    assert re.search(FATAL[key][1], seen[f"fatal {key}"], re.DOTALL), seen[f"fatal {key}"]
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_a_key_that_changes_what_is_computed_does(seen: dict[str, Any], key: str) -> None:
+    without, with_it = seen[f"changed {key}"]
+    assert without != with_it, without
+
+
+def test_every_row_that_breaks_a_run_has_a_canary_or_a_reason_why_not() -> None:
+    fatal = {key for key, row in effects.rows().items() if row["effect"] == effects.FATAL}
+    assert set(FATAL) | set(GPU_ONLY) == fatal
+    assert all(effects.rows()[key]["gpu_only"] for key in GPU_ONLY)
+
+
+def test_every_row_that_changes_numbers_has_a_canary_a_case_of_the_gate_or_a_reason_why_not() -> None:
+    numerics = {key for key, row in effects.rows().items() if row["effect"] == effects.NUMERICS}
+    gate = {word.removeprefix("ds.").partition("=")[0] for case in cases.conditional_cases() for word in case.keys}
+    if {case.optimizer for case in cases.conditional_cases()} - {"adamw", "sgd"}:
+        gate.add("optimizer.type")
+    canaries = {*map(effects.row_path, NUMERICS), *CHANGED}
+    assert canaries | (gate & numerics) | set(UNPROVED) == numerics
+    assert not (canaries | gate) & set(UNPROVED)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def adopt(request: Request, content: dict[str, Any] | None, topology: Topology) 
     if content is None:
         return request, None
     own, ranks = _plainly_autocast(dsfile.own(request.spec.ds_config or "", content), topology), topology.ranks.data
+    _require_data_parallelism(own)
     taken: Taken = {key: (own.leaves[path], own.place(path)) for path, key in _SAME.items() if path in own.leaves}
     taken |= _precision(own, request) | _offload(own, request) | _batch(own, request, ranks)
     precision = request.spec.precision if "precision" in request.origins else taken.get("precision", ("",))[0]
@@ -44,6 +45,17 @@ def adopt(request: Request, content: dict[str, Any] | None, topology: Topology) 
     taken |= more
     taken = {key: value for key, value in taken.items() if key not in request.origins}
     return extend(request, taken), own
+
+
+def _require_data_parallelism(own: Own) -> None:
+    """Refuse other parallelism before the batch equation, which would count other ranks than DeepSpeed."""
+    said = [path for path in dsconfig.PARALLELISM if own.leaves.get(path) not in dsconfig.UNDIVIDED]
+    if said:
+        raise RequestError(
+            f"{said[0]} is {own.leaves[said[0]]}, and Halfstep's ranks are all data-parallel",
+            where=own.place(*said),
+            fix="remove it; zero=3 shards a model that is too large for one device",
+        )
 
 
 def _precision(own: Own, request: Request) -> Taken:
@@ -104,8 +116,9 @@ def _offload(own: Own, request: Request) -> Taken:
         moved = [own.leaves.get(f"{path}.device", "none") for path in paths]
         name = next((key for key, devices in dsconfig.OFFLOADS.items() if devices == (moved[0], moved[1])), None)
         if name is None:
+            stay = ["stay" if device == "none" else f"go to {device}" for device in moved]
             raise RequestError(
-                f"the optimizer's states go to {moved[0]} and the weights to {moved[1]}, which is not one of the ways",
+                f"the optimizer's states {stay[0]} and the weights {stay[1]}, which is not one of the ways",
                 where=own.place(*said),
                 fix="move nothing, the optimizer to cpu, both to cpu, or both to nvme (run key offload)",
             )

@@ -11,7 +11,7 @@ from halfstep.launcher.config.dotted import unflatten
 from halfstep.launcher.config.schema import Fp16Keys, RunSpec
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.batch import Batch
-from halfstep.launcher.plan.ds import dskeys
+from halfstep.launcher.plan.ds import dskeys, effects
 from halfstep.launcher.plan.ds.dsfile import Own, read_fragment
 from halfstep.launcher.system import assets
 from halfstep.launcher.topology import Topology
@@ -24,6 +24,10 @@ AUTOCAST_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 """What DeepSpeed calls the format that torch.autocast multiplies in."""
 REDUCED_IN_16_BITS = "torch_autocast.lower_precision_safe_modules"
 """Whose gradients stages 1 to 3 reduce in that format, and whose weights stage 3 gathers in it: nobody's."""
+PARALLELISM = ("tensor_parallel.autotp_size", "sequence_parallel_size", "pipeline.stages")
+"""Keys that divide a model or a sequence over ranks."""
+UNDIVIDED = (None, 0, 1)
+"""Values of them that divide nothing."""
 _TORCH_ADAM, _FUSED = "optimizer.params.torch_adam", "optimizer.params.fused"
 
 
@@ -33,6 +37,8 @@ class Composed:
 
     leaves: dict[str, Any]
     origins: dict[str, str]
+    left_out: tuple[str, ...] = ()
+    """What to say of keys of the user's file that it is without."""
 
     def config(self) -> dict[str, Any]:
         """Return the nested dictionary that `deepspeed.initialize` takes."""
@@ -65,6 +71,7 @@ def compose(
     `own` is what --ds-config says and replaces fragments and tuning; what the run keys decide is still filled in.
     Fragments and computed values may name a key twice only with one value. `ds.*` words win over everything.
     Raises RequestError for two files that disagree, and for keys DeepSpeed does not know, with all of them at once.
+    What would break the run and changes no number is left out of the user's file.
     """
     leaves: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -89,7 +96,11 @@ def compose(
         leaves[key] = value
         origins[key] = f"ds.{key} from {request_origins.get(f'ds.{key}', 'the request')}"
     dskeys.require(leaves, origins)
-    return Composed(leaves=leaves, origins=origins)
+    setting = effects.Setting(zero=spec.zero, precision=spec.precision, topology=topology, leaves=leaves)
+    left_out = effects.left_out(setting, origins)
+    for key in left_out:
+        del leaves[key], origins[key]
+    return Composed(leaves=leaves, origins=origins, left_out=tuple(left_out.values()))
 
 
 def _said_by_fragments(spec: RunSpec) -> list[tuple[str, tuple[Any, str]]]:

@@ -33,6 +33,7 @@ _COMPUTED = (
     "optimizer.type", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
     "optimizer.params.weight_decay", "optimizer.params.momentum", "optimizer.params.torch_adam",
     "optimizer.params.fused", "optimizer.params.adam_w_mode", "zero_allow_untested_optimizer",
+    "bfloat16.enabled",  # an older name; "auto" leaves it to Halfstep like the other, a value is refused
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from halfstep.launcher.config.dotted import unflatten
 from halfstep.launcher.config.legal import shown
 from halfstep.launcher.errors import RequestError, nearest
+from halfstep.launcher.plan.ds import former_keys
 
 Entry = dict[str, Any]
 Origin = Callable[[str], str] | Mapping[str, str]
@@ -31,12 +32,6 @@ _PARAMS: Mapping[str, Mapping[str, dict[str, Entry]]] = {
     "scheduler.params": _TABLE["schedulers"],
 }
 _ANY: Entry = {"type": "any", "default": None}
-_RENAMED = {
-    "aio.thread_count": "aio.intra_op_parallelism",
-    "fp32_allreduce": "communication_data_type (fp32)",
-    "zero_optimization.find_unused_parameters": "zero_optimization.ignore_unused_parameters",
-}
-"""What files for earlier versions of DeepSpeed call a key."""
 _PHRASES = {
     "bool": "true or false",
     "int": "a whole number",
@@ -153,6 +148,10 @@ def _check(path: str, value: Any, entry: Entry, config: Mapping[str, Any]) -> It
 
 
 def _check_choice(path: str, value: Any, entry: Entry) -> Iterator[Finding]:
+    former = former_keys.FORMER_OPTIMIZERS.get(str(value).lower()) if path == "optimizer.type" else None
+    if former:
+        yield path, f"DeepSpeed {DEEPSPEED_VERSION} has {value} no longer", f"use {former}, which compresses nothing"
+        return
     exact = any(type(value) is type(choice) and value == choice for choice in entry.get("values", ()))
     if exact or (isinstance(value, str) and value.lower() in entry.get("any_case", ())):
         return
@@ -206,8 +205,8 @@ def _mistyped(path: str, value: Any, entry: Entry) -> Finding:
 
 def _unknown(path: str, name: str, siblings: Mapping[str, Entry]) -> Finding:
     """Name the right key: the same name in another section, then a similar one here, then a similar one anywhere."""
-    if path in _RENAMED:
-        return path, f"DeepSpeed {DEEPSPEED_VERSION} has no such key", f"use {_RENAMED[path]}, which took its place"
+    if known := former_keys.fix(path):
+        return path, f"DeepSpeed {DEEPSPEED_VERSION} has no such key", known
     parent = path.rpartition(".")[0]
     # A key is not a misspelling of the section that it stands in.
     everywhere = [key for key in KEYS if key != parent]
@@ -225,7 +224,7 @@ def _unknown(path: str, name: str, siblings: Mapping[str, Entry]) -> Finding:
 
 
 def _removed(path: str) -> Finding:
-    return path, f"DeepSpeed {DEEPSPEED_VERSION} refuses it: {_TABLE['removed'][path]}", f"remove {path}"
+    return path, f"DeepSpeed {DEEPSPEED_VERSION} refuses it: {_TABLE['removed'][path]}", former_keys.instead(path)
 
 
 def _auto(path: str) -> Finding:

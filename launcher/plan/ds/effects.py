@@ -78,12 +78,15 @@ def rows() -> Mapping[str, Row]:
 
 def row_of(path: str) -> Row | None:
     """Return the row of a key; of a parameter of an optimizer and of what stands in an open table, its section's."""
+    return rows().get(row_path(path))
+
+
+def row_path(path: str) -> str:
+    """Return the key whose row holds for a key: itself, or the section that it stands in; empty where there is none."""
     known = rows()
-    while path not in known:
+    while path and path not in known:
         path, _, _ = path.rpartition(".")
-        if not path:
-            return None
-    return known[path]
+    return path
 
 
 def default(path: str) -> Any:
@@ -118,6 +121,23 @@ def said(setting: Setting, origins: Mapping[str, str]) -> Iterator[tuple[Effect,
         in_a_file = origin.startswith("--ds-config")
         if in_a_file or origin.startswith("ds."):
             yield of(path, setting), origin, in_a_file
+
+
+def left_out(setting: Setting, origins: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of a file that would break this run and change no number, each with what to say of it.
+
+    Files that thousands share hold them; the run that they ask for is made without.
+    """
+    return {
+        effect.path: f"{effect.path} from {origin} is left out, which changes no number. With it: {effect.because}"
+        for effect, origin, in_a_file in said(setting, origins)
+        if in_a_file and is_left_out(effect.path, setting)
+    }
+
+
+def is_left_out(path: str, setting: Setting) -> bool:
+    """Tell whether a key breaks a run with these settings, and is left out of files."""
+    return bool((row_of(path) or {}).get("left_out")) and of(path, setting).kind == FATAL
 
 
 def make_no_other_run(keys: Iterable[str], old: Mapping[str, Any], setting: Setting) -> list[str]:
