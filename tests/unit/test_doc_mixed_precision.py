@@ -4,6 +4,7 @@ The programs are taken from the page itself, so that what is asserted here is wh
 """
 
 import doctest
+import itertools
 import math
 import re
 import struct
@@ -96,7 +97,7 @@ def test_the_small_model_learns_the_same_in_every_way_and_its_loss_falls_as_it_p
     assert reference[-1] < reference[0] / 5
     for way in ("fp32", "bf16", "fp16", "fp16, scaler"):
         seen = losses(way)
-        assert all(later < earlier for earlier, later in zip(seen, seen[1:], strict=False)), way
+        assert all(later < earlier for earlier, later in itertools.pairwise(seen)), way
         assert seen == pytest.approx(reference, rel=0.02), way
 
 
