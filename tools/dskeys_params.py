@@ -91,7 +91,13 @@ def optimizers() -> tuple[dict[str, dict[str, Entry]], Entry]:
         for key in getattr(DeepSpeedEngine, half, ())
     }
     muon |= {key: adam[key] for key in ("adam_w_mode", "fp32_optimizer_states", TORCH_ADAM_PARAM)}
-    muon |= {"ns_method": {"type": "str", "default": None}, "momentum": {"type": "float", "default": None}}
+    muon |= {  # zero/muon/original_muon.py, MuonWithAuxAdam: its Adam has other defaults than Adam
+        "betas": {"type": "list", "default": [0.9, 0.95]},
+        "eps": {"type": "float", "default": 1e-10},
+        "momentum": {"type": "float", "default": 0.95},
+        "ns_method": {"type": "str", "default": "gram"},
+        "weight_decay": {"type": "float", "default": 0.0},
+    }
     parameters |= {
         "adam": adam,
         "adamw": adam,

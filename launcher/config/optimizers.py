@@ -32,6 +32,7 @@ class Group:
 # Decaying a norm's gain towards zero is not regularisation; matrices and embeddings are what GPT-3 decays.
 _MATRICES_AND_VECTORS = (Group(least_dimensions=2, decayed=True), Group(least_dimensions=0, decayed=False))
 _TWO_MOMENTS = (State(name="exp_avg"), State(name="exp_avg_sq"))
+_LARGEST = State(name="max_exp_avg_sq", only_with="amsgrad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class Optimizer:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that follow from the kind alone."""
     states: tuple[State, ...]
+    states_elsewhere: tuple[State, ...] | None = None
+    """Of embeddings, the head and vectors, where those are stepped by another rule than hidden matrices."""
     groups: tuple[Group, ...] = _MATRICES_AND_VECTORS
     """Each parameter of the network is in the first that takes it."""
     operators: tuple[str, str] | None = None
@@ -56,7 +59,7 @@ class Optimizer:
     counts_steps: bool = True
     """Whether its state holds a step count."""
     reference: str | None = None
-    """The class of torch.optim that the parity gate trains with; it takes `parameters` by the same names."""
+    """What the parity gate trains with, of `parity.reference` or torch.optim; it takes `parameters` by those names."""
 
     def group_of(self, dimensions: int) -> Group:
         """Return the group of a parameter that has so many dimensions."""
@@ -70,7 +73,7 @@ _ROWS = (
         kind="adamw",
         parameters={"betas": ("beta1", "beta2"), "eps": ("epsilon",)},
         fixed={"adam_w_mode": True},
-        states=_TWO_MOMENTS,
+        states=(*_TWO_MOMENTS, _LARGEST),
         operators=_ADAM_OPERATORS,
         reference="AdamW",
     ),
@@ -83,11 +86,33 @@ _ROWS = (
         counts_steps=False,
         reference="SGD",
     ),
-    Optimizer(type="Adam", states=_TWO_MOMENTS, operators=_ADAM_OPERATORS),
+    Optimizer(type="Adam", states=(*_TWO_MOMENTS, _LARGEST), operators=_ADAM_OPERATORS),
     Optimizer(type="Adagrad", states=(State(name="sum"),), reference="Adagrad"),
     Optimizer(type="Lamb", states=_TWO_MOMENTS, tested_with_zero=False),
     Optimizer(type="Lion", states=(State(name="exp_avg"),), reference="Lion"),
-    Optimizer(type="Muon", states=(State(name="momentum_buffer"),)),
+    Optimizer(type="Muon", states=(State(name="momentum_buffer"),), states_elsewhere=_TWO_MOMENTS, reference="Muon"),
+    *(
+        Optimizer(type=name, states=tuple(State(name=state) for state in states), tested_with_zero=False)
+        for name, states in (
+            ("Adadelta", ("square_avg", "acc_delta")),
+            ("Adamax", ("exp_avg", "exp_inf")),
+            ("ASGD", ("ax",)),
+            ("NAdam", ("exp_avg", "exp_avg_sq")),
+            ("RAdam", ("exp_avg", "exp_avg_sq")),
+            ("Rprop", ("prev", "step_size")),
+            # Of a matrix it keeps a row and a column; but a shard is flat, and has neither.
+            ("Adafactor", ("variance",)),
+        )
+    ),
+    Optimizer(
+        type="RMSprop",
+        states=(
+            State(name="square_avg"),
+            State(name="momentum_buffer", only_with="momentum"),
+            State(name="grad_avg", only_with="centered"),
+        ),
+        tested_with_zero=False,
+    ),
 )
 _BY_TYPE = {row.type.lower(): row for row in _ROWS}
 BY_KIND = {row.kind: row for row in _ROWS if row.kind}
@@ -101,8 +126,16 @@ def of(type_: str) -> Optimizer:
 
 
 def state_bytes(type_: str, parameters: Mapping[str, Any]) -> int:
-    """Return the bytes that an optimizer with these parameters keeps beside each element of a master."""
-    kept = [
-        state for state in of(type_).states if state.only_with is None or (parameters.get(state.only_with) or 0) > 0
-    ]
+    """Return the bytes that an optimizer with these parameters keeps beside each element of a hidden matrix."""
+    return _bytes(of(type_).states, parameters)
+
+
+def state_bytes_elsewhere(type_: str, parameters: Mapping[str, Any]) -> int:
+    """Return the same for embeddings, the head and vectors."""
+    row = of(type_)
+    return _bytes(row.states if row.states_elsewhere is None else row.states_elsewhere, parameters)
+
+
+def _bytes(states: tuple[State, ...], parameters: Mapping[str, Any]) -> int:
+    kept = [state for state in states if state.only_with is None or (parameters.get(state.only_with) or 0) > 0]
     return sum(state.bytes for state in kept)

@@ -56,7 +56,7 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
             opcache.load_operators(names, otherwise=otherwise)
         # An optimizer built by DeepSpeed from the config, over our parameter groups.
         groups: Any = parameter_groups(model, plan)  # DeepSpeed's annotation says Module
-        with _flat_at_stage_0(plan):
+        with _flat_at_stage_0(plan), _embeddings_left_to_adam(model):
             engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
     _check(engine, plan)
     repairs = repair(engine, plan)
@@ -84,6 +84,31 @@ def _flat_at_stage_0(plan: Plan) -> Iterator[None]:
         yield
     finally:
         module.FusedAdam = own
+
+
+@contextlib.contextmanager
+def _embeddings_left_to_adam(model: PreTrainedModel) -> Iterator[None]:
+    """Let Muon orthogonalize hidden matrices alone, for which it is made: embeddings and the head are Adam's.
+
+    DeepSpeed knows them by `embed` and `lm_head` in their names (__init__.py, set_optimizer_flags); GPT-2's are `wte`
+    and `wpe`.
+    """
+    module: Any = deepspeed
+    own = module.set_optimizer_flags
+    tables = [part for part in model.modules() if isinstance(part, torch.nn.Embedding)]
+
+    def tag(config: Any, network: torch.nn.Module) -> None:
+        own(config, network)
+        for part in filter(None, (*tables, model.get_output_embeddings())):
+            weight: Any = part.weight
+            if hasattr(weight, "use_muon"):
+                weight.use_muon = False
+
+    module.set_optimizer_flags = tag
+    try:
+        yield
+    finally:
+        module.set_optimizer_flags = own
 
 
 def is_compiled(engine: Engine) -> bool:

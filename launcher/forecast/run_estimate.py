@@ -124,9 +124,10 @@ def _saving(workload: Workload, hardware: Hardware, checkpoints: int) -> float |
         return 0.0
     if storage is None:
         return None
-    each = 2 + FULL + optimizer_bytes(workload)  # a 16-bit weight, its fp32 master, the optimizer's states
+    # A 16-bit weight and its fp32 master, and the optimizer's states.
+    each = (2 + FULL) * workload.parameters + optimizer_bytes(workload, workload.parameters)
     nodes = max(1, workload.ranks // workload.ranks_per_node)
-    return checkpoints * workload.parameters * each / (storage * (1 if workload.zero == 0 else nodes))
+    return checkpoints * each / (storage * (1 if workload.zero == 0 else nodes))
 
 
 _FIELDS = (

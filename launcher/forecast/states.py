@@ -57,9 +57,19 @@ def uses_bf16_optimizer(workload: Workload) -> bool:
     )
 
 
-def optimizer_bytes(workload: Workload) -> int:
-    """Return the bytes that the optimizer keeps for each element of a master."""
-    return optimizers.state_bytes(workload.optimizer, {"momentum": workload.momentum})
+def optimizer_bytes(workload: Workload, elements: int) -> int:
+    """Return the bytes that the optimizer keeps beside some elements of the masters.
+
+    Where it keeps less of hidden matrices than of the rest, they are taken to have their share of both.
+    """
+    every = cuts.of(workload.shape, workload.parameters)
+    options = {"momentum": workload.momentum, **dict.fromkeys(workload.optimizer_switches, 1)}
+    of_hidden = optimizers.state_bytes(workload.optimizer, options)
+    elsewhere = optimizers.state_bytes_elsewhere(workload.optimizer, options)
+    if of_hidden == elsewhere:
+        return of_hidden * elements
+    both = of_hidden * every.hidden + elsewhere * (every.elements - every.hidden)
+    return -(-both * elements // every.elements)
 
 
 def states(workload: Workload, rank: int | None = None) -> States:
@@ -73,7 +83,7 @@ def states(workload: Workload, rank: int | None = None) -> States:
     whole, shard = _elements(workload, every)
     compute, fp32 = workload.element_bytes, workload.precision == "fp32"
     masters = 0 if workload.zero == 0 and fp32 else FULL * shard
-    moments = optimizer_bytes(workload) * shard
+    moments = optimizer_bytes(workload, shard)
     weights = compute * (shard if workload.zero == 3 else whole)
     kept = compute * cuts.persistent(every, workload.persistence_threshold) if workload.zero == 3 else 0
     gradients, resting, reduced = _gradients(workload, every, whole, shard, rank)

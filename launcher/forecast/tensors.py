@@ -20,6 +20,8 @@ class Tensors:
     """Those of two and more dimensions, which weight decay is for."""
     vectors: tuple[int, ...]
     """Biases and gains of norms."""
+    tables: int = 0
+    """Elements of the embeddings, and of a head of its own."""
     block: int = 0
     """Elements of a block, which stage 3 fetches as a whole; 0 where that is not known."""
 
@@ -32,6 +34,11 @@ class Tensors:
     def elements(self) -> int:
         """All parameters."""
         return sum(self.sizes)
+
+    @cached_property
+    def hidden(self) -> int:
+        """Elements of the matrices that are no tables."""
+        return sum(self.matrices) - self.tables
 
     @cached_property
     def largest(self) -> int:
@@ -61,6 +68,7 @@ def of(shape: Shape | None, total: int) -> Tensors:
         sizes=tuple(size for size, _ in every),
         matrices=tuple(size for size, matrix in every if matrix),
         vectors=tuple(size for size, matrix in every if not matrix),
+        tables=sum(size for size, _ in before) + (0 if shape.tied else table),
         block=sum(size for size, _ in block),
     )
 

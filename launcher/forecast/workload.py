@@ -40,7 +40,9 @@ class Workload:
     optimizer: str = "AdamW"
     """DeepSpeed's `optimizer.type`."""
     momentum: float = 0.0
-    """SGD's."""
+    """SGD's and RMSprop's."""
+    optimizer_switches: tuple[str, ...] = ()
+    """Parameters of the optimizer that are true: `amsgrad` and `centered` keep a state more."""
     accumulation_dtype: str = "fp32"
     """What gradients are added up in."""
     communication_dtype: str = "fp32"
@@ -132,6 +134,7 @@ def of(
         activation_checkpointing=activation_checkpointing,
         optimizer=str(optimizer.get("type", "AdamW")),
         momentum=float(optimizer.get("params", {}).get("momentum") or 0.0),
+        optimizer_switches=tuple(name for name, value in optimizer.get("params", {}).items() if value is True),
         accumulation_dtype="fp32" if zero == 0 and repairs else accumulation_dtype,
         communication_dtype=deepspeed.get("communication_data_type") or kind.weights,
         reduce_bucket=int(section.get("reduce_bucket_size", 500_000_000)),

@@ -29,6 +29,15 @@ OPTIMIZERS = {
     "adamw": ["optimizer.kind=adamw", "optimizer.lr=1e-3"],
     "sgd": ["optimizer.kind=sgd", "optimizer.lr=0.02", "optimizer.momentum=0.9"],
     "adagrad": ["ds.optimizer.type=Adagrad", "optimizer.lr=3e-3"],
+    # Jordan's rate for matrices is twenty times this: 20 steps of a tiny model show no more, and amplify rounding.
+    "muon": [
+        "ds.optimizer.type=Muon",
+        "ds.optimizer.params.torch_adam=true",
+        "ds.optimizer.params.momentum=0.95",
+        "ds.optimizer.params.muon_lr=2e-3",
+        "ds.optimizer.params.adam_lr=5e-4",
+        "optimizer.lr=1e-3",
+    ],
     "lion": ["ds.optimizer.type=Lion", "ds.optimizer.params.betas=[0.9,0.99]", "optimizer.lr=3e-4"],
 }
 """The run keys that each optimizer of the table is tried with."""
@@ -36,6 +45,10 @@ GRID = ("fp32", "fp16", "bf16")
 """The precisions that are tried under every condition; autocast is the same arithmetic as theirs, in other places."""
 _STAGE_1_FIRST = (1, 0, 2, 3)
 """The others are compared with it."""
+_SCHEDULES = {"muon": ["schedule.kind=cosine", "schedule.warmup=4"]}
+"""Where it is not constant: Muon's two rates have to follow it, each from its own peak."""
+KNOWN_TO_THE_REFERENCE = ("ds.bf16.bf16_",)
+"""What the reference does, too; the rest of `Case.keys` is another way to the same, within the tolerances."""
 # The scale grows twice and is halved once within the 20 steps.
 _SCALING = ["fp16.initial_scale_power=10", "fp16.window=5", "fp16.hysteresis=1"]
 
@@ -74,7 +87,8 @@ class Case:
 
     def plain(self) -> "Case":
         """Return the case of the reference, which depends neither on the stage nor on how the same is computed."""
-        return replace(self.at_stage_1(), zero=0, activation_checkpointing=False, keys=())
+        kept = tuple(word for word in self.keys if word.startswith(KNOWN_TO_THE_REFERENCE))
+        return replace(self.at_stage_1(), zero=0, activation_checkpointing=False, keys=kept)
 
     def __str__(self) -> str:
         extra = ", activation checkpointing" if self.activation_checkpointing else ""
@@ -130,6 +144,8 @@ def conditional_cases() -> list[Case]:
     Lion is not among them. On a CPU DeepSpeed has it for offloaded states only, and that one moves, by the learning
     rate, what has no gradient: a study that asks for it is told that it trains another model.
     """
+    masters = "ds.bf16.bf16_master_weights_and_grads=true"
+    on_host = {"offload": "optimizer-cpu", "keys": (masters, "ds.optimizer.params.torch_adam=false")}
     asked: list[tuple[list[int], tuple[str, ...], dict[str, Any]]] = [
         ([1, 3], ("bf16-autocast",), {"keys": ('ds.torch_autocast.lower_precision_safe_modules=["torch.nn.Linear"]',)}),
         ([1, 2, 3], ("bf16",), {"keys": ("ds.data_types.grad_accum_dtype=bf16",)}),
@@ -137,6 +153,10 @@ def conditional_cases() -> list[Case]:
         ([3], ("fp32", "fp16", "bf16"), {"keys": ("ds.zero_optimization.zero_hpz_partition_size=2",)}),
         ([0], ("fp32", "fp16", "bf16"), {"optimizer": "adagrad"}),
         ([1], ("bf16",), {"optimizer": "adagrad"}),
+        ([0], ("fp32", "fp16", "bf16"), {"optimizer": "muon"}),
+        ([1], ("bf16",), {"optimizer": "muon"}),
+        ([1, 2, 3], ("bf16",), on_host),
+        ([1, 2, 3], ("bf16",), {**on_host, "keys": ("ds.bf16.bf16_optimizer_states=true", *on_host["keys"])}),
     ]
     return [
         Case(zero=zero, precision=precision, **{**row, **varied})
@@ -239,8 +259,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool, for_the_reference:
         f"precision={case.precision}",
         *OPTIMIZERS[case.optimizer],
         f"optimizer.clip={case.clip}",
-        "schedule.kind=constant",
-        "schedule.warmup=0",
+        *_SCHEDULES.get(case.optimizer, ["schedule.kind=constant", "schedule.warmup=0"]),
         *(_SCALING if precisions.of(case.precision).scaled else []),
         f"activation_checkpointing={str(case.activation_checkpointing).lower()}",
         f"offload={case.offload}",

@@ -18,7 +18,9 @@ from halfstep.launcher.plan.plan import Plan
 
 _FAMILIES = ("gpt2", "llama")
 _PARAMS = "optimizer.params."
-_ITS_OWN = (f"{_PARAMS}lr", f"{_PARAMS}betas", f"{_PARAMS}eps", f"{_PARAMS}weight_decay", f"{_PARAMS}momentum")
+_ITS_OWN = tuple(
+    f"{_PARAMS}{name}" for name in ("lr", "muon_lr", "adam_lr", "betas", "eps", "weight_decay", "momentum")
+)
 """Numbers of an optimizer that a run chooses for itself; the gate has its own, which no tiny model amplifies."""
 _WHO_STEPS = tuple(f"{_PARAMS}{name}" for name in ("torch_adam", "adam_w_mode", "fused", "foreach"))
 """Which implementation steps the same Adam: the gate composes it for this machine as the plan does."""

@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import deepspeed
 import torch
@@ -142,6 +143,13 @@ def _optimizer_steps(engine: Engine) -> float | None:
     return max((count for count in counts if count is not None), default=None)
 
 
+def _hidden_matrices(model: nn.Module) -> set[Tensor]:
+    """Return the weights that are neither vectors, nor rows for tokens and places, nor the head."""
+    tables = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
+    head = {weight for name, weight in model.named_parameters() if name.startswith("lm_head")}
+    return {weight for weight in model.parameters() if weight.dim() >= 2 and weight not in tables | head}
+
+
 def on_the_reference(plan: Plan) -> Series:
     """Train a plan with `oracle.MixedPrecisionTrainer`, the global batch in this one process."""
     precision = precisions.of(plan.precision)
@@ -155,19 +163,33 @@ def on_the_reference(plan: Plan) -> Series:
     scale = Scale(
         value=2.0 ** fp16["initial_scale_power"], window=fp16["loss_scale_window"], hysteresis=fp16["hysteresis"]
     ) if precision.scaled else None  # fmt: skip
-    settings = plan.deepspeed["optimizer"]["params"]
+    row, settings = optimizers.of(plan.deepspeed["optimizer"]["type"]), plan.deepspeed["optimizer"]["params"]
     decay = settings["weight_decay"]
 
-    def group_of(weight: Tensor) -> dict[str, float]:
-        return {"weight_decay": decay if weight.dim() >= 2 else 0.0}
+    hidden = _hidden_matrices(model)
+
+    def group_of(weight: Tensor) -> dict[str, Any]:
+        group: dict[str, Any] = {"weight_decay": decay if weight.dim() >= 2 else 0.0}
+        if row.type == "Muon":
+            rate = settings.get("muon_lr" if weight in hidden else "adam_lr", settings["lr"])
+            group |= {"use_muon": weight in hidden, "rate": rate / settings["lr"]}
+        return group
 
     def make_optimizer(groups: ParameterGroups) -> torch.optim.Optimizer:
-        row = optimizers.of(plan.deepspeed["optimizer"]["type"])
         assert row.reference, f"the gate knows no reference for {row.type}"
-        made = getattr(torch.optim, row.reference, None) or getattr(reference, row.reference)
+        made = getattr(reference, row.reference, None) or getattr(torch.optim, row.reference)  # torch has a Muon, too
         return made(groups, lr=settings["lr"], **{name: settings[name] for name in _OPTIONS if name in settings})
 
-    trainer = MixedPrecisionTrainer(model, make_optimizer, clip=plan.clip, scale=scale, group_of=group_of)
+    kept = plan.deepspeed["bf16"]
+    trainer = MixedPrecisionTrainer(
+        model,
+        make_optimizer,
+        clip=plan.clip,
+        scale=scale,
+        group_of=group_of,
+        master_dtype=torch.bfloat16 if kept.get("bf16_master_weights_and_grads") else torch.float32,
+        state_dtype=torch.bfloat16 if kept.get("bf16_optimizer_states") else torch.float32,
+    )
     device = next(model.parameters()).device
     autocast = functools.partial(torch.autocast, device.type, _DTYPES.get(precision.products), precision.autocast)
     feed = SyntheticFeed(plan, 0, device)

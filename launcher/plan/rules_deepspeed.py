@@ -48,6 +48,12 @@ def _strange_to_adam(case: Case) -> list[str]:
     return [path for path in (_OF_DEEPSPEED if case.leaves.get(_TORCH_ADAM) else _OF_TORCH) if path in case.leaves]
 
 
+def _clips_before_muon(case: Case) -> bool:
+    in_fp32 = case.leaves.get("data_types.grad_accum_dtype") in ("fp32", "float32", "float", "torch.float32")
+    sharded = case.spec.zero == 1 and case.spec.precision == "bf16" and in_fp32 and offload(case, "optimizer") is None
+    return case.spec.zero == 0 or sharded
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         name="allgather-bucket-is-even",
@@ -132,6 +138,21 @@ RULES: tuple[Rule, ...] = (
         ),
         where=set_by("optimizer.type"),
         fix="take zero=0, or offload=optimizer-cpu",
+    ),
+    Rule(
+        # Of the sharded ones bf16_optimizer.py alone clips before Muon (docs/deepspeed.md, 11).
+        name="no-clipping-after-muon",
+        sentence="at ZeRO 2 and 3, and at 1 except in bf16, DeepSpeed norms and clips Muon's updates, not gradients",
+        broken=lambda c: _optimizer(c) == "muon" and not _clips_before_muon(c),
+        where=set_by("optimizer.type"),
+        fix="take zero=0, or zero=1 precision=bf16 without offload",
+    ),
+    Rule(
+        name="mup-needs-base-shapes",
+        sentence="mup's optimizers scale by the shape of each weight in a base model, and Halfstep has no base model",
+        broken=lambda c: _optimizer(c) in ("muadam", "muadamw", "musgd"),
+        where=set_by("optimizer.type"),
+        fix="take AdamW or SGD",
     ),
     Rule(
         name="optimizer-takes-gradients-as-they-are",

@@ -32,6 +32,22 @@ CASES = [
     for zero, precision in CELLS
     for accumulation in (1, 2)
 ]
+OPTIMIZERS = [
+    (1, "bf16", ("ds.optimizer.type=Muon", "ds.optimizer.params.torch_adam=true", "optimizer.clip=0")),
+    (0, "bf16", ("ds.optimizer.type=Muon", "ds.optimizer.params.torch_adam=true")),
+    (0, "fp32", ("ds.optimizer.type=Adagrad",)),
+    (2, "bf16", ("ds.optimizer.type=Adadelta",)),
+    (3, "bf16", ("ds.optimizer.type=Adafactor",)),
+    (1, "fp32", ("ds.optimizer.type=Adamax",)),
+    (2, "fp16", ("ds.optimizer.type=ASGD",)),
+    (3, "fp32", ("ds.optimizer.type=NAdam",)),
+    (1, "bf16", ("ds.optimizer.type=RAdam",)),
+    (2, "fp32", ("ds.optimizer.type=Rprop",)),
+    (3, "fp16", ("ds.optimizer.type=RMSprop", "ds.optimizer.params.centered=true", "ds.optimizer.params.momentum=0.9")),
+    (2, "bf16", ("optimizer.kind=sgd", "optimizer.momentum=0.9")),
+    (2, "bf16", ("ds.optimizer.params.torch_adam=true", "ds.optimizer.params.amsgrad=true")),
+]
+"""Every other optimizer of the table that CPU ranks can make, each in one cell."""
 SMALL = 64 * 1024
 """Bytes of what is no model state: step counters, rotary frequencies, scalars."""
 
@@ -141,6 +157,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[.
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
             paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
             ours = {**environment(scratch), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+            ours["TORCHDYNAMO_DISABLE"] = "1"  # what Muon compiles keeps no bytes, and takes long
             done = subprocess.run(
                 [*command, __file__, str(folder)],
                 env=ours,
@@ -160,7 +177,7 @@ def test_every_byte_of_model_state_is_predicted(ranks: Callable[..., Any], plan:
     plans = _plans(plan)
     wrong = []
     for rank, measured in enumerate(ranks(plans)):
-        for case, made, seen in zip(CASES, plans, measured, strict=True):
+        for case, made, seen in zip(CASES, plans, measured, strict=False):
             expected = _expected(made, rank)
             for moment in seen.keys() & expected.keys():
                 if not 0 <= seen[moment] - expected[moment] < SMALL:
@@ -168,11 +185,23 @@ def test_every_byte_of_model_state_is_predicted(ranks: Callable[..., Any], plan:
     assert not wrong, "\n".join(map(str, wrong))
 
 
+def test_every_byte_that_an_optimizer_keeps_is_predicted(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
+    plans = _plans(plan)
+    wrong = []
+    for rank, measured in enumerate(ranks(plans)):
+        for case, made, seen in list(zip([*CASES, *OPTIMIZERS], plans, measured, strict=True))[len(CASES) :]:
+            assert states.states(estimate.workload_of(made), rank).moments > SMALL, "the states are what is looked at"
+            more = seen["at rest"] - _expected(made, rank)["at rest"]
+            if not 0 <= more < SMALL:
+                wrong.append((rank, case, more))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
 def test_every_byte_that_a_step_sends_is_predicted(ranks: Callable[..., Any], plan: Callable[..., Plan]) -> None:
     plans = _plans(plan)
     wrong = []
     for rank, measured in enumerate(ranks(plans)):
-        for case, made, seen in zip(CASES, plans, measured, strict=True):
+        for case, made, seen in zip(CASES, plans, measured, strict=False):
             expected = communication.volume(estimate.workload_of(made), Layout()).total_bytes
             more = seen["sent"] - expected
             allowed = 64 if made.zero < 3 else 0.01 * expected  # norms and flags; padding and small tensors that stay
@@ -186,6 +215,10 @@ def _plans(plan: Callable[..., Plan]) -> list[Plan]:
     for family, zero, precision, accumulation in CASES:
         arguments = [f"model={family}", "batch.micro=1", f"batch.global={2 * accumulation}", "sequence=8"]
         made.append(plan(*arguments, f"zero={zero}", f"precision={precision}"))
+    for zero, precision, keys in OPTIMIZERS:
+        arguments = ["model=gpt2-nano", "batch.micro=1", "batch.global=2", "sequence=8", *keys]
+        consent = ["ds.zero_allow_untested_optimizer=true"] if "type=" in keys[0] else []
+        made.append(plan(*arguments, *consent, f"zero={zero}", f"precision={precision}"))
     return made
 
 

@@ -60,7 +60,7 @@ def test_the_table_names_what_torch_keeps_of_a_parameter(kind: str, momentum: fl
     optimizer.step()
     kept = optimizer.state.get(weight, {})
     tensors = {name: value for name, value in kept.items() if torch.is_tensor(value) and value.shape == weight.shape}
-    states = [state for state in row.states if state.only_with is None or given[state.only_with] > 0]
+    states = [state for state in row.states if state.only_with is None or given.get(state.only_with, 0) > 0]
     assert set(tensors) == {state.name for state in states}
     assert sum(value.element_size() for value in tensors.values()) == optimizers.state_bytes(row.type, given)
     assert ("step" in kept) == row.counts_steps
@@ -98,3 +98,28 @@ def test_the_norm_at_stage_0_is_taken_in_fp32_whatever_the_gradients_are_in(dtyp
     assert norm == float(torch.stack(each).norm()) / 4, "to the bit, and beyond what fp16 holds"
     assert norm * 4 > torch.finfo(torch.float16).max
     assert Readings(engine, SimpleNamespace(zero=1)).before_step(4.0) is None  # type: ignore[arg-type]
+
+
+class Tagged(nn.Module):
+    """A network whose embedding has no `embed` in its name, as GPT-2's `wte` has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.hidden, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_muon_orthogonalizes_no_embedding_and_no_head_whatever_their_names() -> None:
+    import deepspeed
+
+    model, own = Tagged(), deepspeed.set_optimizer_flags
+    config: Any = SimpleNamespace(optimizer_name="muon", optimizer_params={})
+    with build._embeddings_left_to_adam(model):  # type: ignore[arg-type]
+        deepspeed.set_optimizer_flags(config, model)
+    tags = {name: weight.use_muon for name, weight in model.named_parameters()}
+    assert tags == {"wte.weight": False, "hidden.weight": True, "hidden.bias": False, "head.weight": False}
+    assert deepspeed.set_optimizer_flags is own
+    own(config, model)
+    assert model.wte.weight.use_muon, "else there is nothing to repair any more"

@@ -200,6 +200,16 @@ def test_deepspeeds_adam_is_proved_as_the_adamw_that_it_builds(plan: Make) -> No
     assert other.unknown == ("the optimizer Adam",)
 
 
+def test_a_muon_run_is_proved_by_muons_cases_whatever_its_rates(plan: Make) -> None:
+    rates = ("ds.optimizer.params.muon_lr=0.02", "ds.optimizer.params.adam_lr=3e-4")
+    for cell in (("zero=0", "precision=fp16"), ("zero=1", "precision=bf16")):
+        question = question_of(plan(*cell, "ds.optimizer.type=Muon", *rates), topology.describe(2, 2))
+        assert {(case.optimizer, case.keys, case.world_size) for case in question.cases} == {
+            ("muon", (), 1),
+            ("muon", (), 2),
+        }
+
+
 def test_what_changes_no_number_asks_for_nothing_more(plan: Make) -> None:
     plain = asked(plan("zero=2"))
     keys = ("ds.zero_optimization.reduce_bucket_size=1000", "ds.wall_clock_breakdown=true")
@@ -211,7 +221,7 @@ def test_what_changes_no_number_asks_for_nothing_more(plan: Make) -> None:
 @pytest.mark.parametrize(
     ("asked_for", "unknown"),
     [
-        (("zero=1", "ds.optimizer.type=Muon"), "the optimizer Muon"),
+        (("zero=0", "ds.optimizer.type=RAdam"), "the optimizer RAdam"),
         (("zero=3", "ds.zero_optimization.zero_hpz_partition_size=4"), "zero_hpz_partition_size=4"),
     ],
 )
@@ -255,10 +265,10 @@ def test_a_run_is_verified_by_the_cases_of_what_it_is(
     assert tuple(ran) == question_of(made).cases
     assert {case.keys for case in ran} == {('ds.communication_data_type="bf16"',)}
     assert proof.tell(tmp_path, made)["proved"] is True
-    monkeypatch.setattr(Run, "require_as_asked", lambda self: (None, plan("zero=1", "ds.optimizer.type=Muon")))
+    monkeypatch.setattr(Run, "require_as_asked", lambda self: (None, plan("zero=0", "ds.optimizer.type=RAdam")))
     capsys.readouterr()
     assert main(["verify", "--run", str(tmp_path)]) == 3
-    assert "does not know the optimizer Muon" in capsys.readouterr().err
+    assert "does not know the optimizer RAdam" in capsys.readouterr().err
 
 
 # --- a new DeepSpeed -------------------------------------------------------------------------------------------------

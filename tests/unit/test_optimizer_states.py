@@ -32,6 +32,20 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_adam, "FusedAdamBuilder", lambda: SimpleNamespace(load=lambda: built))
 
 
+def muon_engine() -> Any:
+    """Return a stage-0 engine with DeepSpeed's Muon for the matrix and torch's AdamW for the bias."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    torch.manual_seed(1)
+    model = nn.Linear(4, 3)
+    groups: list[dict[str, Any]] = [
+        {"params": [model.weight], "use_muon": True, "lr": 0.02, "momentum": 0.9},
+        {"params": [model.bias], "use_muon": False, "lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8},
+    ]
+    optimizer = MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
+    return SimpleNamespace(module=model, optimizer=optimizer, zero_optimization=lambda: False)
+
+
 def engine_of(kind: str, device: str = "cpu") -> Any:
     """Return a stage-0 engine in fp32 as far as its states are looked at: the optimizer over the parameters."""
     torch.manual_seed(1)
@@ -79,6 +93,26 @@ def test_a_run_goes_on_with_another_adam(before: str, after: str) -> None:
         assert torch.allclose(parameter, wanted, rtol=0, atol=1e-7)
     counts = [training_state.step_count(new, piece) for piece in training_state.fragments(new)]
     assert max(count or 0.0 for count in counts) == BEFORE + AFTER
+
+
+def test_muon_goes_on_with_its_momentum_and_adams_moments_each_where_it_belongs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # its update is compiled, which takes long
+    undisturbed, old, new = muon_engine(), muon_engine(), muon_engine()
+    train(undisturbed, 0, BEFORE + AFTER)
+    train(old, 0, BEFORE)
+    kinds = ["exp_avg", "exp_avg_sq", "momentum_buffer"]
+    training_state.create_optimizer_states(new, kinds, BEFORE)
+    for theirs, ours in zip(training_state.fragments(old), training_state.fragments(new), strict=True):
+        held = training_state.tensors(new, ours)
+        assert held.keys() == training_state.tensors(old, theirs).keys()
+        for name, value in training_state.tensors(old, theirs).items():
+            held[name].copy_(value)
+    train(new, BEFORE, AFTER)
+    for parameter, wanted in zip(new.module.parameters(), undisturbed.module.parameters(), strict=True):
+        assert torch.equal(parameter, wanted)
+    assert training_state.left_out(new) == []
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch's fused", "meta"), ("torch's", "cpu")])

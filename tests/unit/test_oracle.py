@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from halfstep.launcher.engine.numerics.loss_scale import LossScale
-from halfstep.launcher.parity.reference import MixedPrecisionTrainer, ParameterGroups, Scale
+from halfstep.launcher.parity.reference import MixedPrecisionTrainer, Muon, ParameterGroups, Scale, orthogonalized
 
 
 def sgd(groups: ParameterGroups) -> torch.optim.Optimizer:
@@ -90,3 +90,41 @@ def test_its_scale_moves_as_the_engines_does_though_the_two_share_no_code(
         assert reference.value == ours.value
         reference.shrink() if overflow else reference.grow()
         ours.update(overflow)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (8, 3)])
+def test_orthogonalizing_changes_singular_values_by_the_polynomial_and_nothing_else(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    near_1 = values / values.norm()
+    for _ in range(5):
+        near_1 = 3.4445 * near_1 - 4.7750 * near_1**3 + 2.0315 * near_1**5
+    assert torch.allclose(orthogonalized(matrix), left @ near_1.diag() @ right, rtol=0, atol=1e-5)
+    assert 0.6 < float(near_1.min()) <= float(near_1.max()) < 1.3
+
+
+def test_muon_steps_matrices_by_its_momentum_and_the_rest_as_adamw_does_each_at_its_own_rate() -> None:
+    torch.manual_seed(4)
+    ours = nn.Linear(3, 6)
+    theirs = nn.Parameter(ours.bias.detach().clone())
+    plain = torch.optim.AdamW([theirs], betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1)
+    matrix, mean = ours.weight.detach().clone(), torch.zeros(6, 3)
+
+    def group_of(weight: Tensor) -> dict[str, object]:
+        return {"use_muon": weight.dim() == 2, "rate": 4.0 if weight.dim() == 2 else 0.5, "weight_decay": 0.1}
+
+    trainer = MixedPrecisionTrainer(ours, lambda groups: Muon(groups, lr=1.0, momentum=0.9), group_of=group_of)
+    for step, lr in enumerate((0.01, 0.02, 0.005)):
+        batch = torch.linspace(-1, 1, 12).reshape(4, 3) + step
+        inputs = ours.weight.detach().clone().requires_grad_(), theirs.detach().clone().requires_grad_()
+        (batch @ inputs[0].T + inputs[1]).square().mean().backward()
+        gradient, theirs.grad = inputs[0].grad, inputs[1].grad
+        assert gradient is not None
+        mean = 0.9 * mean + 0.1 * gradient
+        direction = orthogonalized(0.1 * gradient + 0.9 * mean) * math.sqrt(2)
+        matrix = matrix * (1 - 4 * lr * 0.1) - 4 * lr * direction
+        plain.param_groups[0]["lr"] = lr / 2
+        plain.step()
+        trainer.step([batch], lambda model, x: model(x).square().mean(), lr=lr)
+        assert torch.allclose(ours.weight, matrix, rtol=0, atol=1e-5)
+        assert torch.allclose(ours.bias, theirs, rtol=0, atol=1e-6)

@@ -31,7 +31,7 @@ def series(**changed) -> Series:
 
 def test_every_combination_is_there_once() -> None:
     every = cases.every_case()
-    assert len(every) == len(set(every)) == 12 * 2 * 2 * 2 * 2 * 2 + 12 + 12 + 12 + 16 + 29
+    assert len(every) == len(set(every)) == 12 * 2 * 2 * 2 * 2 * 2 + 12 + 12 + 12 + 16 + 49
     for name, values in {
         "zero": {0, 1, 2, 3},
         "precision": {"fp32", "fp16", "bf16", "fp16-autocast", "bf16-autocast"},
@@ -41,7 +41,9 @@ def test_every_combination_is_there_once() -> None:
         "optimizer": {"adamw", "sgd"},
         "family": {"gpt2", "llama"},
     }.items():
-        assert {getattr(case, name) for case in every} == values | ({"adagrad"} if name == "optimizer" else set())
+        assert {getattr(case, name) for case in every} == values | (
+            {"adagrad", "muon"} if name == "optimizer" else set()
+        )
         for cell in {(case.zero, case.precision) for case in every if case.precision in cases.GRID}:
             met = {getattr(c, name) for c in cases.default_cases() if (c.zero, c.precision) == cell}
             assert name in ("zero", "precision") or met == values, f"the default subset never varies {name} in {cell}"
@@ -108,6 +110,17 @@ def test_fp32_has_more_room_where_two_ranks_add_in_another_order() -> None:
     alone, pair = (replace(CASE, precision="fp32", world_size=size) for size in (1, 2))
     assert not distance.deviations(alone, apart, series(), "oracle")[0].ok
     assert distance.deviations(pair, apart, series(), "oracle")[0].ok
+
+
+def test_muon_is_judged_by_tolerances_of_its_own_and_clipping_after_it_fails() -> None:
+    muon = replace(CASE, optimizer="muon", zero=0, precision="fp32")
+    within = series(loss=[2.0, None, 1.00005], first_update=torch.tensor([3.0, 4.04]))
+    assert all(deviation.ok for deviation in distance.deviations(muon, within, series(), "oracle"))
+    assert not all(
+        deviation.ok for deviation in distance.deviations(replace(muon, optimizer="sgd"), within, series(), "oracle")
+    )
+    clipped = distance.deviations(muon, series(loss=[2.0, None, 1.014]), series(), "oracle")
+    assert [deviation.measure for deviation in clipped if not deviation.ok] == ["loss"]
 
 
 def _cell(case: Case, *, ok: bool) -> dict:

@@ -66,6 +66,9 @@ def test_model_states_by_hand() -> None:
     assert states.states(workload(zero=1, precision="fp32")).masters == 478_720, "a second copy of the shard"
     assert states.states(workload(zero=2, optimizer="SGD")).moments == 0
     assert states.states(workload(zero=2, optimizer="SGD", momentum=0.9)).moments == 478_720
+    # Of the matrices, 2 x 12 x 128^2 = 393,216 elements are hidden.
+    assert states.states(workload(zero=0, optimizer="Muon")).moments == 4 * 393_216 + 8 * (478_720 - 393_216)
+    assert states.states(workload(zero=0, optimizer="AdamW", optimizer_switches=("amsgrad",))).moments == 12 * 478_720
 
 
 def test_offloaded_states_lie_on_the_host() -> None:

@@ -25,7 +25,6 @@ CASES = {
     ),
     "wandb": ("ds.wandb.enabled=true", "wandb.enabled", "pip install wandb, or remove wandb"),
     "comet_ml": ("ds.comet.enabled=true", "comet.enabled", "pip install 'comet_ml>=3.41.0', or remove comet"),
-    "mup": ("ds.optimizer.type=MuAdamW", "optimizer.type", "pip install mup, or remove optimizer.type"),
     "deep_ep": (
         "ds.expert_parallel.comm_backend=deepep",
         "expert_parallel.comm_backend",

@@ -34,10 +34,11 @@ def prepare(precision: str, accelerator: str, *, compiled: bool) -> None:
     """
     while _entered:
         _entered.pop().__exit__(None, None, None)
-    if accelerator != "cpu" or precision != "fp16" or torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return
     from deepspeed.accelerator import get_accelerator
 
+    vars(get_accelerator()).pop("is_fp16_supported", None)
+    if accelerator != "cpu" or precision != "fp16" or torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return
     get_accelerator().is_fp16_supported = lambda: True  # pyright: ignore[reportOptionalMemberAccess]
     if not compiled:
         mode = _Widened()

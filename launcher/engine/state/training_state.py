@@ -16,6 +16,9 @@ from halfstep.launcher.checkpoint.shards import MASTER
 from halfstep.launcher.config import optimizers
 from halfstep.launcher.engine.untyped import Engine
 
+_MUONS = "momentum_buffer"
+"""The one state that Muon keeps of what it orthogonalizes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
@@ -157,16 +160,25 @@ def create_optimizer_states(engine: Engine, kinds: list[str], steps: float) -> N
     if not kinds and not steps:
         return
     for flat in {id(piece.flat): piece.flat for piece in _pieces(engine)}.values():
-        state = optimizer.state[flat]
+        state, orthogonalized = optimizer.state[flat], _orthogonalized(optimizer, flat)
         for kind in kinds:
-            state.setdefault(kind, torch.zeros_like(flat, requires_grad=False))
-        if steps and optimizers.of(type(optimizer).__name__).counts_steps:
-            state["step"] = _counted(optimizer, flat, steps)
+            if orthogonalized is None or orthogonalized == (kind == _MUONS):
+                state.setdefault(kind, torch.zeros_like(flat, requires_grad=False))
+        if steps and not orthogonalized and optimizers.of(type(optimizer).__name__).counts_steps:
+            state["step"] = _counted(getattr(optimizer, "aux_optimizer", None) or optimizer, flat, steps)
     if hasattr(optimizer, "ds_opt_adam"):
         _count_up(optimizer, int(steps))
     if type(optimizer).__name__ == "FusedAdam":
         for group in optimizer.param_groups:
             group["step"] = int(steps)
+
+
+def _orthogonalized(optimizer: torch.optim.Optimizer, flat: Tensor) -> bool | None:
+    """Tell whether Muon steps a tensor by its momentum, rather than as Adam does; None for any other optimizer."""
+    for group in optimizer.param_groups:
+        if "use_muon" in group and any(flat is member for member in group["params"]):
+            return bool(group["use_muon"])
+    return None
 
 
 def _counted(optimizer: torch.optim.Optimizer, flat: Tensor, steps: float) -> Tensor | int:

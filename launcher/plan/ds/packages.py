@@ -33,7 +33,6 @@ _NEEDS = (
     Need(key="tensorboard.enabled", wanted=bool, module="tensorboard", requirement="tensorboard"),
     Need(key="wandb.enabled", wanted=bool, module="wandb", requirement="wandb"),
     Need(key="comet.enabled", wanted=bool, module="comet_ml", requirement="comet_ml>=3.41.0"),
-    Need(key="optimizer.type", wanted=_is("muadam", "muadamw", "musgd"), module="mup", requirement="mup"),
     Need(key="expert_parallel.comm_backend", wanted=_is("deepep"), module="deep_ep", requirement="deep_ep"),
     Need(
         key="tensor_parallel.vocab_parallel_ce_backend",
