@@ -36,6 +36,7 @@ def identity(spec: RunSpec) -> dict[str, Any]:
         del leaves["schedule.decay"]
     if not spec.fused_head:  # runs are older than this key
         del leaves["fused_head"]
+    del leaves["model.router_loss"]  # what comes of it is compared: unset, it is the config's own
     return {
         key: value
         for key, value in leaves.items()

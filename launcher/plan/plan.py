@@ -36,6 +36,8 @@ class ModelPlan:
     """Forward and backward, causal attention counted; None where the family is not known."""
     vocabulary: int
     """Rows of the embedding."""
+    active_parameters: int | None = None
+    """Parameters that a token goes through, fewer in a mixture of experts; None where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,8 @@ class Plan:
     refused_by: list[dict[str, str]]
     fused_head: bool = False
     """Whether the head and the loss are one."""
+    router_loss: float = 0.0
+    """What a mixture's auxiliary loss is multiplied with in the loss that is trained; 0: none is computed."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -265,6 +269,10 @@ def run_id_of(tree: dict[str, Any]) -> str:
         kept["schedule"].pop("decay", None)
     if not kept.get("fused_head"):
         kept.pop("fused_head", None)
+    if not kept.get("router_loss"):
+        kept.pop("router_loss", None)
+    if kept["model"].pop("active_parameters", None) not in (None, kept["model"]["parameters"]):
+        kept["model"]["flops_per_token"] = None  # runs of mixtures are older than what is known of their FLOPs
     for section in kept["deepspeed"]["zero_optimization"].values():
         if isinstance(section, dict):
             section.pop("nvme_path", None)

@@ -94,6 +94,7 @@ MAY_BE_HEAVY = (
             "micro_batch",
             "network",
             "observe",
+            "router",
         )
     ),
 )
