@@ -13,6 +13,7 @@ from halfstep.launcher.checkpoint.shards import MASTER, Shards, probe_tokens
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.export import exported
 from halfstep.launcher.export.weights import DTYPES
+from halfstep.models.router import has_experts
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 """Of the largest logit: what the order of additions and the kernels of another device explain. For 16 bit it is about

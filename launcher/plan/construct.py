@@ -61,7 +61,8 @@ def construct(source: Source, config: dict[str, Any], trust_remote_code: bool, *
     Raises RequestError for what cannot be constructed, for weights of another model, and for a head that cannot be
     fused where `fused_head` asks for that.
     """
-    from halfstep.models import hf_config, hf_weights, network, observe, router  # load torch, which other plans do without
+    # These load torch, which other plans do without.
+    from halfstep.models import hf_config, hf_weights, network, observe, router
 
     try:
         model = network.skeleton(config, source=source.home, trust_remote_code=trust_remote_code)

@@ -24,7 +24,7 @@ class Facts:
     ds_config: dict[str, Any] | None
     """The content of --ds-config FILE."""
     router_loss: float | None = None
-    """The coefficient with which the run in `out` was begun, 0 where it is older than that; None where there is none."""
+    """The coefficient with which the run in `out` began, 0 where it is older than that; None where there is no run."""
     node_memory_bytes: int | None = None
     """Memory of a host of CPU ranks; None where it is another host than this one, or any of several."""
     hardware: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -25,8 +25,7 @@ def lines(plan: Plan) -> list[str]:
     """Return the plan as text: shape, batch equation, data, memory, the resolved config with origins, and refusals."""
     model, data = plan.model, plan.data
     text = [
-        f"model        {model.name}: {_parameters(model)}, {_shape(model.config)}, "
-        f"vocabulary {model.vocabulary:,}",
+        f"model        {model.name}: {_parameters(model)}, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
         f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
         *([f"routers      their auxiliary loss x {plan.router_loss:g} is added"] if plan.router_loss else []),
         f"cell         zero={plan.zero} precision={plan.precision}",

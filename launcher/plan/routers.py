@@ -39,4 +39,6 @@ def warnings(spec: RunSpec, facts: Facts, decided: float) -> list[str]:
         ]
     if network.router_loss:
         return [f"the run in {spec.out} was begun without its routers' auxiliary loss, and goes on without it"]
-    return [f"{name}'s config has no coefficient for its routers' auxiliary loss: it trains without (model.router_loss)"]
+    return [
+        f"{name}'s config has no coefficient for its routers' auxiliary loss: it trains without (model.router_loss)"
+    ]

@@ -59,9 +59,7 @@ def plan_of(home: Path, family: str, *keys: str) -> Any:
         has_tokenizer=False,
         digest="synthetic",
     )
-    plan = resolve(
-        request, topology.describe(2, 2), Facts(data=data, model=read_model(request.spec), ds_config=None)
-    )
+    plan = resolve(request, topology.describe(2, 2), Facts(data=data, model=read_model(request.spec), ds_config=None))
     plan.require_allowed()
     return plan
 
@@ -175,7 +173,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> list[dict[
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
     paths = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(out)], env={**environment(scratch), **paths}, cwd=out, capture_output=True, text=True, timeout=300
+        [*command, str(out)],
+        env={**environment(scratch), **paths},
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
@@ -235,7 +238,9 @@ def test_a_run_resumes_with_the_loss_to_the_bit_and_evaluates_without_it(
     assert whole.json("plan.json")["router_loss"] == 0.125
     routers = [row["router_loss"] for row in whole.steps]
     assert all(2 < loss < 4 for loss in routers), routers
-    assert abs(whole.evaluations[0]["eval_loss"] - whole.losses[0]) < 0.12 < 0.125 * routers[0] / 2, "alike: neither has it"
+    assert abs(whole.evaluations[0]["eval_loss"] - whole.losses[0]) < 0.12 < 0.125 * routers[0] / 2, (
+        "alike: neither has it"
+    )
     again = without_last_step(whole, whole.out.with_name(f"{whole.out.name}-again"))
     resumed = train(start, again.name, home, data, *cell)
     assert resumed.returncode == 0, resumed.output

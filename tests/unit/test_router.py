@@ -151,13 +151,19 @@ def test_a_run_that_is_older_than_the_loss_goes_on_without_it(planned: Planned, 
         assert plan.router_loss == 0.0
         assert plan.run_id == begun["run_id"] == run_id_of(begun)
         assert plan.changed_from(begun["identity"]) == []
-    assert any("was begun without its routers' auxiliary loss" in said for said in planned(MIXTRAL, f"out={out}").warnings)
+    assert any(
+        "was begun without its routers' auxiliary loss" in said for said in planned(MIXTRAL, f"out={out}").warnings
+    )
     (out / "plan.json").write_text(json.dumps(planned(MIXTRAL, f"out={out}").to_dict()))
     assert planned(MIXTRAL, f"out={out}").router_loss == 0.0, "and at the start after that"
-    assert planned(MIXTRAL, f"out={out}", "model.router_loss=0.1").changed_from(begun["identity"]) == ["model.router_loss"]
+    assert planned(MIXTRAL, f"out={out}", "model.router_loss=0.1").changed_from(begun["identity"]) == [
+        "model.router_loss"
+    ]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {}, "router_loss": "high"}', '{"model": 1, "router_loss": -1}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"model": {}, "router_loss": "high"}', '{"model": 1, "router_loss": -1}']
+)
 def test_what_no_run_has_written_decides_nothing(planned: Planned, tmp_path: Path, content: str) -> None:
     out = tmp_path / "run"
     out.mkdir()
