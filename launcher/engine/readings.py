@@ -45,19 +45,18 @@ class LossSums:
 
     def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros((), device=device)
-        self._language = self._router = self._total
+        self._apart: tuple[Tensor, Tensor] | None = None
 
     def add(self, total: Tensor, objective: Objective) -> None:
         """Add a micro-batch's losses; `total` is the objective's as it was differentiated."""
-        self._total = self._total + total
+        self._total += total
         if objective.router is not None:
-            self._language = self._language + objective.language.detach()
-            self._router = self._router + objective.router.detach()
+            language, router = self._apart or (torch.zeros_like(self._total), torch.zeros_like(self._total))
+            self._apart = language + objective.language.detach(), router + objective.router.detach()
 
     def means(self, micro_steps: int) -> list[Tensor]:
         """Return the means of what is differentiated and, where it has two parts, of the two."""
-        apart = [] if self._router is self._total else [self._language, self._router]
-        return [loss / micro_steps for loss in (self._total, *apart)]
+        return [loss / micro_steps for loss in (self._total, *(self._apart or ()))]
 
 
 class Readings:

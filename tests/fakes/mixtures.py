@@ -7,7 +7,7 @@ _SIZES = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,  # routers that prefer some experts from the first step on
-    "router_aux_loss_coef": 0.125,
+    "router_aux_loss_coef": 0.5,
     "pad_token_id": None,
     "bos_token_id": 0,
     "eos_token_id": 0,

@@ -34,7 +34,7 @@ OTHERS = {
     "checkpointed z3": ("qwen2_moe", "zero=3", "activation_checkpointing=true"),
     "fused head": ("qwen2_moe", "zero=2", "fused_head=true"),
     "fused head z3": ("mixtral", "zero=3", "fused_head=true", "activation_checkpointing=true"),
-    "as asked": ("mixtral", "zero=2", "model.router_loss=0.5"),
+    "as asked": ("mixtral", "zero=2", "model.router_loss=0.25"),
 }
 WITHOUT = ("mixtral", "zero=2", "model.router_loss=0")
 
@@ -109,7 +109,7 @@ def by_transformers(plan: Any, coefficient: float | None = None) -> list[list[fl
         shares = feed.shares(step).flatten(0, 1)
         losses, routers = [], []
         for share in shares:
-            targets = share[:, 1:]
+            targets = share[:, 1:].contiguous()
             made = model(input_ids=share[:, :-1], labels=targets, shift_labels=targets, output_router_logits=True)
             (made.loss / len(shares)).backward()
             losses.append(torch.nn.functional.cross_entropy(made.logits.flatten(0, 1), targets.flatten()).item())
@@ -137,7 +137,7 @@ def rank_main(out: Path) -> None:
     plans = {name: plan_of(out, *keys) for name, keys in cases.items()}
     seen = {name: trained(plan, rank.rank) for name, plan in plans.items()}
     expected = {family: by_transformers(plans[f"{family} z1"]) for family in MIXTURES}
-    expected |= {"as asked": by_transformers(first, 0.5), "without": by_transformers(first, 0.0)}
+    expected |= {"as asked": by_transformers(first, 0.25), "without": by_transformers(first, 0.0)}
     (out / f"rank-{rank.rank}.json").write_text(json.dumps({"seen": seen, "expected": expected}))
     distributed.leave()
 
@@ -235,10 +235,10 @@ def test_a_run_resumes_with_the_loss_to_the_bit_and_evaluates_without_it(
 ) -> None:
     whole = train(start, f"mixture-{cell[0]}", home, data, *cell)
     assert whole.returncode == 0, whole.output
-    assert whole.json("plan.json")["router_loss"] == 0.125
+    assert whole.json("plan.json")["router_loss"] == 0.5
     routers = [row["router_loss"] for row in whole.steps]
     assert all(2 < loss < 4 for loss in routers), routers
-    assert abs(whole.evaluations[0]["eval_loss"] - whole.losses[0]) < 0.12 < 0.125 * routers[0] / 2, (
+    assert abs(whole.evaluations[0]["eval_loss"] - whole.losses[0]) < 0.25 < 0.5 * routers[0] / 2, (
         "alike: neither has it"
     )
     again = without_last_step(whole, whole.out.with_name(f"{whole.out.name}-again"))
