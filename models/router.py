@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,8 +10,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 _COEFFICIENTS = (("", "router_aux_loss_coef"), ("", "aux_loss_coef"), ("ffn_config", "moe_loss_weight"))
 """Where a configuration has the auxiliary loss's coefficient: most families, JetMoE, DBRX."""
-_EXPERTS_PER_TOKEN = (("", "num_experts_per_tok"), ("ffn_config", "moe_top_k"), ("", "top_k_experts"))
-"""The same of the experts that a router chooses for a token: most families, DBRX, Gemma 4."""
+_EXPERTS_PER_TOKEN = (("", "num_experts_per_tok"), ("ffn_config", "moe_top_k"), ("", "moe_topk"), ("", "top_k_experts"))
+"""The same of the experts that a router chooses for a token: most families, DBRX, Aria, Gemma 4."""
 _PLAIN_ATTENTION = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "granitemoe")
 """Mixtures in which every layer has attention over the whole sequence, as wide as its `q_proj`."""
 
@@ -67,8 +66,8 @@ def coefficient(model: PreTrainedModel) -> float | None:
 
 
 def has_experts(model: PreTrainedModel) -> bool:
-    """Tell whether a model is a mixture of experts, by the names of its parameters."""
-    return any(re.search(r"expert|router|moe", name) for name, _ in model.named_parameters())
+    """Tell whether a model is a mixture of experts."""
+    return bool(_experts(model)) or _computes_loss(model)
 
 
 def active_parameters(model: PreTrainedModel) -> int | None:
@@ -79,10 +78,9 @@ def active_parameters(model: PreTrainedModel) -> int | None:
     """
     total = sum(math.prod(parameter.shape) for parameter in model.parameters())
     if not has_experts(model):
-        return None if _computes_loss(model) else total
-    containers = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
-    chosen = _of_config(model, _EXPERTS_PER_TOKEN)
-    if not containers or not isinstance(chosen, int) or _of_config(model, (("", "zero_expert_num"),)):
+        return total
+    chosen, containers = _of_config(model, _EXPERTS_PER_TOKEN), _experts(model)
+    if not containers or not isinstance(chosen, int):
         return None
     for experts in containers:
         count = len(experts) if isinstance(experts, nn.ModuleList) else getattr(experts, "num_experts", None)
@@ -122,6 +120,11 @@ def _computes_loss(model: PreTrainedModel) -> bool:
         for spec in _recorders(part)
         for module in part.modules()
     )
+
+
+def _experts(model: PreTrainedModel) -> list[nn.Module]:
+    """Return what holds a layer's experts, by the name that it has in all of transformers."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
 
 
 def _recorders(part: PreTrainedModel) -> list[Any]:

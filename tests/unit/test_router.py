@@ -22,6 +22,7 @@ from halfstep.models.network import build, skeleton
 
 VOCABULARY = 128
 DEEPSEEK = {**ROUTED, "intermediate_size": 32}
+GPT_NEOX = {"model_type": "gpt_neox", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
 DBRX = {
     "model_type": "dbrx",
     "d_model": 32,
@@ -88,7 +89,7 @@ def test_mixtral_8x7b_has_its_published_sizes() -> None:
 
 
 def test_a_dense_model_uses_all_its_parameters(plan: Planned, planned: Planned) -> None:
-    for dense in (plan().model, planned({"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 4}).model):
+    for dense in (plan().model, planned(GPT_NEOX).model):
         assert dense.active_parameters == dense.parameters
 
 
