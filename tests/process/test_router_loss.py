@@ -4,12 +4,14 @@ Run by torchrun, this file is the program of a rank: it trains small mixtures th
 transformers alone, and writes what it saw to rank-N.json in the folder it is given.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from fakes.mixtures import MIXTURES
 from process.conftest import BIN, Outcome
 from process.conftest import WORDS as RUN
+from process.test_host_share import Operators, Waits
 from ranks import environment
 
 from halfstep.launcher.checkpoint import store
@@ -64,8 +67,8 @@ def plan_of(home: Path, family: str, *keys: str) -> Any:
     return plan
 
 
-def trained(plan: Any, rank: int) -> list[list[float | None]]:
-    """Train through the loop; return each step's loss, routers' loss and gradient norm."""
+def trained(plan: Any, rank: int) -> tuple[list[list[float | None]], int]:
+    """Train through the loop; return each step's losses and norm, and how often we made the host wait in the second."""
     from halfstep.launcher.engine.build import build
     from halfstep.launcher.engine.loop import train
     from halfstep.launcher.engine.numerics.guard import Guard
@@ -73,6 +76,15 @@ def trained(plan: Any, rank: int) -> list[list[float | None]]:
     from halfstep.launcher.parity.trial import SyntheticFeed
 
     rows: list[list[float | None]] = []
+    counts, counting = Counter[str](), contextlib.ExitStack()
+
+    def on_step(record: Any) -> None:
+        counting.close()
+        rows.append([record.loss, record.router_loss, record.grad_norm])
+        if record.step == 1:
+            counting.enter_context(Operators(counts))
+            counting.enter_context(Waits(counts))
+
     engine, repairs = build(plan)
     guard = Guard(engine, plan, repairs, lambda kind, **about: None, rank)
     train(
@@ -81,11 +93,11 @@ def trained(plan: Any, rank: int) -> list[list[float | None]]:
             plan=plan,
             feed=SyntheticFeed(plan, rank, engine.device),
             guard=guard,
-            on_step=lambda record: rows.append([record.loss, record.router_loss, record.grad_norm]),
+            on_step=on_step,
         )
     )
     engine.destroy()
-    return rows
+    return rows, counts["wait"] + counts["aten._local_scalar_dense.default"]
 
 
 def by_transformers(plan: Any, coefficient: float | None = None) -> list[list[float]]:
@@ -135,10 +147,11 @@ def rank_main(out: Path) -> None:
     distributed.join(rank, first, file_store(out / f"meeting.{os.environ['MASTER_PORT']}", rank))
     cases = {**STAGES, **OTHERS, "without": WITHOUT}
     plans = {name: plan_of(out, *keys) for name, keys in cases.items()}
-    seen = {name: trained(plan, rank.rank) for name, plan in plans.items()}
+    training = {name: trained(plan, rank.rank) for name, plan in plans.items()}
+    seen, waits = ({name: both[part] for name, both in training.items()} for part in (0, 1))
     expected = {family: by_transformers(plans[f"{family} z1"]) for family in MIXTURES}
     expected |= {"as asked": by_transformers(first, 0.25), "without": by_transformers(first, 0.0)}
-    (out / f"rank-{rank.rank}.json").write_text(json.dumps({"seen": seen, "expected": expected}))
+    (out / f"rank-{rank.rank}.json").write_text(json.dumps({"seen": seen, "waits": waits, "expected": expected}))
     distributed.leave()
 
 
@@ -191,6 +204,11 @@ def test_transformers_alone_has_a_loss_and_a_gradient_that_the_routers_change(ra
     assert with_it[0][1] > 2.01, "2, experts per token, were perfect balance"
     assert abs(with_it[0][2] - without[0][2]) > 1e-3
     assert abs(with_it[2][0] - without[2][0]) > 1e-4
+
+
+def test_a_step_waits_for_its_device_no_more_often_than_without(ranks: list[dict[str, Any]]) -> None:
+    for name, count in ranks[0]["waits"].items():
+        assert count == (2 if name.endswith("z0") else 1), f"{name}: once for all readings, and at stage 0 for its norm"
 
 
 @pytest.mark.parametrize("name", [*STAGES, *OTHERS])
