@@ -97,7 +97,8 @@ def multiplied_parameters(model: PreTrainedModel, active: int) -> int:
 
     A tied embedding is multiplied once, as the head.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     return active - (0 if tied else math.prod(embedding.weight.shape))
 
