@@ -17,7 +17,8 @@ _LENGTH = 16
 _OBSERVED = "halfstep_observed"
 NAME = "sdpa_without_mask"
 """transformers' name of it, in a configuration while a model trains; configurations are saved without one."""
-_WINDOWS = {"input_ids", "inputs_embeds", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+_WINDOWS = {"input_ids", "inputs_embeds", "use_cache", "return_dict",
+            "output_attentions", "output_hidden_states", "output_router_logits"}  # fmt: skip
 """What may be given to a model whose rows are windows: no padding, no positions of documents, no cache."""
 
 

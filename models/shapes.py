@@ -208,10 +208,15 @@ def flops_per_token(shape: Shape, sequence: int, convention: str = "causal") -> 
     attention = shape.layers * shape.heads * shape.head_dim * sequence
     if convention == "causal":
         gathered = 0 if shape.tied else shape.vocabulary * shape.width
-        return 6.0 * (parameters(shape) - gathered) + 6.0 * attention
+        return causal_flops(parameters(shape) - gathered, attention)
     if convention == "palm":
         return 6.0 * parameters(shape) + 12.0 * attention
     raise ValueError(f"FLOPs are counted by the convention causal or palm, not {convention!r}")
+
+
+def causal_flops(multiplied: int, attention: int) -> float:
+    """Return the FLOPs of a token that is multiplied with so many parameters; `attention` is L h s."""
+    return 6.0 * multiplied + 6.0 * attention
 
 
 def _check_numbers(*, layers: int, width: int, heads: int, dropout: float, rotary: bool) -> None:

@@ -37,6 +37,7 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     for key in ("fused_head", "keep_fp32"):  # runs are older than these keys
         if not getattr(spec, key):
             del leaves[key]
+    del leaves["model.router_loss"]  # what comes of it is compared: unset, it is the config's own
     return {
         key: value
         for key, value in leaves.items()

@@ -76,6 +76,8 @@ class ModelKeys(_Section):
     """Dropout probability instead of the model's own."""
     vocabulary: Rows | None = None
     """Rows of the embedding instead of the preset's (needed for a corpus that does not say its vocabulary)."""
+    router_loss: Annotated[float, Field(ge=0)] | None = None
+    """Coefficient of a mixture's auxiliary loss, which keeps its experts in use; 0 = none; unset: its config's own."""
 
 
 class BatchKeys(_Section):

@@ -12,14 +12,13 @@ from halfstep.launcher.checkpoint.store import folder_name
 from halfstep.launcher.engine.feed import Lookahead
 from halfstep.launcher.engine.meter import StepMeter
 from halfstep.launcher.engine.ranks.distributed import gather_objects
-from halfstep.launcher.engine.readings import Readings, sum_over_ranks
+from halfstep.launcher.engine.readings import LossSums, Readings, sum_over_ranks
 from halfstep.launcher.engine.training import Training
 from halfstep.launcher.errors import Stopped
 from halfstep.launcher.metrics import derive
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord
 from halfstep.launcher.system import clock
-from halfstep.models.micro_batch import MicroBatch
 
 
 def train(run: Training) -> None:
@@ -38,7 +37,7 @@ def train(run: Training) -> None:
         meter.start(step, rate, guard.loss_scale)
         readings.set_learning_rate(rate)
         guard.start_step(step)
-        loss_sum = torch.zeros((), device=engine.device)
+        losses = LossSums(engine.device)
         mean_count = feed.target_count(step) / (accumulation * plan.batch.ranks)
         with meter.traffic():
             for micro_step in range(1, accumulation + 1):
@@ -47,9 +46,9 @@ def train(run: Training) -> None:
                     batch = batches.take()
                 with meter.computing():
                     run.phase("forward", step)
-                    loss = _weighted_loss(run, batch, engine, mean_count)
+                    objective = run.objective(batch, engine, mean_count)
                 run.phase("backward", step)
-                loss_sum += guard.backward(loss)
+                losses.add(guard.backward(objective.total), objective)
                 batches.look_ahead()  # while a GPU still has all of this to do
                 if micro_step == accumulation:
                     run.phase("step", step)
@@ -58,7 +57,7 @@ def train(run: Training) -> None:
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
         skipped, stop = guard.after_step(), run.stop_reason() is not None
         reading = readings.after_step(
-            loss_sum / accumulation, meter.waited, meter.computed(), skipped=skipped, stop=stop
+            losses.means(accumulation), meter.waited, meter.computed(), skipped=skipped, stop=stop
         )
         meter.stop()
         if saver and saver.pending:
@@ -69,16 +68,11 @@ def train(run: Training) -> None:
         _boundary(run, step, rate, stopping=reading.stop)
 
 
-def _weighted_loss(run: Training, batch: MicroBatch, model: Any, mean_count: float) -> Tensor:
-    """DeepSpeed averages over micro-batches and ranks: one with fewer targets than others counts less."""
-    return run.loss_of(batch, model) * (batch.target_count / mean_count)
-
-
 def _losses(run: Training, step: int, mean_count: float, model: Any) -> Iterator[Tensor]:
     """Yield the losses of a step's micro-batches once more, each with a mark: together they may take a step's time."""
     for batch in run.feed.micro_batches(step):
         run.mark("forward", step)
-        yield _weighted_loss(run, batch, model, mean_count)
+        yield run.objective(batch, model, mean_count).total
 
 
 def _begin(run: Training) -> None:

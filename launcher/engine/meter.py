@@ -71,6 +71,7 @@ class StepMeter:
             step=self._step,
             tokens=self._step * tokens,
             loss=derive.finite(reading.loss),
+            router_loss=derive.finite(reading.router_loss),
             lr=self._rate,
             grad_norm=derive.finite(reading.grad_norm),
             loss_scale=self._loss_scale,

@@ -15,6 +15,7 @@ from torch import Tensor
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.system import machine
+from halfstep.models.router import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +23,11 @@ class StepReading:
     """What one optimizer step did, as rank 0 and all others agree."""
 
     loss: float
-    """Mean over accumulation and ranks."""
+    """The language-model loss, mean over accumulation and ranks."""
+    router_loss: float | None
+    """The routers' auxiliary loss without its coefficient, the same mean; None where none is computed."""
     own_loss: float
-    """This rank's mean over accumulation."""
+    """This rank's mean over accumulation of what is differentiated."""
     grad_norm: float
     """Unscaled, before clipping; inf where the step overflowed."""
     data_seconds: float
@@ -35,6 +38,25 @@ class StepReading:
     """Every rank's own, without waiting for others."""
     stop: bool
     """Whether any rank was asked to stop."""
+
+
+class LossSums:
+    """The losses of this rank's micro-batches in a step, added up where they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._total = torch.zeros((), device=device)
+        self._apart: tuple[Tensor, Tensor] | None = None
+
+    def add(self, total: Tensor, objective: Objective) -> None:
+        """Add a micro-batch's losses; `total` is the objective's as it was differentiated."""
+        self._total += total
+        if objective.router is not None:
+            language, router = self._apart or (torch.zeros_like(self._total), torch.zeros_like(self._total))
+            self._apart = language + objective.language.detach(), router + objective.router.detach()
+
+    def means(self, micro_steps: int) -> list[Tensor]:
+        """Return the means of what is differentiated and, where it has two parts, of the two."""
+        return [loss / micro_steps for loss in (self._total, *(self._apart or ()))]
 
 
 class Readings:
@@ -65,24 +87,28 @@ class Readings:
         return self._own_norm
 
     def after_step(
-        self, loss: Tensor, data_seconds: float, compute_seconds: float, *, skipped: bool, stop: bool
+        self, losses: list[Tensor], data_seconds: float, compute_seconds: float, *, skipped: bool, stop: bool
     ) -> StepReading:
-        """Read the step that just ended; `loss` is this rank's mean over its micro-batches. A collective call.
+        """Read the step that just ended; `losses` are this rank's, of `LossSums.means`. A collective call.
 
         Whatever the device knows comes in one transfer, the only one of a step but the norm that stage 0 steps by.
         """
         peak = float(peak_memory_bytes(self._plan.topology.accelerator))
         norm = math.inf if skipped else self._grad_norm()
-        own = [loss, norm, data_seconds, peak, compute_seconds, float(stop)]
+        own = [*losses, norm, data_seconds, peak, compute_seconds, float(stop)]
         everyone = _gather(own, self._engine.device)
+        columns = list(zip(*everyone, strict=True))
+        means = [math.fsum(column) / len(column) for column in columns[: len(losses)]]
+        norms, waited, peaks, computed, stops = columns[len(losses) :]
         return StepReading(
-            loss=math.fsum(row[0] for row in everyone) / len(everyone),
-            own_loss=everyone[dist.get_rank()][0],
-            grad_norm=everyone[dist.get_rank()][1],
-            data_seconds=max(row[2] for row in everyone),
-            peak_memory_bytes=int(max(row[3] for row in everyone)),
-            compute_seconds=[row[4] for row in everyone],
-            stop=any(row[5] for row in everyone),
+            loss=means[0] if len(means) == 1 else means[1],
+            router_loss=None if len(means) == 1 else means[2],
+            own_loss=columns[0][dist.get_rank()],
+            grad_norm=norms[dist.get_rank()],
+            data_seconds=max(waited),
+            peak_memory_bytes=int(max(peaks)),
+            compute_seconds=list(computed),
+            stop=any(stops),
         )
 
     def _grad_norm(self) -> float | Tensor:

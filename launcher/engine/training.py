@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
 from halfstep.models import fused_head
+from halfstep.models.micro_batch import MicroBatch
+from halfstep.models.router import Objective, WithRouterLoss
 
 _FAULT_POINTS = {"data": "data", "forward": "fwd", "backward": "bwd", "step": "step", "evaluate": "eval"}
 _JOINT = ("step", "evaluate")
@@ -48,6 +51,19 @@ class Training:
     def loss_of(self) -> Callable[..., Tensor]:
         """What makes the loss of a batch: `MicroBatch.loss_by`, or what stands for it where the head is fused."""
         return fused_head.loss_of(self.engine.module)
+
+    def objective(self, batch: MicroBatch, model: Any, mean_count: float) -> Objective:
+        """Return what a micro-batch is trained by; `model` is the engine, or whatever runs its module.
+
+        DeepSpeed averages over micro-batches and ranks: one with fewer targets than the mean of them counts less. The
+        routers' loss is of what they were given, and its average is the plain one.
+        """
+        share = batch.target_count / mean_count
+        if not self.plan.router_loss:
+            return Objective.of(self.loss_of(batch, model) * share, None, 0.0)
+        asked = WithRouterLoss(model)
+        language = self.loss_of(batch, asked) * share
+        return Objective.of(language, asked.router_loss, self.plan.router_loss)
 
     def phase(self, name: str, step: int) -> None:
         """Mark that a phase begins, and let happen what is set for it."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfstep.launcher.errors import RequestError
+from halfstep.models import shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,22 @@ class Network:
     """The most tokens that it can look at; None where there is no limit."""
     width: int
     """Columns of the embedding."""
+    experts: bool = False
+    """Whether it is a mixture of experts."""
+    router_loss: float | None = None
+    """What its config multiplies its routers' auxiliary loss with; None where transformers computes none."""
+    active_parameters: int | None = None
+    """Parameters that a token goes through; None where that is not known."""
+    multiplied_parameters: int | None = None
+    """Of those, what it is multiplied with."""
+    attention_width: int | None = None
+    """Heads x head_dim, summed over the layers of a mixture; None where attention may cost something else."""
+
+    def flops_per_token(self, sequence: int) -> float | None:
+        """Return what `shapes.flops_per_token` does, for a mixture of experts; None where it is not known."""
+        if self.multiplied_parameters is None or self.attention_width is None:
+            return None
+        return shapes.causal_flops(self.multiplied_parameters, self.attention_width * sequence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +61,8 @@ def construct(source: Source, config: dict[str, Any], trust_remote_code: bool, *
     Raises RequestError for what cannot be constructed, for weights of another model, and for a head that cannot be
     fused where `fused_head` asks for that.
     """
-    from halfstep.models import hf_config, hf_weights, network, observe  # load torch, which other plans do without
+    # These load torch, which other plans do without.
+    from halfstep.models import hf_config, hf_weights, network, observe, router
 
     try:
         model = network.skeleton(config, source=source.home, trust_remote_code=trust_remote_code)
@@ -53,11 +71,17 @@ def construct(source: Source, config: dict[str, Any], trust_remote_code: bool, *
             hf_weights.check(source.weights, made, {"trust_remote_code": trust_remote_code})
     except (ValueError, OSError, KeyError) as error:
         raise unfit(error, source.where, "the model cannot be constructed") from error
+    active = router.active_parameters(model)
     made = Network(
         parameters=network.count_parameters(model),
         vocabulary=hf_config.vocabulary(model),
         positions=hf_config.positions(model),
         width=hf_config.width(model),
+        experts=router.has_experts(model),
+        router_loss=router.coefficient(model),
+        active_parameters=active,
+        multiplied_parameters=None if active is None else router.multiplied_parameters(model, active),
+        attention_width=router.attention_width(model),
     )
     if fused_head and not observe.observe(model).plain_head:
         raise no_plain_head(source.where)

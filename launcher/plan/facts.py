@@ -1,5 +1,6 @@
 """Read, before planning, what a plan depends on besides the request, so that `resolve` can be pure."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from halfstep.launcher.corpus.description import DataFacts, read_data
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan.ds import dsfile
 from halfstep.launcher.plan.pretrained import ModelFacts, read_model
+from halfstep.launcher.system import foreign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class Facts:
     """None for a preset."""
     ds_config: dict[str, Any] | None
     """The content of --ds-config FILE."""
+    router_loss: float | None = None
+    """The coefficient with which the run in `out` began, 0 where it is older than that; None where there is no run."""
     node_memory_bytes: int | None = None
     """Memory of a host of CPU ranks; None where it is another host than this one, or any of several."""
     hardware: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -33,10 +37,12 @@ def read(spec: RunSpec, node_memory_bytes: int | None = None) -> Facts:
     `node_memory_bytes` is asked for by who plans for one host: ranks that plan by themselves have to plan alike, and
     two hosts seldom have the same memory to the byte.
     """
+    model = read_model(spec) if spec.model.name.startswith("hf:") else None
     return Facts(
         data=None if spec.data is None else read_data(spec.data),
-        model=read_model(spec) if spec.model.name.startswith("hf:") else None,
+        model=model,
         ds_config=ds_config(spec),
+        router_loss=_begun_with(spec.out) if model and model.network.router_loss is not None else None,
         hardware=hardware.read_own(),
         node_memory_bytes=node_memory_bytes,
     )
@@ -45,3 +51,13 @@ def read(spec: RunSpec, node_memory_bytes: int | None = None) -> Facts:
 def ds_config(spec: RunSpec) -> dict[str, Any] | None:
     """Return the content of the DeepSpeed file that a request names, if it does."""
     return dsfile.read(Path(spec.ds_config)) if spec.ds_config else None
+
+
+def _begun_with(out: str | None) -> float | None:
+    """Return the coefficient of the routers' loss in a run's plan; whose run it is will be asked later."""
+    try:
+        tree = foreign.read_object(Path(out) / "plan.json") if out else {}
+    except (OSError, ValueError):
+        return None
+    value = tree.get("router_loss", 0.0) if "model" in tree else None
+    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else None

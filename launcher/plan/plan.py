@@ -37,6 +37,8 @@ class ModelPlan:
     """Forward and backward, causal attention counted; None where the family is not known."""
     vocabulary: int
     """Rows of the embedding."""
+    active_parameters: int | None = None
+    """Parameters that a token goes through, fewer in a mixture of experts; None where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,8 @@ class Plan:
     """Whether the head and the loss are one."""
     keep_fp32: list[str] = field(default_factory=list)
     """Patterns of the modules that autocast leaves alone."""
+    router_loss: float = 0.0
+    """What a mixture's auxiliary loss is multiplied with in the loss that is trained; 0: none is computed."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -275,9 +279,11 @@ def run_id_of(tree: dict[str, Any]) -> str:
             kept[section].pop(key, None)
     if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
         kept["schedule"].pop("decay", None)
-    for key in ("fused_head", "keep_fp32"):
+    for key in ("fused_head", "keep_fp32", "router_loss"):
         if not kept.get(key):
             kept.pop(key, None)
+    if kept["model"].pop("active_parameters", None) not in (None, kept["model"]["parameters"]):
+        kept["model"]["flops_per_token"] = None  # runs of mixtures are older than what is known of their FLOPs
     for section in kept["deepspeed"]["zero_optimization"].values():
         if isinstance(section, dict):
             section.pop("nvme_path", None)

@@ -3,14 +3,14 @@
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.forecast import memory_table, time_table
 from halfstep.launcher.plan.ds import effects
-from halfstep.launcher.plan.plan import DataPlan, Plan
+from halfstep.launcher.plan.plan import DataPlan, ModelPlan, Plan
 
 
 def headline(plan: Plan) -> list[str]:
     """Return the two lines with which a run introduces itself."""
     topology = plan.topology
     return [
-        f"{plan.model.name}: {plan.model.parameters:,} parameters, zero={plan.zero} precision={plan.precision} on "
+        f"{plan.model.name}: {_parameters(plan.model)}, zero={plan.zero} precision={plan.precision} on "
         f"{topology.world_size} x {topology.device_name or topology.accelerator}",
         f"{plan.steps:,} steps of {plan.batch.global_} x {plan.sequence} tokens; batch {plan.batch.equation()}",
     ]
@@ -25,9 +25,9 @@ def lines(plan: Plan) -> list[str]:
     """Return the plan as text: shape, batch equation, data, memory, the resolved config with origins, and refusals."""
     model, data = plan.model, plan.data
     text = [
-        f"model        {model.name}: {model.parameters:,} parameters, {_shape(model.config)}, "
-        f"vocabulary {model.vocabulary:,}",
+        f"model        {model.name}: {_parameters(model)}, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
         f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
+        *([f"routers      their auxiliary loss x {plan.router_loss:g} is added"] if plan.router_loss else []),
         f"cell         zero={plan.zero} precision={plan.precision}",
         f"batch        {plan.batch.equation()}",
         *([f"             micro-batch {plan.batch.micro}: {plan.micro_because}"] if plan.micro_because else []),
@@ -56,6 +56,12 @@ def lines(plan: Plan) -> list[str]:
         text.append(f"REFUSED by rule {broken['rule']}: {broken['sentence']}")
         text += [f"     from: {broken['where']}", f"      try: {broken['fix']}"]
     return text if text[-1] else text[:-1]
+
+
+def _parameters(model: ModelPlan) -> str:
+    active = model.active_parameters
+    part = "" if active in (None, model.parameters) else f", {active:,} of them active per token"
+    return f"{model.parameters:,} parameters{part}"
 
 
 def _data(data: DataPlan) -> str:

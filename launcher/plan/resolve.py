@@ -11,7 +11,7 @@ from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan import batch as batch_equation
-from halfstep.launcher.plan import estimate, rules, schedule
+from halfstep.launcher.plan import estimate, routers, rules, schedule
 from halfstep.launcher.plan.cautions import warnings_of, without_effect
 from halfstep.launcher.plan.ds import adopt, dsconfig
 from halfstep.launcher.plan.ds.dsfile import Own
@@ -52,6 +52,7 @@ def _decided(
     """Return the plan with a micro-batch, without what is predicted of it and without its id."""
     spec = request.spec
     model, sizes, sequence = _model(spec, facts)
+    router_loss = routers.coefficient(spec, facts)
     data = _data(spec, facts, sequence, model.vocabulary)
     batch = batch_equation.solve(
         spec.batch.global_, micro, topology.ranks.data, request.origins.get("batch.global", "batch.global")
@@ -79,7 +80,7 @@ def _decided(
         asked=request.origins,
     )
     decided: dict[str, Any] = {
-        "identity": _identity(asked, facts, batch, data, model),
+        "identity": _identity(asked, facts, batch, data, model, router_loss),
         "model": model,
         "data": data,
         "batch": batch,
@@ -94,6 +95,7 @@ def _decided(
         "compile": spec.compile,
         "fused_head": spec.fused_head,
         "keep_fp32": list(spec.keep_fp32),
+        "router_loss": router_loss,
         "trust_remote_code": spec.trust_remote_code,
         "schedule": curve,
         "clip": float(composed.leaves["gradient_clipping"]),
@@ -108,6 +110,7 @@ def _decided(
         "memory": {},
         "warnings": [
             *warnings_of(spec, batch, data, curve, sequence),
+            *routers.warnings(spec, facts, router_loss),
             *(own.warnings if own else ()),
             *composed.left_out,
             *without_effect(rules.setting_of(case), composed.origins),
@@ -118,11 +121,12 @@ def _decided(
 
 
 def _identity(
-    asked: RunSpec, facts: Facts, batch: batch_equation.Batch, data: DataPlan, model: ModelPlan
+    asked: RunSpec, facts: Facts, batch: batch_equation.Batch, data: DataPlan, model: ModelPlan, router_loss: float
 ) -> dict[str, Any]:
     """Return what makes two plans the same run."""
     return {
         **identity(asked),
+        **({"model.router_loss": router_loss} if router_loss else {}),  # runs without one are older than this key
         # The file's digest stands for the rest of what it says; a global batch may follow from the ranks as well.
         "batch.global": batch.global_,
         "data": data.digest,
@@ -177,10 +181,11 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, Sizes, int]:
         ) from None
     if shape is not None:
         parameters, flops = shapes.parameters(shape), shapes.flops_per_token(shape, sequence, "causal")
+        active: int | None = parameters
         sizes = Sizes(parameters=parameters, largest_tensor=shapes.largest_tensor(shape), width=shape.width)
     else:
         assert network is not None, "facts construct a model whose family the formulas do not know"
-        parameters, flops = network.parameters, None
+        parameters, flops, active = network.parameters, network.flops_per_token(sequence), network.active_parameters
         # From the config's own words where it has them: other bucket sizes would give a run that is known another id.
         width = int(
             config.get("hidden_size", config.get("d_model", network.width if "text_config" in config else 1024))
@@ -194,6 +199,7 @@ def _model(spec: RunSpec, facts: Facts) -> tuple[ModelPlan, Sizes, int]:
         parameters=parameters,
         flops_per_token=flops,
         vocabulary=vocabulary,
+        active_parameters=active,
     )
     return model, sizes, sequence
 

@@ -27,7 +27,10 @@ class StepRecord:
     tokens: Count
     """Training tokens read so far, this step included."""
     loss: Finite | None
-    """Mean over the global batch and all ranks, in nats per token, before the update."""
+    """The language-model loss: mean over the global batch and all ranks, in nats per token, before the update."""
+    router_loss: Finite | None = None
+    """A mixture's auxiliary loss without its coefficient, mean over micro-batches and ranks; None where none is
+    computed."""
     lr: Finite
     """Learning rate of this update."""
     grad_norm: Measured | None

@@ -234,3 +234,32 @@ FAMILIES: dict[str, Trains | Refused] = {
     "musicgen": _cannot("makes no musicgen model: 'MusicgenConfig' object has no attribute"),
     "musicgen_melody": _cannot("makes no musicgen_melody model: 'MusicgenMelodyConfig' object has no attribute"),
 }
+
+ROUTED = (
+    "dbrx",
+    "ernie4_5_moe",
+    "flex_olmo",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "jamba",
+    "jetmoe",
+    "laguna",
+    "mellum",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen4_exp",
+    "qwen4_exp_text",
+)
+"""Families for whose routers transformers computes an auxiliary loss, with which they train."""

@@ -98,6 +98,7 @@ class Sweep:
         events = [json.loads(line) for line in where.events.read_text().splitlines()]
         return {
             "losses": [row["loss"] for row in rows if "loss" in row],
+            "routers": [row["router_loss"] for row in rows if "loss" in row],
             "norms": [row["grad_norm"] for row in rows if "loss" in row],
             "evaluations": [row["eval_loss"] for row in rows if "eval_loss" in row],
             "causal": next(event for event in reversed(events) if event["event"] == "causal"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES, Refused
+from families import FAMILIES, ROUTED, Refused
 from ranks import environment
 from sweep_rank import CLOSE, STEPS, cells
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -112,6 +112,7 @@ def test_a_family_trains_resumes_exports_and_generates_or_is_refused_by_name(
         assert len(run["losses"]) == STEPS
         assert run["resumed"] or not expected.exact, "the last step and the checkpoint are the same to the bit"
         assert run["causal"]["earlier"] == 0
+        assert (None not in run["routers"]) == (family in ROUTED), run["routers"]
         assert run["causal"]["later"] > 0
     room = max(CLOSE[precision], CLOSE[other_precision]) if expected.exact else 1e-3
     assert loaded["evaluations"][0] == pytest.approx(fresh["evaluations"][-1], rel=room), "the stages load one model"

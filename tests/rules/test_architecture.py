@@ -95,6 +95,7 @@ MAY_BE_HEAVY = (
             "micro_batch",
             "network",
             "observe",
+            "router",
         )
     ),
 )

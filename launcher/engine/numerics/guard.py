@@ -175,7 +175,8 @@ class Guard:
     def judge(self, record: StepRecord, loss: float, losses: Losses) -> None:
         """Write down what went wrong in a step; raise NumericsError on every rank where the run has to stop.
 
-        `loss` is this rank's own mean; `losses` does its micro-batches of the step again, to look where it came from.
+        `loss` is this rank's own mean of what is differentiated; `losses` does its micro-batches of the step again, to
+        look where it came from.
         """
         self._report_statistics(record)
         if record.overflow:
