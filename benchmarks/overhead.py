@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WARMUP = 4
+WARMUP = 5
+"""Steps before those that are measured. In the fifth Halfstep counts what is sent, once a run (engine/meter.py)."""
 
 
 def main() -> int:
