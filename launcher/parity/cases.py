@@ -148,6 +148,7 @@ def conditional_cases() -> list[Case]:
     on_host = {"offload": "optimizer-cpu", "keys": (masters, "ds.optimizer.params.torch_adam=false")}
     asked: list[tuple[list[int], tuple[str, ...], dict[str, Any]]] = [
         ([1, 3], ("bf16-autocast",), {"keys": ('ds.torch_autocast.lower_precision_safe_modules=["torch.nn.Linear"]',)}),
+        ([0, 3], ("bf16-autocast", "fp16-autocast"), {"keep_fp32": ("ln_1", "ln_2", "lm_head")}),
         ([1, 2, 3], ("bf16",), {"keys": ("ds.data_types.grad_accum_dtype=bf16",)}),
         ([0, 1, 2, 3], ("bf16",), {"keys": ("ds.communication_data_type=bf16",)}),
         ([3], ("fp32", "fp16", "bf16"), {"keys": ("ds.zero_optimization.zero_hpz_partition_size=2",)}),
