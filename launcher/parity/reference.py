@@ -78,7 +78,7 @@ class MixedPrecisionTrainer:
         group_of: Callable[[Tensor], dict[str, Any]] = lambda parameter: {},
     ) -> None:
         self.model, self.clip, self.scale = model, clip, scale
-        self.weights = dict(model.named_parameters())
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         # fp32 master weights: what the optimizer moves. The model's own are a rounded copy of them.
         self.masters = {name: weight.detach().clone().float() for name, weight in self.weights.items()}
         self.optimizer = make_optimizer(

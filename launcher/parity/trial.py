@@ -113,19 +113,23 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
 
 
 def _weights(engine: Engine) -> Tensor:
-    """Return all weights as one flat fp32 tensor, in the model's order. A collective call."""
+    """Return all trained weights as one flat fp32 tensor, in the model's order. A collective call."""
     parts = []
-    for parameter in engine.module.parameters():
+    for parameter in _trained(engine).values():
         sharded = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext():
             parts.append(parameter.detach().float().cpu().flatten())
     return torch.cat(parts)
 
 
+def _trained(engine: Engine) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
 def _masters(engine: Engine) -> Tensor:
     """Return all fp32 masters likewise. A collective call."""
     wholes: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine).items():
         wholes[name] = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=engine.device)
     for piece in training_state.fragments(engine):
         held = training_state.tensors(engine, piece)[training_state.MASTER]
