@@ -28,10 +28,13 @@ _MOST = {
     **dict.fromkeys((*_WINDOWS, "local_attention"), _WINDOW),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"), 2),
     **dict.fromkeys(("top_k_experts", "n_group", "num_expert_group", "decoder_sparse_step", "moe_layer_freq"), 2),
-    **dict.fromkeys(("interleave_moe_layer_step", "moe_layer_interval"), 2),
+    **dict.fromkeys(("interleave_moe_layer_step", "moe_layer_interval", "attn_layer_period", "expert_layer_period"), 2),
     **dict.fromkeys(("topk_group", "first_k_dense_replace", "num_dense_layers", "n_shared_experts"), 1),
+    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1),
 }
 """Counts that say how a model is made, and the most of them that one of two layers and four experts can have."""
+_FOLLOW = {"qk_head_dim": 16, "d_head": 8, "embedding_dim": WIDTH}
+"""Sizes that follow from others where a configuration does not say them; a whole one does."""
 _NOT_STRUCTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
 
 
@@ -39,8 +42,8 @@ def nano(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     """Return what a config.json of a nano model of the same family holds; the same for configs of the same structure.
 
     A layer of every kind stays, a window becomes shorter than what is read, heads that are shared stay so; dropout and
-    noise, which no two trainers draw alike, are 0. The model is made and read through once. Raises Unfit, one sentence,
-    where the family cannot be cut down.
+    noise, which no two trainers draw alike, are 0. The model is made, has modules of every kind that the whole one has,
+    and reads once. Raises Unfit, one sentence, where the family cannot be cut down.
     """
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise Unfit("it has code of its own")
@@ -53,6 +56,7 @@ def nano(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
 def _made(text: str, vocabulary: int) -> str:
     """Return a nano config as JSON; of the sizes alone where that makes a model, else with what the family wants."""
     whole = configuration(json.loads(text), trust_remote_code=False)
+    kinds = _kinds_of_modules(json.loads(text))
     more = MORE.get(str(whole.model_type))
     failure: Unfit | None = None
     for wanted in [{}, more] if more else [{}]:
@@ -60,7 +64,7 @@ def _made(text: str, vocabulary: int) -> str:
             cut = _cut(type(whole), _without_names(whole), wanted, vocabulary)
             made = json.loads(cut.to_json_string(use_diff=False))
             small = json.dumps(_without_chance({k: v for k, v in made.items() if k not in _NOT_STRUCTURE}))
-            _try(json.loads(small))
+            _try(json.loads(small), kinds)
             return small
         except Unfit as error:
             failure = error
@@ -71,9 +75,14 @@ def _made(text: str, vocabulary: int) -> str:
 
 
 def _without_names(made: PreTrainedConfig) -> dict[str, Any]:
-    """Return a configuration's values by its fields' own names: what is written under two is changed under both."""
-    names = {field.name for field in dataclasses.fields(made)}
-    return {name: copy.deepcopy(getattr(made, name)) for name in names if name not in _NOT_STRUCTURE}
+    """Return a configuration's values by its fields' own names; a file may have one under another, too."""
+    names = {field.name for field in dataclasses.fields(made)} - set(_NOT_STRUCTURE)
+    written = made.to_dict()  # where layers differ in a field, it cannot be read from the configuration of all
+    sections = {name for name in names if isinstance(made.__dict__.get(name), PreTrainedConfig)}
+    return {
+        name: copy.deepcopy(written[name] if name in written and name not in sections else getattr(made, name))
+        for name in names
+    }
 
 
 def _cut(kind: type[PreTrainedConfig], whole: dict[str, Any], more: dict[str, Any], vocabulary: int) -> Any:
@@ -131,7 +140,7 @@ def _smaller(name: str, value: Any, layers: int, kept: list[int], heads: int) ->
         return 4 if value == heads else min(value, 2)
     if name in _MOST:
         return min(value, _MOST[name])
-    return SIZES.get(name, value)
+    return {**SIZES, **_FOLLOW}.get(name, value)
 
 
 def _turn(values: dict[str, Any]) -> None:
@@ -165,8 +174,15 @@ def _without_chance(tree: dict[str, Any]) -> dict[str, Any]:
     return {name: off(name, value) for name, value in tree.items()}
 
 
-def _try(config: dict[str, Any]) -> None:
-    """Make a model and let it read; raises Unfit for what makes none, is not small, or ends in an error."""
+def _kinds_of_modules(config: dict[str, Any]) -> set[str]:
+    modules = [type(module) for module in network.skeleton(config).modules()]
+    return {kind.__name__ for kind in modules if not kind.__module__.startswith("torch.")}
+
+
+def _try(config: dict[str, Any], kinds: set[str]) -> None:
+    """Make a model and let it read; raises Unfit for what makes none, is not small or whole, or ends in an error."""
+    if missing := sorted(kinds - _kinds_of_modules(config)):
+        raise Unfit(f"a small one has no {missing[0]}")
     count = network.count_parameters(network.skeleton(config))
     if count > MOST_PARAMETERS:
         raise Unfit(f"with all known sizes cut down it still has {count:,} parameters")

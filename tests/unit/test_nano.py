@@ -53,7 +53,7 @@ def test_sizes_are_cut_down_and_what_makes_the_structure_stays() -> None:
     model = network.build(made, seed=0)
     assert model.model.layers[0].self_attn.q_proj.bias is not None
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert network.count_parameters(model) == 17_376
+    assert network.count_parameters(model) == 17_696
 
 
 def test_configs_of_a_structure_share_a_nano_model_and_others_do_not() -> None:
@@ -145,7 +145,7 @@ def test_a_run_of_a_family_is_asked_about_with_models_of_that_family(planned: Ca
         assert json.loads(case.config) == nano(QWEN, 64), "the sizes of the run's own do not matter"
         made = plan_of(case, topology.describe(case.world_size, case.world_size), repairs=True)
         assert made.model.config == nano(QWEN, 64)
-        assert (made.model.weights, made.model.vocabulary, made.model.parameters) == (None, 64, 17_376)
+        assert (made.model.weights, made.model.vocabulary, made.model.parameters) == (None, 64, 17_696)
         assert str(case).startswith("hf:qwen2 ")
 
 
@@ -177,7 +177,7 @@ def test_a_family_that_cannot_be_cut_down_is_not_proved_and_says_why(
     assert record["proved"] is None
     assert record["reason"] == (
         "the parity gate does not know the model family qwen2 (no nano model can be made of it: with all known sizes "
-        "cut down it still has 17,376 parameters)"
+        "cut down it still has 17,696 parameters)"
     )
 
 
