@@ -142,7 +142,7 @@ def test_every_record_goes_to_every_sink_whatever_it_is(
 
 
 @pytest.mark.parametrize(
-    ("told", "known", "expected"),
+    ("written", "known", "expected"),
     [
         (None, None, (None, "the parity gate was not asked")),
         (None, records.Proof(proved=None, reason="it does not know Muon"), (None, "it does not know Muon")),
@@ -153,20 +153,24 @@ def test_every_record_goes_to_every_sink_whatever_it_is(
     ids=["nobody asked", "a run by itself", "its study knows better", "a study's", "damaged"],
 )
 def test_a_summary_says_whether_the_runs_cell_is_proved(
-    plan: Callable[..., Plan], tmp_path: Path, told: Any, known: records.Proof | None, expected: tuple[bool | None, str]
+    plan: Callable[..., Plan],
+    tmp_path: Path,
+    written: Any,
+    known: records.Proof | None,
+    expected: tuple[bool | None, str],
 ) -> None:
     from halfstep.launcher.engine.recorder import Recorder
 
     (tmp_path / "attempts" / "0001").mkdir(parents=True)
-    if told is not None:
-        (tmp_path / "proof.json").write_text(told if isinstance(told, str) else json.dumps(told))
+    if written is not None:
+        (tmp_path / "proof.json").write_text(written if isinstance(written, str) else json.dumps(written))
     where = RunDir(path=tmp_path, attempt=tmp_path / "attempts" / "0001")
     with Recorder(where, plan(), writes=True, proof=known) as recorder:
         recorder.step(RECORD)
         recorder.summarise("done", 1)
-    written = Run(tmp_path).summary
-    assert written is not None
-    assert (written.proved, written.unproved_because) == expected
+    summary = Run(tmp_path).summary
+    assert summary is not None
+    assert (summary.proved, summary.unproved_because) == expected
 
 
 def test_a_summary_that_is_older_says_nothing_of_the_gate(tmp_path: Path) -> None:
