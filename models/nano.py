@@ -186,9 +186,10 @@ def _try(config: dict[str, Any], kinds: set[str]) -> None:
     count = network.count_parameters(network.skeleton(config))
     if count > MOST_PARAMETERS:
         raise Unfit(f"with all known sizes cut down it still has {count:,} parameters")
-    model = network.build(config, seed=0)
+    with quiet():
+        model = network.build(config, seed=0)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             model(input_ids=torch.ones(1, _LENGTH, dtype=torch.long))
     except Exception as error:  # whatever its code raises
         raise Unfit(f"a {model.config.model_type} model of small sizes does not run: {one_line(error)}") from error
