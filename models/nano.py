@@ -89,7 +89,7 @@ def _cut(kind: type[PreTrainedConfig], whole: dict[str, Any], more: dict[str, An
     """Return a configuration of a kind with small sizes for the values of a whole one."""
     layers = next((value for name in _LAYERS if isinstance(value := whole.get(name), int) and value > 0), 0)
     kept = _kinds_of_layers(whole, layers)
-    heads = next((value for name in _HEADS if isinstance(value := whole.get(name), int)), 0)
+    heads = next((int(value) for name in _HEADS if isinstance(value := whole.get(name), int)), 0)
     values = {name: _smaller(name, value, layers, kept, heads) for name, value in whole.items()}
     for name in VOCABULARIES:
         if isinstance(values.get(name), int) and values[name]:
@@ -145,7 +145,7 @@ def _smaller(name: str, value: Any, layers: int, kept: list[int], heads: int) ->
 
 def _turn(values: dict[str, Any]) -> None:
     """Make what turns positions fit heads of eight elements: a part of them stays a part, of an even number."""
-    head = values.get("head_dim") if isinstance(values.get("head_dim"), int) else WIDTH // 4
+    head: int = values["head_dim"] if isinstance(values.get("head_dim"), int) else WIDTH // 4
 
     def walk(tree: dict[str, Any], part: float) -> None:
         for name in ("partial_rotary_factor", "rotary_pct", "rotary_percent"):
@@ -197,12 +197,12 @@ def _try(config: dict[str, Any], kinds: set[str]) -> None:
 
 def sections_of(kind: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig] | None]:
     """Return the nested configurations of a kind by field, None where nobody says of which kind one is."""
-    named: Mapping[str, Any] = getattr(kind, "sub_configs_defaults", None) or kind.sub_configs or {}
+    named: Any = getattr(kind, "sub_configs_defaults", None) or kind.sub_configs or {}
     return {name: _class_of(section) for name, section in named.items()}
 
 
 def _class_of(section: Any) -> type[PreTrainedConfig] | None:
-    kind = getattr(section, "config_class", section)
+    kind: Any = getattr(section, "config_class", section)
     if kind is AutoConfig:
         return CONFIG_MAPPING[section.model_type] if getattr(section, "model_type", None) else None
-    return kind if inspect.isclass(kind) and dataclasses.is_dataclass(kind) else None
+    return kind if inspect.isclass(kind) and issubclass(kind, PreTrainedConfig) else None

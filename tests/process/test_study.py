@@ -75,10 +75,18 @@ def study(tmp_path: Path, data: Path, scratch: Path) -> Study:
     """Return a function that writes a study file and runs a verb on it; its folder is tmp_path/study."""
 
     def run(
-        verb: str, text: str, *arguments: str, steps: int = 6, zero: int = 1, patch: str = "", **more: object
+        verb: str,
+        text: str,
+        *arguments: str,
+        steps: int = 6,
+        zero: int = 1,
+        axes: tuple[str, ...] = (),
+        patch: str = "",
+        **more: object,
     ) -> "subprocess.CompletedProcess[str]":
         file = tmp_path / "mine.toml"
-        file.write_text((HEAD + text).replace("{data}", str(data)).replace("{steps}", str(steps)))
+        base = "".join(line for line in HEAD.splitlines(keepends=True) if line.partition(" ")[0] not in axes)
+        file.write_text((base + text).replace("{data}", str(data)).replace("{steps}", str(steps)))
         file.write_text(file.read_text().replace("zero = 1", f"zero = {zero}"))
         command = [BIN / "halfstep", "study", verb, file, "--out", tmp_path / "study", *arguments]
         environ = {**environment(scratch), "XDG_CACHE_HOME": str(scratch / "cache")}
@@ -254,8 +262,8 @@ def test_a_cell_of_another_family_is_proved_with_models_of_that_family(study: St
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({**small, **own}))
-    axes = f'[axes]\nmodel.name = ["hf:{tmp_path}/window", "hf:{tmp_path}/experts"]\nzero = [0, 3]\n'
-    done = study("run", axes, "precision=bf16")
+    grid = f'[axes]\nmodel.name = ["hf:{tmp_path}/window", "hf:{tmp_path}/experts"]\nzero = [0, 3]\n'
+    done = study("run", f'precision = "bf16"\n{grid}', axes=("model", "zero", "precision"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 cases of the family mistral" in done.stdout
     assert "4 cases of the family mixtral" in done.stdout
