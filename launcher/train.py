@@ -22,6 +22,7 @@ from halfstep.launcher.plan.decide import decide as make_plan
 from halfstep.launcher.plan.ds import packages
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import exits, run_directory, trust
+from halfstep.launcher.rundir.records import Proof
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import heap
 from halfstep.launcher.system.files import explained
@@ -75,6 +76,23 @@ def _stay(stop: Stop | None) -> bool:
     return not alone
 
 
+def _proof(plan: Plan) -> Proof:
+    """Return what the parity gate knows here of a run, for its summary; no run ends because that cannot be said.
+
+    Of an `hf:` model that takes a nano model, which no rank may make that is to train: where rank 0 alone had made one,
+    the ranks of a mixture at stage 3 gathered in different orders.
+    """
+    if plan.model.name.startswith("hf:"):
+        return Proof(reason="the parity gate was not asked: `halfstep verify --run` does, with models of this family")
+    from halfstep.launcher.parity.standing import standing
+
+    try:
+        stands = standing(plan)
+    except (HalfstepError, OSError) as error:
+        return Proof(reason=f"the parity gate could not be asked: {' '.join(str(error).split())}")
+    return Proof(proved=stands.proved, reason=stands.reason)
+
+
 def main(arguments: list[str]) -> int:
     """Run one training process and return its exit code."""
     if "-h" in arguments or "--help" in arguments:
@@ -104,7 +122,7 @@ def main(arguments: list[str]) -> int:
             heap.settle()
         from halfstep.launcher.engine import session  # torch and DeepSpeed from here on
 
-        code = session.run(path, request, plan, rank, stop, heartbeat)
+        code = session.run(path, request, plan, rank, stop, heartbeat, _proof(plan) if rank.rank == 0 else None)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # whatever it is, this rank must end, or the others would wait for it

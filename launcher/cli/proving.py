@@ -7,6 +7,7 @@ from typing import Any
 
 from halfstep.launcher import topology
 from halfstep.launcher.errors import EXIT_NUMERICS, EXIT_REFUSED, HalfstepError, RefusedError
+from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.system.files import reason
 from halfstep.launcher.system.terminal import say, say_json
 
@@ -55,8 +56,9 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     from halfstep.launcher.parity import cases, gate, verdict
 
+    plan = None
     if options.run:
-        considered = _cases_of_run(options.run)
+        plan, considered = _cases_of_run(options.run)
     else:
         considered = cases.every_case() if options.all else cases.default_cases()
     chosen = cases.select(considered, options.only)
@@ -68,6 +70,8 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
         kept = verdict.store(here, outcome.cells) if outcome.repairs else None
     except OSError as error:  # what was found counts all the same
         say(f"the verdict cannot be kept for a study to ask: {reason(error)}", error=True)
+    if plan is not None and outcome.repairs:
+        _note(options.run, plan, outcome.cells)
     if options.json:
         tree = {"ok": outcome.ok, "conditions": verdict.conditions(here), "seconds": outcome.seconds}
         tree |= {"repairs": outcome.repairs, "not_run": [dataclasses.asdict(case) for case in outcome.not_run]}
@@ -79,8 +83,20 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0 if outcome.ok else EXIT_NUMERICS
 
 
-def _cases_of_run(path: Path) -> list[Any]:
-    """Return what proves a run's own cell; raises RefusedError where the gate does not know all of it."""
+def _note(path: Path, plan: Plan, fresh: list[dict[str, Any]]) -> None:
+    """Tell the summary of a run what was found of its cell, where it has one."""
+    from halfstep.launcher.parity.standing import standing
+    from halfstep.launcher.rundir.run_directory import note_proof
+
+    stands = standing(plan, fresh)
+    try:
+        note_proof(path, stands.proved, stands.reason)
+    except HalfstepError as error:  # another's run: what was found is shown all the same
+        say(f"its summary is not told of it: {error.what}", error=True)
+
+
+def _cases_of_run(path: Path) -> tuple[Plan, list[Any]]:
+    """Return a run's plan and what proves its cell; raises RefusedError where the gate does not know all of it."""
     from halfstep.launcher.parity.cell import question_of
     from halfstep.launcher.rundir.run_reader import Run
 
@@ -92,7 +108,7 @@ def _cases_of_run(path: Path) -> list[Any]:
             where=str(path),
             fix="compare it with a run that differs in nothing else, by `halfstep study`",
         )
-    return list(question.cases)
+    return plan, list(question.cases)
 
 
 def _numerics(options: argparse.Namespace, arguments: list[str]) -> int:

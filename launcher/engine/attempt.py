@@ -20,6 +20,7 @@ from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import NumericsError, Stopped
 from halfstep.launcher.plan import cautions, present
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.records import Proof
 from halfstep.launcher.rundir.run_directory import RunDir
 from halfstep.launcher.topology import Rank
 from halfstep.launcher.watchdog.heartbeat import Heartbeat
@@ -38,6 +39,8 @@ class Attempt:
     choice: Choice
     stop: Stop
     heartbeat: Heartbeat
+    proof: Proof | None = None
+    """What the parity gate knew of the run as it began; rank 0's."""
 
     def stop_reason(self) -> str | None:
         """Return why this rank was asked to stop, if it was; rank 0 looks for the file STOP without delay."""
@@ -52,7 +55,8 @@ def prepared(attempt: Attempt) -> Iterator[Training]:
     where, plan, rank = attempt.where, attempt.plan, attempt.rank.rank
     distributed.quiet_deepspeed(where.rank_log(rank))
     training: Training | None = None
-    with Recorder(where, plan, writes=rank == 0, steps_done=attempt.choice.step) as recorder:
+    steps_done = attempt.choice.step
+    with Recorder(where, plan, writes=rank == 0, steps_done=steps_done, proof=attempt.proof) as recorder:
         try:
             _say_what_is_coming(recorder, attempt)
             _stop_if_asked(attempt, "before the model was built")

@@ -52,7 +52,8 @@ class LossSums:
         self._total += total
         if objective.router is not None:
             language, router = self._apart or (torch.zeros_like(self._total), torch.zeros_like(self._total))
-            self._apart = language + objective.language.detach(), router + objective.router.detach()
+            broken = total - objective.total.detach()  # 0, but for a fault that was set
+            self._apart = language + objective.language.detach() + broken, router + objective.router.detach()
 
     def means(self, micro_steps: int) -> list[Tensor]:
         """Return the means of what is differentiated and, where it has two parts, of the two."""

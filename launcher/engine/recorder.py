@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from halfstep.launcher.metrics import derive, sinks
 from halfstep.launcher.plan.plan import Plan
-from halfstep.launcher.rundir import goodput
+from halfstep.launcher.rundir import goodput, records
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
 from halfstep.launcher.rundir.run_directory import RunDir
 from halfstep.launcher.rundir.run_reader import Run
@@ -19,8 +19,11 @@ from halfstep.launcher.system import clock
 class Recorder:
     """Records what a run does and, at the end, what came of it; on ranks that do not write it does nothing."""
 
-    def __init__(self, where: RunDir, plan: Plan, *, writes: bool, steps_done: int = 0) -> None:
+    def __init__(
+        self, where: RunDir, plan: Plan, *, writes: bool, steps_done: int = 0, proof: records.Proof | None = None
+    ) -> None:
         self._where, self._plan, self._writes, self._steps_done = where, plan, writes, steps_done
+        self._proof = proof
         self._sinks: list[sinks.Sink] = []
         self._open = contextlib.ExitStack()
         self._steps: list[StepRecord] = []
@@ -130,6 +133,13 @@ class Recorder:
         except (OSError, ValueError):
             return {}
 
+    def _proved(self) -> dict[str, Any]:
+        """Return whether the run's cell is proved, as its study was told or, of a run by itself, as it began."""
+        with contextlib.suppress(records.Damaged):
+            self._proof = Run(self._where.path).proof or self._proof
+        proof = self._proof or records.Proof(reason="the parity gate was not asked")
+        return {"proved": proof.proved, "unproved_because": proof.reason}
+
     def summarise(self, status: str, peak_host_bytes: int) -> None:
         """Record the result and say how it went; `status` is `done`, `diverged` or `stopped`."""
         if not self._steps:
@@ -168,6 +178,7 @@ class Recorder:
             "attempts": int(self._where.attempt.name),
             "load_average": os.getloadavg(),
             "repairs": self._repairs,
+            **self._proved(),
             "warnings": plan.warnings,
         }
         for sink in self._sinks:

@@ -21,6 +21,7 @@ from halfstep.launcher.errors import Fault, HalfstepError, OutOfDeviceMemory, Ou
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import exits, run_directory, trust
 from halfstep.launcher.rundir.lease import lease
+from halfstep.launcher.rundir.records import Proof
 from halfstep.launcher.rundir.run_directory import RunDir
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import clock
@@ -30,8 +31,19 @@ from halfstep.launcher.watchdog.heartbeat import Heartbeat
 from halfstep.launcher.watchdog.stop import Stop
 
 
-def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heartbeat: Heartbeat) -> int:
-    """Train the plan in its run directory and return the exit code; every rank of the run calls this."""
+def run(
+    path: Path,
+    request: Request,
+    plan: Plan,
+    rank: Rank,
+    stop: Stop,
+    heartbeat: Heartbeat,
+    proof: Proof | None = None,
+) -> int:
+    """Train the plan in its run directory and return the exit code; every rank of the run calls this.
+
+    `proof` is what rank 0 knows of the parity gate's verdict, for the summary.
+    """
     heartbeat.mark("join")
     met = _meet(path, plan, rank, stop)
     distributed.join(rank, plan, met.store)
@@ -70,7 +82,9 @@ def run(path: Path, request: Request, plan: Plan, rank: Rank, stop: Stop, heartb
         heartbeat.set_attempt(where.attempt, rank.world_size)
         stop.set_grace(plan.checkpoint.grace, lambda: _out_of_grace(where, rank))
         try:
-            attempt = Attempt(where=where, plan=plan, rank=rank, choice=choice, stop=stop, heartbeat=heartbeat)
+            attempt = Attempt(
+                where=where, plan=plan, rank=rank, choice=choice, stop=stop, heartbeat=heartbeat, proof=proof
+            )
             with prepared(attempt) as training:
                 train(training)
         except BaseException as error:

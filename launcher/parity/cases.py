@@ -1,16 +1,21 @@
 """What the parity gate runs: every legal (stage, precision) cell under varied conditions, as run keys."""
 
+import functools
 import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from halfstep.launcher.config import precisions
+from halfstep.launcher.config.digest import canonical, digest
 from halfstep.launcher.config.load import load
 from halfstep.launcher.corpus.description import DataFacts
+from halfstep.launcher.corpus.vocabulary import TokenizerFacts
 from halfstep.launcher.errors import RequestError, nearest
+from halfstep.launcher.plan.construct import Source, construct
 from halfstep.launcher.plan.facts import Facts
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.pretrained import ModelFacts
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.topology import Topology
 
@@ -21,7 +26,9 @@ POISON = f"fwd:0:{POISONED_STEP}:nan"
 """The value of HALFSTEP_FAULT that does it."""
 BINDING_CLIP = 0.05
 """A largest gradient norm that binds on every step: these models' norms are near 1."""
-_GLOBAL_BATCH, _SEQUENCE, _VOCABULARY = 8, 32, 64
+_GLOBAL_BATCH, _SEQUENCE = 8, 32
+VOCABULARY = 64
+"""Tokens of every model here."""
 MOST_RANKS = _GLOBAL_BATCH
 """Each has a sequence of its own."""
 # A constant lr of 1e-3 is the largest at which a tiny AdamW model does not amplify rounding by itself.
@@ -71,6 +78,8 @@ class Case:
     keep_fp32: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     """DeepSpeed keys that change the arithmetic, as words of a command line, in their order."""
+    config: str = ""
+    """Of a family of `hf:` models, the transformers config of a nano model as JSON; empty for a preset's family."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", tuple(self.keys))  # JSON has lists
@@ -99,7 +108,8 @@ class Case:
         extra += "".join(f", {word.removeprefix('ds.')}" for word in self.keys)
         clip = f"clip {self.clip:g}" if self.clip else "no clip"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{self.family} {self.optimizer}, accumulation {self.accumulation}, {clip}, {ranks}{extra}"
+        family = f"hf:{self.family} {digest(self.config, 6)}" if self.config else self.family
+        return f"{family} {self.optimizer}, accumulation {self.accumulation}, {clip}, {ranks}{extra}"
 
 
 def every_case() -> list[Case]:
@@ -125,7 +135,7 @@ def every_case() -> list[Case]:
         )
     ]
     once = _cells(_CHECKPOINTED) + _cells(_COMPILED) + _cells(_FUSED_HEAD)
-    return cases + once + autocast_cases() + conditional_cases()
+    return [*cases, *once, *autocast_cases(), *conditional_cases(), *family_cases()]
 
 
 def autocast_cases() -> list[Case]:
@@ -148,6 +158,7 @@ def conditional_cases() -> list[Case]:
     on_host = {"offload": "optimizer-cpu", "keys": (masters, "ds.optimizer.params.torch_adam=false")}
     asked: list[tuple[list[int], tuple[str, ...], dict[str, Any]]] = [
         ([1, 3], ("bf16-autocast",), {"keys": ('ds.torch_autocast.lower_precision_safe_modules=["torch.nn.Linear"]',)}),
+        ([0, 3], ("bf16-autocast", "fp16-autocast"), {"keep_fp32": ("ln_1", "ln_2", "lm_head")}),
         ([1, 2, 3], ("bf16",), {"keys": ("ds.data_types.grad_accum_dtype=bf16",)}),
         ([0, 1, 2, 3], ("bf16",), {"keys": ("ds.communication_data_type=bf16",)}),
         ([3], ("fp32", "fp16", "bf16"), {"keys": ("ds.zero_optimization.zero_hpz_partition_size=2",)}),
@@ -165,6 +176,27 @@ def conditional_cases() -> list[Case]:
         for precision in precisions
         for zero in stages
         if row["world_size"] > 1 or "hpz" not in str(varied)
+    ]
+
+
+FAMILIES: tuple[dict[str, Any], ...] = (
+    # Biases in the attention, a tied head, a layer that sees all and a layer that sees a window.
+    {"model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4096},
+    # Experts, queries and keys that are normalised, keys that heads share, a head of its own.
+    {"model_type": "qwen3_moe"},
+)
+"""Configs of `hf:` models, otherwise transformers' defaults, of whose families the gate makes a nano model."""
+
+
+def family_cases() -> list[Case]:
+    """Return two families of `hf:` models in every cell, made on the spot: no file of a hub is needed."""
+    from halfstep.models.nano import nano  # loads transformers, which planning a preset does without
+
+    return [
+        case
+        for config in FAMILIES
+        for row in VARIED
+        for case in _cells({**row, "family": config["model_type"], "config": canonical(nano(config, VOCABULARY))})
     ]
 
 
@@ -221,7 +253,7 @@ def select(cases: list[Case], conditions: list[str]) -> list[Case]:
     """Return the cases that every `key=value[|value]` word admits; raises RequestError for a word that admits none."""
     for word in conditions:
         key, _, text = word.partition("=")
-        known = list(asdict(cases[0])) if cases else []
+        known = [name for name in asdict(cases[0]) if name != "config"] if cases else []
         if key not in known:
             fix = f"did you mean {nearest(key, known)[0]}?" if nearest(key, known) else f"one of {', '.join(known)}"
             raise RequestError(f"{key!r} is no property of a case", where=f"--only {word}", fix=fix)
@@ -246,10 +278,9 @@ def _plain(value: object) -> str:
 def plan_of(case: Case, topology: Topology, *, repairs: bool, for_the_reference: bool = False) -> Plan:
     """Return the plan of a case: the same one that `halfstep run` would make of these run keys."""
     micro = _GLOBAL_BATCH // (case.accumulation * case.world_size)
+    preset = [f"model={case.family}-nano", "model.width=32", f"model.vocabulary={VOCABULARY}"]
     arguments = [
-        f"model={case.family}-nano",
-        "model.width=32",
-        f"model.vocabulary={_VOCABULARY}",
+        *([f"model=hf:nano/{case.family}"] if case.config else preset),
         "data=synthetic",
         f"sequence={_SEQUENCE}",
         f"steps={STEPS}",
@@ -277,11 +308,22 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool, for_the_reference:
         validation_prefix=None,
         train_tokens=tokens,
         validation_tokens=0,
-        vocabulary=_VOCABULARY,
+        vocabulary=VOCABULARY,
         has_tokenizer=False,
         digest="synthetic",
     )
-    plan = resolve(request, topology, Facts(data=data, model=None, ds_config=None))
+    plan = resolve(request, topology, Facts(data=data, model=_nano(case.config), ds_config=None))
     if not for_the_reference:  # which steps optimizers that DeepSpeed has for some devices alone
         plan.require_allowed()
     return plan
+
+
+@functools.cache
+def _nano(config: str) -> ModelFacts | None:
+    """Return what a plan has to know of a nano model; None where there is no config, as of a preset."""
+    if not config:
+        return None
+    tree = json.loads(config)
+    source = Source(name=f"nano/{tree['model_type']}", home="", weights=None, local=True)
+    network = construct(source, tree, trust_remote_code=False)
+    return ModelFacts(config=tree, network=network, weights=None, weights_digest=None, tokenizer=TokenizerFacts())

@@ -2,6 +2,7 @@
 
 What is asked is the difference between the plan's DeepSpeed config and that of the gate's own case for the same stage,
 precision, offload and optimizer. Keys that change no number are left out by the ledger of keys (plan/ds/effects.py).
+For the model of an `hf:` run stands a nano model that is made of its own config.
 """
 
 import dataclasses
@@ -10,9 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfstep.launcher import topology
+from halfstep.launcher.config.digest import canonical
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.errors import HalfstepError
-from halfstep.launcher.parity.cases import GRID, MOST_RANKS, OPTIMIZERS, VARIED, Case, cases_of, plan_of
+from halfstep.launcher.parity.cases import (
+    GRID,
+    MOST_RANKS,
+    OPTIMIZERS,
+    VARIED,
+    VOCABULARY,
+    Case,
+    cases_of,
+    plan_of,
+)
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.plan import Plan
 
@@ -45,7 +56,8 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
     kind = _optimizer(plan)
     family = str(plan.model.config.get("model_type"))
     unknown = [] if kind in OPTIMIZERS else [f"the optimizer {plan.deepspeed['optimizer']['type']}"]
-    unknown += [] if family in _FAMILIES else [f"the model family {family}"]
+    config, why = _nano_config(plan)
+    unknown += [] if config or (family in _FAMILIES and not why) else [f"the model family {family}{why}"]
     if unknown:
         return Question(cases=(), unknown=tuple(unknown))
     varied: dict[str, Any] = {
@@ -55,6 +67,7 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         "keep_fp32": tuple(plan.keep_fp32),
         "activation_checkpointing": plan.activation_checkpointing,
         "family": family,
+        "config": config,
     }
     base = Case(zero=plan.zero, precision=plan.precision, offload=offload, optimizer=kind, **_ANY)
     varied["keys"] = _keys(plan, base, _of(node, 1))
@@ -72,8 +85,22 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
             cases.append(case)
         except HalfstepError as error:
             refused = error.what
-    what = ", ".join(varied["keys"]) or f"offload={offload}"
+    what = ", ".join(varied["keys"]) or (f"the model family {family}" if config else f"offload={offload}")
     return Question(cases=tuple(cases), unknown=() if cases else (f"{what}: {refused}",))
+
+
+def _nano_config(plan: Plan) -> tuple[str, str]:
+    """Return the config of a nano model of an `hf:` run's family, else why there is none; empty for a preset."""
+    if not plan.model.name.startswith("hf:"):
+        return "", ""
+    if plan.trust_remote_code and plan.model.config.get("auto_map"):
+        return "", " (its code is its own: trust_remote_code)"
+    from halfstep.models.nano import nano  # loads transformers, which planning a preset does without
+
+    try:
+        return canonical(nano(plan.model.config, VOCABULARY)), ""
+    except ValueError as error:
+        return "", f" (no nano model can be made of it: {error})"
 
 
 def _optimizer(plan: Plan) -> str:
@@ -103,7 +130,7 @@ def _is_plain(precision: str, varied: dict[str, Any], offload: str) -> bool:
         offload == "none"
         and precision in GRID
         and varied["optimizer"] in ("adamw", "sgd")
-        and not (varied["compile"] or varied["fused_head"] or varied["keys"])
+        and not (varied["compile"] or varied["fused_head"] or varied["keys"] or varied["config"])
     )
 
 

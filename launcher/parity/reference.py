@@ -83,7 +83,7 @@ class MixedPrecisionTrainer:
     ) -> None:
         self.model, self.clip, self.scale = model, clip, scale
         self.master_dtype, self.state_dtype = master_dtype, state_dtype
-        self.weights = dict(model.named_parameters())
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         # fp32 master weights: what the optimizer moves. The model's own are a rounded copy of them.
         self.masters = {name: weight.detach().clone().float() for name, weight in self.weights.items()}
         self.optimizer = make_optimizer(

@@ -30,6 +30,7 @@ from halfstep.launcher.rundir.metric_rows import StepRecord
 from halfstep.models import network as model_build
 from halfstep.models.islands import keep_in_fp32
 from halfstep.models.micro_batch import MicroBatch
+from halfstep.models.router import Objective, WithRouterLoss
 
 _OPTIONS = ("betas", "eps", "momentum")
 """Of an optimizer, beside the learning rate and the weight decay: named alike by DeepSpeed, torch and the reference."""
@@ -86,7 +87,8 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
     before = _weights(engine)
 
     def step(record: StepRecord) -> None:
-        series.loss.append(record.loss)
+        router = plan.router_loss * (record.router_loss or 0.0)
+        series.loss.append(None if record.loss is None else record.loss + router)
         series.grad_norm.append(record.grad_norm)
         series.loss_scale.append(record.loss_scale)
         series.skipped.append(record.overflow)
@@ -115,19 +117,23 @@ def on_deepspeed(plan: Plan, rank: int) -> Series:
 
 
 def _weights(engine: Engine) -> Tensor:
-    """Return all weights as one flat fp32 tensor, in the model's order. A collective call."""
+    """Return all trained weights as one flat fp32 tensor, in the model's order. A collective call."""
     parts = []
-    for parameter in engine.module.parameters():
+    for parameter in _trained(engine).values():
         sharded = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext():
             parts.append(parameter.detach().float().cpu().flatten())
     return torch.cat(parts)
 
 
+def _trained(engine: Engine) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
 def _masters(engine: Engine) -> Tensor:
     """Return all fp32 masters likewise. A collective call."""
     wholes: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine).items():
         wholes[name] = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=engine.device)
     for piece in training_state.fragments(engine):
         held = training_state.tensors(engine, piece)[training_state.MASTER]
@@ -208,8 +214,11 @@ def on_the_reference(plan: Plan) -> Series:
             model: nn.Module, share: tuple[MicroBatch, int], step: int = step, mean_count: float = mean_count
         ) -> Tensor:
             batch, rank = share
+            asked = WithRouterLoss(model) if plan.router_loss else model
             with autocast():
-                loss = batch.loss(batch.logits(model)) * (batch.target_count / mean_count)
+                language = batch.loss(batch.logits(asked)) * (batch.target_count / mean_count)
+            router = asked.router_loss if isinstance(asked, WithRouterLoss) else None
+            loss = Objective.of(language, router, plan.router_loss).total
             return loss * math.nan if step == POISONED_STEP and rank == 0 else loss
 
         done = trainer.step(shares, loss_of, plan.schedule.learning_rate(step))

@@ -87,5 +87,11 @@ def proved(
     return True if results and None not in results else None
 
 
+def error(here: topology.Topology, cases: Sequence[Mapping[str, Any]], fresh: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Return with what the first of these cases ended that could not be run; empty where all could."""
+    known = {_key(cell): cell.get("error") for cell in [*read(here), *fresh]}
+    return next((str(known[key]) for key in map(_key, cases) if known.get(key)), "")
+
+
 def _key(cell: Mapping[str, Any]) -> str:
     return digest({name: cell[name] for name in Case.__dataclass_fields__})

@@ -55,6 +55,9 @@ class Summary:
     communication_bytes: Measured | None = None
     skipped_steps: Count | None = None
     tokens: Count | None = None
+    proved: Flag | None = None
+    unproved_because: Text | None = None
+    """None where the run is older than what is said here of the parity gate."""
     load_average: list[Measured] = field(default_factory=list)
 
 

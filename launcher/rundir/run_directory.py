@@ -81,6 +81,16 @@ def named(arguments: Sequence[str]) -> Path | None:
     return Path(directory).absolute()
 
 
+def note_proof(path: Path, proved: bool | None, reason: str) -> None:
+    """Write into the summary of a run that has one whether its cell is proved, as the gate says after the run."""
+    try:
+        summary = foreign.read_object(path / "summary.json")
+    except (OSError, ValueError):  # it has none, or its readers say what is wrong with it
+        return
+    with cannot_write(path):
+        write_json(path / "summary.json", {**summary, "proved": proved, "unproved_because": reason})
+
+
 def write_plan(path: Path, request: Request, plan: Plan) -> None:
     """Write what was asked and decided; refuse a directory that belongs to a different run or to something else.
 

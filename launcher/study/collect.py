@@ -139,6 +139,9 @@ def _read(run: Run, *, done: bool) -> dict[str, Any]:
     about: dict[str, Any] = {"environment": run.attempts[-1].environment if run.attempts else None}
     if run.proof is not None:
         about |= {"proved": run.proof.proved, "unproved_because": run.proof.reason}
+    elif run.summary is not None:
+        unknown = "the parity gate was not asked"
+        about |= {"proved": run.summary.proved, "unproved_because": run.summary.unproved_because or unknown}
     about |= _measured(run, about["environment"], done=done)
     if run.planned is None:
         return about

@@ -4,6 +4,7 @@ python proof.py RUN     (by an array's task, on the node where that run will tra
 """
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from halfstep.launcher.errors import EXIT_REFUSED, Fault, HalfstepError
 from halfstep.launcher.parity import gate, verdict
 from halfstep.launcher.parity.cases import Case, cases_of
 from halfstep.launcher.parity.cell import offload_of, question_of
+from halfstep.launcher.parity.standing import standing
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir.run_directory import note_proof
 from halfstep.launcher.rundir.run_reader import Run
 from halfstep.launcher.system import foreign
 from halfstep.launcher.system.files import cannot_write, write_json
@@ -39,24 +42,25 @@ def needed(plans: Iterable[Plan]) -> list[Case]:
 def run(plans: Iterable[Plan], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Run what `needed` names, keep the verdict and return it; what cannot be run stays unproved, and is said.
 
-    A cell with offload, a compiler or keys of its own is tried by itself: it may end in an error here.
+    A cell with offload, a compiler or keys of its own is tried by itself: it may end in an error here. So may a nano
+    model of an `hf:` family, in some cells: where one does, each is tried by itself.
     """
     missing, verdicts = needed(plans), []
-    plain = [case for case in missing if _is_sure_to_run(case)]
-    groups = [plain] if plain else []
-    risky = dict.fromkeys(_cell(case) for case in missing if not _is_sure_to_run(case))
-    groups += [[case for case in missing if _cell(case) == cell] for cell in risky]
-    for cases in groups:
-        first = cases[0]
-        what = (
-            " ".join([f"zero={first.zero} {first.precision} {first.optimizer} offload={first.offload}", *first.keys])
-            if cases is not plain
-            else f"{len(cases)} cases"
-        )
-        say(f"the parity gate has to run first: {what} on this hardware and these versions")
+    plain = [case for case in missing if _is_sure_to_run(case) and not case.config]
+    families = [case for case in missing if _is_sure_to_run(case) and case.config]
+    waiting = deque(cases for cases in (plain, *_parted(families, lambda case: case.config)) if cases)
+    waiting += _parted([case for case in missing if not _is_sure_to_run(case)], _cell)
+    while waiting:
+        cases = waiting.popleft()
+        cells_of = _parted(cases, _cell)
+        say(f"the parity gate has to run first: {_named(cells_of)} on this hardware and these versions")
         try:
             outcome = gate.verify(cases, repairs=True, quiet=False)
         except HalfstepError as error:
+            if cases is not plain and isinstance(error, Fault) and len(cells_of) > 1:
+                say(f"each cell by itself now: {error.what}")
+                waiting.extendleft(reversed(cells_of))
+                continue
             say(f"not proved: {error.what}")
             if cases is plain or not isinstance(error, Fault):
                 continue
@@ -79,18 +83,8 @@ def tell(path: Path, plan: Plan, verdicts: Iterable[dict[str, Any]] = ()) -> dic
     `found` is what `run` has just returned. `proved` is True, False, or None where the gate was not run; `refused`
     names the rule that forbids the run.
     """
-    here, asked = topology.describe(1, 1), question_of(plan)
-    record: dict[str, Any] = {"proved": None, "reason": "", "refused": None, "cases": len(asked.cases)}
-    if not plan.repairs_on:
-        record |= {"proved": False, "reason": "stage 0 in half precision without its repairs (numerics.repairs=false)"}
-    elif asked.unknown:
-        record["reason"] = f"the parity gate does not know {', '.join(asked.unknown)}"
-    else:
-        record["proved"] = verdict.proved(here, [vars(case) for case in asked.cases], verdicts)
-        if record["proved"] is None:
-            record["reason"] = "the parity gate was not run for it here"
-        elif not record["proved"]:
-            record["reason"] = "the parity gate found that it trains another model"
+    here, stands = topology.describe(1, 1), standing(plan, verdicts)
+    record: dict[str, Any] = {"proved": stands.proved, "reason": stands.reason, "refused": None, "cases": stands.cases}
     offload = offload_of(plan)
     moved = [vars(case) for case in _of_its_offload(plan)]
     if offload != "none" and not (plan.repairs_on and verdict.proved(here, moved, verdicts)):
@@ -98,6 +92,7 @@ def tell(path: Path, plan: Plan, verdicts: Iterable[dict[str, Any]] = ()) -> dic
     record["conditions"] = verdict.conditions(here)
     with cannot_write(path):
         write_json(path / FILE, record)
+    note_proof(path, stands.proved, stands.reason)
     return record
 
 
@@ -123,7 +118,26 @@ def _of_its_offload(plan: Plan) -> list[Case]:
 
 
 def _cell(case: Case) -> tuple[object, ...]:
-    return case.zero, case.precision, case.offload, case.optimizer, case.compile, case.keep_fp32, case.keys
+    own = (case.compile, case.keep_fp32, case.config, case.keys)
+    return case.zero, case.precision, case.offload, case.optimizer, *own
+
+
+def _parted(cases: Iterable[Case], by: Callable[[Case], object]) -> list[list[Case]]:
+    """Return the cases that are alike in something, group by group, each in their order."""
+    groups: dict[object, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(by(case), []).append(case)
+    return list(groups.values())
+
+
+def _named(cells: list[list[Case]]) -> str:
+    """Return what a group of cases is called: its cell, where it is of a single one."""
+    first = cells[0][0]
+    family = f" of the family {first.family}" if first.config else ""
+    if len(cells) > 1 or (_is_sure_to_run(first) and not first.config):
+        return f"{sum(map(len, cells))} cases{family}"
+    cell = f"zero={first.zero} {first.precision} {first.optimizer} offload={first.offload}"
+    return " ".join([cell, *first.keys]) + family
 
 
 def _is_sure_to_run(case: Case) -> bool:

@@ -153,12 +153,13 @@ def as_csv(report: Report) -> str:
     text = io.StringIO()
     axes = [axis for axis in report.about["axes"] if axis not in _LEADING]
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(map(csv_cell, [*_LEADING, *axes, *_MEASURED, "run"]))
+    out.writerow(map(csv_cell, [*_LEADING, *axes, *_MEASURED, "unproved_because", "run"]))
     for result in report.results:
         leading = [result.zero, result.precision, result.seed, result.status, result.reason, _truth(result.proved)]
         measured = [getattr(result, name) for name in _MEASURED]
         run = "" if result.run is None else str(result.run.relative_to(report.folder))
-        out.writerow(map(csv_cell, [*leading, *(result.values[axis] for axis in axes), *measured, run]))
+        why = "" if result.proved else result.unproved_because
+        out.writerow(map(csv_cell, [*leading, *(result.values[axis] for axis in axes), *measured, why, run]))
     return text.getvalue()
 
 
@@ -193,6 +194,7 @@ def as_json(report: Report) -> str:
             "status": result.status,
             "reason": result.reason,
             "proved": result.proved,
+            "unproved_because": "" if result.proved else result.unproved_because,
         }
         | {name: getattr(result, name) for name in _MEASURED}
         | {

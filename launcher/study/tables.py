@@ -65,7 +65,7 @@ def _quality_of(verdict: Verdict, cell: Summary) -> tuple[str, ...]:
         verdict_text(verdict, cell),
         ", ".join(dict.fromkeys(number(result.skipped_steps, ",d") for result in done)) or "-",
         ", ".join(dict.fromkeys(number(result.loss_scale, ",g") for result in done)) or "-",
-        {True: "proved", False: "NOT PROVED", None: "not run"}[cell.proved],
+        "proved" if cell.proved else "not run" if cell.proved is None and not done else "NOT PROVED",
     )
 
 

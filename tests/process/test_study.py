@@ -28,6 +28,46 @@ eval.sequences = 6
 checkpoint.at_end = false
 """
 Study = Callable[..., "subprocess.CompletedProcess[str]"]
+HPZ = "ds.zero_optimization.zero_hpz_partition_size"
+# At stage 0 in fp16, where a repair adds micro-batches up, a compiled model loses the first parameter's gradient.
+WRONG_REPAIR = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class Planted:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "halfstep.launcher.engine.numerics.repair":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+
+        def execute(module):
+            load(module)
+            right = module.repair
+
+            def repair(engine, plan):
+                repairs = right(engine, plan)
+                if plan.compile and plan.zero == 0 and plan.precision == "fp16":
+                    give = repairs.sums.give
+
+                    def give_wrong():
+                        totals = give()
+                        totals[0].zero_()
+                        return totals
+
+                    repairs.sums.give = give_wrong
+                return repairs
+
+            module.repair = repair
+
+        spec.loader.exec_module = execute
+        return spec
+
+
+sys.meta_path.insert(0, Planted)
+"""
 
 
 @pytest.fixture
@@ -35,13 +75,25 @@ def study(tmp_path: Path, data: Path, scratch: Path) -> Study:
     """Return a function that writes a study file and runs a verb on it; its folder is tmp_path/study."""
 
     def run(
-        verb: str, text: str, *arguments: str, steps: int = 6, zero: int = 1, **more: object
+        verb: str,
+        text: str,
+        *arguments: str,
+        steps: int = 6,
+        zero: int = 1,
+        axes: tuple[str, ...] = (),
+        patch: str = "",
+        **more: object,
     ) -> "subprocess.CompletedProcess[str]":
         file = tmp_path / "mine.toml"
-        file.write_text((HEAD + text).replace("{data}", str(data)).replace("{steps}", str(steps)))
+        base = "".join(line for line in HEAD.splitlines(keepends=True) if line.partition(" ")[0] not in axes)
+        file.write_text((base + text).replace("{data}", str(data)).replace("{steps}", str(steps)))
         file.write_text(file.read_text().replace("zero = 1", f"zero = {zero}"))
         command = [BIN / "halfstep", "study", verb, file, "--out", tmp_path / "study", *arguments]
         environ = {**environment(scratch), "XDG_CACHE_HOME": str(scratch / "cache")}
+        if patch:  # Python runs a sitecustomize.py of its path at every start, a rank's too
+            (tmp_path / "patch").mkdir()
+            (tmp_path / "patch" / "sitecustomize.py").write_text(patch)
+            environ |= {"PYTHONPATH": str(tmp_path / "patch"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
         return subprocess.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1200, check=False, **more
         )
@@ -159,14 +211,61 @@ def test_out_of_memory_time_out_and_missing_repairs_are_rows_with_their_reasons(
 def test_each_cell_is_proved_by_its_own_cases_and_a_wrong_condition_flags_its_cell_alone(
     study: Study, tmp_path: Path
 ) -> None:
-    """hpZ is proved on its own, and DeepSpeed's CPU Lion, which moves what has no gradient, is found out."""
-    shards = study("run", '[axes]\n"ds.zero_optimization.zero_hpz_partition_size" = [1, 2]\n', zero=3)
-    assert shards.returncode == 0, shards.stdout + shards.stderr
-    assert "zero=3 fp32 adamw offload=none ds.zero_optimization.zero_hpz_partition_size=2" in shards.stdout
-    assert [run["proved"] for run in results(tmp_path / "study")] == [True, True]
+    """hpZ, a compiler and SGD are proved; DeepSpeed's CPU Lion, which moves what has no gradient, is found out."""
+    axes = f'[axes]\n{HPZ} = [1, 2]\ncompile = [false, true]\noptimizer.kind = ["adamw", "sgd"]\n'
+    conditions = study("run", axes, zero=3)
+    assert conditions.returncode == 0, conditions.stdout + conditions.stderr
+    runs = results(tmp_path / "study")
+    assert [(run["status"], run["proved"], run["unproved_because"]) for run in runs] == [("done", True, "")] * 8
+    proofs = [json.loads(file.read_text()) for file in (tmp_path / "study").glob("runs/*/proof.json")]
+    assert sorted(record["cases"] for record in proofs) == [1, 1, 1, 1, 2, 2, 5, 5], "hpZ takes two ranks"
+    for optimizer in ("adamw", "sgd"):
+        assert f"zero=3 fp32 {optimizer} offload=none {HPZ}=2" in conditions.stdout
     (tmp_path / "study").rename(tmp_path / "first")
     steppers = study("run", '[axes]\noffload = ["optimizer-cpu"]\n"ds.optimizer.type" = ["AdamW", "Lion"]\n')
     assert steppers.returncode == 0, steppers.stdout + steppers.stderr
     proved = {run["values"]["ds.optimizer.type"]: run["proved"] for run in results(tmp_path / "study")}
     assert proved == {"AdamW": True, "Lion": False}
     assert {run["status"] for run in results(tmp_path / "study")} == {"done"}
+
+
+@pytest.mark.full
+def test_a_repair_that_is_wrong_under_a_condition_flags_the_cells_of_that_condition_alone(
+    study: Study, tmp_path: Path
+) -> None:
+    axes = '[axes]\ncompile = [false, true]\noptimizer.kind = ["adamw", "sgd"]\n'
+    done = study("run", axes, "precision=fp16", "gpus_per_node=1", zero=0, patch=WRONG_REPAIR)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {(run["values"]["compile"], run["values"]["optimizer.kind"]): run for run in results(tmp_path / "study")}
+    proved = {cell: (run["status"], run["proved"], run["unproved_because"]) for cell, run in runs.items()}
+    another = "the parity gate found that it trains another model"
+    assert proved == {
+        ("false", "adamw"): ("done", True, ""),
+        ("false", "sgd"): ("done", True, ""),
+        ("true", "adamw"): ("done", False, another),
+        ("true", "sgd"): ("done", False, another),
+    }
+    page = (tmp_path / "study" / "report.md").read_text()
+    assert f"compile=true optimizer.kind=adamw, compile=true optimizer.kind=sgd ({another})" in page
+    for cell, run in runs.items():
+        summary = json.loads((tmp_path / "study" / run["run"] / "summary.json").read_text())
+        assert (summary["proved"], summary["unproved_because"]) == proved[cell][1:]
+
+
+@pytest.mark.full
+def test_a_cell_of_another_family_is_proved_with_models_of_that_family(study: Study, tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    for name, own in {
+        "window": {"model_type": "mistral", "sliding_window": 32},
+        "experts": {"model_type": "mixtral", "num_local_experts": 4},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**small, **own}))
+    grid = f'[axes]\nmodel.name = ["hf:{tmp_path}/window", "hf:{tmp_path}/experts"]\nzero = [0, 3]\n'
+    done = study("run", f'precision = "bf16"\n{grid}', axes=("model", "zero", "precision"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 cases of the family mistral" in done.stdout
+    assert "4 cases of the family mixtral" in done.stdout
+    runs = results(tmp_path / "study")
+    assert [(run["status"], run["proved"], run["unproved_because"]) for run in runs] == [("done", True, "")] * 4

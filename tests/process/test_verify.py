@@ -80,6 +80,16 @@ def test_stock_deepspeed_fails_exactly_at_stage_0_in_half_precision(scratch: Pat
     assert sorted((scratch / "cache").rglob("*.json")) == before, "what is known to be wrong is no verdict"
 
 
+def test_a_family_that_no_preset_has_is_proved_without_a_file_of_a_hub(scratch: Path) -> None:
+    chosen = ["family=qwen3_moe", "zero=3", "precision=fp16", "world_size=1"]
+    code, result = verify(scratch, "--all", "--only", *chosen)
+    (cell,) = result["cells"]
+    assert (code, cell["ok"]) == (0, True)
+    assert json.loads(cell["config"])["num_experts_per_tok"] == 2
+    assert {deviation["against"] for deviation in cell["deviations"]} == {"oracle", "stage 1"}
+    assert cell["final_loss"] == pytest.approx(cell["oracle_final_loss"], rel=3e-4)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("arguments", [[], ["--without-repairs"]], ids=["with repairs", "without"])
 def test_every_combination(scratch: Path, arguments: list[str]) -> None:

@@ -64,10 +64,9 @@ ROOMS = {
     "models": "",
 }
 # Imports inside functions, for verbs that need what takes long to load.
-# Imports inside functions, for verbs that need what takes long to load.
 LATE = {
     "cli": "data doctor export metrics parity study",
-    "train": "engine",
+    "train": "engine parity",
 }
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
 MAY_BE_HEAVY = (
@@ -93,6 +92,7 @@ MAY_BE_HEAVY = (
             "islands",
             "loss",
             "micro_batch",
+            "nano",
             "network",
             "observe",
             "router",

@@ -14,8 +14,9 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.metrics import derive
 from halfstep.launcher.metrics.sinks import ConsoleSink, JsonLines
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import records
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
-from halfstep.launcher.rundir.run_directory import RunDir
+from halfstep.launcher.rundir.run_directory import RunDir, note_proof
 from halfstep.launcher.rundir.run_reader import Run
 
 RECORD = StepRecord(
@@ -138,6 +139,54 @@ def test_every_record_goes_to_every_sink_whatever_it_is(
     assert tracker.taken == ["start", 1, 1, "done", "done", "closed"]
     assert (Run(tmp_path).steps(), Run(tmp_path).evaluations()) == ([RECORD], [evaluation])
     assert [event.kind for event in Run(tmp_path).events()] == ["start", "done"]
+
+
+@pytest.mark.parametrize(
+    ("written", "known", "expected"),
+    [
+        (None, None, (None, "the parity gate was not asked")),
+        (None, records.Proof(proved=None, reason="it does not know Muon"), (None, "it does not know Muon")),
+        ({"proved": False, "reason": "another model"}, records.Proof(proved=True), (False, "another model")),
+        ({"proved": True, "reason": ""}, None, (True, "")),
+        ("{", records.Proof(proved=True), (True, "")),
+    ],
+    ids=["nobody asked", "a run by itself", "its study knows better", "a study's", "damaged"],
+)
+def test_a_summary_says_whether_the_runs_cell_is_proved(
+    plan: Callable[..., Plan],
+    tmp_path: Path,
+    written: Any,
+    known: records.Proof | None,
+    expected: tuple[bool | None, str],
+) -> None:
+    from halfstep.launcher.engine.recorder import Recorder
+
+    (tmp_path / "attempts" / "0001").mkdir(parents=True)
+    if written is not None:
+        (tmp_path / "proof.json").write_text(written if isinstance(written, str) else json.dumps(written))
+    where = RunDir(path=tmp_path, attempt=tmp_path / "attempts" / "0001")
+    with Recorder(where, plan(), writes=True, proof=known) as recorder:
+        recorder.step(RECORD)
+        recorder.summarise("done", 1)
+    summary = Run(tmp_path).summary
+    assert summary is not None
+    assert (summary.proved, summary.unproved_because) == expected
+
+
+def test_a_summary_that_is_older_says_nothing_of_the_gate(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"status": "done"}')
+    written = Run(tmp_path).summary
+    assert written is not None
+    assert (written.proved, written.unproved_because) == (None, None)
+    note_proof(tmp_path, False, "another model")
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "status": "done",
+        "proved": False,
+        "unproved_because": "another model",
+    }
+    (tmp_path / "summary.json").unlink()
+    note_proof(tmp_path, True, "")
+    assert not (tmp_path / "summary.json").exists(), "a run that has none is not over"
 
 
 def test_a_rank_that_does_not_write_leaves_nothing(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def series(**changed) -> Series:
 
 def test_every_combination_is_there_once() -> None:
     every = cases.every_case()
-    assert len(every) == len(set(every)) == 12 * 2 * 2 * 2 * 2 * 2 + 12 + 12 + 12 + 16 + 49
+    assert len(every) == len(set(every)) == 12 * 2 * 2 * 2 * 2 * 2 + 12 + 12 + 12 + 16 + 57 + 2 * 2 * 12
     for name, values in {
         "zero": {0, 1, 2, 3},
         "precision": {"fp32", "fp16", "bf16", "fp16-autocast", "bf16-autocast"},
@@ -41,9 +41,8 @@ def test_every_combination_is_there_once() -> None:
         "optimizer": {"adamw", "sgd"},
         "family": {"gpt2", "llama"},
     }.items():
-        assert {getattr(case, name) for case in every} == values | (
-            {"adagrad", "muon"} if name == "optimizer" else set()
-        )
+        also = {"optimizer": {"adagrad", "muon"}, "family": {"qwen2", "qwen3_moe"}}.get(name, set())
+        assert {getattr(case, name) for case in every} == values | also
         for cell in {(case.zero, case.precision) for case in every if case.precision in cases.GRID}:
             met = {getattr(c, name) for c in cases.default_cases() if (c.zero, c.precision) == cell}
             assert name in ("zero", "precision") or met == values, f"the default subset never varies {name} in {cell}"
@@ -151,7 +150,7 @@ def test_no_condition_of_a_case_shares_its_verdict_with_another(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     other: dict[str, object] = {"zero": 0, "precision": "bf16", "accumulation": 3, "clip": 0.7, "world_size": 4}
     other |= {"optimizer": "sgd", "family": "llama", "activation_checkpointing": True, "offload": "cpu"}
-    other |= {"compile": True, "fused_head": True, "keep_fp32": ("ln_f",), "keys": ("ds.x=1",)}
+    other |= {"compile": True, "fused_head": True, "keep_fp32": ("ln_f",), "keys": ("ds.x=1",), "config": "{}"}
     assert set(other) == set(Case.__dataclass_fields__), "a new field has to be told apart, too"
     plain = Case(zero=1, precision="fp32", accumulation=1, clip=0.0, world_size=1, optimizer="adamw", family="gpt2")
     verdict.store(CPU, [_cell(plain, ok=True)])

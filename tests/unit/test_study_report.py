@@ -113,6 +113,50 @@ def test_what_is_not_proved_is_flagged_and_left_out(study) -> None:
     assert "its repairs are off" in page
 
 
+def test_what_the_gate_does_not_know_is_said_wherever_the_cell_is_shown(study) -> None:
+    where, cells = study()
+    finish_all(where, cells, zero0_bf16={"speed": 9000.0})
+    unknown = "the parity gate does not know the model family mine"
+    for cell in cells:
+        if cell.name == "zero=0 precision=bf16":
+            file = where / "runs" / cell.folder / "proof.json"
+            file.write_text(json.dumps({"proved": None, "reason": unknown}))
+    made = report.make(where)
+    rows = list(csv.DictReader(report.as_csv(made).splitlines()))
+    named = {(row["zero"], row["precision"]): (row["proved"], row["unproved_because"]) for row in rows}
+    assert named["0", "bf16"] == ("", unknown)
+    assert set(named.values()) == {("", unknown), ("true", "")}
+    tree = json.loads(report.as_json(made))
+    assert {run["unproved_because"] for run in tree["runs"] if run["proved"] is None} == {unknown}
+    assert tree["best"] != "zero=0 precision=bf16", "it is the fastest by far"
+    sentence = f"Not proved, and left out of the recommendation: zero=0 precision=bf16 ({unknown})."
+    assert sentence in report.html(made, {})
+    assert sentence in report.markdown(made, {})
+    (line,) = [line for line in report.markdown(made, {}).splitlines() if "| zero=0 precision=bf16 | 3/3 |" in line]
+    assert line.endswith("| NOT PROVED |")
+
+
+def test_where_nothing_is_proved_nothing_is_recommended(study) -> None:
+    where, cells = study()
+    for cell in cells:
+        studied.finish(where, cell, SEEDS[cell.seed], proved=None)
+    tree = json.loads(report.as_json(report.make(where)))
+    assert [tree[name] for name in ("best", "fastest", "smallest", "cheapest", "frontier")] == [None] * 4 + [[]]
+    assert tree["answer"] == ["No cell can be recommended: 4 not proved."]
+
+
+def test_a_run_that_no_study_told_anything_stands_as_its_summary_says(study) -> None:
+    where, cells = study()
+    finish_all(where, cells)
+    for cell in cells:
+        (where / "runs" / cell.folder / "proof.json").unlink()
+    first = where / "runs" / cells[0].folder / "summary.json"
+    first.write_text(json.dumps({**json.loads(first.read_text()), "proved": True, "unproved_because": ""}))
+    results = report.make(where).results
+    assert [result.proved for result in results].count(True) == 1
+    assert {result.unproved_because for result in results if result.proved is None} == {"the parity gate was not asked"}
+
+
 def test_failures_are_rows_with_their_reasons(study) -> None:
     where, cells = study('exclude = [{ zero = 1, precision = "bf16" }]\n' + WHOLE.replace("[0, 1]\n", "[0, 1, 2]\n"))
     finish_all(where, cells)
