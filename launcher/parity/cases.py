@@ -80,6 +80,8 @@ class Case:
     """DeepSpeed keys that change the arithmetic, as words of a command line, in their order."""
     config: str = ""
     """Of a family of `hf:` models, the transformers config of a nano model as JSON; empty for a preset's family."""
+    router_loss: float | None = None
+    """What such a mixture's auxiliary loss is multiplied with; None: what its config says."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", tuple(self.keys))  # JSON has lists
@@ -281,6 +283,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool, for_the_reference:
     preset = [f"model={case.family}-nano", "model.width=32", f"model.vocabulary={VOCABULARY}"]
     arguments = [
         *([f"model=hf:nano/{case.family}"] if case.config else preset),
+        *([] if case.router_loss is None else [f"model.router_loss={case.router_loss}"]),
         "data=synthetic",
         f"sequence={_SEQUENCE}",
         f"steps={STEPS}",

@@ -68,6 +68,7 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         "activation_checkpointing": plan.activation_checkpointing,
         "family": family,
         "config": config,
+        "router_loss": plan.router_loss if config else None,
     }
     base = Case(zero=plan.zero, precision=plan.precision, offload=offload, optimizer=kind, **_ANY)
     varied["keys"] = _keys(plan, base, _of(node, 1))

@@ -167,6 +167,18 @@ def test_what_the_family_has_besides_is_asked_of_it_as_well(planned: Callable[..
     assert all(case.config for case in asked.cases)
 
 
+def test_a_mixture_is_asked_about_at_the_coefficient_of_its_routers_loss(planned: Callable[..., Plan]) -> None:
+    mixture = {**SMALL, "model_type": "mixtral", "router_aux_loss_coef": 0.02}
+    asked = {
+        coefficient: question_of(planned(mixture, "zero=1", *keys)).cases
+        for coefficient, keys in {0.02: (), 0.5: ("model.router_loss=0.5",), 0.0: ("model.router_loss=0",)}.items()
+    }
+    for coefficient, chosen in asked.items():
+        alone = [case for case in chosen if case.world_size == 1]
+        assert [plan_of(case, topology.describe(1, 1), repairs=True).router_loss for case in alone] == [coefficient]
+    assert len({case for chosen in asked.values() for case in chosen}) == 6, "another coefficient is another question"
+
+
 def test_a_family_that_cannot_be_cut_down_is_not_proved_and_says_why(
     planned: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

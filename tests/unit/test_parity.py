@@ -150,7 +150,14 @@ def test_no_condition_of_a_case_shares_its_verdict_with_another(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     other: dict[str, object] = {"zero": 0, "precision": "bf16", "accumulation": 3, "clip": 0.7, "world_size": 4}
     other |= {"optimizer": "sgd", "family": "llama", "activation_checkpointing": True, "offload": "cpu"}
-    other |= {"compile": True, "fused_head": True, "keep_fp32": ("ln_f",), "keys": ("ds.x=1",), "config": "{}"}
+    other |= {
+        "compile": True,
+        "fused_head": True,
+        "keep_fp32": ("ln_f",),
+        "keys": ("ds.x=1",),
+        "config": "{}",
+        "router_loss": 0.01,
+    }
     assert set(other) == set(Case.__dataclass_fields__), "a new field has to be told apart, too"
     plain = Case(zero=1, precision="fp32", accumulation=1, clip=0.0, world_size=1, optimizer="adamw", family="gpt2")
     verdict.store(CPU, [_cell(plain, ok=True)])
