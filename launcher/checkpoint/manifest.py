@@ -99,11 +99,20 @@ class Guard(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
-class Corpus(TypedDict):
-    """The corpus, for its tokenizer."""
+class PartOfData(TypedDict):
+    """One corpus of a mixture."""
 
     path: Text
     digest: Text
+
+
+@with_config(ConfigDict(extra="allow"))
+class Corpus(TypedDict):
+    """The corpus, for its tokenizer; of a mixture every part has the same."""
+
+    path: Text
+    digest: Text
+    parts: NotRequired[list[PartOfData]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from halfstep.launcher.config import legal
+from halfstep.launcher.config import legal, mixture
 from halfstep.launcher.config.dotted import flatten, unflatten
 from halfstep.launcher.config.schema import RunSpec, run_keys
 from halfstep.launcher.config.text_file import read_toml
@@ -153,7 +153,9 @@ def _put(
 ) -> None:
     legal.check(key, value, origin, typed=not key.startswith("ds."), stored=stored)
     key = _SPELT.get(key, key)
-    if isinstance(value, str) and value:
+    if key == "data" and (isinstance(value, list) or (isinstance(value, str) and value)):
+        value = mixture.placed(value, base, origin)
+    elif isinstance(value, str) and value:
         if key in PATH_KEYS:
             value = legal.absolute(key, value, base, origin)
         elif key == "model.name" and value.startswith("hf:"):

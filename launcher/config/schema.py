@@ -215,7 +215,7 @@ class RunSpec(_Section):
     model: ModelKeys
     """Which network (`model=NAME` for short)."""
     data: str | None = None
-    """A folder made by `halfstep data prepare`, or the prefix of a Megatron .bin/.idx pair; a plan needs none."""
+    """A folder of `halfstep data prepare`, a Megatron .bin/.idx prefix, or a mixture a:0.7,b:0.3; a plan needs none."""
     out: str | None = None
     """The run directory; unset: runs/<run id>."""
     zero: Annotated[int, Field(ge=0, le=3)] = 1

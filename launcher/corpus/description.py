@@ -37,11 +37,22 @@ class DataFacts:
     """Identifies the content by what its manifest or index says, wherever the folder lies."""
     tokens_digest: str | None = None
     """Identifies the tokens themselves, by the sample of `halfstep.launcher.corpus.file_hash`."""
+    parts: tuple["Part", ...] = ()
+    """Of a mixture, what it is made of; then `path` is the mixture as text, and there are no prefixes of its own."""
 
     @property
     def vocabulary_digest(self) -> str | None:
         """What identifies the token table of the corpus's tokenizer."""
         return self.tokenizer.vocabulary_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One corpus of a mixture."""
+
+    corpus: DataFacts
+    weight: float
+    """Its share of the sequences, 0 to 1."""
 
 
 def read_data(path: str) -> DataFacts:

@@ -1,12 +1,12 @@
 """Give a rank its share of every batch: the same global batch for any world size."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from halfstep.launcher.data.order import windows_of_step
+from halfstep.launcher.data.order import draws_of_step, windows_of_step
 from halfstep.launcher.data.tokens import TokenFile
 from halfstep.launcher.errors import HalfstepError
 from halfstep.launcher.plan.plan import Plan
@@ -27,8 +27,8 @@ class Batches(Protocol):
         """Return the sum of `target_count` over all micro-batches of a step, of all ranks."""
         ...
 
-    def validation_batches(self) -> Iterator[tuple[MicroBatch, int]]:
-        """Yield this rank's validation batches and how many rows of each count; every rank gets as many batches."""
+    def validation_batches(self, part: int) -> Iterator[tuple[MicroBatch, int]]:
+        """Yield this rank's validation batches of a corpus and how many rows of each count; each rank gets as many."""
         ...
 
 
@@ -73,9 +73,10 @@ class Feed:
 
     def __init__(self, plan: Plan, rank: Rank, device: torch.device) -> None:
         self._plan, self.rank, self._device = plan, rank.rank, device
-        self._train = TokenFile(plan.data.train_prefix, vocabulary=plan.model.vocabulary)
-        prefix = plan.data.validation_prefix
-        self._validation = TokenFile(prefix, vocabulary=plan.model.vocabulary) if prefix else None
+        corpora, vocabulary = plan.data.corpora, plan.model.vocabulary
+        self._train = [TokenFile(corpus.train_prefix, vocabulary=vocabulary) for corpus in corpora]
+        prefixes = [corpus.validation_prefix for corpus in corpora]
+        self._validation = [TokenFile(prefix, vocabulary=vocabulary) if prefix else None for prefix in prefixes]
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of a step, `batch.micro` windows each.
@@ -83,31 +84,49 @@ class Feed:
         The windows of the step are dealt out micro-step by micro-step, rank by rank: which sequences make up the
         global batch does not depend on how many ranks share it.
         """
-        plan = self._plan
-        windows = windows_of_step(plan.seed, step, plan.batch.global_, plan.data.train_windows)
-        shares = windows.reshape(plan.batch.accumulation, plan.batch.ranks, plan.batch.micro)[:, self.rank]
-        for share in shares:
-            yield self._batch(self._train, share)
+        batch = self._plan.batch
+        parts, windows = (
+            numbers.reshape(batch.accumulation, batch.ranks, batch.micro)[:, self.rank]
+            for numbers in self.sequences(step)
+        )
+        for share, own in zip(parts, windows, strict=True):
+            yield self._on_device(self._tokens(share, own))
+
+    def sequences(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return of each sequence of a step's global batch its corpus and its window; two int64 arrays (global,)."""
+        plan, data = self._plan, self._plan.data
+        if not data.parts:
+            windows = windows_of_step(plan.seed, step, plan.batch.global_, data.train_windows)
+            return np.zeros_like(windows), windows
+        sizes = [part.train_windows for part in data.parts]
+        return draws_of_step(plan.seed, step, plan.batch.global_, data.weights, sizes)
 
     def target_count(self, step: int) -> float:
         """Return how many targets the global batch has: in whole windows every token but the first is one."""
         return self._plan.batch.global_ * self._plan.sequence
 
-    def validation_batches(self) -> Iterator[tuple[MicroBatch, int]]:
-        """Yield this rank's validation batches, `batch.micro` windows each, and how many rows count.
+    def validation_batches(self, part: int) -> Iterator[tuple[MicroBatch, int]]:
+        """Yield this rank's validation batches of a corpus, `batch.micro` windows each, and how many rows count.
 
         Every rank gets the same number of batches, or ZeRO stage 3 would wait for ever; the surplus rows count nothing.
         """
-        plan = self._plan
-        if self._validation is None:
+        plan, file = self._plan, self._validation[part]
+        if file is None:
             return
-        micro, ranks, total = plan.batch.micro, plan.batch.ranks, plan.data.validation_windows
+        micro, ranks, total = plan.batch.micro, plan.batch.ranks, plan.data.corpora[part].validation_windows
         for start in range(0, total, micro * ranks):
             first = start + self.rank * micro
             rows = [min(row, total - 1) for row in range(first, first + micro)]
-            yield self._batch(self._validation, rows), max(0, min(micro, total - first))
+            yield self._on_device(file.batch(rows, plan.sequence)), max(0, min(micro, total - first))
 
-    def _batch(self, file: TokenFile, windows: Sequence[int] | np.ndarray) -> MicroBatch:
-        batch = MicroBatch.of_windows(file.batch(windows, self._plan.sequence))
+    def _tokens(self, parts: np.ndarray, windows: np.ndarray) -> torch.Tensor:
+        ids = torch.empty((len(windows), self._plan.sequence + 1), dtype=torch.int64)
+        for part in np.unique(parts):
+            rows = np.flatnonzero(parts == part)
+            ids[rows] = self._train[part].batch(windows[rows], self._plan.sequence)
+        return ids
+
+    def _on_device(self, ids: torch.Tensor) -> MicroBatch:
+        batch = MicroBatch.of_windows(ids)
         # From pageable memory a copy to a GPU makes the host wait for it.
         return (batch.pinned() if self._device.type == "cuda" else batch).to(self._device)

@@ -104,21 +104,38 @@ def _evaluation_due(plan: Plan, step: int) -> bool:
 
 @torch.no_grad()
 def _evaluate(run: Training, step: int) -> bool:
-    """Tell the mean loss over the validation sequences of all ranks; False where a rank was asked to stop meanwhile."""
-    began, target_count = time.perf_counter(), 0.0
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.engine.device)
+    """Tell the mean loss over the validation sequences of all ranks; False where a rank was asked to stop meanwhile.
+
+    Of a mixture it is the mean over its parts by their weights, however many sequences each has here.
+    """
+    began, data = time.perf_counter(), run.plan.data
+    loss_sums = torch.zeros(len(data.corpora), dtype=torch.float64, device=run.engine.device)
+    target_counts = [0.0] * len(data.corpora)
     run.engine.eval()
-    for batch, rows in run.feed.validation_batches():
-        run.phase("evaluate", step)
-        if run.stopping_anywhere():
-            return False
-        loss_sum += run.loss_of(batch, run.engine, rows=rows, reduction="sum")
-        target_count += batch.rows(rows).target_count if rows else 0
+    for part in range(len(data.corpora)):
+        for batch, rows in run.feed.validation_batches(part):
+            run.phase("evaluate", step)
+            if run.stopping_anywhere():
+                return False
+            loss_sums[part] += run.loss_of(batch, run.engine, rows=rows, reduction="sum")
+            target_counts[part] += batch.rows(rows).target_count if rows else 0
     run.engine.train()
-    total, count = sum_over_ranks([loss_sum, target_count], run.engine.device)
-    if count:
-        loss, perplexity = derive.finite(total / count), derive.perplexity(total / count)
-        run.on_evaluation(EvaluationRecord(step=step, eval_loss=loss, perplexity=perplexity, time=clock.now()))
+    totals = sum_over_ranks([*loss_sums, *target_counts], run.engine.device)
+    losses, counts = totals[: len(data.corpora)], totals[len(data.corpora) :]
+    if all(counts):
+        losses = [total / count for total, count in zip(losses, counts, strict=True)]
+        mean = sum(weight * loss for weight, loss in zip(data.weights, losses, strict=True))
+        by_part = {corpus.path: derive.finite(loss) for corpus, loss in zip(data.corpora, losses, strict=True)}
+        loss, perplexity = derive.finite(mean), derive.perplexity(mean)
+        run.on_evaluation(
+            EvaluationRecord(
+                step=step,
+                eval_loss=loss,
+                perplexity=perplexity,
+                eval_loss_by_part=by_part if data.parts else None,
+                time=clock.now(),
+            )
+        )
         run.on_event("evaluated", step=step, seconds=round(time.perf_counter() - began, 6))
     return True
 

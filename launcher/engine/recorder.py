@@ -160,6 +160,7 @@ class Recorder:
             "loss": last.loss,
             "eval_loss_first": first_eval and first_eval.eval_loss,
             "eval_loss": last_eval and last_eval.eval_loss,
+            **({"eval_loss_by_part": last_eval.eval_loss_by_part} if last_eval and last_eval.eval_loss_by_part else {}),
             "perplexity_first": first_eval and first_eval.perplexity,
             "perplexity": last_eval and last_eval.perplexity,
             "skipped_steps": last.skipped_steps,

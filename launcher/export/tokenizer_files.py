@@ -1,6 +1,7 @@
 """Give an export its corpus's tokenizer, in a form that transformers loads, and check that it gives the same ids."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,16 @@ class Exported:
         return asdict(self)
 
 
-def export(corpus: Path, digest: str, folder: Path, context: int | None) -> Exported:
+def export(corpus: Path, digests: Sequence[str], folder: Path, context: int | None) -> Exported:
     """Write the tokenizer of a prepared corpus into a folder, and compare its ids on the corpus's text and others'.
 
     Raises RequestError where the corpus has gone, is another one than was trained on, or came without a tokenizer.
     """
     facts = read_data(str(corpus))
-    if facts.digest != digest:
+    if facts.digest not in digests:
         raise RequestError(
             f"{corpus} holds another corpus than the run was trained on",
-            where=f"its digest is {facts.digest}, the checkpoint's {digest}",
+            where=f"its digest is {facts.digest}, the checkpoint's {' or '.join(digests)}",
             fix="name the folder of the run's corpus with --data",
         )
     if not facts.has_tokenizer:

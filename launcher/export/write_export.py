@@ -102,13 +102,15 @@ def _tokenizer(
     manifest: Manifest, data: Path | None, folder: Path, context: int | None
 ) -> tuple[tokenizer_files.Exported | None, list[str]]:
     """Write the tokenizer where the corpus is still there; otherwise say in a warning that there is none."""
-    corpus = data or Path(manifest.data["path"])
+    trained_on = manifest.data.get("parts") or [manifest.data]
+    places = [Path(corpus["path"]) for corpus in trained_on]
+    corpus = data or next((place for place in places if place.exists()), places[0])
     if data is None and not corpus.exists():
         return None, [
             f"no tokenizer: the corpus {corpus} has gone; --data DIR says where it is now, and the weights are complete"
         ]
     try:
-        tokenizer = tokenizer_files.export(corpus, manifest.data["digest"], folder, context)
+        tokenizer = tokenizer_files.export(corpus, [part["digest"] for part in trained_on], folder, context)
     except RequestError as error:
         if data is not None:
             raise

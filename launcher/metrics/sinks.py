@@ -162,7 +162,8 @@ class ConsoleSink(Sink):
 def _evaluation_text(record: EvaluationRecord) -> str:
     loss = "not finite" if record.eval_loss is None else f"{record.eval_loss:.4f}"
     perplexity = "-" if record.perplexity is None else f"{record.perplexity:,.1f}"
-    return f"validation loss {loss}  perplexity {perplexity}"
+    parts = [f"{Path(path).name} {_number(own, '.4f')}" for path, own in (record.eval_loss_by_part or {}).items()]
+    return f"validation loss {loss}  perplexity {perplexity}" + (f"  ({', '.join(parts)})" if parts else "")
 
 
 def _step_text(record: StepRecord) -> str:

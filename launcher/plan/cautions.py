@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from halfstep.launcher.config import precisions
 from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.plan.batch import Batch
+from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import effects
-from halfstep.launcher.plan.plan import DataPlan, Plan
+from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.schedule import Schedule
 from halfstep.models.presets import PRESETS
 
@@ -37,10 +38,10 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
         )
     if not data.known:
         return said
-    if batch.global_ * steps > data.train_windows:
-        epochs = batch.global_ * steps / data.train_windows
-        said.append(f"the run reads the corpus {epochs:.1f} times over")
-    if data.validation_prefix is None:
+    for corpus, epochs in zip(data.corpora, data.epochs(batch.global_ * steps), strict=True):
+        if epochs > 1:
+            said.append(f"the run reads {corpus.path if data.parts else 'the corpus'} {epochs:.1f} times over")
+    if not data.validation_windows:
         said.append("the corpus has no validation split: no evaluation")
     return said
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.launcher.config.schema import RunSpec
-from halfstep.launcher.corpus.description import DataFacts, read_data
+from halfstep.launcher.corpus.description import DataFacts
+from halfstep.launcher.corpus.joined import read_corpora
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan.ds import dsfile
 from halfstep.launcher.plan.pretrained import ModelFacts, read_model
@@ -39,7 +40,7 @@ def read(spec: RunSpec, node_memory_bytes: int | None = None) -> Facts:
     """
     model = read_model(spec) if spec.model.name.startswith("hf:") else None
     return Facts(
-        data=None if spec.data is None else read_data(spec.data),
+        data=None if spec.data is None else read_corpora(spec.data),
         model=model,
         ds_config=ds_config(spec),
         router_loss=_begun_with(spec.out) if model and model.network.router_loss is not None else None,

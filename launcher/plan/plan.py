@@ -15,6 +15,7 @@ from halfstep.launcher.config.digest import changes, digest
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.batch import Batch
+from halfstep.launcher.plan.data_plan import PLACES, DataPlan
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.schedule import Schedule
 from halfstep.launcher.topology import Topology
@@ -39,41 +40,6 @@ class ModelPlan:
     """Rows of the embedding."""
     active_parameters: int | None = None
     """Parameters that a token goes through, fewer in a mixture of experts; None where that is not known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataPlan:
-    """The corpus and how it divides into sequences."""
-
-    path: str
-    train_prefix: str
-    validation_prefix: str | None
-    digest: str
-    train_tokens: int
-    train_windows: int
-    """Sequences in one epoch."""
-    validation_windows: int
-    """Sequences read at each evaluation."""
-    tokens_digest: str | None = None
-    """Identifies the tokens by a sample of them; None in a plan made before they were read."""
-
-    @classmethod
-    def unknown(cls) -> "DataPlan":
-        """Return what stands for a corpus in a plan that names none."""
-        return cls(
-            path="",
-            train_prefix="",
-            validation_prefix=None,
-            digest="",
-            train_tokens=0,
-            train_windows=0,
-            validation_windows=0,
-        )
-
-    @property
-    def known(self) -> bool:
-        """Whether there is a corpus; a plan without one is shown, never started."""
-        return self.path != ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +181,8 @@ class Plan:
         tree = dataclasses.asdict(self)
         tree["batch"]["global"] = tree["batch"].pop("global_")
         tree["topology"]["nodes"] = self.topology.nodes
+        if not self.data.parts:  # what reads the plan of a single corpus finds in it what it always had
+            del tree["data"]["parts"]
         if not self.data.known:
             tree |= {"data": dict.fromkeys(tree["data"]), "run_id": None}
         return tree
@@ -269,8 +237,11 @@ def run_id_of(tree: dict[str, Any]) -> str:
     if not isinstance(tree["deepspeed"].get("zero_optimization"), dict):
         raise ValueError("its DeepSpeed config has no ZeRO section")
     kept = copy.deepcopy({key: value for key, value in tree.items() if key not in _NOT_THE_QUESTION})
+    for part in kept["data"].get("parts") or ():
+        for key in PLACES:
+            part.pop(key, None)
     for section, keys in {
-        "data": ("path", "train_prefix", "validation_prefix", "tokens_digest"),
+        "data": PLACES,
         "numerics": ("every", "max_skips"),
         "model": ("name", "weights"),
         "identity": ("model.name",),

@@ -2,8 +2,9 @@
 
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.forecast import memory_table, time_table
+from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import effects
-from halfstep.launcher.plan.plan import DataPlan, ModelPlan, Plan
+from halfstep.launcher.plan.plan import ModelPlan, Plan
 
 
 def headline(plan: Plan) -> list[str]:
@@ -34,6 +35,7 @@ def lines(plan: Plan) -> list[str]:
         f"sequence     {plan.sequence} tokens; {plan.batch.global_ * plan.sequence:,} tokens a step",
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
         f"data         {_data(data)}",
+        *_parts(data, plan.batch.global_ * plan.steps),
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}"
         + (f" in the last {plan.schedule.decay} steps" if plan.schedule.decay else ""),
@@ -67,10 +69,27 @@ def _parameters(model: ModelPlan) -> str:
 def _data(data: DataPlan) -> str:
     if not data.known:
         return "none named: how often it is read and what evaluation takes need data="
+    what = f"{len(data.parts)} corpora by weight" if data.parts else data.path
     return (
-        f"{data.path}: {data.train_tokens:,} training tokens in {data.train_windows:,} sequences; "
+        f"{what}: {data.train_tokens:,} training tokens in {data.train_windows:,} sequences; "
         f"{data.validation_windows} validation sequences"
     )
+
+
+def _parts(data: DataPlan, sequences: int) -> list[str]:
+    """Return the table of a mixture: of a run of so many sequences, how often each part is read."""
+    if not data.parts:
+        return []
+    rows = [("part", "weight", "tokens", "windows", "validation", "epochs")]
+    for part, epochs in zip(data.parts, data.epochs(sequences), strict=True):
+        counts = (f"{part.train_tokens:,}", f"{part.train_windows:,}", f"{part.validation_windows:,}")
+        rows.append((part.path, f"{part.weight:.4g}", *counts, f"{epochs:.3g}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        f"             {row[0]:<{widths[0]}}"
+        + "".join(f"  {text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
 
 
 def _checkpoints(plan: Plan) -> str:

@@ -13,10 +13,11 @@ from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan import batch as batch_equation
 from halfstep.launcher.plan import estimate, routers, rules, schedule
 from halfstep.launcher.plan.cautions import warnings_of, without_effect
+from halfstep.launcher.plan.data_plan import DataPlan, PartPlan
 from halfstep.launcher.plan.ds import adopt, dsconfig
 from halfstep.launcher.plan.ds.dsfile import Own
 from halfstep.launcher.plan.facts import Facts
-from halfstep.launcher.plan.plan import CheckpointPlan, DataPlan, ModelPlan, NumericsPlan, Plan, WatchPlan, run_id_of
+from halfstep.launcher.plan.plan import CheckpointPlan, ModelPlan, NumericsPlan, Plan, WatchPlan, run_id_of
 from halfstep.launcher.plan.pretrained import ModelFacts
 from halfstep.launcher.topology import Topology
 from halfstep.models import shapes
@@ -124,12 +125,14 @@ def _identity(
     asked: RunSpec, facts: Facts, batch: batch_equation.Batch, data: DataPlan, model: ModelPlan, router_loss: float
 ) -> dict[str, Any]:
     """Return what makes two plans the same run."""
+    mixed = {"data.weights": data.weights} if data.parts else {}
     return {
         **identity(asked),
         **({"model.router_loss": router_loss} if router_loss else {}),  # runs without one are older than this key
         # The file's digest stands for the rest of what it says; a global batch may follow from the ranks as well.
         "batch.global": batch.global_,
-        "data": data.digest,
+        "data": digest([part.digest for part in data.parts]) if data.parts else data.digest,
+        **mixed,
         "weights": model.weights_digest,
         "ds_config": digest(facts.ds_config) if facts.ds_config else None,
     }
@@ -232,8 +235,26 @@ def _data(spec: RunSpec, facts: Facts, sequence: int, vocabulary: int) -> DataPl
     data = facts.data
     if data is None:
         return DataPlan.unknown()
-    where = f"data={data.path}"
     _require_rows(spec, data, facts.model, vocabulary)
+    if not data.parts:
+        return DataPlan(**_corpus(data, sequence, spec.eval.sequences))
+    parts = [PartPlan(**_corpus(part.corpus, sequence, spec.eval.sequences), weight=part.weight) for part in data.parts]
+    return DataPlan(
+        path=data.path,
+        train_prefix=data.train_prefix,
+        validation_prefix=data.validation_prefix,
+        digest=data.digest,
+        train_tokens=data.train_tokens,
+        train_windows=sum(part.train_windows for part in parts),
+        validation_windows=sum(part.validation_windows for part in parts),
+        tokens_digest=data.tokens_digest,
+        parts=parts,
+    )
+
+
+def _corpus(data: DataFacts, sequence: int, evaluated: int) -> dict[str, Any]:
+    """Return the fields of a corpus's plan; `evaluated` is how many validation sequences are asked for."""
+    where = f"data={data.path}"
     windows = max(0, (data.train_tokens - 1) // sequence)
     if windows == 0:
         raise RequestError(
@@ -248,16 +269,16 @@ def _data(spec: RunSpec, facts: Facts, sequence: int, vocabulary: int) -> DataPl
             where=where,
             fix=f"take a sequence below {data.validation_tokens}, or prepare with a larger --validation-fraction",
         )
-    return DataPlan(
-        path=data.path,
-        train_prefix=data.train_prefix,
-        validation_prefix=data.validation_prefix,
-        digest=data.digest,
-        train_tokens=data.train_tokens,
-        train_windows=windows,
-        validation_windows=min(validation, spec.eval.sequences),
-        tokens_digest=data.tokens_digest,
-    )
+    return {
+        "path": data.path,
+        "train_prefix": data.train_prefix,
+        "validation_prefix": data.validation_prefix,
+        "digest": data.digest,
+        "train_tokens": data.train_tokens,
+        "train_windows": windows,
+        "validation_windows": min(validation, evaluated),
+        "tokens_digest": data.tokens_digest,
+    }
 
 
 def _require_rows(spec: RunSpec, data: DataFacts, model: ModelFacts | None, vocabulary: int) -> None:

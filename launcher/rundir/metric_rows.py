@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional, TypeVar
 
 from pydantic import Field
 
-from halfstep.launcher.system.fields import Count, Finite, Flag, Measured, Positive, checked
+from halfstep.launcher.system.fields import Count, Finite, Flag, Measured, Positive, Text, checked
 
 _Record = TypeVar("_Record")
 _ALWAYS = frozenset(
@@ -62,9 +62,11 @@ class EvaluationRecord:
     step: Count
     """Optimizer steps done before it."""
     eval_loss: Finite | None
-    """Mean over the validation tokens, in nats."""
+    """Mean over the validation tokens, in nats; of a mixture by the weights of its parts."""
     perplexity: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)] | None
     """exp(eval_loss), which soon is beyond what anything else may be."""
+    eval_loss_by_part: dict[Text, Finite | None] | None = None
+    """Of a mixture, each part's own by its path; `eval_loss` is their mean by weight. None for a single corpus."""
     time: Finite
     """Seconds since the epoch."""
 

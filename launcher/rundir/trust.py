@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher.config import mixture
 from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.plan.plan import Plan
@@ -80,11 +81,13 @@ def beyond_request(spec: RunSpec, plan: Plan) -> str | None:
     if plan.trust_remote_code and not spec.trust_remote_code:
         return "trust_remote_code"
     data, weights = plan.data, plan.model.weights
-    if data.path != spec.data or not all(
-        prefix is None or Path(prefix).is_relative_to(data.path) or prefix == data.path
-        for prefix in (data.train_prefix, data.validation_prefix)
-    ):
-        return f"data from {data.train_prefix}"
+    asked_for = [part.path for part in mixture.parts(spec.data or "")] or [spec.data]
+    if data.path != spec.data or [corpus.path for corpus in data.corpora] != asked_for:
+        return f"data from {data.corpora[0].train_prefix}"
+    for corpus in data.corpora:
+        for prefix in (corpus.train_prefix, corpus.validation_prefix):
+            if not (prefix is None or Path(prefix).is_relative_to(corpus.path) or prefix == corpus.path):
+                return f"data from {corpus.train_prefix}"
     named = spec.model.name.removeprefix("hf:")
     if weights is not None and weights not in (named, str(Path(named).parent)):
         return f"weights from {weights}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher.config import legal
+from halfstep.launcher.config import legal, mixture
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.config.load import PATH_KEYS, local_model
 from halfstep.launcher.config.schema import run_keys
@@ -190,6 +190,8 @@ def long_name(key: str) -> str:
 def absolute(key: str, value: Any, folder: Path) -> Any:
     """Take a relative path from the folder of whoever wrote it."""
     where = "the study, or the command line"
+    if key == "data" and (isinstance(value, list) or (isinstance(value, str) and value)):
+        return mixture.placed(value, folder, where)
     if isinstance(value, str) and value and key in PATH_KEYS:
         return legal.absolute(key, value, folder, where)
     if key == "model.name" and isinstance(value, str) and value.startswith("hf:"):

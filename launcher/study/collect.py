@@ -151,7 +151,7 @@ def _read(run: Run, *, done: bool) -> dict[str, Any]:
         raise damaged(metrics, f"it has {len(steps)} of its {run.plan.steps} steps")
     if done and any(step != place for place, step in enumerate(steps, 1)):
         raise damaged(metrics, "it has its steps in another order than they were made")
-    if done and run.plan.data.validation_prefix and about.get("eval_loss") is None:
+    if done and run.plan.data.validation_windows and about.get("eval_loss") is None:
         raise damaged(metrics, "it has no loss of an evaluation at its end")
     return {**about, **_planned(run.plan, run.planned)}
 

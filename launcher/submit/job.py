@@ -185,11 +185,11 @@ class Job:
 
     def _check_folders(self) -> None:
         shared = [Path(folder) for folder in self.site.environment.shared]
-        needed = {"out": self.folder, "data": Path(self.plan.data.path)}
+        needed = [("out", self.folder), *(("data", Path(corpus.path)) for corpus in self.plan.data.corpora)]
         for path in (self.folder, *(self.array.runs if self.array else ())):
             if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(path)):
                 raise RequestError(f"{str(path)!r} holds a control character", where="out", fix="choose another out")
-        for key, path in needed.items():
+        for key, path in needed:
             if shared and not any(path.absolute().is_relative_to(folder) for folder in shared):
                 raise RequestError(
                     f"{path} cannot be seen from the compute nodes",

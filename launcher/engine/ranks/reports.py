@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from halfstep.launcher.config.digest import digest
-from halfstep.launcher.corpus.description import read_data
+from halfstep.launcher.corpus.joined import read_corpora
 from halfstep.launcher.errors import HalfstepError
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
@@ -53,7 +53,7 @@ def report(rank: Rank, plan: Plan, master: tuple[str, int], listens: int | None)
     problem, data = None, ""
     if rank.local_rank == 0:  # the ranks of a node see the same files
         try:
-            corpus = read_data(plan.data.path)
+            corpus = read_corpora(plan.data.path)
             data = corpus.digest
             if data != plan.data.digest or plan.data.tokens_digest not in (None, corpus.tokens_digest):
                 problem = f"{plan.data.path} holds another corpus than the run was planned for"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import shards, store
-from halfstep.launcher.checkpoint.manifest import File, Manifest
+from halfstep.launcher.checkpoint.manifest import Corpus, File, Manifest, PartOfData
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, training_state
@@ -241,7 +241,9 @@ class Saver:
         plan, pieces = self._plan, training_state.fragments(self._engine)
         counts = [training_state.step_count(self._engine, piece) for piece in pieces]
         kept = {state for piece in pieces for state in training_state.tensors(self._engine, piece)} - {shards.MASTER}
-        batch = plan.batch
+        batch, data = plan.batch, Corpus(path=plan.data.path, digest=plan.data.digest)
+        if plan.data.parts:  # any of them has the tokenizer
+            data["parts"] = [PartOfData(path=part.path, digest=part.digest) for part in plan.data.parts]
         return Manifest(
             step=step,
             tokens=step * batch.global_ * plan.sequence,
@@ -259,7 +261,7 @@ class Saver:
             precision=plan.precision,
             batch={"global": batch.global_, "micro": batch.micro, "accumulation": batch.accumulation},
             sequence=plan.sequence,
-            data={"path": plan.data.path, "digest": plan.data.digest},
+            data=data,
             optimizer={
                 "kind": type(training_state.base_optimizer(self._engine)).__name__,
                 "states": sorted(kept),
