@@ -1,4 +1,4 @@
-"""Corpora mixed by weight: what is drawn when is exact, the same for ever and for any ranks; what is none is refused."""
+"""Corpora mixed by weight: what is drawn when is exact, and the same for any ranks; what is no mixture is refused."""
 
 import dataclasses
 import json
@@ -211,7 +211,8 @@ def test_a_sequence_holds_the_tokens_of_its_parts_window(corpora: dict[str, Path
     parts, windows = feed(plan, 0).sequences(3)
     (rows,) = tokens_of(plan, range(3, 4))
     expected = [
-        [100 * part + (64 * window + place) % 100 for place in range(64)] for part, window in zip(parts, windows)
+        [100 * part + (64 * window + place) % 100 for place in range(64)]
+        for part, window in zip(parts, windows, strict=True)
     ]
     assert set(parts.tolist()) == {0, 1, 2}
     assert rows == expected
