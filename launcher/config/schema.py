@@ -169,7 +169,7 @@ class EvalKeys(_Section):
     every: CountOrZero = 100
     """Steps between evaluations; 0 = only at the start and the end."""
     sequences: Count = 64
-    """Validation sequences read at each, the first ones of the split; fewer where it is smaller."""
+    """Validation sequences read at each, the first of the split (each part's in a mixture); fewer if it is smaller."""
 
 
 class CheckpointKeys(_Section):
