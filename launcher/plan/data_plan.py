@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from halfstep.launcher.corpus.description import DataFacts
+from halfstep.launcher.errors import RequestError
 
 PLACES = ("path", "train_prefix", "validation_prefix", "tokens_digest")
 """Of a corpus: where it lies, and what older plans did not say of it."""
@@ -71,3 +75,53 @@ class DataPlan(CorpusPlan):
         """Return how often a run of so many sequences reads each corpus."""
         pairs = zip(self.weights, self.corpora, strict=True)
         return [sequences * weight / corpus.train_windows for weight, corpus in pairs]
+
+
+def divided(data: DataFacts, sequence: int, evaluated: int) -> DataPlan:
+    """Return how a corpus, or each part of a mixture, divides into sequences.
+
+    `evaluated` is how many validation sequences of each are asked for. Raises RequestError where not one fits.
+    """
+    if not data.parts:
+        return DataPlan(**_corpus(data, sequence, evaluated))
+    parts = [PartPlan(**_corpus(part.corpus, sequence, evaluated), weight=part.weight) for part in data.parts]
+    return DataPlan(
+        path=data.path,
+        train_prefix=data.train_prefix,
+        validation_prefix=data.validation_prefix,
+        digest=data.digest,
+        train_tokens=data.train_tokens,
+        train_windows=sum(part.train_windows for part in parts),
+        validation_windows=sum(part.validation_windows for part in parts),
+        tokens_digest=data.tokens_digest,
+        parts=parts,
+    )
+
+
+def _corpus(data: DataFacts, sequence: int, evaluated: int) -> dict[str, Any]:
+    """Return the fields of a corpus's plan; `evaluated` is how many validation sequences are asked for."""
+    where = f"data={data.path}"
+    windows = max(0, (data.train_tokens - 1) // sequence)
+    if windows == 0:
+        raise RequestError(
+            f"sequence={sequence} is longer than the corpus, which has {data.train_tokens} training tokens",
+            where=where,
+            fix=f"take a sequence below {data.train_tokens}, or more text",
+        )
+    validation = max(0, (data.validation_tokens - 1) // sequence)
+    if validation == 0 and data.validation_prefix is not None:
+        raise RequestError(
+            f"sequence={sequence} is longer than the validation split, which has {data.validation_tokens} tokens",
+            where=where,
+            fix=f"take a sequence below {data.validation_tokens}, or prepare with a larger --validation-fraction",
+        )
+    return {
+        "path": data.path,
+        "train_prefix": data.train_prefix,
+        "validation_prefix": data.validation_prefix,
+        "digest": data.digest,
+        "train_tokens": data.train_tokens,
+        "train_windows": windows,
+        "validation_windows": min(validation, evaluated),
+        "tokens_digest": data.tokens_digest,
+    }

@@ -11,9 +11,9 @@ from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan import batch as batch_equation
-from halfstep.launcher.plan import estimate, routers, rules, schedule
+from halfstep.launcher.plan import data_plan, estimate, routers, rules, schedule
 from halfstep.launcher.plan.cautions import warnings_of, without_effect
-from halfstep.launcher.plan.data_plan import DataPlan, PartPlan
+from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import adopt, dsconfig
 from halfstep.launcher.plan.ds.dsfile import Own
 from halfstep.launcher.plan.facts import Facts
@@ -236,49 +236,7 @@ def _data(spec: RunSpec, facts: Facts, sequence: int, vocabulary: int) -> DataPl
     if data is None:
         return DataPlan.unknown()
     _require_rows(spec, data, facts.model, vocabulary)
-    if not data.parts:
-        return DataPlan(**_corpus(data, sequence, spec.eval.sequences))
-    parts = [PartPlan(**_corpus(part.corpus, sequence, spec.eval.sequences), weight=part.weight) for part in data.parts]
-    return DataPlan(
-        path=data.path,
-        train_prefix=data.train_prefix,
-        validation_prefix=data.validation_prefix,
-        digest=data.digest,
-        train_tokens=data.train_tokens,
-        train_windows=sum(part.train_windows for part in parts),
-        validation_windows=sum(part.validation_windows for part in parts),
-        tokens_digest=data.tokens_digest,
-        parts=parts,
-    )
-
-
-def _corpus(data: DataFacts, sequence: int, evaluated: int) -> dict[str, Any]:
-    """Return the fields of a corpus's plan; `evaluated` is how many validation sequences are asked for."""
-    where = f"data={data.path}"
-    windows = max(0, (data.train_tokens - 1) // sequence)
-    if windows == 0:
-        raise RequestError(
-            f"sequence={sequence} is longer than the corpus, which has {data.train_tokens} training tokens",
-            where=where,
-            fix=f"take a sequence below {data.train_tokens}, or more text",
-        )
-    validation = max(0, (data.validation_tokens - 1) // sequence)
-    if validation == 0 and data.validation_prefix is not None:
-        raise RequestError(
-            f"sequence={sequence} is longer than the validation split, which has {data.validation_tokens} tokens",
-            where=where,
-            fix=f"take a sequence below {data.validation_tokens}, or prepare with a larger --validation-fraction",
-        )
-    return {
-        "path": data.path,
-        "train_prefix": data.train_prefix,
-        "validation_prefix": data.validation_prefix,
-        "digest": data.digest,
-        "train_tokens": data.train_tokens,
-        "train_windows": windows,
-        "validation_windows": min(validation, evaluated),
-        "tokens_digest": data.tokens_digest,
-    }
+    return data_plan.divided(data, sequence, spec.eval.sequences)
 
 
 def _require_rows(spec: RunSpec, data: DataFacts, model: ModelFacts | None, vocabulary: int) -> None:
