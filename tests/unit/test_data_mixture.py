@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from halfstep.launcher.cli import main
 from halfstep.launcher.config.load import Request, load
 from halfstep.launcher.corpus.vocabulary import tokenizer_sha256
 from halfstep.launcher.data.order import draws_of_step, permute, windows_of_step
+from halfstep.launcher.engine import loop
 from halfstep.launcher.engine.feed import Feed
 from halfstep.launcher.engine.ranks import reports
 from halfstep.launcher.errors import RequestError
@@ -25,6 +27,7 @@ from halfstep.launcher.plan import facts, present
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.rundir import run_directory, trust
+from halfstep.launcher.rundir.metric_rows import EvaluationRecord, of_row
 from halfstep.launcher.study.axes import absolute
 from halfstep.launcher.topology import Rank, Topology
 
@@ -226,6 +229,35 @@ def test_every_part_has_its_own_validation(corpora: dict[str, Path]) -> None:
         assert len({len(list(feed(plan, rank).validation_batches(part))) for rank in (0, 1)}) == 1
 
 
+def test_the_loss_of_an_evaluation_is_the_mean_of_its_parts_by_weight(
+    corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of parts that have 3 and 1 sequences of validation: by their sizes the mean would be another."""
+    monkeypatch.setattr(loop, "sum_over_ranks", lambda values, device: [float(value) for value in values])
+    _, plan = planned(mixed(corpora, 0.9, 0.1), ranks=1)
+    parts = [
+        dataclasses.replace(part, validation_windows=size) for part, size in zip(plan.data.parts, (3, 1), strict=True)
+    ]
+    plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, parts=parts))
+    of_part = iter([2.0, 2.0, 7.0])  # of two batches and one, nats a token
+    recorded: list[EvaluationRecord] = []
+    run: Any = SimpleNamespace(
+        plan=plan,
+        feed=feed(plan, 0),
+        engine=SimpleNamespace(device=torch.device("cpu"), eval=lambda: None, train=lambda: None),
+        phase=lambda name, step: None,
+        stopping_anywhere=lambda: False,
+        loss_of=lambda batch, engine, rows, reduction: torch.tensor(next(of_part) * rows * 64),
+        on_evaluation=recorded.append,
+        on_event=lambda kind, **details: None,
+    )
+    assert loop._evaluate(run, 3)
+    (row,) = recorded
+    assert row.eval_loss == pytest.approx(0.9 * 2 + 0.1 * 7, rel=1e-12)
+    assert row.perplexity == pytest.approx(math.exp(2.5), rel=1e-12)
+    assert row.eval_loss_by_part == {str(corpora["web"]): 2.0, str(corpora["code"]): 7.0}
+
+
 # --- what makes it another run
 
 
@@ -369,8 +401,6 @@ def test_a_path_with_commas_or_colons_is_a_path(path: str) -> None:
 
 
 def test_evaluations_carry_their_parts_and_older_rows_have_none() -> None:
-    from halfstep.launcher.rundir.metric_rows import of_row
-
     row = {"step": 0, "eval_loss": 5.0, "perplexity": 148.4, "time": 0.5}
     assert of_row(row).eval_loss_by_part is None  # type: ignore[union-attr]
     parts = {"/a": 4.0, "/b": None}
