@@ -90,8 +90,16 @@ class Feed:
             yield self._batch(self._train, share)
 
     def target_count(self, step: int) -> float:
-        """Return how many targets the global batch has: in whole windows every token but the first is one."""
-        return self._plan.batch.global_ * self._plan.sequence
+        """Return how many targets the global batch has, or 1 where there are none.
+
+        In whole windows every token but the first is one, but for the beginnings of documents that are kept apart.
+        """
+        plan = self._plan
+        every = plan.batch.global_ * plan.sequence
+        if plan.documents == "plain":
+            return every
+        windows = windows_of_step(plan.seed, step, plan.batch.global_, plan.data.train_windows)
+        return max(1, every - int(self._train.document_starts(windows, plan.sequence)[:, 1:].sum()))
 
     def validation_batches(self) -> Iterator[tuple[MicroBatch, int]]:
         """Yield this rank's validation batches, `batch.micro` windows each, and how many rows count.
@@ -108,6 +116,10 @@ class Feed:
             yield self._batch(self._validation, rows), max(0, min(micro, total - first))
 
     def _batch(self, file: TokenFile, windows: Sequence[int] | np.ndarray) -> MicroBatch:
-        batch = MicroBatch.of_windows(file.batch(windows, self._plan.sequence))
+        tokens, sequence = file.batch(windows, self._plan.sequence), self._plan.sequence
+        if self._plan.documents == "plain":
+            batch = MicroBatch.of_windows(tokens)
+        else:
+            batch = MicroBatch.of_documents(tokens, file.document_starts(windows, sequence))
         # From pageable memory a copy to a GPU makes the host wait for it.
         return (batch.pinned() if self._device.type == "cuda" else batch).to(self._device)

@@ -34,6 +34,7 @@ def lines(plan: Plan) -> list[str]:
         f"sequence     {plan.sequence} tokens; {plan.batch.global_ * plan.sequence:,} tokens a step",
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
         f"data         {_data(data)}",
+        *(["documents    apart: attention and positions stay within each"] if plan.documents == "masked" else []),
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}"
         + (f" in the last {plan.schedule.decay} steps" if plan.schedule.decay else ""),
