@@ -68,7 +68,10 @@ def activations(workload: Workload) -> Activations:
             evaluation=0,
         )
     tokens, element, low = workload.micro * workload.sequence, workload.element_bytes, workload.product_bytes
-    block = _block(workload, shape) * tokens
+    unmasked = _block(workload, shape) * tokens
+    # A boolean for each pair of tokens, and what every attention makes of them and keeps: a number to add to a score.
+    pairs = workload.micro * workload.sequence**2 if workload.documents_apart else 0
+    block = unmasked + low * pairs
     hidden = element * shape.width * tokens
     norm = hidden if shape.family == "gpt2" else _rms_norm(workload, shape) * tokens
     norm += low * shape.width * tokens if shape.family == "gpt2" or workload.autocast else 0
@@ -84,15 +87,18 @@ def activations(workload: Workload) -> Activations:
         block=block,
         kept=shape.layers * (hidden if workload.activation_checkpointing else block)
         + (copied.head + copied.block * (1 if workload.activation_checkpointing else shape.layers)),
-        ends=norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
+        ends=pairs + norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
         working=(low * widest + element * 2 * shape.width) * tokens,
         logits=0 if workload.fused_head else made,
         made=made,
         loss=loss,
         head_copies=_copies(workload, headed, shape.width, shape.vocabulary),
         block_copies=_copies(workload, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
-        heap=_heap(workload, shape, block),
-        evaluation=(low * widest + element * 3 * shape.width) * tokens + copied.head + copied.block * shape.layers,
+        heap=_heap(workload, shape, unmasked),
+        evaluation=(low * widest + element * 3 * shape.width) * tokens
+        + (1 + low) * pairs
+        + copied.head
+        + copied.block * shape.layers,
     )
 
 
