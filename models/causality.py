@@ -90,7 +90,7 @@ class Crossing:
 
     @property
     def apart(self) -> bool:
-        """Whether no logit of the second document moved by more than noise explains, of which there is none on a CPU."""
+        """Whether no logit of the second document moved by more than noise explains; a CPU has none."""
         return self.across <= _NOISES * self.noise
 
 

@@ -16,7 +16,7 @@ class Documents:
         with open(index, "rb") as file:
             _, _, _, self._sequences, count = megatron.HEADER.unpack(file.read(megatron.HEADER.size))
         self._tokens, self._width = pair.tokens, np.dtype(pair.dtype).itemsize
-        # As DeepSpeed and Megatron-LM write it: lengths (int32), byte offsets, then the first sequence of each document.
+        # Lengths (int32), byte offsets, then the first sequence of each document (corpus/megatron.py).
         offsets = megatron.HEADER.size + 4 * self._sequences
         self._offsets = np.memmap(index, dtype="<i8", mode="r", offset=offsets, shape=(self._sequences,))
         after = offsets + 8 * self._sequences
