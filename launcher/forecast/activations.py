@@ -129,7 +129,9 @@ def _block(workload: Workload, shape: Shape) -> int:
         size = element * 2 * h + low * (6 * h + 2 * f) + 2 * _dropped(workload, shape) * h
     else:
         # Two norms; query, key, value and the output; gate, its SiLU, up and their product.
-        size = 2 * _rms_norm(workload, shape) + low * (2 * query + 2 * kv + 4 * f)
+        # With a mask keys and values are copied for every head (transformers, use_gqa_in_sdpa).
+        attended = query if workload.documents_apart else kv
+        size = 2 * _rms_norm(workload, shape) + low * (2 * query + 2 * attended + 4 * f)
         # Autocast makes a copy for each of the five layers that read what a norm has made.
         size += low * 5 * h if workload.autocast else 0
         if shape.qk_norm:
