@@ -36,9 +36,9 @@ class Documents:
         rows = np.repeat(np.arange(len(firsts)), many)
         # The documents low..high of each stretch, one stretch behind the other.
         numbers = np.arange(many.sum()) + np.repeat(low - (np.cumsum(many) - many), many)
-        found = np.zeros((len(firsts), length), dtype=bool)
-        found[rows, self._start(numbers) - firsts[rows]] = True
-        return found
+        begun = np.zeros((len(firsts), length), dtype=bool)
+        begun[rows, self._start(numbers) - firsts[rows]] = True
+        return begun
 
     def _start(self, numbers: np.ndarray) -> np.ndarray:
         """Return the position of the first token of documents."""
