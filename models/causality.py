@@ -1,4 +1,4 @@
-"""Tells whether a model sees the future: later tokens must leave every earlier logit as it is, to the bit."""
+"""Tells whether a model sees the future, or another document: what it may not see must move no logit by a bit."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -59,9 +59,8 @@ def look(
     """
     if longest < 2:  # what has no future cannot see it
         return Sight(tokens=longest, first_changed=longest, earlier=0.0, later=0.0, rows=False)
-    length = min(LENGTH, longest)
-    first = min(CHANGED, length - 1)
-    tokens = (1 + 37 * torch.arange(length, device=device)) % vocabulary
+    tokens, first = _probe(vocabulary, longest, device)
+    length = len(tokens)
     changed = torch.where(
         torch.arange(length, device=device) < first, tokens, (tokens + max(1, vocabulary // 2)) % vocabulary
     )
@@ -73,6 +72,65 @@ def look(
             if anywhere(earlier != 0.0):
                 noise, _ = _moved(forward, tokens, tokens, first)
     return Sight(tokens=length, first_changed=first, earlier=earlier, later=later, rows=rows, noise=noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """What a change of one document did to the logits of another in the same sequence."""
+
+    tokens: int
+    document: int
+    """Where the second of the two documents begins."""
+    across: float
+    """The largest change of a logit of the second one when the first is changed."""
+    within: float
+    """The largest change of a logit of the first."""
+    noise: float = 0.0
+    """How far the same tokens move the logits of the second."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether no logit of the second document moved by more than noise explains; a CPU has none."""
+        return self.across <= _NOISES * self.noise
+
+
+def look_across(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    *,
+    vocabulary: int,
+    longest: int,
+    device: torch.device,
+    anywhere: Callable[[bool], bool] = lambda here: here,
+) -> Crossing:
+    """Compare the logits of two sequences of two documents each, of which the first ones differ.
+
+    As `look` does; `forward` takes positions as well, (1, length), which begin anew with the second document. That the
+    first one does not see the second is causality, which `look` sees to.
+    """
+    if longest < 2:  # a document begins there with every sequence
+        return Crossing(tokens=longest, document=longest, across=0.0, within=0.0)
+    tokens, first = _probe(vocabulary, longest, device)
+    places = torch.arange(len(tokens), device=device)
+    changed = torch.where(places >= first, tokens, (tokens + max(1, vocabulary // 2)) % vocabulary)
+    positions = torch.where(places < first, places, places - first)[None]
+
+    def run(given: Tensor) -> Tensor:
+        return forward(given, positions)
+
+    within, across = _moved(run, tokens, changed, first)
+    noise = 0.0
+    if anywhere(across != 0.0):
+        with _deterministic(), _RowByRow():
+            within, across = _moved(run, tokens, changed, first)
+            if anywhere(across != 0.0):
+                _, noise = _moved(run, tokens, tokens, first)
+    return Crossing(tokens=len(tokens), document=first, across=across, within=within, noise=noise)
+
+
+def _probe(vocabulary: int, longest: int, device: torch.device) -> tuple[Tensor, int]:
+    """Return the tokens of a probe, (length,), and where its second part begins."""
+    length = min(LENGTH, longest)
+    return (1 + 37 * torch.arange(length, device=device)) % vocabulary, min(CHANGED, length - 1)
 
 
 @torch.no_grad()

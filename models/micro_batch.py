@@ -33,6 +33,22 @@ class MicroBatch:
         """Return what consecutive tokens, (rows, sequence + 1), ask for: after each token the next one."""
         return cls(tokens[:, :-1], tokens[:, 1:])
 
+    @classmethod
+    def of_documents(cls, tokens: Tensor, starts: Tensor) -> Self:
+        """Return what consecutive tokens ask for whose documents know nothing of each other.
+
+        `starts`, bool and of the tokens' shape (rows, sequence + 1), tells where a document begins. Positions are
+        counted from there, or from where the row begins; attention stays within what they count (models/observe.py).
+        The first token of a document is no target: nothing that may be seen says which document comes next.
+        """
+        batch = cls(tokens[:, :-1], tokens[:, 1:].masked_fill(starts[:, 1:], IGNORED))
+        inside = starts[:, :-1].clone()
+        inside[:, 0] = True
+        if inside[:, 1:].any():  # otherwise rows are windows: without positions they need no mask
+            places = torch.arange(inside.shape[1]).expand(inside.shape)
+            batch.positions = places - torch.where(inside, places, 0).cummax(dim=1).values
+        return batch
+
     def to(self, device: torch.device) -> Self:
         """Return it on a device; its targets are counted already, so that nobody waits for that device.
 

@@ -1,5 +1,6 @@
 """What a forward pass asks for, seen without weights: its masks, and how its blocks and its head are called."""
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ class Observed:
 
     plainly_causal: bool = False
     """Whether it asked for the plain causal mask alone, and every attention was content with it."""
+    common_attention: bool = False
+    """Whether transformers' interfaces made all of its masks and its attention: there documents can be kept apart."""
     whole_blocks: tuple[str, ...] = ()
     """Blocks that ran once and as a whole, from a tensor to a tensor, and share no parameter with anything else."""
     plain_head: bool = False
@@ -69,16 +72,22 @@ def observe(model: PreTrainedModel) -> Observed:
         made = nn.Module.to(model, torch.bfloat16)(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     except Exception:  # whatever a model's code raises without values
         return Observed()
-    shared = _shared(model)
+    shared, common = _shared(model), uses_sdpa and bool(attended) and bool(requests)
     return Observed(
         plain_head=isinstance(head, nn.Linear) and len(headed) == 1 and _is_plain_head(*headed[0], made.logits),
-        plainly_causal=uses_sdpa and bool(attended) and bool(requests) and all(requests + attended),
+        plainly_causal=common and all(requests + attended),
+        common_attention=common,
         whole_blocks=tuple(
             name
             for name, block in blocks(model).items()
             if (calls[name], calls[f"{name} entered"]) == (1, 1) and shared.isdisjoint(map(id, block.parameters()))
         ),
     )
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Tell whether a model can be told where each token stands in its document."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def leave_out_masks(model: PreTrainedModel) -> None:

@@ -37,6 +37,8 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     for key in ("fused_head", "keep_fp32"):  # runs are older than these keys
         if not getattr(spec, key):
             del leaves[key]
+    if spec.documents == "plain":  # as it was before there was this key
+        del leaves["documents"]
     del leaves["model.router_loss"]  # what comes of it is compared: unset, it is the config's own
     return {
         key: value

@@ -16,7 +16,8 @@ from halfstep.launcher.config.text_file import read_toml
 from halfstep.launcher.errors import RequestError, nearest
 from halfstep.models.presets import PRESETS
 
-_SPELT = {"model": "model.name", "precision.name": "precision", "precision.keep_fp32": "keep_fp32"}
+_SPELT = {"model": "model.name", "precision.name": "precision", "precision.keep_fp32": "keep_fp32",
+          "data.documents": "documents"}  # fmt: skip
 """Run keys that have another spelling."""
 PATH_KEYS = ("data", "out", "nvme_path", "ds_config")
 _COMMAND_LINE = "the command line"

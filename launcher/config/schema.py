@@ -216,6 +216,8 @@ class RunSpec(_Section):
     """Which network (`model=NAME` for short)."""
     data: str | None = None
     """A folder of `halfstep data prepare`, a Megatron .bin/.idx prefix, or a mixture a:0.7,b:0.3; a plan needs none."""
+    documents: Literal["plain", "masked"] = "plain"
+    """masked: attention stays inside documents, where positions begin anew; plain: it sees the whole sequence."""
     out: str | None = None
     """The run directory; unset: runs/<run id>."""
     zero: Annotated[int, Field(ge=0, le=3)] = 1

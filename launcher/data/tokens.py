@@ -10,6 +10,7 @@ import xxhash
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
 
 from halfstep.launcher.corpus import megatron
+from halfstep.launcher.data.documents import Documents
 from halfstep.launcher.errors import RequestError
 
 _MEGATRON_UINT16 = 8
@@ -28,6 +29,7 @@ class TokenFile:
         if pair.tokens == 0:
             raise RequestError("there are no tokens in it", where=f"{prefix}.bin", fix="name a corpus that holds text")
         self.documents, self.tokens, self.dtype = pair.documents, pair.tokens, pair.dtype
+        self._begin = Documents(self.prefix, pair)
         self._stream = np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r", shape=(self.tokens,))
 
     def __len__(self) -> int:
@@ -53,6 +55,11 @@ class TokenFile:
         if self.vocabulary is not None:
             self._check_vocabulary(ids, starts, self.vocabulary)
         return torch.from_numpy(ids)
+
+    def document_starts(self, indices: Sequence[int] | np.ndarray, sequence: int) -> torch.Tensor:
+        """Tell of each token of `batch` whether a document begins with it; bool, shape (len(indices), sequence + 1)."""
+        firsts = np.asarray(indices, dtype=np.int64) * sequence
+        return torch.from_numpy(self._begin.begin(firsts, sequence + 1))
 
     def slice(self, start: int, stop: int) -> list[int]:
         """Return the token ids from one position up to another."""

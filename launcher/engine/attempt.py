@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from halfstep.launcher import fault_injection
 from halfstep.launcher.engine import readings
 from halfstep.launcher.engine.build import build, is_compiled
-from halfstep.launcher.engine.causal_check import refuse_foresight
+from halfstep.launcher.engine.causal_check import refuse_crossing, refuse_foresight
 from halfstep.launcher.engine.feed import Feed
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
@@ -126,6 +126,8 @@ def _assemble(attempt: Attempt, recorder: Recorder) -> Training:
         recorder.event("initialised", mean_and_std=drawn, checksum=_checksum(engine, plan))
     heartbeat.mark("build")
     recorder.event("causal", **refuse_foresight(engine, plan))
+    if plan.documents == "masked":
+        recorder.event("documents_apart", **refuse_crossing(engine, plan))
     evaluated = all(distributed.gather_objects(recorder.evaluated(choice.step)))
     recorder.event("training", first_step=choice.step + 1)
     return Training(

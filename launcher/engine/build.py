@@ -26,8 +26,8 @@ from halfstep.models.islands import keep_in_fp32
 from halfstep.models.observe import Observed, blocks, leave_out_masks, observe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PROGRAMS_OF_A_BLOCK = 4
-"""For training and evaluation, and for the rows of a last batch."""
+_PROGRAMS_OF_A_BLOCK = 8
+"""For training and evaluation, for the rows of a last batch, and with documents in its rows or without."""
 
 
 def build(plan: Plan) -> tuple[Engine, Repairs]:

@@ -1,7 +1,8 @@
-"""Refuse, before the first step, a model that sees what it is to predict, or that cannot be run on tokens alone."""
+"""Refuse, before the first step, a model that sees what it may not, or that cannot be run on tokens alone."""
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.plan.plan import Plan
-from halfstep.models.causality import Sight, look
+from halfstep.models.causality import Crossing, Sight, look, look_across
 from halfstep.models.hf_config import one_line
 
 _TRANSPORT = re.compile(r"gloo|NCCL|Connection|DefaultCPUAllocator")
@@ -28,11 +29,40 @@ def refuse_foresight(engine: Engine, plan: Plan) -> dict[str, Any]:
 
     A collective call. Raises RefusedError on every rank for a model whose earlier logits know the difference.
     """
+    sight = _looked(look, engine, plan)
+    sights = [Sight(**fields) for fields in distributed.gather_objects(asdict(sight))]
+    for seen in sights:
+        if not seen.causal:
+            raise _seen(engine.module, plan, seen)
+    return asdict(max(sights, key=lambda seen: seen.earlier))
+
+
+def refuse_crossing(engine: Engine, plan: Plan) -> dict[str, Any]:
+    """Run the engine on two short sequences of two documents whose first ones differ, as `refuse_foresight` does.
+
+    A collective call. Raises RefusedError on every rank for a model whose second document knows the difference.
+    """
+    crossing = _looked(look_across, engine, plan)
+    crossings = [Crossing(**fields) for fields in distributed.gather_objects(asdict(crossing))]
+    for seen in crossings:
+        if not seen.apart:
+            raise RefusedError(
+                f"the model does not keep documents apart: changing the first {seen.document} of {seen.tokens} tokens, "
+                f"a document, moves what it makes of the next document by up to {seen.across:.3g}",
+                where=f"documents=masked and model={plan.model.name}, "
+                f"model_type {plan.model.config.get('model_type')!r}",
+                fix="take documents=plain, or another model",
+            )
+    return asdict(max(crossings, key=lambda seen: seen.across))
+
+
+def _looked(probe: Callable[..., Any], engine: Engine, plan: Plan) -> Any:
+    """Return what a look at the engine shows, in evaluation mode and not compiled."""
     was_training = engine.module.training
     engine.eval()
     try:
         with torch.compiler.set_stance("force_eager"):  # compiling for another shape would take longer than it all
-            sight = look(
+            return probe(
                 _forward(engine, plan),
                 vocabulary=plan.model.vocabulary,
                 longest=plan.sequence,
@@ -41,11 +71,6 @@ def refuse_foresight(engine: Engine, plan: Plan) -> dict[str, Any]:
             )
     finally:
         engine.train(was_training)
-    sights = [Sight(**fields) for fields in distributed.gather_objects(asdict(sight))]
-    for seen in sights:
-        if not seen.causal:
-            raise _seen(engine.module, plan, seen)
-    return asdict(max(sights, key=lambda seen: seen.earlier))
 
 
 def _forward(engine: Engine, plan: Plan) -> Any:
@@ -53,11 +78,11 @@ def _forward(engine: Engine, plan: Plan) -> Any:
     head, seen = engine.module.get_output_embeddings(), []
     watched = isinstance(head, nn.Module)
 
-    def run(tokens: Tensor) -> Tensor:
+    def run(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         seen.clear()
         hook = head.register_forward_pre_hook(lambda _, given: seen.extend(given[:1])) if watched else None
         try:
-            logits = engine(input_ids=tokens).logits
+            logits = engine(input_ids=tokens, **({} if positions is None else {"position_ids": positions})).logits
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             raise _unusable(plan, f"it cannot be run on token ids alone: {one_line(error)}") from error
         except RuntimeError as error:

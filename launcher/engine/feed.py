@@ -1,6 +1,6 @@
 """Give a rank its share of every batch: the same global batch for any world size."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -90,7 +90,7 @@ class Feed:
             for numbers in self.sequences(step)
         )
         for share, own in zip(parts, windows, strict=True):
-            yield self._on_device(self._tokens(share, own))
+            yield self._mixed(share, own)
 
     def sequences(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return of each sequence of a step's global batch its corpus and its window; two int64 arrays (global,)."""
@@ -102,8 +102,20 @@ class Feed:
         return draws_of_step(plan.seed, step, plan.batch.global_, data.weights, sizes)
 
     def target_count(self, step: int) -> float:
-        """Return how many targets the global batch has: in whole windows every token but the first is one."""
-        return self._plan.batch.global_ * self._plan.sequence
+        """Return how many targets the global batch has, or 1 where there are none.
+
+        In whole windows every token but the first is one, but for the beginnings of documents that are kept apart.
+        """
+        plan = self._plan
+        every = plan.batch.global_ * plan.sequence
+        if plan.documents == "plain":
+            return every
+        parts, windows = self.sequences(step)
+        first = [
+            self._train[part].document_starts(windows[parts == part], plan.sequence)[:, 1:].sum()
+            for part in np.unique(parts)
+        ]
+        return max(1, every - int(sum(first)))
 
     def validation_batches(self, part: int) -> Iterator[tuple[MicroBatch, int]]:
         """Yield this rank's validation batches of a corpus, `batch.micro` windows each, and how many rows count.
@@ -117,16 +129,25 @@ class Feed:
         for start in range(0, total, micro * ranks):
             first = start + self.rank * micro
             rows = [min(row, total - 1) for row in range(first, first + micro)]
-            yield self._on_device(file.batch(rows, plan.sequence)), max(0, min(micro, total - first))
+            yield self._on_device(*self._rows(file, rows)), max(0, min(micro, total - first))
 
-    def _tokens(self, parts: np.ndarray, windows: np.ndarray) -> torch.Tensor:
-        ids = torch.empty((len(windows), self._plan.sequence + 1), dtype=torch.int64)
+    def _mixed(self, parts: np.ndarray, windows: np.ndarray) -> MicroBatch:
+        shape = (len(windows), self._plan.sequence + 1)
+        ids, starts = torch.empty(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
         for part in np.unique(parts):
             rows = np.flatnonzero(parts == part)
-            ids[rows] = self._train[part].batch(windows[rows], self._plan.sequence)
-        return ids
+            ids[rows], starts[rows] = self._rows(self._train[part], windows[rows])
+        return self._on_device(ids, starts)
 
-    def _on_device(self, ids: torch.Tensor) -> MicroBatch:
-        batch = MicroBatch.of_windows(ids)
+    def _rows(self, file: TokenFile, windows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens of windows, and which of them begin a document that is kept apart."""
+        ids = file.batch(windows, self._plan.sequence)
+        if self._plan.documents == "plain":
+            return ids, torch.zeros_like(ids, dtype=torch.bool)
+        return ids, file.document_starts(windows, self._plan.sequence)
+
+    def _on_device(self, ids: torch.Tensor, starts: torch.Tensor) -> MicroBatch:
+        plain = self._plan.documents == "plain"
+        batch = MicroBatch.of_windows(ids) if plain else MicroBatch.of_documents(ids, starts)
         # From pageable memory a copy to a GPU makes the host wait for it.
         return (batch.pinned() if self._device.type == "cuda" else batch).to(self._device)

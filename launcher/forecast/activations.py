@@ -68,7 +68,10 @@ def activations(workload: Workload) -> Activations:
             evaluation=0,
         )
     tokens, element, low = workload.micro * workload.sequence, workload.element_bytes, workload.product_bytes
-    block = _block(workload, shape) * tokens
+    unmasked = _block(workload, shape) * tokens
+    # A boolean for each pair of tokens, and what every attention makes of them and keeps: a number to add to a score.
+    pairs = workload.micro * workload.sequence**2 if workload.documents_apart else 0
+    block = unmasked + low * pairs
     hidden = element * shape.width * tokens
     norm = hidden if shape.family == "gpt2" else _rms_norm(workload, shape) * tokens
     norm += low * shape.width * tokens if shape.family == "gpt2" or workload.autocast else 0
@@ -84,15 +87,18 @@ def activations(workload: Workload) -> Activations:
         block=block,
         kept=shape.layers * (hidden if workload.activation_checkpointing else block)
         + (copied.head + copied.block * (1 if workload.activation_checkpointing else shape.layers)),
-        ends=norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
+        ends=pairs + norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
         working=(low * widest + element * 2 * shape.width) * tokens,
         logits=0 if workload.fused_head else made,
         made=made,
         loss=loss,
         head_copies=_copies(workload, headed, shape.width, shape.vocabulary),
         block_copies=_copies(workload, tokens, shape.width, max(shape.ffn, 3 * shape.width)),
-        heap=_heap(workload, shape, block),
-        evaluation=(low * widest + element * 3 * shape.width) * tokens + copied.head + copied.block * shape.layers,
+        heap=_heap(workload, shape, unmasked),
+        evaluation=(low * widest + element * 3 * shape.width) * tokens
+        + (1 + low) * pairs
+        + copied.head
+        + copied.block * shape.layers,
     )
 
 
@@ -123,7 +129,9 @@ def _block(workload: Workload, shape: Shape) -> int:
         size = element * 2 * h + low * (6 * h + 2 * f) + 2 * _dropped(workload, shape) * h
     else:
         # Two norms; query, key, value and the output; gate, its SiLU, up and their product.
-        size = 2 * _rms_norm(workload, shape) + low * (2 * query + 2 * kv + 4 * f)
+        # With a mask keys and values are copied for every head (transformers, use_gqa_in_sdpa).
+        attended = query if workload.documents_apart else kv
+        size = 2 * _rms_norm(workload, shape) + low * (2 * query + 2 * attended + 4 * f)
         # Autocast makes a copy for each of the five layers that read what a norm has made.
         size += low * 5 * h if workload.autocast else 0
         if shape.qk_norm:

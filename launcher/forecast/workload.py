@@ -64,6 +64,8 @@ class Workload:
     """Our own loss; False: transformers'."""
     fused_head: bool = False
     """Whether the head and the loss are made in one, in chunks of tokens (models/fused_head.py)."""
+    documents_apart: bool = False
+    """Whether a mask keeps attention inside documents."""
     compile: bool = False
     products: str = ""
     """What matrices are multiplied in where that is not what the weights are in: `tf32`, by autocast `fp16`, `bf16`."""
@@ -105,6 +107,7 @@ def of(
     activation_checkpointing: bool = False,
     compile: bool = False,
     fused_head: bool = False,
+    documents_apart: bool = False,
     repairs: bool = True,
 ) -> Workload:
     """Return the workload of a DeepSpeed config; `precision` is the run key.
@@ -146,6 +149,7 @@ def of(
         overlap_comm=bool(section.get("overlap_comm", zero == 3)),
         compile=compile,
         fused_head=fused_head,
+        documents_apart=documents_apart,
         widened=kind.products == "fp16" and topology.accelerator == "cpu" and not compile and not multiplies_fp16(),
     )
 

@@ -58,6 +58,7 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
     unknown = [] if kind in OPTIMIZERS else [f"the optimizer {plan.deepspeed['optimizer']['type']}"]
     config, why = _nano_config(plan)
     unknown += [] if config or (family in _FAMILIES and not why) else [f"the model family {family}{why}"]
+    unknown += [] if plan.documents == "plain" else [f"documents={plan.documents}"]
     if unknown:
         return Question(cases=(), unknown=tuple(unknown))
     varied: dict[str, Any] = {

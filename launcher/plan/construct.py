@@ -55,11 +55,19 @@ class Source:
         return f"model=hf:{self.name}"
 
 
-def construct(source: Source, config: dict[str, Any], trust_remote_code: bool, *, fused_head: bool = False) -> Network:
+def construct(
+    source: Source,
+    config: dict[str, Any],
+    trust_remote_code: bool,
+    *,
+    fused_head: bool = False,
+    documents_apart: bool = False,
+) -> Network:
     """Construct a model on the meta device, and compare it with the weights where they lie here.
 
-    Raises RequestError for what cannot be constructed, for weights of another model, and for a head that cannot be
-    fused where `fused_head` asks for that.
+    Raises RequestError for what cannot be constructed, for weights of another model, for a head that cannot be fused
+    where `fused_head` asks for that, and for attention that cannot be kept inside documents where `documents_apart`
+    does.
     """
     # These load torch, which other plans do without.
     from halfstep.models import hf_config, hf_weights, network, observe, router
@@ -83,8 +91,12 @@ def construct(source: Source, config: dict[str, Any], trust_remote_code: bool, *
         multiplied_parameters=None if active is None else router.multiplied_parameters(model, active),
         attention_width=router.attention_width(model),
     )
-    if fused_head and not observe.observe(model).plain_head:
-        raise no_plain_head(source.where)
+    if fused_head or documents_apart:
+        seen, positions = observe.observe(model), observe.takes_positions(model)
+        if fused_head and not seen.plain_head:
+            raise no_plain_head(source.where)
+        if documents_apart and not (seen.common_attention and positions):
+            raise _no_documents(source.where, positions)
     return made
 
 
@@ -94,6 +106,15 @@ def no_plain_head(where: str) -> RequestError:
         "the loss cannot be made in this model's head: its logits are not a plain product of the head's weights",
         where=f"fused_head=true and {where}",
         fix="take fused_head=false; activation_checkpointing=true saves memory in every model",
+    )
+
+
+def _no_documents(where: str, positions: bool) -> RequestError:
+    reason = "its attention is not transformers' common one" if positions else "it takes no positions"
+    return RequestError(
+        f"attention cannot be kept inside documents in this model: {reason}",
+        where=f"documents=masked and {where}",
+        fix="take documents=plain, or another model",
     )
 
 

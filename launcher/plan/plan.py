@@ -130,6 +130,8 @@ class Plan:
     refused_by: list[dict[str, str]]
     fused_head: bool = False
     """Whether the head and the loss are one."""
+    documents: str = "plain"
+    """`masked` where attention stays inside documents."""
     keep_fp32: list[str] = field(default_factory=list)
     """Patterns of the modules that autocast leaves alone."""
     router_loss: float = 0.0
@@ -253,6 +255,8 @@ def run_id_of(tree: dict[str, Any]) -> str:
     for key in ("fused_head", "keep_fp32", "router_loss"):
         if not kept.get(key):
             kept.pop(key, None)
+    if kept.get("documents") == "plain":
+        del kept["documents"]
     if kept["model"].pop("active_parameters", None) not in (None, kept["model"]["parameters"]):
         kept["model"]["flops_per_token"] = None  # runs of mixtures are older than what is known of their FLOPs
     for section in kept["deepspeed"]["zero_optimization"].values():

@@ -36,6 +36,7 @@ def lines(plan: Plan) -> list[str]:
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
         f"data         {_data(data)}",
         *_parts(data, plan.batch.global_ * plan.steps),
+        *(["documents    apart: attention and positions stay within each"] if plan.documents == "masked" else []),
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}"
         + (f" in the last {plan.schedule.decay} steps" if plan.schedule.decay else ""),

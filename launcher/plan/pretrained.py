@@ -63,7 +63,8 @@ def read_model(spec: RunSpec) -> ModelFacts:
     _refuse_skipped_layers(config, spec, where)
     home = str(config_file.parent) if local else name
     source = Source(name=name, home=home, weights=home if has_weights else None, local=local)
-    network = construct(source, config, spec.trust_remote_code, fused_head=spec.fused_head)
+    apart = spec.documents == "masked"
+    network = construct(source, config, spec.trust_remote_code, fused_head=spec.fused_head, documents_apart=apart)
     return ModelFacts(
         config=config,
         network=network,

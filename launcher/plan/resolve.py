@@ -95,6 +95,7 @@ def _decided(
         "activation_checkpointing": spec.activation_checkpointing,
         "compile": spec.compile,
         "fused_head": spec.fused_head,
+        "documents": spec.documents,
         "keep_fp32": list(spec.keep_fp32),
         "router_loss": router_loss,
         "trust_remote_code": spec.trust_remote_code,

@@ -38,6 +38,7 @@ _PLANNED = {
     "compile": "compiled",
     "activation_checkpointing": "activation checkpointing",
     "fused_head": "head and loss in one",
+    "documents": "documents",
     "router_loss": "coefficient of the routers' loss",
     "data.digest": "corpus",
     "data.validation_windows": "validation sequences",

@@ -46,8 +46,10 @@ def saved(shape: Shape, workload: Workload) -> int:
         return tensor
 
     tokens = torch.arange(workload.micro * workload.sequence).reshape(workload.micro, -1) % shape.vocabulary
+    places = torch.arange(workload.sequence).remainder(workload.sequence // 2).expand(workload.micro, -1)
+    documents = {"position_ids": places} if workload.documents_apart else {}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        logits = model(input_ids=tokens).logits
+        logits = model(input_ids=tokens, **documents).logits
     assert logits.shape[-1] == shape.vocabulary
     return sum(kept.values())
 
@@ -66,6 +68,21 @@ def test_a_block_keeps_what_the_planner_says(preset: str, dropout: float, precis
     (two, predicted), (four, more) = sizes
     assert (four - two) / 2 == pytest.approx((more.kept - predicted.kept) / 2, rel=0.03)
     assert four == pytest.approx(more.kept + more.ends, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano"])
+def test_every_attention_keeps_a_mask_of_documents_and_what_it_cannot_do_with_one(preset: str, precision: str) -> None:
+    shape = shapes.shape_of(PRESETS[preset], layers=3, vocabulary=96, dropout=0.0)
+    plain = make(shape, precision=precision)
+    masked = dataclasses.replace(plain, documents_apart=True)
+    pairs, element = 2 * 64 * 64, 4 if precision == "fp32" else 2
+    copied = 2 * (shape.heads - shape.kv_heads) * shape.head_dim * 2 * 64  # keys and values, for every head
+    assert (copied > 0) == (preset == "llama-nano")
+    assert activations(masked).kept - activations(plain).kept == 3 * element * (pairs + copied)
+    assert activations(masked).ends - activations(plain).ends == pairs  # one boolean for each, for all layers
+    angles = 2 * element * (2 * 64 - 64) * shape.head_dim if preset == "llama-nano" else 0  # of every row's positions
+    assert saved(shape, masked) - saved(shape, plain) == 3 * element * (pairs + copied) + angles
 
 
 @pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano"])
