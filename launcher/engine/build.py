@@ -111,6 +111,26 @@ def _embeddings_left_to_adam(model: PreTrainedModel) -> Iterator[None]:
         module.set_optimizer_flags = own
 
 
+def learn_gathering_anew(engine: Engine) -> None:
+    """Let stage 3 forget the order of the forward passes so far; call where training begins. Other stages have none.
+
+    What may be given back after a module is worked out once and kept for the process, whatever becomes of the order
+    that it was worked out from (partitioned_param_coordinator.py, __params_to_release, an lru_cache). Of a forward pass
+    alone nothing is needed again, so that after an evaluation every weight would be gathered twice in all later
+    micro-steps, where a model as small as `stage3_max_live_parameters` can stay for its backward pass.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    coordinator: Any = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    kept: Any = type(coordinator)._PartitionedParameterCoordinator__params_to_release
+    for cell in kept.__closure__ or ():  # a wrapper that measures is around it
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
 def is_compiled(engine: Engine) -> bool:
     """Tell whether the engine's blocks are compiled."""
     return any(hasattr(block.forward, "_torchdynamo_orig_callable") for block in blocks(engine.module).values())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfstep.launcher.checkpoint.store import folder_name
+from halfstep.launcher.engine.build import learn_gathering_anew
 from halfstep.launcher.engine.feed import Lookahead
 from halfstep.launcher.engine.meter import StepMeter
 from halfstep.launcher.engine.ranks.distributed import gather_objects
@@ -30,6 +31,7 @@ def train(run: Training) -> None:
     engine, plan, feed, guard, saver = run.engine, run.plan, run.feed, run.guard, run.saver
     readings, meter, accumulation = Readings(engine, plan), StepMeter(run), plan.batch.accumulation
     _begin(run)
+    learn_gathering_anew(engine)
     batches = Lookahead(feed, range(run.done + 1, plan.steps + 1), engine.device)
     engine.train()
     for step in range(run.done + 1, plan.steps + 1):

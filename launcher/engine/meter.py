@@ -14,7 +14,7 @@ from halfstep.launcher.system import clock
 
 _COUNTED = 5
 """The step whose traffic is counted: its time is not averaged yet (metrics/derive.py), and by then stage 3 has learnt
-the order of modules again that the evaluation before the first step had made it forget."""
+the order of modules (engine/build.py)."""
 
 
 class StepMeter:

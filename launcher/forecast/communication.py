@@ -59,8 +59,9 @@ def volume(workload: Workload, layout: Layout) -> Volume:
 
     With psi parameters, g micro-steps, and w and d bytes of a weight and of a gradient on the wire: stage 0 sends
     2 psi d; stage 1 2 psi d + psi w, because `allreduce_and_scatter` (stage_1_and_2.py) ends in a real all-reduce;
-    stage 2 (2 g psi d + psi w), for it reduces at every micro-step; stage 3 g (2 psi w + psi d), once it has evaluated
-    (docs/deepspeed.md, 9), and a third gathering where blocks are recomputed by reentrant checkpointing. FSDP gathers
+    stage 2 (2 g psi d + psi w), for it reduces at every micro-step; stage 3 g (2 psi w + psi d), g (psi w + psi d)
+    where all weights may stay from the forward to the backward pass (engine/build.py), and a third gathering where
+    blocks are recomputed by reentrant checkpointing. FSDP gathers
     and reduces at every micro-step as stage 3 does; with SHARD_GRAD_OP it gathers once for forward and backward.
     """
     if workload.ranks * layout.context == 1:
@@ -83,7 +84,9 @@ def volume(workload: Workload, layout: Layout) -> Volume:
         if layout.quantized:
             hidden = g * psi * (weight * _QUANTIZED_GATHER + gradient * _QUANTIZED_REDUCE)
             return Volume(hidden_bytes=hidden, node_bytes=g * psi * weight, calls=3 * g * layers)
-        gathers = 3 if layout.reentrant and workload.activation_checkpointing else 2
+        # The first weights come again when all others have been used twice.
+        stay = workload.parameters <= min(workload.max_live_parameters, workload.max_reuse_distance / 2)
+        gathers = 3 if layout.reentrant and workload.activation_checkpointing else 1 if stay else 2
         return Volume(hidden_bytes=g * psi * (gathers * weight + gradient), calls=(gathers + 1) * g * layers)
     reduced = 2 * psi * gradient * (g if workload.zero == 2 else 1)
     calls = buckets * (g if workload.zero == 2 else 1)

@@ -71,7 +71,7 @@ def held(plan: Plan) -> dict[str, int]:
     """Return the bytes of tensors that live between micro-steps, before the step and after it."""
     import torch
 
-    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.build import build, learn_gathering_anew
     from halfstep.launcher.engine.ranks.traffic import Traffic
 
     gc.collect()
@@ -80,8 +80,9 @@ def held(plan: Plan) -> dict[str, int]:
     engine, repairs = build(plan)
     seen = {"built": _bytes() - before}
     engine.eval()
-    with torch.no_grad():  # as every run does; stage 3 sends more from then on (docs/deepspeed.md, 9)
+    with torch.no_grad():  # as every run does; stage 3 would send more from then on (docs/deepspeed.md, 9)
         engine(input_ids=torch.zeros(1, plan.sequence, dtype=torch.long))
+    learn_gathering_anew(engine)
     engine.train()
     _train(engine, plan, repairs, lambda moment: seen.update({moment: _bytes() - before}))
     seen["at rest"] = _bytes() - before
