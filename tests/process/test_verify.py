@@ -80,6 +80,7 @@ def test_stock_deepspeed_fails_exactly_at_stage_0_in_half_precision(scratch: Pat
     assert sorted((scratch / "cache").rglob("*.json")) == before, "what is known to be wrong is no verdict"
 
 
+@pytest.mark.full
 def test_a_family_that_no_preset_has_is_proved_without_a_file_of_a_hub(scratch: Path) -> None:
     chosen = ["family=qwen3_moe", "zero=3", "precision=fp16", "world_size=1"]
     code, result = verify(scratch, "--all", "--only", *chosen)
