@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data import encode, progress_bar, readers, tokenizer
 from halfstep.launcher.data.prepare import prepare
 from halfstep.launcher.data.show import inspect, render
 from halfstep.launcher.data.tokens import TokenFile
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.plan.facts import read_data
 
 TEXTS = [python_inspect.getsource(module) for module in (json.decoder, random, textwrap, python_inspect)]
 TEXT_FILE = Path(json.decoder.__file__)
