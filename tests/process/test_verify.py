@@ -39,9 +39,9 @@ def test_every_cell_trains_the_same_model(default: tuple[int, dict[str, Any]]) -
     code, result = default
     assert failed(result) == set()
     assert (code, result["ok"], result["not_run"]) == (0, True, [])
-    assert len(result["cells"]) == 60
+    assert len(result["cells"]) == 76
     assert {(cell["zero"], cell["precision"]) for cell in result["cells"]} == {
-        (zero, precision) for zero in range(4) for precision in ("fp32", "fp16", "bf16")
+        (zero, precision) for zero in range(4) for precision in ("fp32", "fp16", "bf16", "fp16-autocast", "bf16-autocast")
     }
     for cell in result["cells"]:
         assert set(FIELDS) <= set(cell)
@@ -53,7 +53,7 @@ def test_every_cell_trains_the_same_model(default: tuple[int, dict[str, Any]]) -
 def test_repairs_are_active_exactly_where_they_are_needed(default: tuple[int, dict[str, Any]]) -> None:
     for cell in default[1]["cells"]:
         needed = []
-        if cell["zero"] == 0 and cell["precision"] != "fp32":
+        if cell["zero"] == 0 and cell["precision"] in ("fp16", "bf16"):
             scaling = ["unscaled-loss"] * (cell["precision"] == "fp16")
             needed = ["false-optimizer-step", *scaling, "half-precision-accumulation"]
         assert cell["repairs"] == needed
@@ -64,7 +64,7 @@ def test_the_verdict_is_stored_with_versions_and_hardware(default: tuple[int, di
     stored = json.loads(file.read_text())
     assert stored["conditions"] == default[1]["conditions"]
     assert {"torch", "deepspeed", "transformers", "halfstep"} <= set(stored["conditions"]["versions"])
-    assert len(stored["cells"]) == 60
+    assert len(stored["cells"]) == 76
 
 
 def test_stock_deepspeed_fails_exactly_at_stage_0_in_half_precision(scratch: Path) -> None:
