@@ -41,7 +41,9 @@ def test_every_cell_trains_the_same_model(default: tuple[int, dict[str, Any]]) -
     assert (code, result["ok"], result["not_run"]) == (0, True, [])
     assert len(result["cells"]) == 76
     assert {(cell["zero"], cell["precision"]) for cell in result["cells"]} == {
-        (zero, precision) for zero in range(4) for precision in ("fp32", "fp16", "bf16", "fp16-autocast", "bf16-autocast")
+        (zero, precision)
+        for zero in range(4)
+        for precision in ("fp32", "fp16", "bf16", "fp16-autocast", "bf16-autocast")
     }
     for cell in result["cells"]:
         assert set(FIELDS) <= set(cell)
