@@ -29,7 +29,8 @@ def lines(plan: Plan) -> list[str]:
         f"model        {model.name}: {_parameters(model)}, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
         f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
         *([f"routers      their auxiliary loss x {plan.router_loss:g} is added"] if plan.router_loss else []),
-        f"cell         zero={plan.zero} precision={plan.precision}",
+        f"cell         zero={plan.zero} precision={plan.precision}"
+        + (f", {', '.join(plan.keep_fp32)} in fp32" if plan.keep_fp32 else ""),
         f"batch        {plan.batch.equation()}",
         *([f"             micro-batch {plan.batch.micro}: {plan.micro_because}"] if plan.micro_because else []),
         f"sequence     {plan.sequence} tokens; {plan.batch.global_ * plan.sequence:,} tokens a step",

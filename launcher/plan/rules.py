@@ -80,7 +80,7 @@ RULES: tuple[Rule, ...] = (
         name="fp32-modules-need-autocast",
         sentence="modules can stay in fp32 only where the weights are in fp32 and autocast multiplies in 16 bits",
         broken=lambda c: bool(c.spec.keep_fp32) and not precisions.of(c.spec.precision).autocast,
-        where=keys("keep_fp32", "precision"),
+        where=lambda c: f"keep_fp32={','.join(c.spec.keep_fp32)} precision={c.spec.precision}",
         fix="take precision=bf16-autocast or fp16-autocast, or drop keep_fp32",
     ),
     Rule(
