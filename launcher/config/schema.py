@@ -230,8 +230,8 @@ class RunSpec(_Section):
     @field_validator("keep_fp32", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        """Take `a,b` of a command line for the list it means."""
-        return [name.strip() for name in value.strip("[] ").split(",")] if isinstance(value, str) else value
+        """Take `a,b` or `["a", "b"]` of a command line for the list it means."""
+        return [name.strip(" '\"") for name in value.strip("[] ").split(",")] if isinstance(value, str) else value
 
     offload: Literal["none", "optimizer-cpu", "cpu", "nvme"] = "none"
     """What moves off the device: nothing, optimizer states, those and weights, or both to NVMe."""

@@ -101,8 +101,8 @@ def test_a_table_in_a_run_file_says_the_same_as_two_words(tmp_path: Path) -> Non
     file = tmp_path / "run.toml"
     file.write_text('model = "gpt2-nano"\n[precision]\nname = "bf16-autocast"\nkeep_fp32 = ["ln_f", "lm_head"]\n')
     table = load([str(file)], data=False)
-    for spelling in ("precision.keep_fp32", "keep_fp32"):
-        typed = load(["model=gpt2-nano", "precision=bf16-autocast", f"{spelling}=[ln_f,lm_head]"], data=False)
+    for spelling in ("precision.keep_fp32=ln_f,lm_head", "keep_fp32=[ln_f,lm_head]", 'keep_fp32=["ln_f", "lm_head"]'):
+        typed = load(["model=gpt2-nano", "precision=bf16-autocast", spelling], data=False)
         assert typed.spec == table.spec
     assert table.spec.keep_fp32 == ("ln_f", "lm_head")
 
