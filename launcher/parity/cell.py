@@ -14,6 +14,7 @@ from halfstep.launcher import topology
 from halfstep.launcher.config.digest import canonical
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.parity.case_plan import plan_of
 from halfstep.launcher.parity.cases import (
     GRID,
     MOST_RANKS,
@@ -22,7 +23,6 @@ from halfstep.launcher.parity.cases import (
     VOCABULARY,
     Case,
     cases_of,
-    plan_of,
 )
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.plan import Plan

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from halfstep.launcher import fault_injection, topology
 from halfstep.launcher.errors import HalfstepError
-from halfstep.launcher.parity.cases import POISON, Case, plan_of
+from halfstep.launcher.parity.case_plan import plan_of
+from halfstep.launcher.parity.cases import POISON, Case
 
 if TYPE_CHECKING:
     from halfstep.launcher.parity.trial import Series

@@ -23,7 +23,8 @@ CELLS = {(0, "fp16"): "FP16_Optimizer", (0, "bf16"): "FP16_Optimizer", (0, "fp32
 def rank_main() -> None:
     """Train stage 0 under a DeepSpeed that scales, then cells with the optimizer of a GPU; the reference judges."""
     from halfstep.launcher import fault_injection, topology
-    from halfstep.launcher.parity.cases import POISON, Case, plan_of
+    from halfstep.launcher.parity.case_plan import plan_of
+    from halfstep.launcher.parity.cases import POISON, Case
 
     rank = topology.from_environment()
     topology.prepare_environment(rank)

@@ -15,7 +15,7 @@ from halfstep.launcher.engine.loop import train
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.numerics.repair import Repairs
 from halfstep.launcher.engine.training import Training
-from halfstep.launcher.parity import cases
+from halfstep.launcher.parity import case_plan
 from halfstep.launcher.parity.cases import Case
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
 from halfstep.launcher.topology import Topology
@@ -96,7 +96,7 @@ class Masked:
 def test_every_target_of_a_step_counts_the_same_however_they_are_spread_over_micro_batches() -> None:
     case = Case(zero=0, precision="fp32", accumulation=2, clip=0.0, world_size=1, optimizer="sgd", family="gpt2")
     plan = replace(
-        cases.plan_of(case, Topology(world_size=1, ranks_per_node=1, accelerator="cpu"), repairs=True), steps=1
+        case_plan.plan_of(case, Topology(world_size=1, ranks_per_node=1, accelerator="cpu"), repairs=True), steps=1
     )
     engine, feed = Engine(accumulation=2, peak=plan.schedule.peak), Masked()
     records: list[StepRecord] = []

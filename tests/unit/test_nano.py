@@ -12,7 +12,8 @@ from halfstep.launcher import topology
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.config.load import load
 from halfstep.launcher.parity import cases, gate, verdict
-from halfstep.launcher.parity.cases import Case, plan_of
+from halfstep.launcher.parity.case_plan import plan_of
+from halfstep.launcher.parity.cases import Case
 from halfstep.launcher.parity.cell import question_of
 from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.plan import Plan
