@@ -125,8 +125,9 @@ def learn_gathering_anew(engine: Engine) -> None:
     coordinator: Any = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
-    kept: Any = type(coordinator)._PartitionedParameterCoordinator__params_to_release
-    for cell in kept.__closure__ or ():  # a wrapper that measures is around it
+    # Another version may have no such cache; one that has it wraps it in what measures.
+    kept = getattr(type(coordinator), "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(kept, "__closure__", None) or ():
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
 
