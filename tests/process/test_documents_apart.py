@@ -8,8 +8,6 @@ engine's logits. It writes what it saw to rank-N.json in the folder that holds t
 import functools
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import environment
+from ranks import reported_by_two
 
 pytestmark = [pytest.mark.process, pytest.mark.full]
 LENGTHS = [3, 40, 1, 1, 17, 9, 70, 5, 5, 30] * 12
@@ -150,22 +148,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> list[dict[
     with open_writer(out / "corpus", np.dtype(np.uint16)) as writer:
         for length in LENGTHS:
             writer.add_document(drawn.integers(0, 64, length, dtype=np.uint16))
-    root = Path(__file__).resolve().parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
-    paths = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(out / "corpus")],
-        env={**environment(scratch), **paths},
-        cwd=out,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return reported_by_two(__file__, out, scratch)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -187,6 +170,6 @@ def test_an_edited_token_moves_no_logit_of_another_document(ranks: list[dict[str
 
 
 if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]))
+    rank_main(Path(sys.argv[1]) / "corpus")
     sys.stdout.flush()
     os._exit(0)  # as in launcher/train.py: taking Python down beside gloo's threads can abort

@@ -8,14 +8,13 @@ import hashlib
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fakes.experts import BIAS, ROUTED
+from ranks import reported_by_two
 
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.models.loss import next_token_loss
@@ -240,24 +239,9 @@ def refusals(out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> list[dict]:
     out = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).resolve().parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
-    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_SIZE"}
-    environment |= {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-    }
-    done = subprocess.run(
-        [*command, str(out)], env=environment, cwd=out, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return reported_by_two(__file__, out, scratch)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -6,8 +6,6 @@ Run by torchrun, this file is the program of a rank: it writes what it held to r
 import gc
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import environment
+from ranks import reported_by_two
 
 from halfstep.launcher.forecast import communication, states
 from halfstep.launcher.forecast.parallelism import Layout
@@ -152,23 +150,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Callable[.
         if "found" not in cache:
             folder = tmp_path_factory.mktemp("states")
             (folder / "plans.json").write_text(json.dumps([plan.to_dict() for plan in plans]))
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-            paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-            ours = {**environment(scratch), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-            ours["TORCHDYNAMO_DISABLE"] = "1"  # what Muon compiles keeps no bytes, and takes long
-            done = subprocess.run(
-                [*command, __file__, str(folder)],
-                env=ours,
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-            cache["found"] = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+            # What Muon compiles keeps no bytes, and takes long.
+            cache["found"] = reported_by_two(__file__, folder, scratch, TORCHDYNAMO_DISABLE="1")
         return cache["found"]
 
     return measured

@@ -8,8 +8,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from fakes.mixtures import MIXTURES
 from process.conftest import BIN, Outcome
 from process.conftest import WORDS as RUN
 from process.test_host_share import Operators, Waits
-from ranks import environment
+from ranks import reported_by_two
 
 from halfstep.launcher.checkpoint import store
 from halfstep.launcher.checkpoint.manifest import read
@@ -179,22 +177,7 @@ def write_folders(home: Path, vocabulary: int) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("mixtures")
     write_folders(out, VOCABULARY)
-    root = Path(__file__).resolve().parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
-    paths = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(out)],
-        env={**environment(scratch), **paths},
-        cwd=out,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return reported_by_two(__file__, out, scratch)
 
 
 def test_transformers_alone_has_a_loss_and_a_gradient_that_the_routers_change(ranks: list[dict[str, Any]]) -> None:
