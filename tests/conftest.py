@@ -25,6 +25,13 @@ settings.register_profile("halfstep", deadline=None)
 settings.load_profile("halfstep")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_this_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let no measured CPU, device table or site of whoever runs the tests change a plan."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    os.environ.pop("HALFSTEP_SITE", None)
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Return a prepared folder with 100,000 training and 5,000 validation tokens and a vocabulary of 4096."""

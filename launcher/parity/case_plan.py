@@ -45,6 +45,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool, for_the_reference:
         f"compile={str(case.compile).lower()}",
         f"fused_head={str(case.fused_head).lower()}",
         *([f"keep_fp32={json.dumps(case.keep_fp32)}"] if case.keep_fp32 else []),
+        f"documents={case.documents}",
         f"numerics.repairs={str(repairs).lower()}",
         *case.keys,
     ]

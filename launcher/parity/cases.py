@@ -60,6 +60,8 @@ class Case:
     compile: bool = False
     fused_head: bool = False
     keep_fp32: tuple[str, ...] = ()
+    documents: str = "plain"
+    """masked: sequences of several documents, and micro-batches with unequal numbers of targets."""
     keys: tuple[str, ...] = ()
     """DeepSpeed keys that change the arithmetic, as words of a command line, in their order."""
     config: str = ""
@@ -91,6 +93,7 @@ class Case:
         extra += ", compiled" if self.compile else ""
         extra += ", fused head" if self.fused_head else ""
         extra += f", fp32 in {' '.join(self.keep_fp32)}" if self.keep_fp32 else ""
+        extra += "" if self.documents == "plain" else f", documents {self.documents}"
         extra += "".join(f", {word.removeprefix('ds.')}" for word in self.keys)
         clip = f"clip {self.clip:g}" if self.clip else "no clip"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
@@ -121,7 +124,7 @@ def every_case() -> list[Case]:
         )
     ]
     once = _cells(_CHECKPOINTED) + _cells(_COMPILED) + _cells(_FUSED_HEAD)
-    return [*cases, *once, *autocast_cases(), *conditional_cases(), *family_cases()]
+    return [*cases, *once, *autocast_cases(), *conditional_cases(), *document_cases(), *family_cases()]
 
 
 def autocast_cases() -> list[Case]:
@@ -163,6 +166,12 @@ def conditional_cases() -> list[Case]:
         for zero in stages
         if row["world_size"] > 1 or "hpz" not in str(varied)
     ]
+
+
+def document_cases() -> list[Case]:
+    """Return every cell with documents that are kept apart and targets that are left out, on one rank and on two."""
+    rows = [{**row, "documents": "masked"} for row in (*VARIED, _LLAMA)]
+    return [case for row in rows for case in _cells(row)]
 
 
 FAMILIES: tuple[dict[str, Any], ...] = (
@@ -218,11 +227,12 @@ _FUSED_HEAD: dict[str, Any] = {
     "activation_checkpointing": False,
     "fused_head": True,
 }
+_LLAMA: dict[str, Any] = {"accumulation": 1, "clip": 0.0, "world_size": 2, "optimizer": "adamw", "family": "llama"}
 _DEFAULT: list[dict[str, Any]] = [
     {"accumulation": 1, "clip": 0.0, "world_size": 1, "optimizer": "adamw", "family": "gpt2"},
     {"accumulation": 2, "clip": BINDING_CLIP, "world_size": 2, "optimizer": "adamw", "family": "gpt2"},
     {"accumulation": 2, "clip": BINDING_CLIP, "world_size": 1, "optimizer": "sgd", "family": "llama"},
-    {"accumulation": 1, "clip": 0.0, "world_size": 2, "optimizer": "adamw", "family": "llama"},
+    _LLAMA,
     _CHECKPOINTED,
 ]
 

@@ -58,7 +58,6 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
     unknown = [] if kind in OPTIMIZERS else [f"the optimizer {plan.deepspeed['optimizer']['type']}"]
     config, why = _nano_config(plan)
     unknown += [] if config or (family in _FAMILIES and not why) else [f"the model family {family}{why}"]
-    unknown += [] if plan.documents == "plain" else [f"documents={plan.documents}"]
     if unknown:
         return Question(cases=(), unknown=tuple(unknown))
     varied: dict[str, Any] = {
@@ -66,6 +65,7 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         "compile": plan.compile,
         "fused_head": plan.fused_head,
         "keep_fp32": tuple(plan.keep_fp32),
+        "documents": plan.documents,
         "activation_checkpointing": plan.activation_checkpointing,
         "family": family,
         "config": config,
@@ -132,6 +132,7 @@ def _is_plain(precision: str, varied: dict[str, Any], offload: str) -> bool:
         offload == "none"
         and precision in GRID
         and varied["optimizer"] in ("adamw", "sgd")
+        and varied["documents"] == "plain"
         and not (varied["compile"] or varied["fused_head"] or varied["keys"] or varied["config"])
     )
 

@@ -33,6 +33,9 @@ _FIRST_UPDATE_COMPILED = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.1}
 """What a compiler has made one kernel of is rounded once and not after every operator, which turns more signs. With
 TORCHINDUCTOR_EMULATE_PRECISION_CASTS=1, which rounds where eager does, 0.012 became 0.0002 (fp16), 0.064 0.013 (bf16).
 """
+_FIRST_UPDATE_DOCUMENTS = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}
+"""The reference reads each document by itself, whose gradients it adds up in 16 bits; measured 0.029 and 0.058."""
+ORACLE, STAGE_1 = "oracle", "stage 1"
 _NOT_A_NUMBER = 1e9
 """Stands for a deviation that is no number, so that every result is JSON and fails."""
 
@@ -44,7 +47,7 @@ class Deviation:
     measure: str
     """loss, grad_norm, first_update (relative); optimizer_steps, loss_scale, skipped (count of differences)."""
     against: str
-    """`oracle` or `stage 1`."""
+    """ORACLE or STAGE_1."""
     value: float
     tolerance: float
     step: int | None
@@ -83,6 +86,8 @@ def deviations(case: Case, series: Series, reference: Series, against: str) -> l
     allowed = coarser.get("first_update", first_update)
     if case.compile:
         allowed = max(allowed, _FIRST_UPDATE_COMPILED[precision])
+    if case.documents == "masked" and against == ORACLE:
+        allowed = max(allowed, _FIRST_UPDATE_DOCUMENTS[precision])
     return [*compared, _relative("first_update", against, [apart], allowed)]
 
 

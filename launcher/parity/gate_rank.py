@@ -61,9 +61,9 @@ def main(job_file: Path) -> None:
 def _row(case: Case, series: "Series", oracle: "Series", stage_1: "Series | None") -> dict[str, Any]:
     from halfstep.launcher.parity import distance
 
-    compared = distance.deviations(case, series, oracle, "oracle")
+    compared = distance.deviations(case, series, oracle, distance.ORACLE)
     if stage_1 is not None and stage_1 is not series:
-        compared += distance.deviations(case, series, stage_1, "stage 1")
+        compared += distance.deviations(case, series, stage_1, distance.STAGE_1)
     worst = distance.worst(compared)
     return {
         **dataclasses.asdict(case),

@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import gc
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -29,9 +30,14 @@ from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import StepRecord
 from halfstep.models import network as model_build
 from halfstep.models.islands import keep_in_fp32
+from halfstep.models.loss import IGNORED
 from halfstep.models.micro_batch import MicroBatch
 from halfstep.models.router import Objective, WithRouterLoss
 
+_DOCUMENTS_A_TOKEN = 0.08
+"""How likely a document begins with a token, where they are kept apart: two or three in a sequence of 32."""
+_STEPS_WITH_NOTHING = 5
+"""Steps between those whose first sequences have nothing to predict."""
 _OPTIONS = ("betas", "eps", "momentum")
 """Of an optimizer, beside the learning rate and the weight decay: named alike by DeepSpeed, torch and the reference."""
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,6 +58,35 @@ class Series:
     repairs: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one rank reads in one micro-step; all tensors are (micro, sequence + 1)."""
+
+    rank: int
+    tokens: Tensor
+    starts: Tensor
+    """Where a document begins that is kept apart from what is before it."""
+    judged: Tensor
+    """Which tokens are to be predicted."""
+
+    def batch(self) -> MicroBatch:
+        """Return it as the training loop has it: documents side by side in their rows."""
+        whole = MicroBatch.of_documents(self.tokens, self.starts)
+        return replace(whole, targets=whole.targets.masked_fill(~self.judged[:, 1:], IGNORED))
+
+    def documents(self) -> list[MicroBatch]:
+        """Return each document by itself, with nothing beside it that it could see; rows where there are none."""
+        if not self.starts.any():
+            return [self.batch()]
+        alone = []
+        for tokens, starts, judged in zip(self.tokens, self.starts, self.judged, strict=True):
+            borders = sorted({0, len(tokens), *starts.nonzero().flatten().tolist()})
+            for first, end in itertools.pairwise(borders):
+                own, kept = tokens[None, first:end], judged[None, first + 1 : end]
+                alone.append(MicroBatch(own[:, :-1], own[:, 1:].masked_fill(~kept, IGNORED)))
+        return [document for document in alone if document.target_count] or [self.batch()]
+
+
 class SyntheticFeed:
     """Sequences that can be learnt, from the step's number alone: a random walk with small positive strides."""
 
@@ -60,20 +95,31 @@ class SyntheticFeed:
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of a step, dealt out as `engine.feed.Feed` does."""
-        for share in self.shares(step)[:, self.rank]:
-            yield MicroBatch.of_windows(share).to(self._device)
+        for share in self.shares(step):
+            if share.rank == self.rank:
+                yield share.batch().to(self._device)
 
     def target_count(self, step: int) -> float:
         """Return how many targets the global batch has."""
-        return self._plan.batch.global_ * self._plan.sequence
+        return sum(share.batch().target_count for share in self.shares(step))
 
-    def shares(self, step: int) -> Tensor:
-        """Return the global batch, (accumulation, ranks, micro, sequence + 1) token ids."""
-        batch = self._plan.batch
+    def shares(self, step: int) -> list[Share]:
+        """Return the global batch, micro-step by micro-step and rank by rank."""
+        batch, shape = self._plan.batch, (self._plan.batch.global_, self._plan.sequence + 1)
         random = torch.Generator().manual_seed(1000 + step)
-        strides = torch.randint(1, 4, (batch.global_, self._plan.sequence + 1), generator=random)
-        tokens = strides.cumsum(dim=1) % self._plan.model.vocabulary
-        return tokens.reshape(batch.accumulation, batch.ranks, batch.micro, -1)
+        tokens = torch.randint(1, 4, shape, generator=random).cumsum(dim=1) % self._plan.model.vocabulary
+        starts, judged = torch.zeros(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
+        if self._plan.documents == "masked":
+            starts = torch.rand(shape, generator=random) < _DOCUMENTS_A_TOKEN
+            # Rows differ in how much of them counts, and with them micro-batches and ranks; in one micro-batch of four,
+            # now and then, nothing does.
+            judged = torch.rand(shape, generator=random) < torch.rand((shape[0], 1), generator=random)
+            judged[: shape[0] // 4] &= step % _STEPS_WITH_NOTHING > 0
+        dealt = [part.reshape(-1, batch.micro, shape[1]) for part in (tokens, starts, judged)]
+        return [
+            Share(rank=number % batch.ranks, tokens=own, starts=begin, judged=counted)
+            for number, (own, begin, counted) in enumerate(zip(*dealt, strict=True))
+        ]
 
     def validation_batches(self, part: int) -> Iterator[tuple[MicroBatch, int]]:
         """Yield nothing: the gate looks at training."""
@@ -203,23 +249,20 @@ def on_the_reference(plan: Plan) -> Series:
     series = Series()
     for step in range(1, plan.steps + 1):
         # (accumulation, rank) share by share, and the poison where the fault puts it: on rank 0.
-        shares = [
-            (MicroBatch.of_windows(share).to(device), rank)
-            for part in feed.shares(step)
-            for rank, share in enumerate(part)
-        ]
-        mean_count = sum(batch.target_count for batch, _ in shares) / len(shares)
+        shares = feed.shares(step)
+        mean_count = feed.target_count(step) / len(shares)
 
-        def loss_of(
-            model: nn.Module, share: tuple[MicroBatch, int], step: int = step, mean_count: float = mean_count
-        ) -> Tensor:
-            batch, rank = share
+        def loss_of(model: nn.Module, share: Share, step: int = step, mean_count: float = mean_count) -> Tensor:
             asked = WithRouterLoss(model) if plan.router_loss else model
-            with autocast():
-                language = batch.loss(batch.logits(asked)) * (batch.target_count / mean_count)
+            language = torch.zeros((), device=device)
+            # Routers are judged by rows, as they see them.
+            for document in [share.batch()] if plan.router_loss else share.documents():
+                part = document.to(device)
+                with autocast():
+                    language = language + part.loss(part.logits(asked), reduction="sum") / mean_count
             router = asked.router_loss if isinstance(asked, WithRouterLoss) else None
             loss = Objective.of(language, router, plan.router_loss).total
-            return loss * math.nan if step == POISONED_STEP and rank == 0 else loss
+            return loss * math.nan if step == POISONED_STEP and share.rank == 0 else loss
 
         done = trainer.step(shares, loss_of, plan.schedule.learning_rate(step))
         series.loss.append(done.loss if math.isfinite(done.loss) else None)

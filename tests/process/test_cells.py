@@ -51,9 +51,18 @@ def test_a_cell_trains_and_leaves_every_field(cell: Cell, zero: int, precision: 
 @pytest.mark.parametrize(("zero", "precision"), [*CELLS, *AUTOCAST])
 def test_a_cells_memory_was_predicted(cell: Cell, zero: int, precision: str) -> None:
     summary = cell(zero, precision).json("summary.json")
-    assert summary["predicted_peak_bytes"] == cell(zero, precision).json("plan.json")["memory"]["predicted_peak_bytes"]
-    assert summary["peak_memory_bytes"] == pytest.approx(summary["predicted_peak_bytes"], rel=0.05)
+    planned = cell(zero, precision).json("plan.json")["memory"]
+    assert summary["predicted_peak_bytes"] == planned["predicted_peak_bytes"]
+    # A resident size differs by some megabytes from one process to the next: the plan's band, as docs/planner.md has it.
+    assert planned["predicted_low_bytes"] <= summary["peak_memory_bytes"] <= planned["predicted_high_bytes"]
+    assert planned["predicted_high_bytes"] == pytest.approx(1.07 * planned["predicted_peak_bytes"], rel=1e-6)
     assert summary["peak_host_bytes"] == pytest.approx(summary["peak_memory_bytes"], rel=0.01), "both the resident size"
+
+
+def test_the_memory_of_all_cells_was_predicted_within_three_percent_on_average(cell: Cell) -> None:
+    summaries = [cell(zero, precision).json("summary.json") for zero, precision in CELLS]
+    errors = [abs(each["peak_memory_bytes"] / each["predicted_peak_bytes"] - 1) for each in summaries]
+    assert sum(errors) / len(errors) < 0.03, errors
 
 
 @pytest.mark.parametrize(("zero", "precision"), [*CELLS, *AUTOCAST])

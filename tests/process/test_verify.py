@@ -82,6 +82,17 @@ def test_stock_deepspeed_fails_exactly_at_stage_0_in_half_precision(scratch: Pat
     assert sorted((scratch / "cache").rglob("*.json")) == before, "what is known to be wrong is no verdict"
 
 
+def test_documents_apart_and_unequal_targets_train_what_each_document_alone_would(scratch: Path) -> None:
+    chosen = ["documents=masked", "world_size=2", "zero=0|3", "precision=fp32|fp16"]
+    code, result = verify(scratch, "--all", "--only", *chosen)
+    assert (code, failed(result), len(result["cells"])) == (0, set(), 8)
+    for cell in result["cells"]:
+        if cell["precision"] == "fp32":
+            apart = {d["measure"]: d["value"] for d in cell["deviations"] if d["against"] == "oracle"}
+            assert apart["loss"] < 1e-6
+            assert apart["grad_norm"] < 1e-6
+
+
 @pytest.mark.full
 def test_a_family_that_no_preset_has_is_proved_without_a_file_of_a_hub(scratch: Path) -> None:
     chosen = ["family=qwen3_moe", "zero=3", "precision=fp16", "world_size=1"]

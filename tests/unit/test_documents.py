@@ -23,6 +23,7 @@ from halfstep.launcher.data.tokens import TokenFile, TokenWriter, open_writer
 from halfstep.launcher.engine.causal_check import refuse_crossing
 from halfstep.launcher.engine.feed import Feed
 from halfstep.launcher.errors import RefusedError
+from halfstep.launcher.parity.cases import every_case
 from halfstep.launcher.parity.cell import question_of
 from halfstep.launcher.plan.data_plan import DataPlan, PartPlan
 from halfstep.launcher.plan.plan import Plan, run_id_of
@@ -305,10 +306,14 @@ def test_runs_that_are_older_than_the_key_are_those_with_plain_documents(plan: C
     assert Plan.from_dict(older) == plain
 
 
-def test_the_gate_proves_no_plan_whose_documents_are_apart(plan: Callable[..., Plan]) -> None:
+def test_the_gate_is_asked_for_cases_whose_documents_are_apart(plan: Callable[..., Plan]) -> None:
     node = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
-    assert question_of(plan("documents=masked"), node).unknown == ("documents=masked",)
-    assert question_of(plan(), node).unknown == ()
+    apart, plain = question_of(plan("documents=masked"), node), question_of(plan(), node)
+    assert {case.documents for case in apart.cases} == {"masked"}
+    assert {case.world_size for case in apart.cases} == {1, 2}
+    assert set(apart.cases) <= set(every_case())
+    assert {case.documents for case in plain.cases} == {"plain"}
+    assert not apart.unknown
 
 
 def test_the_forecast_counts_the_masks(plan: Callable[..., Plan]) -> None:
