@@ -74,10 +74,13 @@ def _read(
     arguments: argparse.Namespace, overrides: list[str], world: Callable[[Request], Topology]
 ) -> tuple[Any, Any, Path]:
     """Return the study, its cells and its folder; what is kept and what is new is said first."""
-    from halfstep.launcher.study import grid, study_file, study_folder
+    from halfstep.launcher.study import grid, preparation, study_file, study_folder
 
     study = study_file.read(arguments.study, overrides)
-    if "data" not in study.base and not any(axis.name == "data" for axis in study.axes):
+    may = arguments.verb is _run and not arguments.dry_run
+    preparation.prepare(study, may=may, say=lambda line: say(line, error=True))
+    asked = {key for axis in study.axes for value in axis.values for key in value.keys}
+    if "data" not in {*study.base, *asked}:
         study.base["data"] = str(_prepared(arguments.dry_run))
 
     def decided(request: Request) -> Plan:
@@ -141,11 +144,11 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     )
     refused = all(cell.refused is not None for cell in cells)
     if done.code == 0:
-        from halfstep.launcher.study import report
+        from halfstep.launcher.study import report, sections
 
-        made = report.make(where)
+        made = sections.make(where)
         files = report.write(made)
-        for line in ["", *report.answer(made), "", f"report {files[0]}"]:
+        for line in ["", *sections.answer(made), "", f"report {files[0]}"]:
             tell(line)
     tell(f"{done.ran} run, {done.failed} of them failed; {done.kept} had a result already")
     if arguments.json:
@@ -232,13 +235,13 @@ def _status(arguments: argparse.Namespace, operands: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace, operands: list[str]) -> int:
-    from halfstep.launcher.study import report, study_file, study_folder
+    from halfstep.launcher.study import report, report_data, sections, study_file, study_folder
 
     price = study_file.price(arguments.price, "--price")
-    made = report.make(study_folder.find(arguments.study), price)
+    made = sections.make(study_folder.find(arguments.study), price)
     files = report.write(made)
     if arguments.json:
-        say_text(report.as_json(made))
+        say_text(report_data.as_json(made))
     else:
-        say(*report.answer(made), "", *map(str, files))
+        say(*sections.answer(made), "", *map(str, files))
     return 0

@@ -74,14 +74,24 @@ def cells(study: Study, decide: Decide) -> list[Cell]:
     if not planned:
         raise RequestError("no cell is left", where=f"only and exclude in {study.source}", fix="leave more")
     planned = _with_equal_micro(planned, decide, study)
-    if not any(_matches(cell.values, {key: (value,) for key, value in study.reference.items()}) for cell in planned):
-        name = " ".join(f"{key}={value}" for key, value in study.reference.items())
-        raise RequestError(
-            f"the reference {name} is not in the grid",
-            where=f"compare.reference, only and exclude in {study.source}",
-            fix="leave it in, or name another",
-        )
+    for reference in references(study.reference, study.within, [cell.values for cell in planned]).values():
+        if not any(cell.values == reference for cell in planned):
+            name = " ".join(f"{key}={value}" for key, value in reference.items())
+            raise RequestError(
+                f"the reference {name} is not in the grid",
+                where=f"compare.reference, only and exclude in {study.source}",
+                fix="leave it in, or name another",
+            )
     return planned
+
+
+def references(
+    reference: dict[str, str], within: str | None, cells: Sequence[dict[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Return the reference by each value of the axis within which cells are compared, or one by an empty name."""
+    if within is None:
+        return {"": reference}
+    return {cell[within]: {**reference, within: cell[within]} for cell in cells}
 
 
 def order(cells: Sequence[Cell], seeds: Sequence[int]) -> Iterator[Cell]:

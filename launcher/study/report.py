@@ -1,12 +1,9 @@
 """The report of a study: report.html, report.md, results.csv and results.json, from its run directories alone."""
 
-import csv
-import io
-import json
 import re
 import shlex
 import warnings as python_warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +11,14 @@ import jinja2
 
 from halfstep.launcher.errors import HalfstepError, printable
 from halfstep.launcher.metrics import numerics_history, plots
-from halfstep.launcher.study import charts, run_status, study_folder, tables
-from halfstep.launcher.study.collect import Result, results
-from halfstep.launcher.study.conclusions import Summary, Verdict, judge
-from halfstep.launcher.study.conditions import Conditions, conditions
+from halfstep.launcher.study import charts, tables
+from halfstep.launcher.study.conclusions import Verdict
+from halfstep.launcher.study.conditions import Conditions
+from halfstep.launcher.study.report_data import as_csv, as_json
+from halfstep.launcher.study.sections import Report, Section, answer
 from halfstep.launcher.study.study_file import READY
-from halfstep.launcher.system.files import cannot_write, csv_cell, write_atomic
+from halfstep.launcher.system.files import cannot_write, write_atomic
 
-_LEADING = ("zero", "precision", "seed", "status", "reason", "proved")
-_MEASURED = (
-    "loss", "eval_loss", "perplexity", "tokens_per_second", "mfu", "step_seconds", "step_seconds_low",
-    "step_seconds_high", "peak_memory_bytes", "predicted_memory_bytes", "predicted_step_seconds", "skipped_steps",
-    "loss_scale", "wall_seconds", "devices", "tokens", "load", "checksum",
-)  # fmt: skip
 _CAPTIONS = {
     "Loss, and its difference to the reference": "Above, the mean over the seeds. Below, less the reference, over the "
     "seeds that both have.",
@@ -37,40 +29,10 @@ _CAPTIONS = {
 _MOST_MAPS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Everything that is written, worked out once."""
-
-    about: dict[str, Any]
-    """The study, as study.json has it."""
-    folder: Path
-    results: list[Result]
-    verdict: Verdict
-    conditions: Conditions
-    price: float | None
-
-
-def make(where: Path, price: float | None = None) -> Report:
-    """Read a study's folder; `price` of a device-hour wins over the study file's."""
-    tree = study_folder.read(where)
-    about = tree["study"]
-    collected = results(tree, where, run_status.queue(where, tree["cells"]))
-    verdict = judge(collected, about["reference"])
-    seen = conditions(collected, about["axes"])
-    return Report(
-        about=about,
-        folder=where,
-        results=collected,
-        verdict=verdict,
-        conditions=seen,
-        price=about["price"] if price is None else price,
-    )
-
-
 def write(report: Report) -> list[Path]:
     """Write the four files, and the pictures that report.md shows; return what a person opens first."""
     where = report.folder
-    pictures = {**charts.draw(report.verdict), **_maps(report)}
+    pictures = _pictures(report)
     with cannot_write(where):
         for title, picture in pictures.items():
             write_atomic(where / _file_of(title), picture)
@@ -81,9 +43,12 @@ def write(report: Report) -> list[Path]:
     return [where / name for name in ("report.html", "report.md", "results.csv", "results.json")]
 
 
-def answer(report: Report) -> list[str]:
-    """Return the answer in three sentences."""
-    return tables.answer(report.verdict, report.price, report.about["currency"])
+def _pictures(report: Report) -> dict[str, str]:
+    drawn = {}
+    for section in report.sections:
+        for title, picture in {**charts.draw(section.verdict), **_maps(section)}.items():
+            drawn[f"{section.title}: {title}" if section.title else title] = picture
+    return drawn
 
 
 def html(report: Report, pictures: dict[str, str]) -> str:
@@ -95,28 +60,39 @@ def html(report: Report, pictures: dict[str, str]) -> str:
         quality=tables.QUALITY,
         price=tables.PRICE,
         notes=tables.NOTES,
-        recommended=report.verdict.best is not None,
+        recommended=all(section.verdict.best is not None for section in report.sections),
         pictures=[(title, picture, _caption(title)) for title, picture in pictures.items()],
         **_parts(report),
     )
 
 
 def _parts(report: Report) -> dict[str, Any]:
-    verdict, seen, about = report.verdict, report.conditions, report.about
+    seen, about, count = report.conditions, report.about, len({result.name for result in report.results})
     return {
         "title": f"Study {about['name']}",
         "subtitle": _subtitle(report),
         "answer": answer(report),
-        "warnings": tables.warnings(verdict, seen),
-        "rows": tables.rows(verdict, report.price, about["currency"]),
+        "warnings": _said_of_sections(report, tables.warnings),
+        "sections": [
+            (section.title, tables.rows(section.verdict, report.price, about["currency"]))
+            for section in report.sections
+        ],
         "failures": [result for result in report.results if not result.done],
-        "equality": tables.equality(verdict, seen),
-        "confounders": [tables.condition(condition, len(verdict.cells)) for condition in seen.confounders],
-        "differences": [tables.condition(condition, len(verdict.cells)) for condition in seen.differences],
+        "equality": _said_of_sections(report, tables.equality),
+        "confounders": [tables.condition(condition, count) for condition in seen.confounders],
+        "differences": [tables.condition(condition, count) for condition in seen.differences],
         "machines": _machines(seen),
         "again": again(report),
         "commands": [(f"{result.name}, seed {result.seed}", tables.command(result)) for result in report.results],
     }
+
+
+def _said_of_sections(report: Report, say: Callable[[Verdict, Conditions], list[str]]) -> list[str]:
+    """Return sentences about each section; what is said of all is said once, the rest with the section's name."""
+    said = {section.title: say(section.verdict, section.conditions) for section in report.sections}
+    shared = [sentence for sentence in next(iter(said.values())) if all(sentence in own for own in said.values())]
+    own = [f"{title}: {sentence}" for title, own in said.items() for sentence in own if sentence not in shared]
+    return [*shared, *own]
 
 
 def markdown(report: Report, pictures: dict[str, str]) -> str:
@@ -124,8 +100,11 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
     parts = _parts(report)
     lines = [f"# {parts['title']}", "", parts["subtitle"], "", *[f"**{sentence}**" for sentence in parts["answer"]], ""]
     lines += [line for sentence in parts["warnings"] for line in (f"> {sentence}", "")]
-    lines += ["## Quality, cell by cell", "", *_table(tables.QUALITY, [row.quality for row in parts["rows"]]), ""]
-    lines += ["## Speed, memory and cost", "", *_table(tables.PRICE, [row.price for row in parts["rows"]]), ""]
+    for title, rows in parts["sections"]:
+        before = f"{_plain(title)}: quality" if title else "Quality"
+        lines += [f"## {before}, cell by cell", "", *_table(tables.QUALITY, [row.quality for row in rows]), ""]
+        before = f"{_plain(title)}: speed" if title else "Speed"
+        lines += [f"## {before}, memory and cost", "", *_table(tables.PRICE, [row.price for row in rows]), ""]
     lines += [line for note in tables.NOTES for line in (note, "")]
     if parts["failures"]:
         failed = [(result.name, str(result.seed), result.status, result.reason) for result in parts["failures"]]
@@ -148,74 +127,6 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
     return "\n".join(printable(line, keep="\t") for line in lines)
 
 
-def as_csv(report: Report) -> str:
-    """Return a row for each cell and seed."""
-    text = io.StringIO()
-    axes = [axis for axis in report.about["axes"] if axis not in _LEADING]
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(map(csv_cell, [*_LEADING, *axes, *_MEASURED, "unproved_because", "run"]))
-    for result in report.results:
-        leading = [result.zero, result.precision, result.seed, result.status, result.reason, _truth(result.proved)]
-        measured = [getattr(result, name) for name in _MEASURED]
-        run = "" if result.run is None else str(result.run.relative_to(report.folder))
-        why = "" if result.proved else result.unproved_because
-        out.writerow(map(csv_cell, [*leading, *(result.values[axis] for axis in axes), *measured, why, run]))
-    return text.getvalue()
-
-
-def as_json(report: Report) -> str:
-    """Return the answer, the cells and the runs as JSON."""
-    verdict = report.verdict
-
-    def cell(summary: Summary) -> dict[str, Any]:
-        skipped = ("results",)
-        kept = {name: value for name, value in vars(summary).items() if name not in skipped}
-        return {
-            **kept,
-            "name": summary.name,
-            "done": summary.done,
-            "proved": summary.proved,
-            "usable": summary in verdict.usable,
-        }
-
-    named = {
-        key: chosen and chosen.name
-        for key, chosen in {
-            "best": verdict.best,
-            "fastest": verdict.fastest,
-            "smallest": verdict.smallest,
-            "cheapest": verdict.cheapest,
-        }.items()
-    }
-    runs = [
-        {
-            "values": result.values,
-            "seed": result.seed,
-            "status": result.status,
-            "reason": result.reason,
-            "proved": result.proved,
-            "unproved_because": "" if result.proved else result.unproved_because,
-        }
-        | {name: getattr(result, name) for name in _MEASURED}
-        | {
-            "run": None if result.run is None else str(result.run.relative_to(report.folder)),
-            "command": tables.command(result),
-        }
-        for result in report.results
-    ]
-    tree = {
-        "study": report.about["name"],
-        "answer": answer(report),
-        "reference": report.about["reference"],
-        **named,
-        "frontier": [summary.name for summary in verdict.frontier],
-        "cells": [cell(summary) for summary in verdict.cells],
-        "runs": runs,
-        "unexplained": [condition.name for condition in report.conditions.unexplained],
-    }
-    return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def again(report: Report) -> str:
     """Return the command that runs the whole study."""
     about = report.about
@@ -229,9 +140,8 @@ def _subtitle(report: Report) -> str:
     )
     plans = [result.plan for result in report.results if result.plan]
     what = f"{plans[0]['model']['name']}, {plans[0]['steps']:,} steps; " if plans else ""
-    return (
-        f"{what}{axes}; seeds {', '.join(map(str, report.about['seeds']))}. Reference: {report.verdict.reference.name}."
-    )
+    reference = ", ".join(section.verdict.reference.name for section in report.sections)
+    return f"{what}{axes}; seeds {', '.join(map(str, report.about['seeds']))}. Reference: {reference}."
 
 
 def _machines(seen: Conditions) -> list[str]:
@@ -244,10 +154,10 @@ def _machines(seen: Conditions) -> list[str]:
     ]
 
 
-def _maps(report: Report) -> dict[str, str]:
+def _maps(section: Section) -> dict[str, str]:
     """Return what fp16 loses of each layer, for the first cells that have recorded it."""
     maps: dict[str, str] = {}
-    with_readings = [cell for cell in report.verdict.cells if cell.results[0].has_gradients and cell.results[0].run]
+    with_readings = [cell for cell in section.verdict.cells if cell.results[0].has_gradients and cell.results[0].run]
     for cell in with_readings[:_MOST_MAPS]:
         run = cell.results[0].run
         assert run is not None, "chosen because it has one"
@@ -279,7 +189,3 @@ def _table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
 def _plain(text: str) -> str:
     """Return text that Markdown shows as it is."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-def _truth(value: bool | None) -> str:
-    return "" if value is None else str(value).lower()

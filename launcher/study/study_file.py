@@ -14,9 +14,25 @@ from halfstep.launcher.study.axes import Axis, Pattern, absolute, axis, check_ke
 
 READY = Path(__file__).parent / "ready"
 """The studies that ship with Halfstep."""
-_TABLES = ("base", "axes", "seeds", "compare", "limits", "exclude", "only")
-_COMPARE = ("reference", "price", "currency")
+_TABLES = ("base", "axes", "seeds", "compare", "limits", "prepare", "exclude", "only")
+_COMPARE = ("reference", "within", "price", "currency")
 _LIMITS = ("seconds",)
+_PREPARE = ("makes", "run")
+_LIKE = {
+    "exclude": "exclude = [{ zero = 0 }, ...]",
+    "only": "only = [{ zero = 0 }, ...]",
+    "prepare": '[[prepare]] makes = "data/x", run = "data prepare --source x.txt --out data/x"',
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Something that has to be there before the first cell runs."""
+
+    makes: str
+    """A file or folder; where it is there, the step is done."""
+    run: tuple[str, ...]
+    """Words of the `halfstep` command that makes it, in the folder in which the study was started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +48,10 @@ class Study:
     seeds: tuple[int, ...]
     reference: dict[str, str]
     """By axis, the value's label."""
+    within: str | None
+    """An axis whose values are not compared with each other: of each value, the reference cell with that value."""
+    prepare: tuple[Step, ...]
+    """What is made before the cells, in this order."""
     exclude: tuple[Pattern, ...]
     """Cells that match one of these are left out."""
     only: tuple[Pattern, ...]
@@ -63,13 +83,15 @@ def read(name: str, overrides: Sequence[str] = ()) -> Study:
         raise RequestError(
             f"a study has no [{unknown[0]}]", where=str(file), fix=f"did you mean [{'] or ['.join(close)}]?"
         )
-    for key in ("exclude", "only"):
+    for key in ("exclude", "only", "prepare"):
         if not isinstance(tree.get(key, []), list) or not all(isinstance(table, dict) for table in tree.get(key, [])):
-            raise RequestError(f"{key} is no list of tables", where=str(file), fix=f"{key} = [{{ zero = 0 }}, ...]")
+            raise RequestError(f"{key} is no list of tables", where=str(file), fix=_LIKE[key])
     base = {long_name(key): value for key, value in flatten(_table(tree, "base", file)).items()}
-    base = {key: absolute(key, value, file.absolute().parent) for key, value in base.items()}
+    # What a study that ships names is made where it is started.
+    home = Path.cwd() if file.parent == READY else file.absolute().parent
+    base = {key: absolute(key, value, home) for key, value in base.items()}
     given = flatten(_table(tree, "axes", file))
-    axes = {long_name(name): axis(name, values, file, file.absolute().parent) for name, values in given.items()}
+    axes = {long_name(name): axis(name, values, file, home) for name, values in given.items()}
     seeds_table = _table(tree, "seeds", file)
     _only_these(seeds_table, ("values",), "seeds", file)
     seeds = seeds_table.get("values", [0])
@@ -100,6 +122,8 @@ def read(name: str, overrides: Sequence[str] = ()) -> Study:
         axes=tuple(axes.values()),
         seeds=_seeds(seeds, file),
         reference=_reference(compare, axes, file),
+        within=_within(compare.get("within"), axes, file),
+        prepare=tuple(_step(table, home, file) for table in tree.get("prepare", [])),
         exclude=patterns(tree.get("exclude", []), axes, f"exclude in {file}"),
         only=patterns(tree.get("only", []), axes, f"only in {file}"),
         price=price(compare.get("price"), f"compare.price in {file}"),
@@ -206,6 +230,30 @@ def _reference(compare: dict[str, Any], axes: dict[str, Axis], file: Path) -> di
             )
         reference[name] = value
     return reference
+
+
+def _within(given: Any, axes: dict[str, Axis], file: Path) -> str | None:
+    if given is None:
+        return None
+    name = long_name(str(given))
+    if name not in axes:
+        raise RequestError(
+            f"{given!r} is no axis of this study",
+            where=f"compare.within in {file}",
+            fix=f"its axes: {', '.join(axes)}",
+        )
+    return name
+
+
+def _step(table: dict[str, Any], home: Path, file: Path) -> Step:
+    _only_these(table, _PREPARE, "[prepare]", file)
+    makes, run = (table.get(key) for key in _PREPARE)
+    if not isinstance(makes, str) or not isinstance(run, str) or not makes or not run.strip():
+        raise RequestError("a step of [[prepare]] needs makes and run", where=str(file), fix=_LIKE["prepare"])
+    try:
+        return Step(makes=str(home / makes), run=tuple(shlex.split(run)))
+    except ValueError as error:
+        raise RequestError(f"run = {run!r} is no command: {error}", where=str(file), fix="close its quotes") from None
 
 
 def _limit(given: Any, file: Path) -> float:

@@ -71,6 +71,7 @@ def write(folder: Path, study: Study, cells: Sequence[Cell]) -> None:
     ]
     about = {**asdict(study), "axes": {axis.name: [value.label for value in axis.values] for axis in study.axes}}
     about["words"] = about.pop("overrides")
+    del about["prepare"]
     with cannot_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _FILE, {"format": _FORMAT, "time": time.time(), "study": about, "cells": listed})
@@ -111,6 +112,7 @@ class _About:
     source: Text
     axes: dict[Text, list[Text]]
     reference: dict[Text, Text]
+    within: Text | None = None
     seeds: list[Whole]
     currency: Text
     price: Measured | None = None
@@ -137,8 +139,12 @@ def _check(tree: _Tree) -> None:
             if place != "runs":
                 raise ValueError(f"cells.{number}.run = {cell.run!r} lies outside of the study")
             plain_name(name)
-    if not any(cell.values == tree.study.reference for cell in tree.cells):
-        raise ValueError("its reference is none of its cells")
+    if tree.study.within is not None and tree.study.within not in axes:
+        raise ValueError(f"it is compared within {tree.study.within!r}, which is none of its axes")
+    for label in axes.get(tree.study.within or "", [None]):
+        wanted = {**tree.study.reference, **({} if label is None else {str(tree.study.within): label})}
+        if not any(cell.values == wanted for cell in tree.cells):
+            raise ValueError("its reference is none of its cells")
 
 
 def find(word: str) -> Path:

@@ -18,7 +18,7 @@ from halfstep.launcher.parity import cases as gate_cases
 from halfstep.launcher.parity import verdict
 from halfstep.launcher.rundir import exits, goodput, lease, prediction_errors
 from halfstep.launcher.rundir.run_reader import Run
-from halfstep.launcher.study import report
+from halfstep.launcher.study import report, report_data, sections
 from halfstep.launcher.submit import inside, jobs, slurm
 from halfstep.launcher.topology import Topology
 from halfstep.launcher.watchdog import stalls
@@ -353,11 +353,11 @@ def _of_study(where: Path, run: Path) -> list[Reader]:
 
 
 def _report(where: Path) -> dict[str, Any]:
-    made = report.make(where)
-    report.as_csv(made)
+    made = sections.make(where)
+    report_data.as_csv(made)
     report.markdown(made, {})
     report.html(made, {})
-    return json.loads(report.as_json(made))
+    return json.loads(report_data.as_json(made))
 
 
 def _pages(where: Path) -> None:

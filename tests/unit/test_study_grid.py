@@ -7,7 +7,7 @@ import pytest
 from fakes import studied
 
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.study import grid, study_file, study_folder
+from halfstep.launcher.study import grid, preparation, study_file, study_folder
 
 HEAD = '[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 4\nsequence = 32\nbatch.global = 8\n'
 GRID = '[axes]\nzero = [0, 1]\nprecision = ["fp32", "bf16"]\n[seeds]\nvalues = [0, 1]\n'
@@ -129,6 +129,11 @@ def test_a_cell_whose_batch_cannot_be_shared_out_is_refused(written) -> None:
         (WHOLE, ("seed=\u00b2",), ["seeds are different whole numbers"]),
         (WHOLE, ("out=/tmp/here",), ["a study has many", "--out /tmp/here"]),
         (HEAD + '[axes]\npolicy = [{ name = "a\\nb", zero = 3 }]\n', (), ["is no name"]),
+        (WHOLE + 'within = "task"\n', (), ["'task' is no axis of this study", "zero, precision"]),
+        (WHOLE + '[[prepare]]\nmakes = "x"\n', (), ["a step of [[prepare]] needs makes and run"]),
+        (WHOLE + '[[prepare]]\nmakes = "x"\nrun = "plan \'a"\n', (), ["is no command"]),
+        (WHOLE + '[[prepare]]\nmake = "x"\nrun = "plan"\n', (), ["[[prepare]] has no 'make'", "did you mean makes?"]),
+        (WHOLE + '[prepare]\nmakes = "x"\nrun = "plan"\n', (), ["prepare is no list of tables"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_three_lines(
@@ -139,6 +144,28 @@ def test_what_is_wrong_with_a_file_is_said_in_three_lines(
     assert len(str(caught.value).splitlines()) == 3
     for sentence in said:
         assert sentence in str(caught.value)
+
+
+def test_what_a_study_needs_is_made_once_and_what_cannot_be_made_is_said(
+    written, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    text = f"data prepare --source {tmp_path}/some.txt --out {tmp_path}/some --vocab-size 288 --workers 1"
+    steps = WHOLE + f'[[prepare]]\nmakes = "some/manifest.json"\nrun = "{text}"\n'
+    said: list[str] = []
+    study = study_file.read(str(written(steps)))
+    with pytest.raises(RequestError, match="which is not there yet") as caught:
+        preparation.prepare(study, may=False, say=said.append)
+    assert f"run `halfstep {text}`" in caught.value.fix
+    for _ in range(2):
+        preparation.prepare(study, may=True, say=said.append)
+    assert said == [f"preparing, 1 of 1: halfstep {text}"]
+    for run, what in (("plan --nonsense", "ended with code 2"), ("plan --help", f"made no {tmp_path / 'never'}")):
+        study = study_file.read(str(written(steps + f'[[prepare]]\nmakes = "never"\nrun = "{run}"\n')))
+        with pytest.raises(RequestError, match=what) as caught:
+            preparation.prepare(study, may=True, say=said.append)
+        assert caught.value.where.endswith(f"mine.toml: halfstep {run}")
+    assert "--nonsense" in capfd.readouterr().err, "what a step says is seen"
 
 
 def test_names_that_come_to_one_folder_are_told_apart(written) -> None:

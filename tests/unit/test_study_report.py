@@ -14,7 +14,7 @@ from fakes import studied
 
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.rundir.lease import lease
-from halfstep.launcher.study import report, run_status
+from halfstep.launcher.study import report, report_data, run_status, sections
 from halfstep.launcher.study.grid import Cell
 
 HEAD = '[base]\nmodel = "gpt2-nano"\ndata = "{corpus}"\nsteps = 20\nsequence = 32\nbatch.global = 8\n'
@@ -42,7 +42,7 @@ def finish_all(where: Path, cells: list[Cell], **special: dict[str, float]) -> N
 
 
 def verdicts(where: Path) -> dict[str, str]:
-    return {cell.name: cell.verdict for cell in report.make(where).verdict.cells}
+    return {cell.name: cell.verdict for cell in sections.make(where).sections[0].verdict.cells}
 
 
 def test_identical_cells_are_identical_and_a_shift_beyond_the_noise_is_real(study) -> None:
@@ -66,7 +66,7 @@ def test_the_numbers_are_those_worked_out_by_hand(study) -> None:
     for cell in cells:
         if cell.name == "zero=0 precision=bf16":
             studied.finish(where, cell, SEEDS[cell.seed] + off[cell.seed], speed=1500.0, memory=2e9)
-    verdict = report.make(where).verdict
+    verdict = sections.make(where).sections[0].verdict
     (cell,) = [candidate for candidate in verdict.cells if candidate.name == "zero=0 precision=bf16"]
     assert verdict.reference.band == pytest.approx(2 * statistics.stdev(SEEDS.values()))
     assert cell.difference == pytest.approx(0.012)
@@ -81,9 +81,9 @@ def test_the_numbers_are_those_worked_out_by_hand(study) -> None:
 def test_a_cell_that_is_worse_than_the_seeds_band_is_not_recommended(study) -> None:
     where, cells = study()
     finish_all(where, cells, zero0_bf16={"off": 0.05, "speed": 9000.0}, zero1_bf16={"off": 0.001, "speed": 2000.0})
-    made = report.make(where)
-    assert made.verdict.best.name == "zero=1 precision=bf16"
-    assert report.answer(made)[0].startswith(
+    made = sections.make(where)
+    assert made.sections[0].verdict.best.name == "zero=1 precision=bf16"
+    assert sections.answer(made)[0].startswith(
         "Use zero=1 precision=bf16: at 2,000 tokens/s it is the fastest, 2.00 times (2.00 to 2.00)"
     )
 
@@ -94,10 +94,10 @@ def test_speeds_that_overlap_between_seeds_are_not_told_apart(study) -> None:
     for cell in cells:
         spread = {0: 1.0, 1: 1.04, 2: 0.97}[(cell.seed + len(cell.name) + cell.plan.zero) % 3]
         studied.finish(where, cell, SEEDS[cell.seed], speed=speeds.get(cell.name, 1000.0) * spread)
-    made = report.make(where)
-    assert made.verdict.best.name == "zero=1 precision=bf16"
-    assert [candidate.name for candidate in made.verdict.as_fast] == ["zero=0 precision=fp32"]
-    assert "Its speed cannot be told from that of zero=0 precision=fp32." in report.answer(made)[0]
+    made = sections.make(where)
+    assert made.sections[0].verdict.best.name == "zero=1 precision=bf16"
+    assert [candidate.name for candidate in made.sections[0].verdict.as_fast] == ["zero=0 precision=fp32"]
+    assert "Its speed cannot be told from that of zero=0 precision=fp32." in sections.answer(made)[0]
 
 
 def test_what_is_not_proved_is_flagged_and_left_out(study) -> None:
@@ -105,8 +105,8 @@ def test_what_is_not_proved_is_flagged_and_left_out(study) -> None:
     finish_all(
         where, cells, zero0_bf16={"speed": 9000.0, "proved": False}, zero0_fp32={"speed": 5000.0, "proved": None}
     )
-    made = report.make(where)
-    assert {cell.name for cell in made.verdict.usable} == {"zero=1 precision=fp32", "zero=1 precision=bf16"}
+    made = sections.make(where)
+    assert {cell.name for cell in made.sections[0].verdict.usable} == {"zero=1 precision=fp32", "zero=1 precision=bf16"}
     page = report.html(made, {})
     assert "Not proved, and left out of the recommendation: " in page
     assert "zero=0 precision=bf16" in page.split("left out of the recommendation: ")[1].split("</div>")[0]
@@ -121,12 +121,12 @@ def test_what_the_gate_does_not_know_is_said_wherever_the_cell_is_shown(study) -
         if cell.name == "zero=0 precision=bf16":
             file = where / "runs" / cell.folder / "proof.json"
             file.write_text(json.dumps({"proved": None, "reason": unknown}))
-    made = report.make(where)
-    rows = list(csv.DictReader(report.as_csv(made).splitlines()))
+    made = sections.make(where)
+    rows = list(csv.DictReader(report_data.as_csv(made).splitlines()))
     named = {(row["zero"], row["precision"]): (row["proved"], row["unproved_because"]) for row in rows}
     assert named["0", "bf16"] == ("", unknown)
     assert set(named.values()) == {("", unknown), ("true", "")}
-    tree = json.loads(report.as_json(made))
+    tree = json.loads(report_data.as_json(made))
     assert {run["unproved_because"] for run in tree["runs"] if run["proved"] is None} == {unknown}
     assert tree["best"] != "zero=0 precision=bf16", "it is the fastest by far"
     sentence = f"Not proved, and left out of the recommendation: zero=0 precision=bf16 ({unknown})."
@@ -136,11 +136,39 @@ def test_what_the_gate_does_not_know_is_said_wherever_the_cell_is_shown(study) -
     assert line.endswith("| NOT PROVED |")
 
 
+def test_cells_within_an_axis_have_a_reference_each_and_are_compared_with_no_other(study) -> None:
+    where, cells = study(WHOLE + 'within = "zero"\n')
+    for cell in cells:
+        off = 2.0 * (cell.values["zero"] == "0") + 0.3 * (cell.name == "zero=0 precision=bf16")
+        studied.finish(where, cell, SEEDS[cell.seed] + off)
+    made = sections.make(where)
+    assert [section.title for section in made.sections] == ["0", "1"]
+    verdicts = {cell.name: cell.verdict for section in made.sections for cell in section.verdict.cells}
+    assert verdicts == {
+        "zero=0 precision=fp32": "reference",
+        "zero=0 precision=bf16": "real",
+        "zero=1 precision=fp32": "reference",
+        "zero=1 precision=bf16": "identical",
+    }
+    tree = json.loads(report_data.as_json(made))
+    assert [(each["title"], each["reference"]["zero"], len(each["cells"])) for each in tree["sections"]] == [
+        ("0", "0", 2),
+        ("1", "1", 2),
+    ]
+    assert len(tree["runs"]) == 12
+    assert [sentence.split()[0] for sentence in tree["answer"]][::3] == ["0:", "1:"]
+    report.write(made)
+    page, text = (where / "report.html").read_text(), (where / "report.md").read_text()
+    for title in ("0: quality, cell by cell", "1: speed, memory and cost", "1: Speed against memory"):
+        assert title in page
+        assert f"## {title}" in text
+
+
 def test_where_nothing_is_proved_nothing_is_recommended(study) -> None:
     where, cells = study()
     for cell in cells:
         studied.finish(where, cell, SEEDS[cell.seed], proved=None)
-    tree = json.loads(report.as_json(report.make(where)))
+    tree = json.loads(report_data.as_json(sections.make(where)))
     assert [tree[name] for name in ("best", "fastest", "smallest", "cheapest", "frontier")] == [None] * 4 + [[]]
     assert tree["answer"] == ["No cell can be recommended: 4 not proved."]
 
@@ -152,7 +180,7 @@ def test_a_run_that_no_study_told_anything_stands_as_its_summary_says(study) -> 
         (where / "runs" / cell.folder / "proof.json").unlink()
     first = where / "runs" / cells[0].folder / "summary.json"
     first.write_text(json.dumps({**json.loads(first.read_text()), "proved": True, "unproved_because": ""}))
-    results = report.make(where).results
+    results = sections.make(where).results
     assert [result.proved for result in results].count(True) == 1
     assert {result.unproved_because for result in results if result.proved is None} == {"the parity gate was not asked"}
 
@@ -168,13 +196,13 @@ def test_failures_are_rows_with_their_reasons(study) -> None:
     for cell in cells:
         if cell.name == "zero=2 precision=fp32":
             studied.fail(where, cell, *causes[cell.seed][:2])
-    made = report.make(where)
+    made = sections.make(where)
     failed = {result.seed: result for result in made.results if result.status == "failed"}
     for seed, (_, cause, kind) in causes.items():
         assert failed[seed].reason == f"{kind}: {cause}"
     page = report.html(made, {})
     assert "out of host memory: DefaultCPUAllocator: can&#39;t allocate memory" in page
-    rows = list(csv.DictReader(report.as_csv(made).splitlines()))
+    rows = list(csv.DictReader(report_data.as_csv(made).splitlines()))
     assert len(rows) == len(cells)
     assert list(rows[0])[:6] == ["zero", "precision", "seed", "status", "reason", "proved"]
     assert {row["status"] for row in rows} == {"done", "failed"}
@@ -185,12 +213,12 @@ def test_a_run_whose_rows_were_edited_is_a_damaged_result_and_the_others_are_rep
     finish_all(where, cells)
     victim = where / "runs" / cells[0].folder / "metrics.jsonl"
     victim.write_text(victim.read_text().replace('"step_seconds": ', '"step_seconds": "soon", "was": ', 1))
-    made = report.make(where)
+    made = sections.make(where)
     (bad,) = [result for result in made.results if result.status == "failed"]
     assert bad.reason == "metrics.jsonl is damaged in line 1: step_seconds = 'soon' should be a valid number"
     assert sum(result.done for result in made.results) == len(cells) - 1
     (where / "runs" / cells[1].folder / "plan.json").write_text("{")
-    assert report.make(where).verdict.reference.done
+    assert sections.make(where).sections[0].verdict.reference.done
 
 
 DAMAGE = [
@@ -243,7 +271,7 @@ def test_other_hardware_and_versions_are_said(study) -> None:
     finish_all(where, cells)
     file = where / "runs" / cells[0].folder / "attempts/0001/env.json"
     file.write_text(file.read_text().replace("2.13.0", "1.0").replace("a processor", "another"))
-    page = report.html(report.make(where), {})
+    page = report.html(sections.make(where), {})
     assert "did not all run on the same torch: 1.0, 2.13.0" in page
     assert "did not all run on the same device: another, a processor" in page
 
@@ -266,21 +294,21 @@ def test_one_seed_gives_no_noise_and_the_page_says_so(study) -> None:
     where, cells = study(WHOLE.replace("[0, 1, 2]", "[0]"))
     finish_all(where, cells, zero0_bf16={"off": 0.01})
     assert verdicts(where)["zero=0 precision=bf16"] == "not judged"
-    assert "One seed: no noise is known" in report.html(report.make(where), {})
+    assert "One seed: no noise is known" in report.html(sections.make(where), {})
 
 
 def test_different_initial_weights_are_found(study) -> None:
     where, cells = study()
     finish_all(where, cells, zero0_bf16={"checksum": "bb"})
-    seen = report.make(where).conditions
+    seen = sections.make(where).conditions
     assert set(seen.weights.values()) == {("aa", "bb")} or set(seen.weights.values()) == {("bb", "aa")}
-    assert "Initial weights differ where they should not" in report.html(report.make(where), {})
+    assert "Initial weights differ where they should not" in report.html(sections.make(where), {})
 
 
 def test_every_difference_between_configs_follows_from_an_axis(study) -> None:
     where, cells = study(WHOLE.replace("zero = [0, 1]", "zero = [0, 1, 3]"))
     finish_all(where, cells)
-    seen = report.make(where).conditions
+    seen = sections.make(where).conditions
     assert seen.unexplained == ()
     follows = {condition.name: condition.follows_from for condition in seen.differences}
     assert follows["zero_optimization.stage"] == "zero"
@@ -297,14 +325,14 @@ def test_a_plan_that_was_changed_by_hand_is_no_result(study) -> None:
     tree = json.loads(file.read_text())
     tree["deepspeed"]["gradient_clipping"] = 7.0
     file.write_text(json.dumps(tree))
-    (bad,) = [result for result in report.make(where).results if result.status == "failed"]
+    (bad,) = [result for result in sections.make(where).results if result.status == "failed"]
     assert bad.reason == "plan.json was changed after it was written: its run id does not fit"
 
 
 def test_the_four_files_stand_by_themselves(study) -> None:
     where, cells = study(WHOLE.replace('"bf16"]', '"bf16", "fp16"]') + "price = 2.0\n")
     finish_all(where, cells, zero1_bf16={"speed": 2000.0})
-    report.write(report.make(where))
+    report.write(sections.make(where))
     page = (where / "report.html").read_text()
     assert not re.search(r"<(script|link|img|iframe)|(?<!xmlns)=\"https?://(?!www\.w3\.org|purl)", page), (
         "all in one file"
@@ -334,7 +362,7 @@ def test_what_a_file_says_is_escaped(study) -> None:
     where, cells = study(text)
     for cell in cells:
         studied.finish(where, cell, SEEDS[cell.seed])
-    page = report.html(report.make(where), {})
+    page = report.html(sections.make(where), {})
     assert "<b>bold</b>" not in page
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
 
@@ -342,8 +370,8 @@ def test_what_a_file_says_is_escaped(study) -> None:
 def test_nothing_usable_is_said_with_its_reasons(study) -> None:
     where, cells = study()
     finish_all(where, cells[:2])
-    made = report.make(where)
-    assert report.answer(made) == ["No cell can be recommended: 4 not done."]
+    made = sections.make(where)
+    assert sections.answer(made) == ["No cell can be recommended: 4 not done."]
     report.write(made)
 
 
@@ -413,7 +441,7 @@ def test_a_cell_of_the_table_is_no_formula(written_study) -> None:
         studied.finish(where, cell, -0.5)
     proof = where / "runs" / cells[0].folder / "proof.json"
     proof.write_text(json.dumps({"proved": None, "refused": '=HYPERLINK("http://x")', "reason": ""}))
-    rows = list(csv.DictReader(report.as_csv(report.make(where)).splitlines()))
+    rows = list(csv.DictReader(report_data.as_csv(sections.make(where)).splitlines()))
     reasons = {row["reason"] for row in rows}
     assert reasons == {'\'=HYPERLINK("http://x")', ""}
     assert {row["policy"] for row in rows} == {"'@SUM(1)", "'+1x"}
@@ -471,5 +499,5 @@ def test_rows_in_another_order_are_no_curve(study) -> None:
     victim = where / "runs" / cells[0].folder / "metrics.jsonl"
     first, second, *rest = victim.read_text().splitlines(keepends=True)
     victim.write_text("".join([second, first, *rest]))
-    (bad,) = [result for result in report.make(where).results if result.status == "failed"]
+    (bad,) = [result for result in sections.make(where).results if result.status == "failed"]
     assert bad.reason == "metrics.jsonl is damaged: it has its steps in another order than they were made"
