@@ -1,12 +1,10 @@
-"""The verbs on what a run has saved: `checkpoint list|verify|convert|export`, and `generate` and `eval` on an export.
+"""The verbs on what a run has saved: `checkpoint list|verify|convert|export`, and `generate` on an export.
 
 halfstep checkpoint export runs/a1b2 --to models/mine
 halfstep generate models/mine --prompt "def main("
-halfstep eval models/mine --data data/stdlib
 """
 
 import argparse
-import dataclasses
 import re
 import time
 from pathlib import Path
@@ -35,22 +33,6 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (default: 0)")
     generate.add_argument("--json", action="store_true", help="print text and counts as JSON")
     generate.set_defaults(verb=_generate)
-    text = "measure an exported model's loss on the validation split of a corpus, as training does"
-    evaluate = verbs.add_parser(
-        "eval", help="measure an exported model on a corpus", description=text, parents=[common]
-    )
-    evaluate.add_argument("folder", metavar="DIR", type=Path, help="a folder that `checkpoint export` made")
-    evaluate.add_argument("--data", required=True, metavar="D", help="a prepared corpus")
-    evaluate.add_argument(
-        "--sequences", type=int, metavar="N", help="the first N; 0 = all (default: as many as the run's evaluations)"
-    )
-    evaluate.add_argument("--sequence", type=int, metavar="N", help="tokens in each (default: as in the run)")
-    evaluate.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
-    evaluate.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="to compute in (default: that of the export)"
-    )
-    evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
-    evaluate.set_defaults(verb=_eval)
 
 
 def _checkpoint_verbs(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
@@ -220,30 +202,6 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
         seed=arguments.seed,
     )
     say_json(done.to_dict()) if arguments.json else say_text(f"{done.prompt}{done.text}\n")
-    return 0
-
-
-def _eval(arguments: argparse.Namespace, _: list[str]) -> int:
-    topology.prefer_cpu()  # DeepSpeed's dataset format brings DeepSpeed's accelerator with it
-    from halfstep.launcher.export.evaluate import evaluate
-
-    done = evaluate(
-        arguments.folder,
-        arguments.data,
-        sequences=arguments.sequences,
-        batch=arguments.batch,
-        sequence=arguments.sequence,
-        dtype=arguments.dtype,
-    )
-    if done.tokenizer != "same":
-        say("warning: whether the corpus was made with the model's tokenizer is not known", error=True)
-    if arguments.json:
-        say_json(dataclasses.asdict(done))
-        return 0
-    loss = "not finite" if done.loss is None else f"{done.loss:.6f}"
-    perplexity = "-" if done.perplexity is None else f"{done.perplexity:,.2f}"
-    say(f"loss {loss}  perplexity {perplexity}")
-    say(f"{done.tokens:,} tokens: {done.sequences} sequences of {done.sequence}, {done.dtype} on {done.device}")
     return 0
 
 

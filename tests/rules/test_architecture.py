@@ -28,10 +28,12 @@ ROOMS = {
     "doctor": "engine errors forecast system topology",
     # The work: DeepSpeed, the loop, the training state.
     "engine": (
-        "checkpoint config corpus data errors fault_injection metrics models plan rundir system topology watchdog"
+        "checkpoint config corpus data errors fault_injection metrics models plan rundir system tasks topology watchdog"
     ),
     # What is made of a checkpoint.
-    "export": "checkpoint config corpus data errors metrics models rundir system",
+    "export": "checkpoint config corpus data errors metrics models rundir system tasks",
+    # What a model makes of tasks, and what its answers are worth.
+    "tasks": "config data errors metrics models system",
     # How a run starts: here, over a hostfile, as a SLURM job.
     "submit": "config errors plan rundir system topology watchdog",
     # Text to tokens, tokens to batches.
@@ -77,8 +79,11 @@ MAY_BE_HEAVY = (
     # Of export only these: listing, verifying and converting checkpoints does without.
     *(
         f"launcher.export.{module}"
-        for module in ("compare", "evaluate", "exported", "generate", "tokenizer_files", "weights", "write_export")
+        for module in (
+            *("compare", "evaluate", "exported", "generate", "judged", "tokenizer_files", "weights", "write_export"),
+        )
     ),
+    "launcher.tasks.answers",
     # Of models all but the presets and their arithmetic.
     *(
         f"models.{module}"

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import saved
+from fakes import judges, saved
 from fakes.experts import ROUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halfstep.launcher.checkpoint import store
 from halfstep.launcher.checkpoint.manifest import read
 from halfstep.launcher.checkpoint.shards import Shards, probe_tokens
+from halfstep.launcher.cli.main import main
 from halfstep.launcher.config.load import load
 from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data import prepare as data_prepare
@@ -602,6 +604,25 @@ def test_an_evaluation_beyond_the_context_is_refused(exported: Path, corpus: Pat
 
 
 # --- other ranks
+
+
+def test_a_run_is_judged_by_its_newest_checkpoint_or_the_one_named(
+    exported: Path, gpt2: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = 'metrics = ["perplexity"]\n[answer]\nkind = "generate"\nmax_new_tokens = 4\n'
+    task = judges.task(tmp_path, [{"prompt": "def encode", "completion": "(self, o):"}], text)
+
+    def result(model: Path, *more: str) -> tuple[float, int, str]:
+        assert main(["eval", str(model), "--task", str(task), "--json", *more]) == 0
+        (result,) = json.loads(capsys.readouterr().out)["tasks"]
+        return result["metrics"]["perplexity"], result["step"], result["model"]
+
+    assert result(gpt2.run, "--step", "10") == (*result(exported)[:2], str(gpt2.run))
+    assert result(gpt2.run)[1] == next(store.candidates(gpt2.run)).step
+    assert main(["eval", str(gpt2.run), "--task", str(task), "--step", "11"]) == 2
+    assert "there is no checkpoint of step 11" in capsys.readouterr().err
+    assert main(["eval", str(exported), "--task", str(task), "--step", "10"]) == 2
+    assert "is no run, and has no steps" in capsys.readouterr().err
 
 
 def test_three_ranks_to_one_to_two_keeps_every_tensor(llama: Trained, tmp_path: Path) -> None:
