@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halfstep.launcher.checkpoint import store
 from halfstep.launcher.checkpoint.manifest import read
 from halfstep.launcher.checkpoint.shards import Shards, probe_tokens
 from halfstep.launcher.cli.main import main
@@ -607,19 +606,21 @@ def test_an_evaluation_beyond_the_context_is_refused(exported: Path, corpus: Pat
 
 
 def test_a_run_is_judged_by_its_newest_checkpoint_or_the_one_named(
-    exported: Path, gpt2: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    trained = Trained(tmp_path, corpus, ["model=gpt2-nano"], 1)
+    trained.save(20, 1)
     text = 'metrics = ["perplexity"]\n[answer]\nkind = "generate"\nmax_new_tokens = 4\n'
-    task = judges.task(tmp_path, [{"prompt": "def encode", "completion": "(self, o):"}], text)
+    task = judges.task(tmp_path / "task", [{"prompt": "def encode", "completion": "(self, o):"}], text)
 
     def result(model: Path, *more: str) -> tuple[float, int, str]:
         assert main(["eval", str(model), "--task", str(task), "--json", *more]) == 0
         (result,) = json.loads(capsys.readouterr().out)["tasks"]
         return result["metrics"]["perplexity"], result["step"], result["model"]
 
-    assert result(gpt2.run, "--step", "10") == (*result(exported)[:2], str(gpt2.run))
-    assert result(gpt2.run)[1] == next(store.candidates(gpt2.run)).step
-    assert main(["eval", str(gpt2.run), "--task", str(task), "--step", "11"]) == 2
+    assert result(trained.run, "--step", "10") == (*result(exported)[:2], str(trained.run))
+    assert result(trained.run)[1] == 20
+    assert main(["eval", str(trained.run), "--task", str(task), "--step", "11"]) == 2
     assert "there is no checkpoint of step 11" in capsys.readouterr().err
     assert main(["eval", str(exported), "--task", str(task), "--step", "10"]) == 2
     assert "is no run, and has no steps" in capsys.readouterr().err
