@@ -10,7 +10,7 @@ halfstep submit --site gpu nodes=2 model=gpt2-1.5b data=/shared/data zero=2 prec
 import argparse
 import contextlib
 
-from halfstep.launcher.cli import checkpoints, corpora, job_list, judging, planning, proving, running, studies
+from halfstep.launcher.cli import checkpoints, corpora, job_list, judging, planning, proving, ready, running, studies
 from halfstep.launcher.errors import HalfstepError, Interrupted
 from halfstep.launcher.system.files import explained
 from halfstep.launcher.system.terminal import say
@@ -53,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    for family in (corpora, planning, running, job_list, studies, checkpoints, judging, proving):
+    for family in (corpora, planning, running, job_list, studies, checkpoints, judging, ready, proving):
         family.add(verbs, common)
     return parser

@@ -92,7 +92,7 @@ def _find(asked: str, text_field: str, format: str, skip_bad: bool) -> Source:
     left_out = LeftOut()
     path = Path(asked).expanduser()
     if asked == STDLIB:
-        kind, files = STDLIB, _stdlib_files()
+        kind, files = STDLIB, stdlib_files()
     elif path.is_file():
         kind, files = FILES, walk.once([path], path.parent, left_out)
     elif path.is_dir():
@@ -189,7 +189,8 @@ def _common_folder(files: list[Path]) -> Path:
     return top
 
 
-def _stdlib_files() -> list[Path]:
+def stdlib_files() -> list[Path]:
+    """Return the files of Python's standard library, without its tests, in the order of their paths."""
     top = Path(sysconfig.get_paths()["stdlib"])
     files = [file for file in top.rglob("*.py") if not _NOT_STDLIB & set(file.relative_to(top).parts)]
     return sorted(files, key=lambda file: file.as_posix())

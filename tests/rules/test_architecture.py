@@ -30,6 +30,8 @@ ROOMS = {
     "engine": (
         "checkpoint config corpus data errors fault_injection metrics models plan rundir system tasks topology watchdog"
     ),
+    # Tasks made of what a machine has.
+    "ready_tasks": "data errors system",
     # What is made of a checkpoint.
     "export": "checkpoint config corpus data errors metrics models rundir system tasks",
     # What a model makes of tasks, and what its answers are worth.
@@ -67,7 +69,7 @@ ROOMS = {
 }
 # Imports inside functions, for verbs that need what takes long to load.
 LATE = {
-    "cli": "data doctor export metrics parity study",
+    "cli": "data doctor export metrics parity ready_tasks study",
     "train": "engine parity",
 }
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
