@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from halfstep.launcher.config.task_file import GENERATE, Task, TaskSpec
 from halfstep.launcher.data.tokenizer import Tokenizer
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.tasks import examples
-from halfstep.launcher.tasks.examples import Example
+from halfstep.launcher.tasks import task_rows
+from halfstep.launcher.tasks.task_rows import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def prepare(task: Task, tokenizer: Tokenizer, context: int | None) -> Prepared:
 
     Raises RequestError as reading does, and where a prompt is too long and the task does not say what to do about it.
     """
-    read = examples.read(task)
+    read = task_rows.read(task)
     lay_out = _layout(task.spec, tokenizer)
     asked, kept, cut = [], [], 0
     too_long: list[Example] = []

@@ -13,7 +13,7 @@ import pytest
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.config import task_file
 from halfstep.launcher.ready_tasks import catalogues
-from halfstep.launcher.tasks import examples
+from halfstep.launcher.tasks import task_rows
 
 VERBS = ("read", "write", "open", "close", "copy", "move", "find", "show")
 GERMAN = {
@@ -168,7 +168,7 @@ def test_a_ready_task_is_one_that_can_be_judged_by(kind: str, messages: Path, tm
     more = ["--source", str(messages)] if kind == "translation" else []
     rows = _make(tmp_path / "out", kind, *more)
     for split, file in (("test", "task.toml"), ("validation", "validation.toml")):
-        read = examples.read(task_file.read(tmp_path / "out" / file))
+        read = task_rows.read(task_file.read(tmp_path / "out" / file))
         assert [(example.prompt, example.reference) for example in read] == [
             (row["prompt"], row["completion"]) for row in rows[split]
         ]

@@ -380,7 +380,7 @@ def test_a_rows_own_choices_are_two_texts_or_more(choices: Any, tmp_path: Path) 
     text = 'metrics = ["accuracy"]\n[answer]\nkind = "choices"\nchoices_field = "options"\n'
     file = judges.task(tmp_path, [{"prompt": "x", "completion": " a", "options": choices}], text)
     with pytest.raises(RequestError, match=r"holds no choices|a choice is empty"):
-        requests.examples.read(task_file.read(file))
+        requests.task_rows.read(task_file.read(file))
 
 
 def test_missing_files_and_options_that_do_not_fit_are_named(
