@@ -136,6 +136,11 @@ class _Named:
             yield before
 
 
+def written(name: str, messages: Sequence[Message]) -> str:
+    """Return a conversation as a named template writes it, without its end of text. Raises RequestError as `encode`."""
+    return "".join(stretch.text or "" for stretch in _LAYOUTS[name](messages))
+
+
 def until(stops: frozenset[int], ids: Sequence[int]) -> list[int]:
     """Return the ids before the first that ends a turn."""
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
