@@ -13,6 +13,8 @@ NAME = "manifest.json"
 KIND = "halfstep-data"
 FORMAT = 1
 AGAIN = "prepare the data again into a new folder"
+MASK = ".mask"
+"""What follows in the name of a split's pair that tells which of its tokens are targets."""
 _LARGEST_BYTES = 64 * 2**20
 _WIDTHS = {"uint16": 2, "int32": 4}
 
@@ -170,6 +172,8 @@ class Manifest(_Part):
                 )
             if (split.mask is None) != (self.examples is None):
                 raise ValueError(f"{name} has {'a' if split.mask else 'no'} mask of targets, as only examples have one")
+            if split.mask is not None and split.mask.prefix != f"{split.prefix}{MASK}":
+                raise ValueError(f"the mask of {name} is {split.mask.prefix}, not {split.prefix}{MASK}")
             targets = split.targets or 0
             if split.mask is not None and not targets <= split.tokens == split.mask.bytes.bin:
                 raise ValueError(

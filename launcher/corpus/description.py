@@ -11,15 +11,12 @@ import numpy as np
 from halfstep.launcher.config.digest import digest
 from halfstep.launcher.corpus import corpus_manifest, file_hash, megatron
 from halfstep.launcher.corpus.corpus_manifest import AGAIN, Manifest, Mask, Split
+from halfstep.launcher.corpus.packing import Lengths
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts, table_digest, tokenizer_sha256
 from halfstep.launcher.errors import RequestError
 
 _NOT_READ = ("left_out", "bad_rows", "duplicates")
 """Of the source in a manifest: what was passed over, and what is only counted."""
-
-
-Lengths = tuple[tuple[int, int], ...]
-"""How many examples there are of each length, in tokens: (length, count) in the order of the lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +33,9 @@ class DataFacts:
     """Of its tokenizer: token ids are below this; None where the corpus does not say."""
     max_token_id: int | None = None
     """The largest id that it holds; None where it does not say."""
-    train_lengths: "Lengths | None" = None
+    train_lengths: Lengths | None = None
     """Of a corpus of examples: how long they are; None for text, whose documents are read as one stream."""
-    validation_lengths: "Lengths | None" = None
+    validation_lengths: Lengths | None = None
     """The same of the validation split."""
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     has_tokenizer: bool
@@ -49,6 +46,11 @@ class DataFacts:
     """Identifies the tokens themselves, by the sample of `halfstep.launcher.corpus.file_hash`."""
     parts: tuple["Part", ...] = ()
     """Of a mixture, what it is made of; then `path` is the mixture as text, and there are no prefixes of its own."""
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether it is a corpus of examples, or one part of it is."""
+        return self.train_lengths is not None or any(part.corpus.has_examples for part in self.parts)
 
     @property
     def vocabulary_digest(self) -> str | None:

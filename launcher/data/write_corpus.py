@@ -9,12 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from halfstep.launcher.corpus import file_hash
+from halfstep.launcher.corpus import corpus_manifest, file_hash
 from halfstep.launcher.data import encode
 from halfstep.launcher.data.split import validation_documents, validation_tokens
-
-MASK = ".mask"
-"""What the name of the pair ends in that tells which tokens are targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +31,7 @@ class Stream:
     @property
     def marks(self) -> Path:
         """The file that tells of each token whether it is a target, a byte each."""
-        return self.file.with_name(f"{self.file.name}{MASK}")
+        return self.file.with_name(f"{self.file.name}{corpus_manifest.MASK}")
 
     def examples(self, layout: encode.Layout) -> dict[str, Any]:
         """Return what the manifest says of examples."""
@@ -51,7 +48,7 @@ def write_stream(encoded: Iterable[encode.Encoded], file: Path) -> Stream:
     """Write all tokens to one file, and the marks of examples to another."""
     lengths, largest, unknown, length = array("q"), 0, 0, 0
     targets: array[int] | None = None
-    marks_file = Path(f"{file}{MASK}")
+    marks_file = Path(f"{file}{corpus_manifest.MASK}")
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(file.open("wb"))
         marks_out = None
@@ -95,7 +92,7 @@ def write_splits(
         return _write(folder, "", stream.file, stream.lengths, held, dtype, end_of_text)
     held = validation_documents(stream.lengths, stream.targets > 0, fraction, seed)
     splits = _write(folder, "", stream.file, stream.lengths, held, dtype, end_of_text)
-    masks = _write(folder, MASK, stream.marks, stream.lengths, held, np.dtype(np.uint8), 0)
+    masks = _write(folder, corpus_manifest.MASK, stream.marks, stream.lengths, held, np.dtype(np.uint8), 0)
     for name, inside in (("train", held == 0), ("validation", held > 0)):
         mask = {key: masks[name][key] for key in ("prefix", "bytes", "xxh3", "xxh3_sampled")}
         splits[name] |= {"targets": int(stream.targets[inside].sum()), "mask": mask}
