@@ -227,14 +227,14 @@ def test_options_that_cannot_be_are_refused_in_three_lines(
     source = lines(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "rows.txt").write_text("no examples")
     base = ["data", "prepare", "--out", str(tmp_path / "out"), "--tokenizer", str(trained)]
-    for words, what in (
+    for options, what in (
         (["--source", str(source), "--format", "sft", "--template", "tokenizer"], "has no chat template of its own"),
         (["--source", str(source), "--template", "plain"], "--template is about conversations, and these are read as"),
         (["--source", str(source), "--targets", "last"], "--targets is about conversations, and these are read as"),
         (["--source", str(tmp_path / "rows.txt"), "--format", "sft"], "rows.txt holds no examples by its name"),
         (["--source", "stdlib", "--format", "sft"], "the standard library is text, and no examples of what to answer"),
     ):
-        assert main([*base, *words]) == 2
+        assert main([*base, *options]) == 2
         shown = capsys.readouterr().err.splitlines()
         assert len(shown) == 3
         assert what in shown[0]
