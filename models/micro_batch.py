@@ -34,14 +34,16 @@ class MicroBatch:
         return cls(tokens[:, :-1], tokens[:, 1:])
 
     @classmethod
-    def of_documents(cls, tokens: Tensor, starts: Tensor) -> Self:
+    def of_documents(cls, tokens: Tensor, starts: Tensor, counted: Tensor | None = None) -> Self:
         """Return what consecutive tokens ask for whose documents know nothing of each other.
 
         `starts`, bool and of the tokens' shape (rows, sequence + 1), tells where a document begins. Positions are
         counted from there, or from where the row begins; attention stays within what they count (models/observe.py).
-        The first token of a document is no target: nothing that may be seen says which document comes next.
+        The first token of a document is no target: nothing that may be seen says which document comes next. Where
+        `counted`, bool and of the same shape, is given, the tokens that it marks are targets alone.
         """
-        batch = cls(tokens[:, :-1], tokens[:, 1:].masked_fill(starts[:, 1:], IGNORED))
+        ignored = starts[:, 1:] if counted is None else starts[:, 1:] | ~counted[:, 1:]
+        batch = cls(tokens[:, :-1], tokens[:, 1:].masked_fill(ignored, IGNORED))
         inside = starts[:, :-1].clone()
         inside[:, 0] = True
         if inside[:, 1:].any():  # otherwise rows are windows: without positions they need no mask

@@ -35,9 +35,18 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     prepare.add_argument(
         "--format",
-        choices=("auto", "text", "jsonl", "csv", "tsv", "parquet"),
+        choices=("auto", "text", "jsonl", "csv", "tsv", "parquet", "sft"),
         default="auto",
-        help="what the files hold, where their names do not say it",
+        help="what the files hold, where their names do not say it; sft: JSON lines or parquet of conversations, "
+        "rows with prompt and completion or with messages",
+    )
+    prepare.add_argument(
+        "--template",
+        choices=("chatml", "alpaca", "plain", "tokenizer"),
+        help="how conversations are written (default: the tokenizer's own template where it has one, else plain)",
+    )
+    prepare.add_argument(
+        "--targets", choices=("all", "last"), help="which turns of the assistant are learnt (default: all)"
     )
     prepare.add_argument("--skip-bad", action="store_true", help="leave out and count rows that hold no text")
     prepare.add_argument(
@@ -65,6 +74,8 @@ def _prepare(options: argparse.Namespace, arguments: list[str]) -> int:
         tokenizer=options.tokenizer,
         field=options.field,
         format=options.format,
+        template=options.template,
+        targets=options.targets,
         skip_bad=options.skip_bad,
         allow_lossy=options.allow_lossy,
         validation=options.validation_fraction,

@@ -39,6 +39,8 @@ def identity(spec: RunSpec) -> dict[str, Any]:
             del leaves[key]
     if spec.documents == "plain":  # as it was before there was this key
         del leaves["documents"]
+    for key in ("packing", "too_long"):  # the plan adds them where there are examples
+        del leaves[key]
     del leaves["model.router_loss"]  # what comes of it is compared: unset, it is the config's own
     return {
         key: value

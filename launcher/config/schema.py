@@ -218,6 +218,10 @@ class RunSpec(_Section):
     """A folder of `halfstep data prepare`, a Megatron .bin/.idx prefix, or a mixture a:0.7,b:0.3; a plan needs none."""
     documents: Literal["plain", "masked"] = "plain"
     """masked: attention stays inside documents, where positions begin anew; plain: it sees the whole sequence."""
+    packing: bool = True
+    """Examples (`data prepare --format sft`) share sequences as whole examples; false: one in each, and padding."""
+    too_long: Literal["refuse", "cut", "drop"] = "refuse"
+    """What becomes of an example that is longer than the sequence."""
     out: str | None = None
     """The run directory; unset: runs/<run id>."""
     zero: Annotated[int, Field(ge=0, le=3)] = 1

@@ -13,6 +13,8 @@ NAME = "manifest.json"
 KIND = "halfstep-data"
 FORMAT = 1
 AGAIN = "prepare the data again into a new folder"
+MASK = ".mask"
+"""What follows in the name of a split's pair that tells which of its tokens are targets."""
 _LARGEST_BYTES = 64 * 2**20
 _WIDTHS = {"uint16": 2, "int32": 4}
 
@@ -39,6 +41,15 @@ class PairHashes(_Part):
     idx: Xxh3
 
 
+class Mask(_Part):
+    """The pair that tells of each token of a split whether it is a target; a byte each."""
+
+    prefix: PlainName
+    bytes: PairBytes
+    xxh3: PairHashes
+    xxh3_sampled: PairHashes
+
+
 class Split(_Part):
     """One part of the tokens."""
 
@@ -50,6 +61,10 @@ class Split(_Part):
     """Of all bytes; None for a corpus that was prepared before they were hashed."""
     xxh3_sampled: PairHashes | None = None
     """Of what `halfstep.launcher.corpus.file_hash` reads."""
+    mask: Mask | None = None
+    """Of examples; None where every token is a target."""
+    targets: Count | None = None
+    """How many tokens are, by the mask."""
 
 
 class Splits(_Part):
@@ -84,6 +99,17 @@ class BadRows(_Part):
     examples: list[str] = []
 
 
+class Examples(_Part):
+    """How conversations became documents."""
+
+    template: Literal["chatml", "alpaca", "plain", "tokenizer"]
+    targets: Literal["all", "last"]
+    without_targets: Count
+    """Examples that nothing is learnt from."""
+    longest: Count
+    """Tokens."""
+
+
 class Source(_Part):
     """What was read."""
 
@@ -93,6 +119,8 @@ class Source(_Part):
     empty_documents: Count
     undecodable_files: list[str]
     bad_rows: BadRows = BadRows()
+    duplicates: Count | None = None
+    """Documents with the content of an earlier one; None where they were not counted."""
     left_out: dict[str, Passed] = {}
 
 
@@ -127,6 +155,8 @@ class Manifest(_Part):
     max_token_id: Count | None = None
     seed: int | None = None
     splits: Splits
+    examples: Examples | None = None
+    """None for a corpus of text."""
     checksum: str | None = None
     """Of all the rest, where it was written."""
 
@@ -139,6 +169,16 @@ class Manifest(_Part):
                 raise ValueError(
                     f"{name} claims {split.tokens} tokens, which take {stored} bytes as {self.token_dtype}, "
                     f"in a file of {split.bytes.bin}"
+                )
+            if (split.mask is None) != (self.examples is None):
+                raise ValueError(f"{name} has {'a' if split.mask else 'no'} mask of targets, as only examples have one")
+            if split.mask is not None and split.mask.prefix != f"{split.prefix}{MASK}":
+                raise ValueError(f"the mask of {name} is {split.mask.prefix}, not {split.prefix}{MASK}")
+            targets = split.targets or 0
+            if split.mask is not None and not targets <= split.tokens == split.mask.bytes.bin:
+                raise ValueError(
+                    f"{name} claims {targets} targets among {split.tokens} tokens, in a mask of {split.mask.bytes.bin} "
+                    "bytes"
                 )
         for what, token in (("max_token_id", self.max_token_id), ("end_of_text", self.tokenizer.end_of_text)):
             if token is not None and token >= self.tokenizer.vocabulary:

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from halfstep.launcher.config.digest import digest
 from halfstep.launcher.corpus import corpus_manifest, file_hash, megatron
-from halfstep.launcher.corpus.corpus_manifest import AGAIN, Manifest, Split
+from halfstep.launcher.corpus.corpus_manifest import AGAIN, Manifest, Mask, Split
+from halfstep.launcher.corpus.packing import Lengths
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts, table_digest, tokenizer_sha256
 from halfstep.launcher.errors import RequestError
 
-_NOT_READ = ("left_out", "bad_rows")
-"""Of the source in a manifest: what was passed over."""
+_NOT_READ = ("left_out", "bad_rows", "duplicates")
+"""Of the source in a manifest: what was passed over, and what is only counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,10 @@ class DataFacts:
     """Of its tokenizer: token ids are below this; None where the corpus does not say."""
     max_token_id: int | None = None
     """The largest id that it holds; None where it does not say."""
+    train_lengths: Lengths | None = None
+    """Of a corpus of examples: how long they are; None for text, whose documents are read as one stream."""
+    validation_lengths: Lengths | None = None
+    """The same of the validation split."""
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     has_tokenizer: bool
     """Whether the corpus says how it was tokenised."""
@@ -39,6 +46,11 @@ class DataFacts:
     """Identifies the tokens themselves, by the sample of `halfstep.launcher.corpus.file_hash`."""
     parts: tuple["Part", ...] = ()
     """Of a mixture, what it is made of; then `path` is the mixture as text, and there are no prefixes of its own."""
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether it is a corpus of examples, or one part of it is."""
+        return self.train_lengths is not None or any(part.corpus.has_examples for part in self.parts)
 
     @property
     def vocabulary_digest(self) -> str | None:
@@ -87,11 +99,12 @@ def verify_tokens(path: str) -> bool:
     folder = Path(path)
     about, _ = corpus_manifest.read(folder)
     for split in _splits(about):
-        if split.xxh3 is None:
-            return False
-        for file, expected in zip(_files(folder, split), (split.xxh3.bin, split.xxh3.idx), strict=True):
-            if file_hash.whole(file) != expected:
-                raise _changed(file)
+        for pair in filter(None, (split, split.mask)):
+            if pair.xxh3 is None:
+                return False
+            for file, expected in zip(_files(folder, pair), (pair.xxh3.bin, pair.xxh3.idx), strict=True):
+                if file_hash.whole(file) != expected:
+                    raise _changed(file)
     return True
 
 
@@ -136,7 +149,8 @@ def _missing(folder: Path, path: str) -> RequestError:
 
 def _of_folder(folder: Path) -> DataFacts:
     about, content = corpus_manifest.read(folder)
-    tokens_digests = [_check_split(folder, about, split) for split in _splits(about)]
+    tokens_digests = [_check_pair(folder, split, split, about.token_dtype) for split in _splits(about)]
+    tokens_digests += [_check_pair(folder, split, split.mask, "uint8") for split in _splits(about) if split.mask]
     home = folder / about.tokenizer.path
     sha256 = tokenizer_sha256(home)
     if sha256 != about.tokenizer.sha256:
@@ -155,6 +169,8 @@ def _of_folder(folder: Path) -> DataFacts:
         validation_tokens=validation.tokens,
         vocabulary=about.tokenizer.vocabulary,
         max_token_id=about.max_token_id,
+        train_lengths=_lengths(folder, train),
+        validation_lengths=_lengths(folder, validation),
         tokenizer=TokenizerFacts(sha256=sha256, vocabulary_digest=table_digest(home)),
         has_tokenizer=True,
         digest=_digest(about, content),
@@ -177,14 +193,21 @@ def _splits(about: Manifest) -> tuple[Split, Split]:
     return about.splits.train, about.splits.validation
 
 
-def _files(folder: Path, split: Split) -> tuple[Path, Path]:
-    return folder / f"{split.prefix}.bin", folder / f"{split.prefix}.idx"
+def _lengths(folder: Path, split: Split) -> Lengths | None:
+    if split.mask is None:
+        return None
+    lengths, counts = np.unique(megatron.document_lengths(folder / split.prefix), return_counts=True)
+    return tuple(zip(lengths.tolist(), counts.tolist(), strict=True))
 
 
-def _check_split(folder: Path, about: Manifest, split: Split) -> list[str]:
-    """Compare the pair with what the manifest says of it; return the hashes of a sample of its files."""
-    files = _files(folder, split)
-    for file, size in zip(files, (split.bytes.bin, split.bytes.idx), strict=True):
+def _files(folder: Path, pair: Split | Mask) -> tuple[Path, Path]:
+    return folder / f"{pair.prefix}.bin", folder / f"{pair.prefix}.idx"
+
+
+def _check_pair(folder: Path, split: Split, stored: Split | Mask, expected_dtype: str) -> list[str]:
+    """Compare a pair, of a split's tokens or of its mask, with what the manifest says; return hashes of a sample."""
+    files = _files(folder, stored)
+    for file, size in zip(files, (stored.bytes.bin, stored.bytes.idx), strict=True):
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             state = "is missing" if actual is None else f"has {actual} bytes"
@@ -193,20 +216,19 @@ def _check_split(folder: Path, about: Manifest, split: Split) -> list[str]:
                 where=str(folder / corpus_manifest.NAME),
                 fix=f"copy the folder again, or {AGAIN}",
             )
-    pair = megatron.read_pair(folder / split.prefix)
-    dtype = pair.dtype.__name__ if pair.tokens else about.token_dtype
-    if (pair.tokens, pair.documents, dtype) != (split.tokens, split.documents, about.token_dtype):
+    pair = megatron.read_pair(folder / stored.prefix)
+    dtype = pair.dtype.__name__ if pair.tokens else expected_dtype
+    if (pair.tokens, pair.documents, dtype) != (split.tokens, split.documents, expected_dtype):
         raise RequestError(
             f"{files[1].name} speaks of {pair.tokens} tokens of type {dtype} in {pair.documents} documents, "
-            f"the manifest of {split.tokens} of type {about.token_dtype} in {split.documents}",
+            f"the manifest of {split.tokens} of type {expected_dtype} in {split.documents}",
             where=str(folder / corpus_manifest.NAME),
             fix=f"copy the folder again, or {AGAIN}",
         )
     sampled = [file_hash.sampled(file) for file in files]
-    if split.xxh3_sampled is not None:
-        for file, actual, expected in zip(
-            files, sampled, (split.xxh3_sampled.bin, split.xxh3_sampled.idx), strict=True
-        ):
+    if stored.xxh3_sampled is not None:
+        expected_hashes = (stored.xxh3_sampled.bin, stored.xxh3_sampled.idx)
+        for file, actual, expected in zip(files, sampled, expected_hashes, strict=True):
             if actual != expected:
                 raise _changed(file)
     return sampled

@@ -77,6 +77,19 @@ def read_pair(prefix: str | Path) -> Pair:
     return Pair(tokens=tokens, documents=max(0, boundaries - 1), dtype=dtype)
 
 
+def document_lengths(prefix: str | Path) -> np.ndarray:
+    """Return how many tokens each document of a pair has that `read_pair` has accepted; int64."""
+    with open(f"{prefix}.idx", "rb") as file:
+        *_, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
+        lengths = np.fromfile(file, dtype="<i4", count=sequences)
+        file.seek(HEADER.size + 12 * sequences)
+        firsts = np.fromfile(file, dtype="<i8", count=boundaries)
+    if boundaries < 2:
+        return np.empty(0, dtype=np.int64)
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return np.diff(ends[firsts])
+
+
 def _without_waiting(path: str, flags: int) -> int:
     """Open without waiting for whoever may never write to a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)

@@ -14,13 +14,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halfstep.launcher.data import tokenizer
+from halfstep.launcher.data import chat, tokenizer
 from halfstep.launcher.data.readers import Piece
 from halfstep.launcher.errors import RequestError
 
 _BATCH_CHARACTERS = 2**18
 _BATCHES_AHEAD = 3
 """Per worker; what is read but not yet tokenised stays this small."""
+
+
+class Layout(NamedTuple):
+    """How examples become tokens."""
+
+    template: str
+    """One of `chat.CHOICES`."""
+    targets: str
+    """`chat.ALL` or `chat.LAST`."""
 
 
 class Encoded(NamedTuple):
@@ -31,21 +40,33 @@ class Encoded(NamedTuple):
     """Of each piece: how many tokens, and whether its document ends there."""
     unknown: int
     """How many tokens stand for text that the tokenizer does not know."""
+    marks: np.ndarray | None = None
+    """Of each token whether it is a target; of examples alone."""
+    refused: tuple[RequestError, ...] = ()
+    """What is wrong with examples that the template does not take, and that are left out."""
 
 
-def encode(pieces: Iterable[Piece], *, folder: Path, kind: str, dtype: np.dtype, workers: int) -> Generator[Encoded]:
+def encode(
+    pieces: Iterable[Piece],
+    *,
+    folder: Path,
+    kind: str,
+    dtype: np.dtype,
+    workers: int,
+    layout: Layout | None = None,
+) -> Generator[Encoded]:
     """Yield the tokens of all pieces in their order; the tokenizer is loaded from `folder` in every process."""
     batches = _batches(pieces)
     if workers == 1:
-        loaded = tokenizer.load(folder, kind)
+        encoder = _Encoder(folder, kind, dtype, layout)
         for batch in batches:
-            yield _encode(loaded, batch, dtype)
+            yield encoder.encode(batch)
         return
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(folder, kind, dtype),
+        initargs=(folder, kind, dtype, layout),
     )
     waiting: deque[Future[Encoded]] = deque()
     try:
@@ -79,29 +100,65 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encode(loaded: tokenizer.Tokenizer, batch: list[Piece], dtype: np.dtype) -> Encoded:
-    ids: list[int] = []
-    lengths = []
-    unknown = 0
-    for piece in batch:
-        before = len(ids)
-        own = loaded.encode(piece.text)
-        unknown += 0 if loaded.unknown is None else own.count(loaded.unknown)
-        ids += own
-        if piece.ends_document:
-            ids.append(loaded.end_of_text)
-        lengths.append((len(ids) - before, piece.ends_document))
-    return Encoded(np.asarray(ids, dtype=dtype), lengths, unknown)
+class _Encoder:
+    """What makes tokens of pieces in a process."""
+
+    def __init__(self, folder: Path, kind: str, dtype: np.dtype, layout: Layout | None) -> None:
+        self._loaded, self._dtype = tokenizer.load(folder, kind), dtype
+        self._template = None if layout is None else chat.named(layout.template, self._loaded)
+        self._targets = chat.ALL if layout is None else layout.targets
+
+    def encode(self, batch: list[Piece]) -> Encoded:
+        """Return the tokens of some pieces."""
+        return self._texts(batch) if self._template is None else self._examples(batch, self._template)
+
+    def _texts(self, batch: list[Piece]) -> Encoded:
+        ids: list[int] = []
+        lengths = []
+        unknown = 0
+        for piece in batch:
+            before = len(ids)
+            own = self._loaded.encode(piece.text)
+            unknown += self._unknown(own)
+            ids += own
+            if piece.ends_document:
+                ids.append(self._loaded.end_of_text)
+            lengths.append((len(ids) - before, piece.ends_document))
+        return Encoded(np.asarray(ids, dtype=self._dtype), lengths, unknown)
+
+    def _examples(self, batch: list[Piece], template: chat.Template) -> Encoded:
+        ids: list[int] = []
+        marks: list[int] = []
+        lengths, refused = [], []
+        for _, _, example in batch:
+            assert example is not None, "a template lays out examples"
+            try:
+                own, targets = template.encode(example.messages, self._targets)
+            except RequestError as error:
+                refused.append(
+                    RequestError(
+                        f"{example.name}: {error.what}", where=f"{example.where}, {error.where}", fix=error.fix
+                    )
+                )
+                continue
+            ids += own
+            # Nothing stands before a document's first token: it is never predicted.
+            marks += [0, *targets[1:]][: len(own)]
+            lengths.append((len(own), True))
+        tokens = np.asarray(ids, dtype=self._dtype)
+        return Encoded(tokens, lengths, self._unknown(ids), np.asarray(marks, dtype=np.uint8), tuple(refused))
+
+    def _unknown(self, ids: list[int]) -> int:
+        return 0 if self._loaded.unknown is None else ids.count(self._loaded.unknown)
 
 
 class _Worker:
     """What a worker process holds, set once when it starts."""
 
-    loaded: tokenizer.Tokenizer
-    dtype: np.dtype
+    encoder: _Encoder
 
 
-def _start_worker(folder: Path, kind: str, dtype: np.dtype) -> None:
+def _start_worker(folder: Path, kind: str, dtype: np.dtype, layout: Layout | None) -> None:
     # Ctrl-C reaches the whole process group: the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A pool's workers hold both ends of their queue, so the death of a killed parent would never reach them.
@@ -109,7 +166,7 @@ def _start_worker(folder: Path, kind: str, dtype: np.dtype) -> None:
     assert parent is not None, "a worker has a parent"
     threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _Worker.loaded, _Worker.dtype = tokenizer.load(folder, kind), dtype
+    _Worker.encoder = _Encoder(folder, kind, dtype, layout)
 
 
 def _leave_with(sentinel: int) -> None:
@@ -118,4 +175,4 @@ def _leave_with(sentinel: int) -> None:
 
 
 def _work(batch: list[Piece]) -> Encoded:
-    return _encode(_Worker.loaded, batch, _Worker.dtype)
+    return _Worker.encoder.encode(batch)

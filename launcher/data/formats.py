@@ -6,7 +6,9 @@ from typing import NamedTuple
 from halfstep.launcher.errors import RequestError
 
 AUTO, TEXT, JSON_LINES, CSV, TSV, PARQUET = "auto", "text", "jsonl", "csv", "tsv", "parquet"
-CHOICES = (AUTO, TEXT, JSON_LINES, CSV, TSV, PARQUET)
+SFT = "sft"
+"""Examples of what to answer, in JSON lines or parquet."""
+CHOICES = (AUTO, TEXT, JSON_LINES, CSV, TSV, PARQUET, SFT)
 
 _KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".json"), JSON_LINES),
@@ -62,9 +64,15 @@ def of(path: Path, asked: str = AUTO) -> Format:
     name = path.name.lower()
     inner, compression = _split_compression(name)
     suffix = Path(inner).suffix
-    if asked == AUTO and suffix in _REFUSED:
+    if asked in (AUTO, SFT) and suffix in _REFUSED:
         raise _refusal(path, *_REFUSED[suffix])
-    kind = _KINDS.get(suffix, TEXT) if asked == AUTO else asked
+    kind = _KINDS.get(suffix, TEXT) if asked in (AUTO, SFT) else asked
+    if asked == SFT and kind not in (JSON_LINES, PARQUET):
+        raise _refusal(
+            path,
+            "holds no examples by its name",
+            "examples are .jsonl or .parquet: rename it, or leave it out with a glob",
+        )
     if kind == PARQUET and compression:
         raise _refusal(path, f"is a parquet file inside {compression}", "decompress it: parquet is compressed itself")
     return Format(kind, compression)

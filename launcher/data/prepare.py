@@ -15,12 +15,22 @@ import numpy as np
 from halfstep.launcher.corpus import corpus_manifest as manifests
 from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.corpus.vocabulary import tokenizer_sha256
-from halfstep.launcher.data import encode, fidelity, formats, publish, sources, tokenizer, train_tokenizer, write_corpus
+from halfstep.launcher.data import (
+    chat,
+    encode,
+    fidelity,
+    formats,
+    prepare_options,
+    publish,
+    sources,
+    tokenizer,
+    train_tokenizer,
+    write_corpus,
+)
 from halfstep.launcher.data.progress_bar import Report, reporter
 from halfstep.launcher.data.readers import Piece
 from halfstep.launcher.errors import RequestError
 
-_LARGEST_FRACTION = 0.3
 _UINT16_VOCABULARY = 2**16
 # A hub data set is sampled from its start alone, or it would be fetched twice as a whole.
 _HUB_SAMPLE_CHARACTERS = 2**28
@@ -35,6 +45,8 @@ def prepare(
     tokenizer: str | None = None,
     field: str = "text",
     format: str = formats.AUTO,
+    template: str | None = None,
+    targets: str | None = None,
     skip_bad: bool = False,
     allow_lossy: bool = False,
     validation: float = 0.01,
@@ -46,15 +58,24 @@ def prepare(
 
     `source` is what `data.sources.find` understands. Either SentencePiece is trained with `vocab_size` tokens
     or `tokenizer` is used, which `data.tokenizer.named` understands. `format` says what all files hold where
-    their names do not; with `skip_bad` rows that hold no text are counted and left out; with `allow_lossy` a tokenizer
-    may lose any share of the text. `validation` is the share of the tokens held back. The files depend on the source,
-    the tokenizer, these options and `seed` only. A folder that holds the same already is left alone.
+    their names do not; `formats.SFT`: examples, laid out by `template` (`data.chat.named`), whose targets are `all`
+    turns of the assistant or the `last`. With `skip_bad` rows that hold no text or example are counted and left out;
+    with `allow_lossy` a tokenizer may lose any share of the text. `validation` is the share of the tokens held back.
+    The files depend on the source, the tokenizer, these options and `seed` only. A folder that holds the same already
+    is left alone.
     Raises RequestError for whatever is wrong with the request, the source or the disk.
     """
     out = Path(os.path.abspath(Path(out).expanduser()))
-    workers = _check(vocab_size, tokenizer, validation, workers)
+    workers = prepare_options.check(vocab_size, tokenizer, validation, workers)
+    prepare_options.check_layout(format, template, targets)
     readable = sources.find(source, field, format=format, skip_bad=skip_bad)
-    chosen = {"format": format != formats.AUTO and format, "skip_bad": skip_bad, "allow_lossy": allow_lossy}
+    chosen = {
+        "format": format != formats.AUTO and format,
+        "template": template,
+        "targets": targets,
+        "skip_bad": skip_bad,
+        "allow_lossy": allow_lossy,
+    }
     request = {
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,
@@ -78,27 +99,6 @@ def prepare(
             raise
         return there
     return manifest
-
-
-def _check(vocab_size: int | None, tokenizer: str | None, validation: float, workers: int | None) -> int:
-    """Refuse impossible options; return the number of processes."""
-    if vocab_size is None and tokenizer is None:
-        raise RequestError(
-            "nothing says how to tokenise", where="no --vocab-size, no --tokenizer", fix="--vocab-size 4096"
-        )
-    if vocab_size is not None and vocab_size < 1:
-        raise RequestError(
-            f"a vocabulary of {vocab_size} tokens holds nothing", where="--vocab-size", fix="--vocab-size 4096"
-        )
-    if not 0 < validation <= _LARGEST_FRACTION:
-        raise RequestError(
-            f"{validation} of the tokens cannot be held back for validation",
-            where="--validation-fraction",
-            fix=f"a share above 0 and at most {_LARGEST_FRACTION}, such as 0.01",
-        )
-    if workers is not None and workers < 1:
-        raise RequestError(f"{workers} processes do no work", where="--workers", fix="--workers 1")
-    return workers or len(os.sched_getaffinity(0))
 
 
 def _already_there(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -145,11 +145,18 @@ class _Job:
         seed, named = self.request["seed"], self.request["tokenizer"]
         watch = fidelity.Watch(chosen, seed=seed, name=named or "", allowed=self.request.get("allow_lossy", False))
         read = watch.over(_reported(sources.pieces(self.source, tally), tally, report, known))
-        encoded = encode.encode(read, folder=home, kind=chosen.kind, dtype=dtype, workers=self.workers)
+        layout, untaken = self._layout(chosen), sources.Tally()
+        encoded = encode.encode(read, folder=home, kind=chosen.kind, dtype=dtype, workers=self.workers, layout=layout)
         with contextlib.closing(encoded):  # Ends the worker processes whatever happens.
-            stream = write_corpus.write_stream(encoded, partial / "tokens.unsplit")
+            stream = write_corpus.write_stream(self._taken(encoded, untaken), partial / "tokens.unsplit")
         if not stream.lengths.size:
-            raise _no_text(self.source, tally)
+            raise _no_text(self.source, untaken if untaken.bad_rows else tally)
+        if stream.targets is not None and not stream.targets.any():
+            raise RequestError(
+                f"none of the {len(stream.targets):,} examples has a target: the assistant says nothing in them",
+                where=f"--source {self.source.asked}",
+                fix="name conversations with messages of the role assistant, or rows with a completion",
+            )
         if known is not None and known != tally:
             raise RequestError(
                 "the source changed while it was read",
@@ -160,10 +167,11 @@ class _Job:
         fraction = self.request["validation_fraction"]
         splits = write_corpus.write_splits(partial, stream, dtype, chosen.end_of_text, fraction=fraction, seed=seed)
         stream.file.unlink()
+        stream.marks.unlink(missing_ok=True)
         manifest = {
             "format": manifests.FORMAT,
             "kind": manifests.KIND,
-            "source": self._describe_source(tally),
+            "source": self._describe_source(tally, untaken),
             "request": self.request,
             "tokenizer": {
                 "kind": chosen.kind,
@@ -173,6 +181,7 @@ class _Job:
                 "vocabulary": chosen.vocabulary,
                 "end_of_text": chosen.end_of_text,
             },
+            **({} if layout is None else {"examples": stream.examples(layout)}),
             "token_dtype": dtype.name,
             "max_token_id": stream.largest,
             "fidelity": {**came_back.to_dict(), "unknown_tokens": stream.unknown},
@@ -184,6 +193,22 @@ class _Job:
         manifest["checksum"] = manifests.checksum(manifest)
         (partial / manifests.NAME).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return manifest
+
+    def _layout(self, chosen: tokenizer.Tokenizer) -> encode.Layout | None:
+        """Return how examples become tokens; None where the source holds text."""
+        if self.source.format != formats.SFT:
+            return None
+        template = chat.named(self.request.get("template"), chosen)
+        return encode.Layout(template.name, self.request.get("targets") or chat.ALL)
+
+    def _taken(self, encoded: Iterator[encode.Encoded], untaken: sources.Tally) -> Iterator[encode.Encoded]:
+        """Yield what is encoded; raises what is wrong with an example that the template refuses, or counts it."""
+        for batch in encoded:
+            for error in batch.refused:
+                if not self.source.skip_bad:
+                    raise error
+                untaken.skip(error)
+            yield batch
 
     def _tokenizer(self, report: Report) -> tuple[tokenizer.Tokenizer, sources.Tally | None]:
         """Return the tokenizer, and what a first pass over the whole source counted, where there was one."""
@@ -198,7 +223,9 @@ class _Job:
                 )
             return chosen, None
         tally = sources.Tally()
-        texts = (piece.text for piece in _reported(sources.pieces(self.source, tally), tally, report, None, "reading"))
+        texts = (
+            self._text(piece) for piece in _reported(sources.pieces(self.source, tally), tally, report, None, "reading")
+        )
         if self.source.kind == sources.HUB:
             texts = _first(texts, _HUB_SAMPLE_CHARACTERS)
         blocks = train_tokenizer.sample_blocks(texts, self.request["seed"])
@@ -207,16 +234,26 @@ class _Job:
         report("training the tokenizer", 0, None)
         return train_tokenizer.train(blocks, vocab_size), None if self.source.kind == sources.HUB else tally
 
-    def _describe_source(self, tally: sources.Tally) -> dict[str, Any]:
+    def _text(self, piece: Piece) -> str:
+        """Return what a tokenizer is to be trained on: of an example also what its template writes around it."""
+        if piece.example is None:
+            return piece.text
+        return chat.written(self.request.get("template") or chat.PLAIN, piece.example.messages)
+
+    def _describe_source(self, tally: sources.Tally, untaken: sources.Tally) -> dict[str, Any]:
         return {
             "asked": self.source.asked,
             "kind": self.source.kind,
             "files": len(self.source.files),
-            "documents": tally.documents,
+            "documents": tally.documents - untaken.bad_rows,
             "text_bytes": tally.text_bytes,
             "empty_documents": tally.empty_documents,
+            "duplicates": tally.duplicates,
             "undecodable_files": tally.undecodable_files,
-            "bad_rows": {"count": tally.bad_rows, "examples": tally.bad_examples},
+            "bad_rows": {
+                "count": tally.bad_rows + untaken.bad_rows,
+                "examples": (tally.bad_examples + untaken.bad_examples)[: sources.EXAMPLES],
+            },
             "left_out": self.source.left_out.to_dict(),
             "fingerprint": self.source.fingerprint,
         }

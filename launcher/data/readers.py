@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfstep.launcher.corpus import hub
-from halfstep.launcher.data import formats, streams, text_rows
+from halfstep.launcher.data import examples, formats, row_fields, streams, text_rows
+from halfstep.launcher.data.examples import Example
 from halfstep.launcher.errors import RequestError
 
 PIECE_CHARACTERS = 2**20
@@ -24,6 +25,8 @@ class Piece(NamedTuple):
 
     text: str
     ends_document: bool
+    example: Example | None = None
+    """What the text is of, where it is to be laid out by a template; such a piece is a document."""
 
 
 def file_pieces(path: Path, field: str, *, kind: str = formats.AUTO, skip: Skip | None = None) -> Iterator[Piece]:
@@ -37,17 +40,27 @@ def file_pieces(path: Path, field: str, *, kind: str = formats.AUTO, skip: Skip 
         if given.kind == formats.TEXT:
             yield from _text_pieces(path, given, field, sniff=kind == formats.AUTO)
             return
-        for row in text_rows.texts(path, given, field):
-            if isinstance(row, str):
-                yield from cut(row)
-            elif skip is None:
-                raise row
-            else:
-                skip(row)
+        if kind == formats.SFT:
+            yield from _passed(text_rows.rows(path, given, examples.WANTED), skip)
+        else:
+            yield from _passed(text_rows.texts(path, given, field), skip)
     except OSError as error:
         raise RequestError(
             f"{path.name} cannot be read: {error.strerror or error}", where=str(path), fix="check the file"
         ) from None
+
+
+def _passed(rows: Iterator[str | Example | RequestError], skip: Skip | None) -> Iterator[Piece]:
+    """Yield the pieces of rows; what is wrong with one is raised, or told to `skip`."""
+    for row in rows:
+        if isinstance(row, str):
+            yield from cut(row)
+        elif isinstance(row, Example):
+            yield Piece(row.text, True, row)
+        elif skip is None:
+            raise row
+        else:
+            skip(row)
 
 
 def python_source(path: Path) -> str | None:
@@ -97,7 +110,7 @@ def _refuse_json_lines(buffer: bytes, path: Path, field: str) -> None:
         except (ValueError, RecursionError):
             return
         if not isinstance(row, dict) or (
-            len(lines) == 1 and not isinstance(text_rows.text_of(row, field, "", ""), str)
+            len(lines) == 1 and not isinstance(row_fields.text_of(row, field, "", ""), str)
         ):
             return
         objects += 1
@@ -120,8 +133,11 @@ def _cut_bytes(buffer: bytes) -> int:
     return stop
 
 
-def hub_pieces(name: str, config: str | None, split: str, field: str, skip: Skip | None = None) -> Iterator[Piece]:
+def hub_pieces(
+    name: str, config: str | None, split: str, field: str, *, kind: str = formats.AUTO, skip: Skip | None = None
+) -> Iterator[Piece]:
     """Yield the rows of a hub data set, streamed. Raises RequestError when the hub does not give it."""
+    wanted = examples.WANTED if kind == formats.SFT else row_fields.of_field(field)
     where = f"--source hub:{name}"
     fix = "check the name; without network, fetch its files elsewhere and name their folder"
     if problem := hub.unreachable():
@@ -131,14 +147,8 @@ def hub_pieces(name: str, config: str | None, split: str, field: str, skip: Skip
 
     try:
         table = datasets.load_dataset(name, config, split=split, streaming=True)
-        for number, row in enumerate(table, start=1):
-            text = text_rows.text_of(row, field, f"{where}, row {number}", f"row {number}")
-            if isinstance(text, str):
-                yield from cut(text)
-            elif skip is None:
-                raise text
-            else:
-                skip(text)
+        taken = (wanted.take(row, f"{where}, row {n}", f"row {n}") for n, row in enumerate(table, start=1))
+        yield from _passed(taken, skip)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RequestError(f"the hub did not give {name!r}: {reason}", where=where, fix=fix) from None

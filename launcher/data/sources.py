@@ -1,13 +1,18 @@
 """Find out what --source names: the standard library, files, or a hub data set, and read it as a stream of pieces."""
 
 import dataclasses
+import functools
 import glob
 import re
 import sysconfig
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+import numpy as np
+import xxhash
 
 from halfstep.launcher.data import formats, readers, walk
 from halfstep.launcher.data.readers import Piece
@@ -18,7 +23,8 @@ STDLIB, FILES, HUB = "stdlib", "files", "hub"
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HUB_PLAIN = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PREFIXED = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]:%+-]+))?")
-_EXAMPLES = 5
+EXAMPLES = 5
+"""How many bad rows are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,8 @@ class Tally:
     """As UTF-8."""
     empty_documents: int = 0
     """Documents of nothing but whitespace, which are left out."""
+    hashes: "array[int]" = dataclasses.field(default_factory=functools.partial(array, "Q"))
+    """Of each document's content: eight bytes, of which two in 10^8 documents are seldom the same by chance."""
     undecodable_files: list[str] = dataclasses.field(default_factory=list)
     """Files of the standard library that Python itself cannot decode, which are left out."""
     bad_rows: int = 0
@@ -62,10 +70,15 @@ class Tally:
     bad_advice: str = ""
     """What would have been a way out for the first of them."""
 
+    @property
+    def duplicates(self) -> int:
+        """How many documents have the content of an earlier one."""
+        return len(self.hashes) - len(np.unique(np.frombuffer(self.hashes, dtype=np.uint64))) if self.hashes else 0
+
     def skip(self, error: RequestError) -> None:
         """Count a row that is left out."""
         self.bad_rows += 1
-        if len(self.bad_examples) < _EXAMPLES:
+        if len(self.bad_examples) < EXAMPLES:
             self.bad_examples.append(f"{error.where}: {error.what}")
             self.bad_advice = self.bad_advice or error.fix
 
@@ -89,6 +102,12 @@ def _find(asked: str, text_field: str, format: str, skip_bad: bool) -> Source:
         raise RequestError(
             f"there is no format {format!r}", where=f"--format {format}", fix=f"one of {', '.join(formats.CHOICES)}"
         )
+    if asked == STDLIB and format == formats.SFT:
+        raise RequestError(
+            "the standard library is text, and no examples of what to answer",
+            where=f"--source {asked} --format {format}",
+            fix="name JSON lines or parquet with prompt and completion, or messages",
+        )
     left_out = LeftOut()
     path = Path(asked).expanduser()
     if asked == STDLIB:
@@ -111,6 +130,7 @@ def _find(asked: str, text_field: str, format: str, skip_bad: bool) -> Source:
             asked=asked,
             kind=HUB,
             field=text_field,
+            format=format,
             skip_bad=skip_bad,
             fingerprint=sha256(asked.encode()).hexdigest(),
         )
@@ -157,7 +177,9 @@ def pieces(source: Source, tally: Tally) -> Iterator[Piece]:
     """Yield the documents of a source in their order, long ones in several pieces; `tally` counts as they pass."""
     skip = tally.skip if source.skip_bad else None
     if source.kind == HUB:
-        yield from _counted(readers.hub_pieces(*_hub_name(source.asked), source.field, skip), tally)
+        yield from _counted(
+            readers.hub_pieces(*_hub_name(source.asked), source.field, kind=source.format, skip=skip), tally
+        )
         return
     for file in source.files:
         if source.kind == STDLIB:
@@ -172,13 +194,19 @@ def pieces(source: Source, tally: Tally) -> Iterator[Piece]:
 
 def _counted(stream: Iterator[Piece], tally: Tally) -> Iterator[Piece]:
     within = False
+    content = xxhash.xxh3_64()
     for piece in stream:
         if not within and piece.ends_document and not piece.text.strip():
             tally.empty_documents += 1
             continue
         within = not piece.ends_document
-        tally.documents += piece.ends_document
-        tally.text_bytes += len(piece.text.encode())
+        encoded = piece.text.encode()
+        content.update(encoded if piece.example is None else repr(piece.example.messages).encode())
+        tally.text_bytes += len(encoded)
+        if piece.ends_document:
+            tally.documents += 1
+            tally.hashes.append(content.intdigest())
+            content.reset()
         yield piece
 
 

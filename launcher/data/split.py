@@ -38,3 +38,19 @@ def validation_tokens(lengths: np.ndarray, fraction: float, seed: int) -> np.nda
     before = np.cumsum(share) - share
     held[large_turn] = np.clip(missing - before, 0, share)
     return held
+
+
+def validation_documents(lengths: np.ndarray, candidates: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return how many tokens of each document are held back where none is divided: all or none; int64, as `lengths`.
+
+    `candidates`, bool, are those that may be: one of them at least is held back and one is not, where there are two.
+    They take their turn in an order keyed by the seed until the share is full.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    held = np.zeros(len(lengths), dtype=np.int64)
+    turn = permute(np.arange(len(lengths)), len(lengths), seed ^ _KEY)
+    turn = turn[candidates[turn]][:-1]
+    count = int(np.searchsorted(np.cumsum(lengths[turn]), max(1, round(fraction * int(lengths.sum()))), side="right"))
+    taken = turn[: max(1, count)]
+    held[taken] = lengths[taken]
+    return held

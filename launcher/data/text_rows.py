@@ -1,4 +1,4 @@
-"""Read the text of each row of JSON lines, CSV, TSV and parquet, and say exactly which row is wrong."""
+"""Read the rows of JSON lines, CSV, TSV and parquet, mostly for their text, and say exactly which row is wrong."""
 
 import contextlib
 import csv
@@ -9,18 +9,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher.data import formats, streams
+from halfstep.launcher.data import formats, parquet_rows, streams
 from halfstep.launcher.data.formats import Format
+from halfstep.launcher.data.row_fields import SKIP, Row, Wanted, no_field, of_field, text_of
 from halfstep.launcher.data.streams import LONGEST_LINE, Line, Opened
-from halfstep.launcher.errors import RequestError, nearest
+from halfstep.launcher.errors import RequestError
 
-_PARQUET_ROWS = 1024
 _DELIMITERS = {formats.CSV: (",", ";", "\t"), formats.TSV: ("\t",)}
-_SHOWN_CHARACTERS = 40
-SKIP = "repair that row, or leave such rows out: --skip-bad"
 
-Row = str | RequestError
-"""A row's text, or what is wrong with that row alone."""
+
+def rows(path: Path, given: Format, wanted: Wanted) -> Iterator[Any]:
+    """Yield what is wanted of each row of JSON lines or parquet, or the RequestError that is said of a row alone.
+
+    Raises RequestError for a table that cannot be read further.
+    """
+    with streams.opened(path, given) as file:  # refuses what is not the file itself
+        if given.kind == formats.JSON_LINES:
+            yield from _of_json(file, path, wanted)
+    if given.kind == formats.PARQUET:
+        yield from parquet_rows.rows(path, wanted)
 
 
 def texts(path: Path, given: Format, field: str) -> Iterator[Row]:
@@ -31,55 +38,17 @@ def texts(path: Path, given: Format, field: str) -> Iterator[Row]:
     if given.kind == formats.PARQUET:
         with streams.opened(path, given):  # refuses what is not the file itself
             pass
-        yield from _of_parquet(path, field)
+        yield from parquet_rows.texts(path, field)
         return
     with streams.opened(path, given) as file:
         yield from (
-            _of_json(file, path, field) if given.kind == formats.JSON_LINES else _of_csv(file, path, field, given.kind)
+            _of_json(file, path, of_field(field))
+            if given.kind == formats.JSON_LINES
+            else _of_csv(file, path, field, given.kind)
         )
 
 
-def text_of(row: dict[str, Any], field: str, where: str, name: str) -> Row:
-    """Return the text field of a row; `name` is what a message calls the row."""
-    inside: Any = row
-    for part in (field,) if field in row else field.split("."):
-        if not isinstance(inside, dict) or part not in inside:
-            return _no_field(row, field, where, name)
-        inside = inside[part]
-    if not isinstance(inside, str):
-        kind = "null" if inside is None else type(inside).__name__
-        return RequestError(f"the field {field!r} of {name} holds {kind}, not text", where=where, fix=SKIP)
-    try:
-        inside.encode()
-    except UnicodeEncodeError as error:
-        return RequestError(
-            f"the field {field!r} of {name} holds half a surrogate pair at character {error.start}, which is no text",
-            where=where,
-            fix=SKIP,
-        )
-    return inside
-
-
-def _no_field(row: dict[str, Any], field: str, where: str, name: str) -> RequestError:
-    names = list(_names(row))
-    meant = nearest(field, names) or names[:1]
-    shown = ", ".join(repr(name[:_SHOWN_CHARACTERS]) for name in names[:8])
-    return RequestError(
-        f"{name} has no field {field!r}; it has {shown or 'none at all'}",
-        where=where,
-        fix=f"--field {shlex.quote(meant[0])}" if meant else SKIP,
-    )
-
-
-def _names(row: dict[str, Any], before: str = "") -> Iterator[str]:
-    for name, value in row.items():
-        if isinstance(value, dict) and value and before.count(".") < 3:
-            yield from _names(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}"
-
-
-def _of_json(file: Opened, path: Path, field: str) -> Iterator[Row]:
+def _of_json(file: Opened, path: Path, wanted: Wanted) -> Iterator[Any]:
     for line in streams.lines(file, path):
         try:
             text = streams.decode(line.content, path, line.offset)
@@ -87,14 +56,14 @@ def _of_json(file: Opened, path: Path, field: str) -> Iterator[Row]:
             yield error
             continue
         if text.strip():
-            yield _json_text(text, field, path, line)
+            yield _json_row(text, wanted, path, line)
 
 
-def _json_text(text: str, field: str, path: Path, line: Line) -> Row:
+def _json_row(text: str, wanted: Wanted, path: Path, line: Line) -> Any:
     where, name = f"{path}, line {line.number}", f"line {line.number}"
     try:
         row = json.loads(text)
-        if text.count(f'"{field.rpartition(".")[2]}"') > 1:
+        if any(text.count(f'"{key}"') > 1 for key in wanted.keys):
             # Whoever wrote the same key twice meant one of them, and nobody knows which.
             row = json.loads(text, object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
@@ -105,11 +74,11 @@ def _json_text(text: str, field: str, path: Path, line: Line) -> Row:
         return RequestError(f"{name} is JSON that cannot be read: {error}", where=where, fix=SKIP)
     if not isinstance(row, dict):
         return RequestError(
-            f"{name} is a JSON {type(row).__name__}, not an object with a field {field!r}",
+            f"{name} is a JSON {type(row).__name__}, not {wanted.shape}",
             where=where,
             fix=_one_array(path) if isinstance(row, list) and line.number == 1 else "write one object a line",
         )
-    return text_of(row, field, where, name)
+    return wanted.take(row, where, name)
 
 
 def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -181,7 +150,7 @@ def _delimiter(header: str, field: str, kind: str) -> str:
 def _column(names: list[str], field: str, path: Path) -> int:
     where = f"{path}, line 1"
     if field not in names:
-        raise _no_field(dict.fromkeys(names), field, where, path.name)
+        raise no_field(dict.fromkeys(names), field, where, path.name)
     if names.count(field) > 1:
         raise RequestError(f"{path.name} has {names.count(field)} columns {field!r}", where=where, fix="rename one")
     return names.index(field)
@@ -208,55 +177,3 @@ def _unreadable(path: Path, name: str, error: csv.Error) -> RequestError:
         where=f"{path}, {name}",
         fix="double the quotation marks inside cells and quote those cells, or write JSON lines",
     )
-
-
-def _of_parquet(path: Path, field: str) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            steps = _steps(table.schema_arrow, field, path)
-            number = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0):
-                    number += 1
-                    inside = _as_python(value)
-                    for step in steps:
-                        inside = inside.get(step) if isinstance(inside, dict) else None
-                    yield text_of({field: inside}, field, f"{path}, row {number}", f"row {number}")
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"{path.name} is not a readable parquet file: {reason}", where=str(path), fix="copy it again"
-        ) from None
-
-
-def _steps(schema: Any, field: str, path: Path) -> list[str]:
-    """Return the names that lead to a field from its column, after looking that it is there, once."""
-    columns = schema.get_all_field_indices(field)
-    if len(columns) > 1:
-        raise RequestError(f"{path.name} has {len(columns)} columns {field!r}", where=str(path), fix="rename one")
-    if columns:
-        return []
-    row, (root, *steps) = _as_row(schema), field.split(".")
-    inside: Any = row
-    for part in (root, *steps):
-        if not isinstance(inside, dict) or part not in inside:
-            raise _no_field(row, field, str(path), path.name)
-        inside = inside[part]
-    return steps
-
-
-def _as_row(fields: Any) -> dict[str, Any]:
-    """Return the names of a schema or struct as a row of them."""
-    import pyarrow
-
-    return {each.name: _as_row(each.type) if pyarrow.types.is_struct(each.type) else None for each in fields}
-
-
-def _as_python(value: Any) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes() if hasattr(value, "as_buffer") else None

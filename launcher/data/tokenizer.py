@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         """Return the text of token ids."""
         ...
 
+    def control(self, text: str) -> int | None:
+        """Return the id of the control token of a name, which no text is encoded as; None where there is none."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder."""
         ...
@@ -136,6 +140,11 @@ class SentencePiece:
         """Return the text of token ids; the end-of-text token stands for nothing."""
         return self._processor.decode([int(token) for token in ids])
 
+    def control(self, text: str) -> int | None:
+        """Return the id of the control token of a name; None where there is none."""
+        token = self._processor.piece_to_id(text)
+        return token if self._processor.is_control(token) else None
+
     def save(self, folder: Path) -> None:
         """Write the model into a folder."""
         (folder / MODEL_FILE).write_bytes(self.model)
@@ -147,7 +156,9 @@ class HuggingFace:
     kind = HUGGINGFACE
 
     def __init__(self, tokenizer: Any, end_of_text: int, name: str = "") -> None:
-        self._tokenizer, self._name = tokenizer, name
+        self.library = tokenizer
+        """The tokenizer as transformers has it."""
+        self._name = name
         self.end_of_text = end_of_text
         unknown = tokenizer.unk_token_id
         # Byte-level tokenizers know no unknown text, and name the end of text for want of anything better.
@@ -189,7 +200,7 @@ class HuggingFace:
         # spells one is taken apart after its first character, which no token then reaches over.
         ids = [token for part in self._apart.split(text) for token in self._encode(part)]
         if not self._special.isdisjoint(ids):
-            token = self._tokenizer.convert_ids_to_tokens(next(token for token in ids if token in self._special))
+            token = self.library.convert_ids_to_tokens(next(token for token in ids if token in self._special))
             raise RequestError(
                 f"the tokenizer gives its special token {token!r} for plain text",
                 where=f"--tokenizer {self._name}",
@@ -200,24 +211,28 @@ class HuggingFace:
     def _encode(self, text: str) -> list[int]:
         try:
             # verbose=False: a document may be longer than the model the tokenizer was made for.
-            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-                "input_ids"
-            ]
+            return self.library(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         except Exception as error:  # the library's own class is no other than this
             raise self._cannot("encode", error) from None
 
     @cached_property
     def _apart(self) -> re.Pattern[str]:
-        spelled = [token for token in self._tokenizer.all_special_tokens if len(token) > 1]
+        spelled = [token for token in self.library.all_special_tokens if len(token) > 1]
         places = (f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelled)
         return re.compile("|".join(places) or "(?!)", re.IGNORECASE)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         try:
-            return self._tokenizer.decode([int(token) for token in ids], clean_up_tokenization_spaces=False)
+            return self.library.decode([int(token) for token in ids], clean_up_tokenization_spaces=False)
         except Exception as error:  # as above
             raise self._cannot("decode", error) from None
+
+    def control(self, text: str) -> int | None:
+        """Return the id of the control token of a name; None where there is none."""
+        token = self.library.convert_tokens_to_ids(text)
+        added = self.library.added_tokens_decoder.get(token)
+        return token if token in self._special or (added is not None and added.special) else None
 
     def _cannot(self, what: str, error: Exception) -> RequestError:
         return RequestError(
@@ -228,7 +243,7 @@ class HuggingFace:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder."""
-        self._tokenizer.save_pretrained(folder)
+        self.library.save_pretrained(folder)
 
 
 def _from_pretrained(path: str) -> Any:

@@ -61,6 +61,13 @@ class TokenFile:
         firsts = np.asarray(indices, dtype=np.int64) * sequence
         return torch.from_numpy(self._begin.begin(firsts, sequence + 1))
 
+    def stretch(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens from one position up to another, as they are stored; checked as those of `batch` are."""
+        ids = np.asarray(self._stream[start:stop])
+        if self.vocabulary is not None:
+            self._check_vocabulary(ids.astype(np.int64)[None], np.array([start]), self.vocabulary)
+        return ids
+
     def slice(self, start: int, stop: int) -> list[int]:
         """Return the token ids from one position up to another."""
         return self._stream[start:stop].tolist()

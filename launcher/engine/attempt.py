@@ -1,6 +1,7 @@
 """One attempt at a run: build, restore from a checkpoint, and write down how it went."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -126,7 +127,7 @@ def _assemble(attempt: Attempt, recorder: Recorder) -> Training:
         recorder.event("initialised", mean_and_std=drawn, checksum=_checksum(engine, plan))
     heartbeat.mark("build")
     recorder.event("causal", **refuse_foresight(engine, plan))
-    if plan.documents == "masked":
+    if plan.documents_apart:
         recorder.event("documents_apart", **refuse_crossing(engine, plan))
     evaluated = all(distributed.gather_objects(recorder.evaluated(choice.step)))
     recorder.event("training", first_step=choice.step + 1)
@@ -169,6 +170,11 @@ def _say_what_is_coming(recorder: Recorder, attempt: Attempt) -> None:
         recorder.say(line)
     if risk := cautions.memory_warning(plan, readings.capacity_bytes(plan)):
         recorder.say(f"WARNING: {risk}")
+    for corpus in plan.data.corpora:
+        if corpus.examples is not None:
+            recorder.event("examples", path=corpus.path, **dataclasses.asdict(corpus.examples))
+    for line in present.examples(plan.data):
+        recorder.say(f"examples: {line}")
     if choice.step:
         recorder.take_over()
     for candidate in choice.damaged:

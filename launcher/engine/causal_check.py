@@ -44,14 +44,15 @@ def refuse_crossing(engine: Engine, plan: Plan) -> dict[str, Any]:
     """
     crossing = _looked(look_across, engine, plan)
     crossings = [Crossing(**fields) for fields in distributed.gather_objects(asdict(crossing))]
+    masked = plan.documents == "masked"
+    asking = "documents=masked" if masked else "data of examples"
     for seen in crossings:
         if not seen.apart:
             raise RefusedError(
                 f"the model does not keep documents apart: changing the first {seen.document} of {seen.tokens} tokens, "
                 f"a document, moves what it makes of the next document by up to {seen.across:.3g}",
-                where=f"documents=masked and model={plan.model.name}, "
-                f"model_type {plan.model.config.get('model_type')!r}",
-                fix="take documents=plain, or another model",
+                where=f"{asking} and model={plan.model.name}, model_type {plan.model.config.get('model_type')!r}",
+                fix="take documents=plain, or another model" if masked else "take another model",
             )
     return asdict(max(crossings, key=lambda seen: seen.across))
 

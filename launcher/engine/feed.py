@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from halfstep.launcher.data.order import draws_of_step, windows_of_step
+from halfstep.launcher.data.packed import PackedExamples, Rows
 from halfstep.launcher.data.tokens import TokenFile
 from halfstep.launcher.errors import HalfstepError
+from halfstep.launcher.plan.data_plan import CorpusPlan
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.topology import Rank
 from halfstep.models.micro_batch import MicroBatch
@@ -24,7 +26,7 @@ class Batches(Protocol):
         ...
 
     def target_count(self, step: int) -> float:
-        """Return the sum of `target_count` over all micro-batches of a step, of all ranks."""
+        """Return the sum of `target_count` over all micro-batches of a step, of all ranks; 0 where none has any."""
         ...
 
     def validation_batches(self, part: int) -> Iterator[tuple[MicroBatch, int]]:
@@ -73,10 +75,13 @@ class Feed:
 
     def __init__(self, plan: Plan, rank: Rank, device: torch.device) -> None:
         self._plan, self.rank, self._device = plan, rank.rank, device
-        corpora, vocabulary = plan.data.corpora, plan.model.vocabulary
-        self._train = [TokenFile(corpus.train_prefix, vocabulary=vocabulary) for corpus in corpora]
-        prefixes = [corpus.validation_prefix for corpus in corpora]
-        self._validation = [TokenFile(prefix, vocabulary=vocabulary) if prefix else None for prefix in prefixes]
+        corpora = plan.data.corpora
+        self._train = [_opened(corpus, corpus.train_prefix, plan, plan.seed) for corpus in corpora]
+        # The same examples are evaluated whatever the seed.
+        self._validation = [
+            _opened(corpus, corpus.validation_prefix, plan, 0) if corpus.validation_prefix else None
+            for corpus in corpora
+        ]
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of a step, `batch.micro` windows each.
@@ -101,21 +106,17 @@ class Feed:
         sizes = [part.train_windows for part in data.parts]
         return draws_of_step(plan.seed, step, plan.batch.global_, data.weights, sizes)
 
-    def target_count(self, step: int) -> float:
-        """Return how many targets the global batch has, or 1 where there are none.
+    def target_count(self, step: int) -> int:
+        """Return how many targets the global batch has.
 
-        In whole windows every token but the first is one, but for the beginnings of documents that are kept apart.
+        In whole windows of text every token but the first is one, but for the beginnings of documents that are kept
+        apart.
         """
         plan = self._plan
-        every = plan.batch.global_ * plan.sequence
-        if plan.documents == "plain":
-            return every
+        if not plan.documents_apart:
+            return plan.batch.global_ * plan.sequence
         parts, windows = self.sequences(step)
-        first = [
-            self._train[part].document_starts(windows[parts == part], plan.sequence)[:, 1:].sum()
-            for part in np.unique(parts)
-        ]
-        return max(1, every - int(sum(first)))
+        return sum(self._targets_of(self._train[part], windows[parts == part]) for part in np.unique(parts))
 
     def validation_batches(self, part: int) -> Iterator[tuple[MicroBatch, int]]:
         """Yield this rank's validation batches of a corpus, `batch.micro` windows each, and how many rows count.
@@ -129,25 +130,47 @@ class Feed:
         for start in range(0, total, micro * ranks):
             first = start + self.rank * micro
             rows = [min(row, total - 1) for row in range(first, first + micro)]
-            yield self._on_device(*self._rows(file, rows)), max(0, min(micro, total - first))
+            yield self._on_device(self._rows(file, rows)), max(0, min(micro, total - first))
 
     def _mixed(self, parts: np.ndarray, windows: np.ndarray) -> MicroBatch:
         shape = (len(windows), self._plan.sequence + 1)
-        ids, starts = torch.empty(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+        ids = torch.empty(shape, dtype=torch.int64)
+        mixed = Rows(ids, *torch.zeros((2, *shape), dtype=torch.bool))
         for part in np.unique(parts):
             rows = np.flatnonzero(parts == part)
-            ids[rows], starts[rows] = self._rows(self._train[part], windows[rows])
-        return self._on_device(ids, starts)
+            for whole, own in zip(mixed, self._rows(self._train[part], windows[rows]), strict=True):
+                whole[rows] = own
+        return self._on_device(mixed)
 
-    def _rows(self, file: TokenFile, windows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens of windows, and which of them begin a document that is kept apart."""
+    def _rows(self, file: TokenFile | PackedExamples, windows: Sequence[int] | np.ndarray) -> Rows:
+        """Return the tokens of windows, which of them begin a document that is kept apart, and which are targets."""
+        if isinstance(file, PackedExamples):
+            return file.rows(windows)
         ids = file.batch(windows, self._plan.sequence)
+        every = torch.ones_like(ids, dtype=torch.bool)
         if self._plan.documents == "plain":
-            return ids, torch.zeros_like(ids, dtype=torch.bool)
-        return ids, file.document_starts(windows, self._plan.sequence)
+            return Rows(ids, torch.zeros_like(every), every)
+        return Rows(ids, file.document_starts(windows, self._plan.sequence), every)
 
-    def _on_device(self, ids: torch.Tensor, starts: torch.Tensor) -> MicroBatch:
-        plain = self._plan.documents == "plain"
-        batch = MicroBatch.of_windows(ids) if plain else MicroBatch.of_documents(ids, starts)
+    def _targets_of(self, file: TokenFile | PackedExamples, windows: np.ndarray) -> int:
+        if isinstance(file, PackedExamples):
+            return file.target_count(windows)
+        every = len(windows) * self._plan.sequence
+        if self._plan.documents == "plain":
+            return every
+        return every - int(file.document_starts(windows, self._plan.sequence)[:, 1:].sum())
+
+    def _on_device(self, rows: Rows) -> MicroBatch:
+        apart = self._plan.documents_apart
+        batch = MicroBatch.of_documents(*rows) if apart else MicroBatch.of_windows(rows.ids)
         # From pageable memory a copy to a GPU makes the host wait for it.
         return (batch.pinned() if self._device.type == "cuda" else batch).to(self._device)
+
+
+def _opened(corpus: CorpusPlan, prefix: str, plan: Plan, seed: int) -> TokenFile | PackedExamples:
+    how, vocabulary = corpus.examples, plan.model.vocabulary
+    if how is None:
+        return TokenFile(prefix, vocabulary=vocabulary)
+    return PackedExamples(
+        prefix, plan.sequence, pack=how.packing, too_long=how.too_long, seed=seed, vocabulary=vocabulary
+    )

@@ -36,11 +36,13 @@ def train(run: Training) -> None:
     engine.train()
     for step in range(run.done + 1, plan.steps + 1):
         rate = plan.schedule.learning_rate(step)
-        meter.start(step, rate, guard.loss_scale)
+        targets = feed.target_count(step)
+        meter.start(step, rate, guard.loss_scale, targets)
         readings.set_learning_rate(rate)
         guard.start_step(step)
         losses = LossSums(engine.device)
-        mean_count = feed.target_count(step) / (accumulation * plan.batch.ranks)
+        # Of a batch without targets the loss is 0, whatever divides it.
+        mean_count = max(1, targets) / (accumulation * plan.batch.ranks)
         with meter.traffic():
             for micro_step in range(1, accumulation + 1):
                 with meter.waiting():

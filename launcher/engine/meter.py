@@ -29,9 +29,9 @@ class StepMeter:
         self.waited = 0.0
         """Seconds that this rank has waited for data in this step."""
 
-    def start(self, step: int, rate: float, loss_scale: float | None) -> None:
+    def start(self, step: int, rate: float, loss_scale: float | None, targets: float) -> None:
         """Begin a step with what is decided about it before."""
-        self._step, self._rate, self._loss_scale = step, rate, loss_scale
+        self._step, self._rate, self._loss_scale, self._targets = step, rate, loss_scale, round(targets)
         self._started, self.waited = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
@@ -70,6 +70,7 @@ class StepMeter:
         record = StepRecord(
             step=self._step,
             tokens=self._step * tokens,
+            targets=self._targets,
             loss=derive.finite(reading.loss),
             router_loss=derive.finite(reading.router_loss),
             lr=self._rate,

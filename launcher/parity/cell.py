@@ -65,7 +65,7 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         "compile": plan.compile,
         "fused_head": plan.fused_head,
         "keep_fp32": tuple(plan.keep_fp32),
-        "documents": plan.documents,
+        "documents": "masked" if plan.documents_apart else "plain",
         "activation_checkpointing": plan.activation_checkpointing,
         "family": family,
         "config": config,

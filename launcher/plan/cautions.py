@@ -41,6 +41,10 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
     for corpus, epochs in zip(data.corpora, data.epochs(batch.global_ * steps), strict=True):
         if epochs > 1:
             said.append(f"the run reads {corpus.path if data.parts else 'the corpus'} {epochs:.1f} times over")
+    idle = {"packing=false": not spec.packing, f"too_long={spec.too_long}": spec.too_long != "refuse"}
+    said += [
+        f"{key} does nothing: the data is no examples" for key, given in idle.items() if given and not data.has_examples
+    ]
     if not data.validation_windows:
         said.append("the corpus has no validation split: no evaluation")
     return said

@@ -61,13 +61,13 @@ def construct(
     trust_remote_code: bool,
     *,
     fused_head: bool = False,
-    documents_apart: bool = False,
+    documents_apart: str = "",
 ) -> Network:
     """Construct a model on the meta device, and compare it with the weights where they lie here.
 
     Raises RequestError for what cannot be constructed, for weights of another model, for a head that cannot be fused
-    where `fused_head` asks for that, and for attention that cannot be kept inside documents where `documents_apart`
-    does.
+    where `fused_head` asks for that, and for attention that cannot be kept inside documents where
+    something asks for that, whose name is `documents_apart`.
     """
     # These load torch, which other plans do without.
     from halfstep.models import hf_config, hf_weights, network, observe, router
@@ -96,7 +96,7 @@ def construct(
         if fused_head and not seen.plain_head:
             raise no_plain_head(source.where)
         if documents_apart and not (seen.common_attention and positions):
-            raise _no_documents(source.where, positions)
+            raise _no_documents(f"{documents_apart} and {source.where}", positions)
     return made
 
 
@@ -113,8 +113,8 @@ def _no_documents(where: str, positions: bool) -> RequestError:
     reason = "its attention is not transformers' common one" if positions else "it takes no positions"
     return RequestError(
         f"attention cannot be kept inside documents in this model: {reason}",
-        where=f"documents=masked and {where}",
-        fix="take documents=plain, or another model",
+        where=where,
+        fix="take documents=plain, or another model" if where.startswith("documents=") else "take another model",
     )
 
 

@@ -4,11 +4,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfstep.launcher.corpus import packing
 from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.errors import RequestError
 
 PLACES = ("path", "train_prefix", "validation_prefix", "tokens_digest")
 """Of a corpus: where it lies, and what older plans did not say of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesPlan:
+    """What is read of a corpus of examples, and how."""
+
+    packing: bool
+    """Whether examples share sequences; otherwise each has one for itself."""
+    too_long: str
+    """What becomes of an example that is longer than the sequence: `refuse`, `cut` or `drop`."""
+    train: int
+    """Examples in one epoch."""
+    validation: int
+    """Examples of the whole validation split."""
+    longest: int
+    """Tokens of the longest of both splits, as it was prepared."""
+    longer: int = 0
+    """Examples of both splits that are longer than the sequence, and cut or dropped."""
+    padding: float = 0.0
+    """Share of the positions of an epoch that no example takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +47,8 @@ class CorpusPlan:
     """Sequences read at each evaluation."""
     tokens_digest: str | None = None
     """Identifies the tokens by a sample of them; None in a plan made before they were read."""
+    examples: ExamplesPlan | None = None
+    """None for text, which is one stream, cut into sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +94,38 @@ class DataPlan(CorpusPlan):
         """Return each corpus's share of the sequences."""
         return [part.weight for part in self.parts] or [1.0]
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether examples are read, alone or in a mixture."""
+        return any(corpus.examples is not None for corpus in self.corpora)
+
     def epochs(self, sequences: int) -> list[float]:
         """Return how often a run of so many sequences reads each corpus."""
         pairs = zip(self.weights, self.corpora, strict=True)
         return [sequences * weight / corpus.train_windows for weight, corpus in pairs]
 
 
-def divided(data: DataFacts, sequence: int, evaluated: int) -> DataPlan:
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How corpora are divided into sequences."""
+
+    sequence: int
+    evaluated: int
+    """How many validation sequences of each corpus are asked for."""
+    packing: bool = True
+    """Of examples: whether they share sequences."""
+    too_long: str = "refuse"
+    """Of examples: what becomes of those that are longer than a sequence."""
+
+
+def divided(data: DataFacts, how: Division) -> DataPlan:
     """Return how a corpus, or each part of a mixture, divides into sequences.
 
-    `evaluated` is how many validation sequences of each are asked for. Raises RequestError where not one fits.
+    Raises RequestError where not one fits, and for examples that are too long where that is not provided for.
     """
     if not data.parts:
-        return DataPlan(**_corpus(data, sequence, evaluated))
-    parts = [PartPlan(**_corpus(part.corpus, sequence, evaluated), weight=part.weight) for part in data.parts]
+        return DataPlan(**_corpus(data, how))
+    parts = [PartPlan(**_corpus(part.corpus, how), weight=part.weight) for part in data.parts]
     return DataPlan(
         path=data.path,
         train_prefix=data.train_prefix,
@@ -98,9 +139,25 @@ def divided(data: DataFacts, sequence: int, evaluated: int) -> DataPlan:
     )
 
 
-def _corpus(data: DataFacts, sequence: int, evaluated: int) -> dict[str, Any]:
-    """Return the fields of a corpus's plan; `evaluated` is how many validation sequences are asked for."""
-    where = f"data={data.path}"
+def _corpus(data: DataFacts, how: Division) -> dict[str, Any]:
+    """Return the fields of a corpus's plan."""
+    windows, validation, examples = _of_text(data, how) if data.train_lengths is None else _of_examples(data, how)
+    return {
+        "path": data.path,
+        "train_prefix": data.train_prefix,
+        "validation_prefix": data.validation_prefix,
+        "digest": data.digest,
+        "train_tokens": data.train_tokens,
+        "train_windows": windows,
+        "validation_windows": min(validation, how.evaluated),
+        "tokens_digest": data.tokens_digest,
+        "examples": examples,
+    }
+
+
+def _of_text(data: DataFacts, how: Division) -> tuple[int, int, None]:
+    """Return how many sequences the splits of a stream of tokens are."""
+    where, sequence = f"data={data.path}", how.sequence
     windows = max(0, (data.train_tokens - 1) // sequence)
     if windows == 0:
         raise RequestError(
@@ -115,13 +172,42 @@ def _corpus(data: DataFacts, sequence: int, evaluated: int) -> dict[str, Any]:
             where=where,
             fix=f"take a sequence below {data.validation_tokens}, or prepare with a larger --validation-fraction",
         )
-    return {
-        "path": data.path,
-        "train_prefix": data.train_prefix,
-        "validation_prefix": data.validation_prefix,
-        "digest": data.digest,
-        "train_tokens": data.train_tokens,
-        "train_windows": windows,
-        "validation_windows": min(validation, evaluated),
-        "tokens_digest": data.tokens_digest,
-    }
+    return windows, validation, None
+
+
+def _of_examples(data: DataFacts, how: Division) -> tuple[int, int, ExamplesPlan]:
+    """Return how many sequences the splits of a corpus of examples are."""
+    where, sequence = f"data={data.path}", how.sequence
+    train, validation = data.train_lengths or (), data.validation_lengths or ()
+    every, longest = sum(count for _, count in train + validation), max(length for length, _ in train + validation)
+    longer = packing.longer(train + validation, sequence)
+    if longer and how.too_long == "refuse":
+        raise RequestError(
+            f"{longer:,} of {every:,} examples are longer than sequence={sequence}; the longest has {longest:,} tokens",
+            where=where,
+            fix=f"take sequence={longest}, or say what becomes of them: too_long=cut or too_long=drop",
+        )
+    read = [packing.fitted(lengths, sequence, how.too_long) for lengths in (train, validation)]
+    bins = [packing.bins_of(lengths, sequence, packing=how.packing, too_long=how.too_long) for lengths in read]
+    windows, held_back = map(packing.total, bins)
+    for name, lengths, all_of_them in (("training", read[0], train), ("validation", read[1], validation)):
+        if not lengths and (all_of_them or name == "training"):
+            raise RequestError(
+                f"all {name} examples are longer than sequence={sequence}, and too_long=drop leaves none",
+                where=where,
+                fix="take a longer sequence, or too_long=cut",
+            )
+    tokens = sum(length * count for length, count in read[0])
+    return (
+        windows,
+        held_back,
+        ExamplesPlan(
+            packing=how.packing,
+            too_long=how.too_long,
+            train=sum(count for _, count in read[0]),
+            validation=sum(count for _, count in read[1]),
+            longest=longest,
+            longer=longer,
+            padding=1 - tokens / (windows * sequence),
+        ),
+    )

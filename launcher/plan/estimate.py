@@ -73,7 +73,7 @@ def workload_of(plan: Plan) -> workload.Workload:
         activation_checkpointing=plan.activation_checkpointing,
         compile=plan.compile,
         fused_head=plan.fused_head,
-        documents_apart=plan.documents == "masked",
+        documents_apart=plan.documents_apart,
         repairs=plan.numerics.repairs,
     )
 

@@ -38,9 +38,11 @@ def read(spec: RunSpec, node_memory_bytes: int | None = None) -> Facts:
     `node_memory_bytes` is asked for by who plans for one host: ranks that plan by themselves have to plan alike, and
     two hosts seldom have the same memory to the byte.
     """
-    model = read_model(spec) if spec.model.name.startswith("hf:") else None
+    data = None if spec.data is None else read_corpora(spec.data)
+    examples = data is not None and data.has_examples
+    model = read_model(spec, examples=examples) if spec.model.name.startswith("hf:") else None
     return Facts(
-        data=None if spec.data is None else read_corpora(spec.data),
+        data=data,
         model=model,
         ds_config=ds_config(spec),
         router_loss=_begun_with(spec.out) if model and model.network.router_loss is not None else None,

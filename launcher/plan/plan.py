@@ -148,6 +148,11 @@ class Plan:
         return 2 + between if self.data.validation_windows else 0
 
     @property
+    def documents_apart(self) -> bool:
+        """Whether attention stays inside the documents of all corpora or of some: examples always are kept apart."""
+        return self.documents == "masked" or self.data.has_examples
+
+    @property
     def can_save(self) -> bool:
         """Whether the state can be written down; what lies on NVMe cannot yet."""
         moved = (self.deepspeed["zero_optimization"].get(f"offload_{what}", {}) for what in ("param", "optimizer"))
@@ -185,6 +190,9 @@ class Plan:
         tree["topology"]["nodes"] = self.topology.nodes
         if not self.data.parts:  # what reads the plan of a single corpus finds in it what it always had
             del tree["data"]["parts"]
+        for corpus in (tree["data"], *tree["data"].get("parts", ())):
+            if corpus["examples"] is None:  # nor does a corpus of text say that it is none of examples
+                del corpus["examples"]
         if not self.data.known:
             tree |= {"data": dict.fromkeys(tree["data"]), "run_id": None}
         return tree

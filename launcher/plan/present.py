@@ -37,7 +37,8 @@ def lines(plan: Plan) -> list[str]:
         f"length       {plan.steps:,} steps, {plan.tokens:,} tokens",
         f"data         {_data(data)}",
         *_parts(data, plan.batch.global_ * plan.steps),
-        *(["documents    apart: attention and positions stay within each"] if plan.documents == "masked" else []),
+        *(f"examples     {line}" for line in examples(data)),
+        *(["documents    apart: attention and positions stay within each"] if plan.documents_apart else []),
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}"
         + (f" in the last {plan.schedule.decay} steps" if plan.schedule.decay else ""),
@@ -76,6 +77,22 @@ def _data(data: DataPlan) -> str:
         f"{what}: {data.train_tokens:,} training tokens in {data.train_windows:,} sequences; "
         f"{data.validation_windows} validation sequences"
     )
+
+
+def examples(data: DataPlan) -> list[str]:
+    """Return a line on the examples of each corpus that has some: how they become sequences, and what is lost."""
+    said = []
+    for corpus in data.corpora:
+        if (about := corpus.examples) is None:
+            continue
+        name = f"{corpus.path}: " if data.parts else ""
+        how = "whole beside each other" if about.packing else "one in each sequence"
+        line = f"{name}{about.train:,} for training and {about.validation:,} for validation, {how}; "
+        line += f"{100 * about.padding:.1f} % of an epoch is padding; the longest has {about.longest:,} tokens"
+        if about.longer:
+            line += f"; {about.longer:,} longer than the sequence are {'cut' if about.too_long == 'cut' else 'dropped'}"
+        said.append(line)
+    return said
 
 
 def _parts(data: DataPlan, sequences: int) -> list[str]:

@@ -46,9 +46,10 @@ class ModelFacts:
     """Identifies the tokenizer beside the model."""
 
 
-def read_model(spec: RunSpec) -> ModelFacts:
+def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
     """Read the config of `model=hf:PATH_OR_ID` and construct the model once, so that what cannot be is refused now.
 
+    `examples`: whether the data holds some, which are kept apart as documents are by `documents=masked`.
     Raises RequestError for what is missing, damaged, contradictory, quantised or cannot be constructed.
     """
     name, where = spec.model.name[3:], f"model={spec.model.name}"
@@ -63,8 +64,13 @@ def read_model(spec: RunSpec) -> ModelFacts:
     _refuse_skipped_layers(config, spec, where)
     home = str(config_file.parent) if local else name
     source = Source(name=name, home=home, weights=home if has_weights else None, local=local)
-    apart = spec.documents == "masked"
-    network = construct(source, config, spec.trust_remote_code, fused_head=spec.fused_head, documents_apart=apart)
+    network = construct(
+        source,
+        config,
+        spec.trust_remote_code,
+        fused_head=spec.fused_head,
+        documents_apart="documents=masked" if spec.documents == "masked" else "data of examples" * examples,
+    )
     return ModelFacts(
         config=config,
         network=network,

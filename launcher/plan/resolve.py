@@ -127,6 +127,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Return what makes two plans the same run."""
     mixed = {"data.weights": data.weights} if data.parts else {}
+    packed = {"packing": asked.packing, "too_long": asked.too_long} if data.has_examples else {}
     return {
         **identity(asked),
         **({"model.router_loss": router_loss} if router_loss else {}),  # runs without one are older than this key
@@ -134,6 +135,7 @@ def _identity(
         "batch.global": batch.global_,
         "data": digest([part.digest for part in data.parts]) if data.parts else data.digest,
         **mixed,
+        **packed,
         "weights": model.weights_digest,
         "ds_config": digest(facts.ds_config) if facts.ds_config else None,
     }
@@ -237,7 +239,10 @@ def _data(spec: RunSpec, facts: Facts, sequence: int, vocabulary: int) -> DataPl
     if data is None:
         return DataPlan.unknown()
     _require_rows(spec, data, facts.model, vocabulary)
-    return data_plan.divided(data, sequence, spec.eval.sequences)
+    how = data_plan.Division(
+        sequence=sequence, evaluated=spec.eval.sequences, packing=spec.packing, too_long=spec.too_long
+    )
+    return data_plan.divided(data, how)
 
 
 def _require_rows(spec: RunSpec, data: DataFacts, model: ModelFacts | None, vocabulary: int) -> None:

@@ -25,7 +25,9 @@ class StepRecord:
     step: Positive
     """Counted from 1; a skipped step counts."""
     tokens: Count
-    """Training tokens read so far, this step included."""
+    """Training tokens read so far, this step included; positions, with those of padding."""
+    targets: Count | None = None
+    """Tokens of this step's global batch that are predicted; None in runs that are older than this field."""
     loss: Finite | None
     """The language-model loss: mean over the global batch and all ranks, in nats per token, before the update."""
     router_loss: Finite | None = None

@@ -139,6 +139,7 @@ def fed(data: DataPlan, batch: SimpleNamespace, rank: int, documents: str, seque
     plan: Any = SimpleNamespace(
         seed=3,
         documents=documents,
+        documents_apart=documents == "masked",
         batch=batch,
         data=data,
         sequence=sequence,
@@ -185,10 +186,10 @@ def test_a_mixture_keeps_the_documents_of_its_parts_apart(tmp_path: Path) -> Non
         assert counted < 64
 
 
-def test_a_step_without_targets_is_divided_by_one(tmp_path: Path) -> None:
+def test_a_step_without_targets_has_none(tmp_path: Path) -> None:
     prefix = written(tmp_path / "a", [1] * 60)
     assert sum(batch.target_count for batch in feed(prefix, 1, 0, "masked").micro_batches(1)) == 0
-    assert feed(prefix, 1, 0, "masked").target_count(1) == 1
+    assert feed(prefix, 1, 0, "masked").target_count(1) == 0
 
 
 def test_validation_keeps_documents_apart_as_training_does(tmp_path: Path) -> None:
@@ -390,7 +391,10 @@ def test_a_model_that_looks_across_is_refused_before_the_first_step() -> None:
             return model(**given)
 
     plan: Any = SimpleNamespace(
-        model=SimpleNamespace(vocabulary=64, name="this", config={"model_type": "llama"}), sequence=64, precision="fp32"
+        model=SimpleNamespace(vocabulary=64, name="this", config={"model_type": "llama"}),
+        sequence=64,
+        precision="fp32",
+        documents="masked",
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
