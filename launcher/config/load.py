@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from halfstep.launcher.config import legal, mixture
 from halfstep.launcher.config.dotted import flatten, unflatten
-from halfstep.launcher.config.schema import RunSpec, run_keys
+from halfstep.launcher.config.schema import RunSpec, listed, run_keys
 from halfstep.launcher.config.text_file import read_toml
 from halfstep.launcher.errors import RequestError, nearest
 from halfstep.models.presets import PRESETS
@@ -20,6 +20,8 @@ _SPELT = {"model": "model.name", "precision.name": "precision", "precision.keep_
           "data.documents": "documents"}  # fmt: skip
 """Run keys that have another spelling."""
 PATH_KEYS = ("data", "out", "nvme_path", "ds_config")
+TASKS = "eval.tasks"
+"""A run key that holds paths, too, in a list."""
 _COMMAND_LINE = "the command line"
 
 
@@ -112,6 +114,14 @@ def local_model(name: str, base: Path, origin: str) -> str:
     return name
 
 
+def placed_files(value: Any, base: Path, origin: str) -> Any:
+    """Return a list of files with their whole paths; what is no list of texts is left to the schema."""
+    names = listed(value) if isinstance(value, str) and value else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        return value
+    return [legal.absolute(TASKS, name, base, origin) for name in names]
+
+
 def _current_folder() -> Path:
     try:
         return Path.cwd()
@@ -156,6 +166,8 @@ def _put(
     key = _SPELT.get(key, key)
     if key == "data" and (isinstance(value, list) or (isinstance(value, str) and value)):
         value = mixture.placed(value, base, origin)
+    elif key == TASKS:
+        value = placed_files(value, base, origin)
     elif isinstance(value, str) and value:
         if key in PATH_KEYS:
             value = legal.absolute(key, value, base, origin)

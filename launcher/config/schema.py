@@ -29,6 +29,11 @@ def _is_number(annotation: Any) -> bool:
     return annotation in (int, float) or any(_is_number(part) for part in typing.get_args(annotation))
 
 
+def listed(text: str) -> list[str]:
+    """Return the names that a command line lists: `a,b`, `[a, b]` or `["a", "b"]`."""
+    return [name.strip(" '\"") for name in text.strip("[] ").split(",")]
+
+
 class _Section(BaseModel):
     # populate_by_name: `batch.global` is spelt with a Python keyword, so its field has another name inside.
     model_config = ConfigDict(
@@ -170,6 +175,16 @@ class EvalKeys(_Section):
     """Steps between evaluations; 0 = only at the start and the end."""
     sequences: Count = 64
     """Validation sequences read at each, the first of the split (each part's in a mixture); fewer if it is smaller."""
+    tasks: tuple[str, ...] = ()
+    """Task files by which the model is judged at evaluations, in every case at the last: ["translation/task.toml"]."""
+    tasks_every: CountOrZero | None = None
+    """Of the evaluations those whose step is a multiple of this judge by tasks; 0 = the last alone; unset: all."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _files(cls, value: Any) -> Any:
+        """Take `a.toml,b.toml` or `["a.toml"]` of a command line for the list it means."""
+        return listed(value) if isinstance(value, str) else value
 
 
 class CheckpointKeys(_Section):
@@ -235,7 +250,7 @@ class RunSpec(_Section):
     @classmethod
     def _names(cls, value: Any) -> Any:
         """Take `a,b` or `["a", "b"]` of a command line for the list it means."""
-        return [name.strip(" '\"") for name in value.strip("[] ").split(",")] if isinstance(value, str) else value
+        return listed(value) if isinstance(value, str) else value
 
     offload: Literal["none", "optimizer-cpu", "cpu", "nvme"] = "none"
     """What moves off the device: nothing, optimizer states, those and weights, or both to NVMe."""

@@ -16,6 +16,7 @@ from halfstep.launcher.engine.recorder import Recorder
 from halfstep.launcher.engine.state import restoring, rng, training_state
 from halfstep.launcher.engine.state.restoring import Choice
 from halfstep.launcher.engine.state.saving import Saver
+from halfstep.launcher.engine.task_evaluation import Judges
 from halfstep.launcher.engine.training import Training
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import NumericsError, Stopped
@@ -129,6 +130,7 @@ def _assemble(attempt: Attempt, recorder: Recorder) -> Training:
     recorder.event("causal", **refuse_foresight(engine, plan))
     if plan.documents_apart:
         recorder.event("documents_apart", **refuse_crossing(engine, plan))
+    judges = Judges(engine, plan, rank) if plan.tasks else None
     evaluated = all(distributed.gather_objects(recorder.evaluated(choice.step)))
     recorder.event("training", first_step=choice.step + 1)
     return Training(
@@ -137,6 +139,7 @@ def _assemble(attempt: Attempt, recorder: Recorder) -> Training:
         feed=Feed(plan, attempt.rank, distributed.device(attempt.rank, plan)),
         guard=guard,
         saver=saver if plan.can_save else None,
+        judges=judges,
         done=choice.step,
         evaluated=evaluated,
         on_step=recorder.step,

@@ -1,5 +1,6 @@
 """The training loop: one optimizer step after another, each leaving one record."""
 
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -124,10 +125,13 @@ def _evaluate(run: Training, step: int) -> bool:
             loss_sums[part] += run.loss_of(batch, run.engine, rows=rows, reduction="sum")
             target_counts[part] += batch.rows(rows).target_count if rows else 0
     run.engine.train()
+    judged = _judged(run, step)
+    if judged is None:
+        return False
     totals = sum_over_ranks([*loss_sums, *target_counts], run.engine.device)
     losses, counts = totals[: len(data.corpora)], totals[len(data.corpora) :]
-    if all(counts):
-        losses = [total / count for total, count in zip(losses, counts, strict=True)]
+    if all(counts) or judged:
+        losses = [total / count if count else math.nan for total, count in zip(losses, counts, strict=True)]
         mean = sum(weight * loss for weight, loss in zip(data.weights, losses, strict=True))
         by_part = {corpus.path: derive.finite(loss) for corpus, loss in zip(data.corpora, losses, strict=True)}
         loss, perplexity = derive.finite(mean), derive.perplexity(mean)
@@ -137,11 +141,31 @@ def _evaluate(run: Training, step: int) -> bool:
                 eval_loss=loss,
                 perplexity=perplexity,
                 eval_loss_by_part=by_part if data.parts else None,
+                tasks=judged or None,
                 time=clock.now(),
             )
         )
         run.on_event("evaluated", step=step, seconds=round(time.perf_counter() - began, 6))
     return True
+
+
+def _judged(run: Training, step: int) -> dict[str, dict[str, float | None]] | None:
+    """Return the metrics of each task that is due, none where none is; None where a rank was asked to stop."""
+    if run.judges is None or not run.plan.judges(step):
+        return {}
+
+    def go_on() -> bool:
+        run.phase("evaluate", step)
+        return not run.stopping_anywhere()
+
+    results = run.judges.judge(go_on)
+    if results is None:
+        return None
+    for result in results:
+        about = {"examples": result.examples, "cut": result.cut, "skipped": result.skipped}
+        about |= {"seconds": round(result.seconds, 6), "tokens_per_second": result.tokens_per_second}
+        run.on_event("judged", step=step, task=result.name, **about)
+    return {result.name: result.metrics for result in results}
 
 
 def _stopped(run: Training, step: int) -> Stopped:

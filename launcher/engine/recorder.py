@@ -113,7 +113,7 @@ class Recorder:
             sink.record(record)
         if self._writes:
             self._evaluations.append(record)
-            if record.step == 0 and self._plan.model.weights is None:
+            if record.step == 0 and self._plan.model.weights is None and self._plan.data.validation_windows:
                 self._check_first_loss(record)
 
     def _check_first_loss(self, record: EvaluationRecord) -> None:
@@ -161,6 +161,7 @@ class Recorder:
             "eval_loss_first": first_eval and first_eval.eval_loss,
             "eval_loss": last_eval and last_eval.eval_loss,
             **({"eval_loss_by_part": last_eval.eval_loss_by_part} if last_eval and last_eval.eval_loss_by_part else {}),
+            **({"tasks": last_eval.tasks} if last_eval and last_eval.tasks else {}),
             "perplexity_first": first_eval and first_eval.perplexity,
             "perplexity": last_eval and last_eval.perplexity,
             "skipped_steps": last.skipped_steps,

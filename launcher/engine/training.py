@@ -12,6 +12,7 @@ from halfstep.launcher.engine.feed import Batches
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.readings import sum_over_ranks
 from halfstep.launcher.engine.state.saving import Saver
+from halfstep.launcher.engine.task_evaluation import Judges
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord, StepRecord
@@ -35,6 +36,8 @@ class Training:
     saver: Saver | None = None
     done: int = 0
     """Steps that are done already."""
+    judges: Judges | None = None
+    """What the model is judged by at evaluations, beside its loss."""
     evaluated: bool = False
     """Whether the evaluation that is due after `done` has been made."""
     on_step: Callable[[StepRecord], None]

@@ -163,7 +163,10 @@ def _evaluation_text(record: EvaluationRecord) -> str:
     loss = "not finite" if record.eval_loss is None else f"{record.eval_loss:.4f}"
     perplexity = "-" if record.perplexity is None else f"{record.perplexity:,.1f}"
     parts = [f"{Path(path).name} {_number(own, '.4f')}" for path, own in (record.eval_loss_by_part or {}).items()]
-    return f"validation loss {loss}  perplexity {perplexity}" + (f"  ({', '.join(parts)})" if parts else "")
+    text = f"validation loss {loss}  perplexity {perplexity}" + (f"  ({', '.join(parts)})" if parts else "")
+    for name, metrics in (record.tasks or {}).items():
+        text += f"  {name}: " + ", ".join(f"{metric} {_number(value, '.4f')}" for metric, value in metrics.items())
+    return text
 
 
 def _step_text(record: StepRecord) -> str:

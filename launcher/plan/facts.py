@@ -1,13 +1,17 @@
 """Read, before planning, what a plan depends on besides the request, so that `resolve` can be pure."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher.config import task_file
 from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.config.task_file import Task
 from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.corpus.joined import read_corpora
+from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan.ds import dsfile
 from halfstep.launcher.plan.pretrained import ModelFacts, read_model
@@ -26,6 +30,8 @@ class Facts:
     """The content of --ds-config FILE."""
     router_loss: float | None = None
     """The coefficient with which the run in `out` began, 0 where it is older than that; None where there is no run."""
+    tasks: tuple[Task, ...] = ()
+    """What the model is judged by at evaluations."""
     node_memory_bytes: int | None = None
     """Memory of a host of CPU ranks; None where it is another host than this one, or any of several."""
     hardware: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -47,8 +53,24 @@ def read(spec: RunSpec, node_memory_bytes: int | None = None) -> Facts:
         ds_config=ds_config(spec),
         router_loss=_begun_with(spec.out) if model and model.network.router_loss is not None else None,
         hardware=hardware.read_own(),
+        tasks=_tasks(spec.eval.tasks),
         node_memory_bytes=node_memory_bytes,
     )
+
+
+def _tasks(paths: Sequence[str]) -> tuple[Task, ...]:
+    """Read task files; raises RequestError for what is wrong with them, and for two of one name."""
+    tasks = [task_file.read(Path(path), "eval.tasks") for path in paths]
+    named: dict[str, Task] = {}
+    for task in tasks:
+        other = named.setdefault(task.spec.name, task)
+        if other is not task:
+            raise RequestError(
+                f"two tasks are called {task.spec.name}",
+                where=f"eval.tasks, {other.path} and {task.path}",
+                fix="give each a name of its own",
+            )
+    return tuple(tasks)
 
 
 def ds_config(spec: RunSpec) -> dict[str, Any] | None:

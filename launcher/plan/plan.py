@@ -80,6 +80,16 @@ class CheckpointPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskPlan:
+    """A task that the model is judged by."""
+
+    name: str
+    path: str
+    digest: str
+    """Of what it asks and of its data, wherever they lie."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WatchPlan:
     """How a stalled or slow rank is noticed."""
 
@@ -136,6 +146,10 @@ class Plan:
     """Patterns of the modules that autocast leaves alone."""
     router_loss: float = 0.0
     """What a mixture's auxiliary loss is multiplied with in the loss that is trained; 0: none is computed."""
+    tasks: list[TaskPlan] = field(default_factory=list)
+    """What the model is judged by at evaluations."""
+    tasks_every: int | None = None
+    """Steps: at evaluations after multiples of it; 0 = at the last alone; None = at all. The last always does."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -146,6 +160,12 @@ class Plan:
             return None
         between = (self.steps - 1) // self.eval_every if self.eval_every else 0
         return 2 + between if self.data.validation_windows else 0
+
+    def judges(self, step: int) -> bool:
+        """Tell whether the evaluation after a step judges by tasks."""
+        if not self.tasks:
+            return False
+        return step == self.steps or self.tasks_every is None or (self.tasks_every > 0 and step % self.tasks_every == 0)
 
     @property
     def documents_apart(self) -> bool:
@@ -260,7 +280,11 @@ def run_id_of(tree: dict[str, Any]) -> str:
             kept[section].pop(key, None)
     if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
         kept["schedule"].pop("decay", None)
-    for key in ("fused_head", "keep_fp32", "router_loss"):
+    for task in kept.get("tasks") or ():
+        task.pop("path", None)
+    if not kept.get("tasks"):
+        kept.pop("tasks_every", None)
+    for key in ("fused_head", "keep_fp32", "router_loss", "tasks"):
         if not kept.get(key):
             kept.pop(key, None)
     if kept.get("documents") == "plain":

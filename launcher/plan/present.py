@@ -39,6 +39,7 @@ def lines(plan: Plan) -> list[str]:
         *_parts(data, plan.batch.global_ * plan.steps),
         *(f"examples     {line}" for line in examples(data)),
         *(["documents    apart: attention and positions stay within each"] if plan.documents_apart else []),
+        *(f"task         {task.name}: {task.path}{_judging(plan)}" for task in plan.tasks),
         f"schedule     {plan.schedule.kind}, peak {plan.schedule.peak:g}, {plan.schedule.warmup} steps of warm-up, "
         f"down to {plan.schedule.peak * plan.schedule.min_ratio:g}"
         + (f" in the last {plan.schedule.decay} steps" if plan.schedule.decay else ""),
@@ -109,6 +110,16 @@ def _parts(data: DataPlan, sequences: int) -> list[str]:
         + "".join(f"  {text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))
         for row in rows
     ]
+
+
+def _judging(plan: Plan) -> str:
+    if plan.tasks_every is None:
+        return ", at every evaluation"
+    return (
+        f", at evaluations after multiples of {plan.tasks_every} steps, and at the end"
+        if plan.tasks_every
+        else ", at the end"
+    )
 
 
 def _checkpoints(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import adopt, dsconfig
 from halfstep.launcher.plan.ds.dsfile import Own
 from halfstep.launcher.plan.facts import Facts
-from halfstep.launcher.plan.plan import CheckpointPlan, ModelPlan, NumericsPlan, Plan, WatchPlan, run_id_of
+from halfstep.launcher.plan.plan import CheckpointPlan, ModelPlan, NumericsPlan, Plan, TaskPlan, WatchPlan, run_id_of
 from halfstep.launcher.plan.pretrained import ModelFacts
 from halfstep.launcher.topology import Topology
 from halfstep.models import shapes
@@ -105,6 +105,8 @@ def _decided(
         "checkpoint": CheckpointPlan(**spec.checkpoint.model_dump()),
         "watch": WatchPlan(**spec.watch.model_dump()),
         "eval_every": spec.eval.every,
+        "tasks": _tasks(facts),
+        "tasks_every": spec.eval.tasks_every,
         "log_every": spec.log.every,
         "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision, facts.hardware),
         "deepspeed": composed.config(),
@@ -243,6 +245,16 @@ def _data(spec: RunSpec, facts: Facts, sequence: int, vocabulary: int) -> DataPl
         sequence=sequence, evaluated=spec.eval.sequences, packing=spec.packing, too_long=spec.too_long
     )
     return data_plan.divided(data, how)
+
+
+def _tasks(facts: Facts) -> list[TaskPlan]:
+    if facts.tasks and facts.data is not None and not facts.data.has_tokenizer:
+        raise RequestError(
+            "a bare token pair says nothing of its tokenizer, without which a task is no tokens",
+            where=f"eval.tasks and data={facts.data.path}",
+            fix="prepare the data with `halfstep data prepare`, or judge an export by the task with `halfstep eval`",
+        )
+    return [TaskPlan(name=task.spec.name, path=str(task.path), digest=task.digest) for task in facts.tasks]
 
 
 def _require_rows(spec: RunSpec, data: DataFacts, model: ModelFacts | None, vocabulary: int) -> None:

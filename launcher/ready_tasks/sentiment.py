@@ -22,6 +22,7 @@ _MOST_BYTES = 1 << 26
 _ROWS = 6000
 _LABEL_NOISE = 0.05
 _TYPOS = 0.2
+_NEGATIONS = 0.12
 _THINGS = (
     "acting", "plot", "music", "ending", "dialogue", "camera work", "cast", "service", "food", "room", "battery",
     "screen", "keyboard", "manual", "delivery", "packaging", "staff", "story", "pacing", "script", "sound", "design",
@@ -126,20 +127,23 @@ def _from_templates(seed: int) -> list[Row]:
 
 
 def _sentence(draw: random.Random, label: str) -> str:
-    main = _clause(draw, label)
-    kind = draw.randrange(4)
-    if kind == 0:
-        return f"{main}."
-    if kind == 1:
-        return f"{draw.choice(_NEUTRAL)}, and {main}."
-    if kind == 2:
-        return f"although {_clause(draw, LABELS[1 - LABELS.index(label)])}, {main}."
-    return f"{_clause(draw, LABELS[1 - LABELS.index(label)])}, but {main}."
+    main, other = _clause(draw, label), LABELS[1 - LABELS.index(label)]
+    match draw.choices(("alone", "neutral", "and", "although", "but"), (30, 25, 25, 10, 10))[0]:
+        case "alone":
+            return f"{main}."
+        case "neutral":
+            return f"{draw.choice(_NEUTRAL)}, and {main}."
+        case "and":
+            return f"{_clause(draw, label)}, and {main}."
+        case "although":
+            return f"although {_clause(draw, other)}, {main}."
+        case _:
+            return f"{_clause(draw, other)}, but {main}."
 
 
 def _clause(draw: random.Random, label: str) -> str:
     thing = draw.choice(_THINGS)
-    if draw.random() < 0.25:
+    if draw.random() < _NEGATIONS:
         return f"the {thing} was not {draw.choice(_WORDS[LABELS[1 - LABELS.index(label)]])}"
     return f"the {thing} was {draw.choice(_HOW)}{draw.choice(_WORDS[label])}"
 

@@ -69,6 +69,8 @@ class EvaluationRecord:
     """exp(eval_loss), which soon is beyond what anything else may be."""
     eval_loss_by_part: dict[Text, Finite | None] | None = None
     """Of a mixture, each part's own by its path; `eval_loss` is their mean by weight. None for a single corpus."""
+    tasks: dict[Text, dict[Text, Finite | None]] | None = None
+    """By task, what its metrics are; None where the model was not judged."""
     time: Finite
     """Seconds since the epoch."""
 

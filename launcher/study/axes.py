@@ -8,7 +8,7 @@ from typing import Any
 
 from halfstep.launcher.config import legal, mixture
 from halfstep.launcher.config.dotted import flatten
-from halfstep.launcher.config.load import PATH_KEYS, local_model
+from halfstep.launcher.config.load import PATH_KEYS, TASKS, local_model, placed_files
 from halfstep.launcher.config.schema import run_keys
 from halfstep.launcher.errors import RequestError, nearest
 
@@ -192,6 +192,8 @@ def absolute(key: str, value: Any, folder: Path) -> Any:
     where = "the study, or the command line"
     if key == "data" and (isinstance(value, list) or (isinstance(value, str) and value)):
         return mixture.placed(value, folder, where)
+    if key == TASKS:
+        return placed_files(value, folder, where)
     if isinstance(value, str) and value and key in PATH_KEYS:
         return legal.absolute(key, value, folder, where)
     if key == "model.name" and isinstance(value, str) and value.startswith("hf:"):

@@ -12,8 +12,9 @@ from halfstep.launcher.tasks import scores
 from halfstep.launcher.tasks.answers import Asked, Continued, Scored
 from halfstep.launcher.tasks.requests import Prepared
 
-Answers = dict[tuple[int, int, bool], Continued | Scored]
-"""By example, choice, and whether it was scored."""
+Share = list[list[Any]]
+"""A rank's answers as JSON carries them: example, choice, whether it was scored, and the fields of the answer."""
+_Answers = dict[tuple[int, int, bool], Continued | Scored]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def judge(
     rank: int = 0,
     ranks: int = 1,
     before: Callable[[], bool] = lambda: True,
-    gather: Callable[[Answers], list[Answers]] = lambda answers: [answers],
+    gather: Callable[[Share], list[Share]] = lambda share: [share],
 ) -> Judged | None:
     """Return what a model's answers to a task are worth, on every rank the same.
 
@@ -64,7 +65,7 @@ def judge(
     before each batch; where it returns False, None is returned. `gather` collects the answers of all ranks.
     """
     began = time.perf_counter()
-    answers: Answers = {}
+    share: Share = []
     how = prepared.task.spec.answer
     # One kind after the other: a generation runs more passes than a scoring.
     for batches in (prepared.generations, prepared.scorings):
@@ -75,15 +76,19 @@ def judge(
             batch = batches[min(place, len(batches) - 1)]
             answered = asked.answer(batch, how)
             if place < len(batches):
-                keys = [(ask.example, ask.choice, ask.start is not None) for ask in batch]
-                answers.update(zip(keys, answered, strict=True))
-    together: Answers = {}
-    for share in gather(answers):
-        together.update(share)
-    return _judged(prepared, together, time.perf_counter() - began)
+                share += [
+                    [ask.example, ask.choice, ask.start is not None, vars(answer)]
+                    for ask, answer in zip(batch, answered, strict=True)
+                ]
+    answers: _Answers = {}
+    for some in gather(share):
+        for example, choice, scored, fields in some:
+            kind = Scored if scored else Continued
+            answers[example, choice, scored] = kind(**fields)
+    return _judged(prepared, answers, time.perf_counter() - began)
 
 
-def _judged(prepared: Prepared, answers: Answers, seconds: float) -> Judged:
+def _judged(prepared: Prepared, answers: _Answers, seconds: float) -> Judged:
     spec, examples = prepared.task.spec, prepared.examples
     rows = [_row(prepared, place, answers) for place in range(len(examples))]
     scored = [answer for answer in answers.values() if isinstance(answer, Scored)]

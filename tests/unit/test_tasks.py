@@ -74,11 +74,11 @@ def _judged(model: Path, task: Path, ranks: int = 1) -> judge_page.Judged:
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     asked = Asked(network=network, tokenizer=HuggingFace.load(str(model)), device=network.device)
     prepared = requests.prepare(task_file.read(task), asked.tokenizer, judges.CONTEXT)
-    shares: list[judge_page.Answers] = []
+    shares: list[judge_page.Share] = []
     everyone = threading.Barrier(ranks)
 
-    def gather(answers: judge_page.Answers) -> list[judge_page.Answers]:
-        shares.append(answers)
+    def gather(share: judge_page.Share) -> list[judge_page.Share]:
+        shares.append(json.loads(json.dumps(share)))
         everyone.wait(60)
         return shares
 
@@ -86,7 +86,8 @@ def _judged(model: Path, task: Path, ranks: int = 1) -> judge_page.Judged:
         *_, judged = pool.map(
             lambda rank: judge_page.judge(prepared, asked, rank=rank, ranks=ranks, gather=gather), range(ranks)
         )
-    assert sum(map(len, shares)) == len({key for share in shares for key in share})
+    answered = [tuple(answer[:3]) for share in shares for answer in share]
+    assert len(answered) == len(set(answered))
     assert judged is not None
     return judged
 
