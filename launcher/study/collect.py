@@ -59,6 +59,8 @@ class Result:
     """Mean over the last tenth of the steps, nats per token."""
     eval_loss: float | None = None
     perplexity: float | None = None
+    tasks: dict[str, float | None] = field(default_factory=dict)
+    """What the last evaluation's tasks came to, by `task.metric`."""
     tokens_per_second: float | None = None
     """Median, without the warm-up."""
     mfu: float | None = None
@@ -202,7 +204,12 @@ def _last_evaluation(run: Run) -> dict[str, Any]:
     evaluation = (run.evaluations() or [None])[-1]
     if evaluation is None or evaluation.step != (last.step if last else 0):
         return {}
-    return {"eval_loss": evaluation.eval_loss, "perplexity": evaluation.perplexity}
+    tasks = {
+        f"{task}.{metric}": value
+        for task, metrics in (evaluation.tasks or {}).items()
+        for metric, value in metrics.items()
+    }
+    return {"eval_loss": evaluation.eval_loss, "perplexity": evaluation.perplexity, "tasks": tasks}
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

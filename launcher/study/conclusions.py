@@ -8,7 +8,7 @@ changes: a loss within it costs no quality that another seed would not cost as w
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +124,8 @@ def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
     for result in results:
         groups.setdefault(result.name, []).append(result)
     theirs = groups[name_of(reference)]
-    paired = {name: _paired(own, theirs) for name, own in groups.items()}
-    noise = _by_precision(
-        groups, {name: differences for name, differences in paired.items() if name != name_of(reference)}
-    )
+    paired = {name: differences(own, theirs, lambda result: result.quality) for name, own in groups.items()}
+    noise = by_precision(groups, {name: some for name, some in paired.items() if name != name_of(reference)})
     cells = tuple(_summary(own, theirs, paired[name], noise.get(name)) for name, own in groups.items())
     (chosen,) = [cell for cell in cells if cell.values == reference]
     usable = tuple(cell for cell in cells if _usable(cell, chosen))
@@ -147,28 +145,26 @@ def judge(results: Sequence[Result], reference: dict[str, str]) -> Verdict:
     )
 
 
-def _paired(own: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
-    """Return the differences in quality, seed by seed."""
-    reference = {result.seed: result.quality for result in theirs if result.done}
+def differences(
+    own: Sequence[Result], theirs: Sequence[Result], value_of: Callable[[Result], float | None]
+) -> list[float]:
+    """Return by how much a cell's value differs from the reference's, seed by seed that both have."""
+    reference = {result.seed: value_of(result) for result in theirs if result.done}
     return [
-        result.quality - there
+        value - there
         for result in own
-        if result.done and result.quality is not None and (there := reference.get(result.seed)) is not None
+        if result.done and (value := value_of(result)) is not None and (there := reference.get(result.seed)) is not None
     ]
 
 
-def _by_precision(groups: dict[str, list[Result]], paired: dict[str, list[float]]) -> dict[str, Noise]:
+def by_precision(groups: dict[str, list[Result]], paired: dict[str, list[float]]) -> dict[str, Noise]:
     """Return the noise of every cell's difference; cells of one precision round alike and are pooled.
 
     A cell that does the same arithmetic as the reference differs by nothing, and tells nothing of noise.
     """
     noise: dict[str, Noise] = {}
     for precision in {own[0].precision for own in groups.values()}:
-        alike = {
-            name: differences
-            for name, differences in paired.items()
-            if any(differences) and groups[name][0].precision == precision
-        }
+        alike = {name: some for name, some in paired.items() if any(some) and groups[name][0].precision == precision}
         noise |= between_seeds(alike)
     return noise
 

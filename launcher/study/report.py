@@ -11,7 +11,7 @@ import jinja2
 
 from halfstep.launcher.errors import HalfstepError, printable
 from halfstep.launcher.metrics import numerics_history, plots
-from halfstep.launcher.study import charts, tables
+from halfstep.launcher.study import charts, tables, task_table
 from halfstep.launcher.study.conclusions import Verdict
 from halfstep.launcher.study.conditions import Conditions
 from halfstep.launcher.study.report_data import as_csv, as_json
@@ -60,6 +60,8 @@ def html(report: Report, pictures: dict[str, str]) -> str:
         quality=tables.QUALITY,
         price=tables.PRICE,
         notes=tables.NOTES,
+        task_columns=task_table.COLUMNS,
+        task_note=task_table.NOTE,
         recommended=all(section.verdict.best is not None for section in report.sections),
         pictures=[(title, picture, _caption(title)) for title, picture in pictures.items()],
         **_parts(report),
@@ -76,6 +78,9 @@ def _parts(report: Report) -> dict[str, Any]:
         "sections": [
             (section.title, tables.rows(section.verdict, report.price, about["currency"]))
             for section in report.sections
+        ],
+        "judged": [
+            (section.title, task_table.rows(section.judgements)) for section in report.sections if section.judgements
         ],
         "failures": [result for result in report.results if not result.done],
         "equality": _said_of_sections(report, tables.equality),
@@ -105,7 +110,11 @@ def markdown(report: Report, pictures: dict[str, str]) -> str:
         lines += [f"## {before}, cell by cell", "", *_table(tables.QUALITY, [row.quality for row in rows]), ""]
         before = f"{_plain(title)}: speed" if title else "Speed"
         lines += [f"## {before}, memory and cost", "", *_table(tables.PRICE, [row.price for row in rows]), ""]
-    lines += [line for note in tables.NOTES for line in (note, "")]
+    for title, rows in parts["judged"]:
+        lines += [f"## {f'{_plain(title)}: tasks' if title else 'Tasks'}, cell by cell", ""]
+        lines += [*_table(task_table.COLUMNS, rows), ""]
+    notes = (*tables.NOTES, task_table.NOTE) if parts["judged"] else tables.NOTES
+    lines += [line for note in notes for line in (note, "")]
     if parts["failures"]:
         failed = [(result.name, str(result.seed), result.status, result.reason) for result in parts["failures"]]
         lines += [

@@ -23,10 +23,11 @@ def as_csv(report: Report) -> str:
     text = io.StringIO()
     axes = [axis for axis in report.about["axes"] if axis not in _LEADING]
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(map(csv_cell, [*_LEADING, *axes, *_MEASURED, "unproved_because", "run"]))
+    tasks = list(dict.fromkeys(name for result in report.results for name in result.tasks))
+    out.writerow(map(csv_cell, [*_LEADING, *axes, *_MEASURED, *tasks, "unproved_because", "run"]))
     for result in report.results:
         leading = [result.zero, result.precision, result.seed, result.status, result.reason, _truth(result.proved)]
-        measured = [getattr(result, name) for name in _MEASURED]
+        measured = [getattr(result, name) for name in _MEASURED] + [result.tasks.get(name) for name in tasks]
         run = "" if result.run is None else str(result.run.relative_to(report.folder))
         why = "" if result.proved else result.unproved_because
         out.writerow(map(csv_cell, [*leading, *(result.values[axis] for axis in axes), *measured, why, run]))
@@ -45,6 +46,7 @@ def as_json(report: Report) -> str:
             "unproved_because": "" if result.proved else result.unproved_because,
         }
         | {name: getattr(result, name) for name in _MEASURED}
+        | ({"tasks": result.tasks} if result.tasks else {})
         | {
             "run": None if result.run is None else str(result.run.relative_to(report.folder)),
             "command": tables.command(result),
@@ -77,6 +79,7 @@ def _section_as_json(report: Report, section: Section) -> dict[str, Any]:
         **{name: summary and summary.name for name, summary in chosen.items()},
         "frontier": [summary.name for summary in verdict.frontier],
         "cells": [cell(summary) for summary in verdict.cells],
+        **({"tasks": [vars(judgement) for judgement in section.judgements]} if section.judgements else {}),
     }
 
 

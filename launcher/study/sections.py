@@ -9,6 +9,7 @@ from halfstep.launcher.study.collect import Result, results
 from halfstep.launcher.study.conclusions import Verdict, judge
 from halfstep.launcher.study.conditions import Conditions, conditions
 from halfstep.launcher.study.grid import references
+from halfstep.launcher.study.task_table import Judgement, judgements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,8 @@ class Section:
     """That value; empty where there is one section."""
     results: list[Result]
     verdict: Verdict
+    judgements: list[Judgement]
+    """Of the tasks that the runs were judged by."""
     conditions: Conditions
 
 
@@ -45,7 +48,10 @@ def make(where: Path, price: float | None = None) -> Report:
     for title, reference in references(about["reference"], within, [result.values for result in collected]).items():
         own = [result for result in collected if within is None or result.values[within] == title]
         seen = conditions(own, about["axes"])
-        sections.append(Section(title=title, results=own, verdict=judge(own, reference), conditions=seen))
+        about_tasks = judgements(own, reference)
+        sections.append(
+            Section(title=title, results=own, verdict=judge(own, reference), judgements=about_tasks, conditions=seen)
+        )
     return Report(
         about=about,
         folder=where,

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.resolve import resolve
@@ -37,6 +38,7 @@ def finish(
     proved: bool | None = True,
     steps: int | None = None,
     checksum: str = "aa",
+    tasks: dict[str, dict[str, float | None]] | None = None,
     curve: Callable[[int], float] = lambda step: 2.0 * math.exp(-step / 8),
 ) -> Path:
     """Write what a finished run leaves: losses fall to `loss`, which is the validation loss as well."""
@@ -51,7 +53,9 @@ def finish(
          "tokens_per_second": speed, "mfu": None, "peak_memory_bytes": int(memory), "time": 1e9 + step}
         for step in range(1, steps + 1)
     ]  # fmt: skip
-    evaluation = {"step": steps, "eval_loss": loss, "perplexity": math.exp(loss), "time": 1e9 + steps}
+    evaluation: dict[str, Any] = {"step": steps, "eval_loss": loss, "perplexity": math.exp(loss), "time": 1e9 + steps}
+    if tasks is not None:
+        evaluation["tasks"] = tasks
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, evaluation]))
     summary = {"status": "done", "run_id": cell.plan.run_id, "tokens_per_second": speed, "mfu": None,
                "peak_memory_bytes": int(memory), "skipped_steps": 0, "loss_scale": scale, "wall_seconds": 30.0,

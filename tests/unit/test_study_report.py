@@ -329,6 +329,43 @@ def test_a_plan_that_was_changed_by_hand_is_no_result(study) -> None:
     assert bad.reason == "plan.json was changed after it was written: its run id does not fit"
 
 
+def test_tasks_are_columns_with_their_bands(study) -> None:
+    where, cells = study()
+    first = {0: 50.0, 1: 52.0, 2: 54.0}
+    off = {"zero=0 precision=fp32": (0, 0, 0), "zero=0 precision=bf16": (6, 7, 8), "zero=1 precision=bf16": (-1, 0, 1)}
+    for cell in cells:
+        moved = off.get(cell.name, (0, 0, 0))[cell.seed]
+        bleu, distinct = first[cell.seed] + moved, 0.5 if moved < 6 else None
+        metrics = {"bleu": bleu, "perplexity": 100 - bleu, "distinct_1": distinct}
+        studied.finish(where, cell, SEEDS[cell.seed], tasks={"words": metrics})
+    judged = {(row.name, row.cell): row for row in sections.make(where).sections[0].judgements}
+    assert len(judged) == 3 * 4
+    reference = judged["words.bleu", "zero=1 precision=fp32"]
+    assert (reference.mean, reference.band, reference.verdict) == (52.0, 4.0, "reference")
+    # Both bf16 cells scatter by 1 between seeds: t(0.975, 4) = 2.776, over the root of three seeds.
+    better, noisy = (judged["words.bleu", f"zero={zero} precision=bf16"] for zero in (0, 1))
+    assert (better.difference, noisy.difference) == (7.0, 0.0)
+    assert [better.noise, noisy.noise] == pytest.approx([2.776 / 3**0.5] * 2)
+    verdicts = {name: judged[f"words.{name}", better.cell].verdict for name in ("bleu", "perplexity", "distinct_1")}
+    assert verdicts == {"bleu": "real, better", "perplexity": "real, better", "distinct_1": "not judged"}
+    assert noisy.verdict == "within noise"
+    assert judged["words.bleu", "zero=0 precision=fp32"].verdict == "identical"
+    report.write(sections.make(where))
+    table = list(csv.DictReader((where / "results.csv").read_text().splitlines()))
+    assert [row["words.bleu"] for row in table] == [
+        str(first[cell.seed] + off.get(cell.name, (0, 0, 0))[cell.seed]) for cell in cells
+    ]
+    tree = json.loads((where / "results.json").read_text())
+    assert tree["runs"][0]["tasks"]["words.bleu"] == float(table[0]["words.bleu"])
+    assert {row["verdict"] for row in tree["tasks"]} >= {"real, better", "identical", "within noise", "reference"}
+    for page in ("report.md", "report.html"):
+        assert "Tasks, cell by cell" in (where / page).read_text()
+    assert (
+        "| words.bleu | zero=0 precision=bf16 | 59.0000 | ±6.0000 | +7.0000 | ±1.6027 | real, better |"
+        in (where / "report.md").read_text()
+    )
+
+
 def test_the_four_files_stand_by_themselves(study) -> None:
     where, cells = study(WHOLE.replace('"bf16"]', '"bf16", "fp16"]') + "price = 2.0\n")
     finish_all(where, cells, zero1_bf16={"speed": 2000.0})

@@ -1,0 +1,106 @@
+"""What the tasks of a study's runs came to, cell by cell, with the bands that differences have to exceed."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halfstep.launcher.study.collect import Result, name_of
+from halfstep.launcher.study.conclusions import by_precision, differences
+
+COLUMNS = ("task and metric", "cell", "mean", "seeds' band", "less reference", "noise band", "verdict")
+NOTE = (
+    "Tasks: what the evaluation after the last step came to, mean over the seeds. The bands are those of the losses: "
+    "seeds' band two standard deviations over the seeds, noise band the 95 % confidence interval of the difference, "
+    "its variance pooled over the cells of one precision. All cells answer the same examples, so that how few these "
+    "are is in no band: another test set moves all cells together."
+)
+_SMALLER_IS_BETTER, _NEITHER = ("perplexity",), ("distinct_1", "distinct_2", "distinct_3", "distinct_4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """One metric of a task in one cell."""
+
+    name: str
+    """`task.metric`."""
+    cell: str
+    mean: float | None
+    """Over the seeds that have it."""
+    band: float | None
+    """Two standard deviations over the seeds; None with one."""
+    difference: float | None
+    """Mean over the seeds that both have, less the reference."""
+    noise: float | None
+    """What the difference has to exceed; None where it cannot be said."""
+    verdict: str
+    """`reference`, `identical`, `within noise`, `real` (with `better` or `worse`), or `not judged`."""
+
+
+def judgements(results: Sequence[Result], reference: dict[str, str]) -> list[Judgement]:
+    """Return what every metric came to in every cell; none where the runs were judged by no task."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.name, []).append(result)
+    names = dict.fromkeys(name for result in results for name in result.tasks)
+    return [judgement for name in names for judgement in _of_metric(name, groups, name_of(reference))]
+
+
+def _of_metric(name: str, groups: dict[str, list[Result]], reference: str) -> list[Judgement]:
+    def value_of(result: Result) -> float | None:
+        return result.tasks.get(name)
+
+    paired = {cell: differences(own, groups[reference], value_of) for cell, own in groups.items() if cell != reference}
+    noise = by_precision(groups, paired)
+    judged = []
+    for cell, own in groups.items():
+        values = [value for result in own if result.done and (value := value_of(result)) is not None]
+        apart = paired.get(cell, [])
+        difference = statistics.fmean(apart) if apart else None
+        band = noise[cell].interval(len(apart)) if cell in noise else None if any(apart) else 0.0
+        judged.append(
+            Judgement(
+                name=name,
+                cell=cell,
+                mean=statistics.fmean(values) if values else None,
+                band=2 * statistics.stdev(values) if len(values) > 1 else None,
+                difference=difference,
+                noise=None if difference is None else band,
+                verdict="reference" if cell == reference else _verdict(name, apart, difference, band),
+            )
+        )
+    return judged
+
+
+def _verdict(name: str, apart: Sequence[float], difference: float | None, band: float | None) -> str:
+    if difference is None:
+        return "not judged"
+    if not any(apart):
+        return "identical"
+    if band is None:
+        return "not judged"  # one seed has no noise that could be known
+    if abs(difference) <= band:
+        return "within noise"
+    metric = name.rpartition(".")[2]
+    if metric in _NEITHER:
+        return "real"
+    return "real, better" if (difference < 0) == (metric in _SMALLER_IS_BETTER) else "real, worse"
+
+
+def rows(judged: Sequence[Judgement]) -> list[tuple[str, ...]]:
+    """Return a row under COLUMNS for each metric and cell."""
+    return [
+        (
+            judgement.name,
+            judgement.cell,
+            _number(judgement.mean, ".4f"),
+            _number(judgement.band, ".4f", "±"),
+            _number(judgement.difference, "+.4f"),
+            _number(judgement.noise, ".4f", "±"),
+            judgement.verdict,
+        )
+        for judgement in judged
+    ]
+
+
+def _number(value: float | None, form: str, before: str = "") -> str:
+    return "-" if value is None else before + format(value, form)
