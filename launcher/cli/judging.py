@@ -15,21 +15,31 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.system.files import write_atomic
 from halfstep.launcher.system.terminal import say, say_json, table
 
-_OF_DATA = ("sequences", "sequence", "batch")
-_OF_TASKS = ("examples", "step")
+_WAYS = ("data", "task", "lm_eval")
+_OPTIONS = {
+    "sequences": ("data",),
+    "sequence": ("data",),
+    "batch": ("data", "lm_eval"),
+    "examples": ("task",),
+    "step": ("task", "lm_eval"),
+    "lm_eval_path": ("lm_eval",),
+    "limit": ("lm_eval",),
+}
+"""Of each option, the ways of judging that it belongs to."""
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb to the command's parser; `verbs` is what its `add_subparsers` returned."""
     text = (
         "measure an exported model's loss on the validation split of a corpus, as training does (--data), or what an "
-        "exported model or a run's newest checkpoint makes of tasks (--task)"
+        "exported model or a run's newest checkpoint makes of tasks: of task files (--task), or of those of "
+        "lm-evaluation-harness (--lm-eval)"
     )
     evaluate = verbs.add_parser(
         "eval", help="judge a model on a corpus or by tasks", description=text, parents=[common]
     )
     evaluate.add_argument(
-        "folder", metavar="DIR", type=Path, help="a folder that `checkpoint export` made; with --task also a run"
+        "folder", metavar="DIR", type=Path, help="a folder that `checkpoint export` made; but for --data also a run"
     )
     evaluate.add_argument("--data", metavar="D", help="a prepared corpus")
     evaluate.add_argument(
@@ -45,23 +55,41 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="to compute in (default: that of the export, or of the run)"
     )
+    evaluate.add_argument(
+        "--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them (halfstep[eval])"
+    )
+    evaluate.add_argument(
+        "--lm-eval-path", type=Path, metavar="FOLDER", help="a folder with task files (YAML) for --lm-eval"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="of --lm-eval: examples of each task (default: all)")
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
     evaluate.set_defaults(verb=_eval)
 
 
 def _eval(arguments: argparse.Namespace, _: list[str]) -> int:
-    if (arguments.data is None) == (not arguments.task):
+    ways = [way for way in _WAYS if getattr(arguments, way)]
+    if len(ways) != 1:
         raise RequestError(
-            "--data and --task are two ways to judge a model" if arguments.task else "nothing to judge the model by",
+            f"{' and '.join(map(_flag, ways))} are different ways to judge a model" if ways else "nothing to judge by",
             where="halfstep eval",
-            fix="give --data CORPUS or --task FILE",
+            fix="give one of --data CORPUS, --task FILE and --lm-eval TASKS",
         )
-    for name in _OF_TASKS if arguments.data else _OF_DATA:
-        if getattr(arguments, name) is not None:
-            other = "--task" if arguments.data else "--data"
-            raise RequestError(f"--{name} belongs to {other}", where="halfstep eval", fix=f"leave --{name} out")
+    for name, fitting in _OPTIONS.items():
+        if getattr(arguments, name) is not None and ways[0] not in fitting:
+            raise RequestError(
+                f"{_flag(name)} belongs to {' and '.join(map(_flag, fitting))}",
+                where="halfstep eval",
+                fix=f"leave {_flag(name)} out",
+            )
+    for name in ("batch", "limit"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise RequestError(f"{value} is too few", where=f"--{name} {value}", fix=f"--{name} 1 or more")
     topology.prefer_cpu()  # DeepSpeed's dataset format brings DeepSpeed's accelerator with it
-    return _on_data(arguments) if arguments.data else _by_tasks(arguments)
+    return {"data": _on_data, "task": _by_tasks, "lm_eval": _by_harness}[ways[0]](arguments)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _on_data(arguments: argparse.Namespace) -> int:
@@ -108,6 +136,40 @@ def _by_tasks(arguments: argparse.Namespace) -> int:
         say(f"{result['name']}: {result['examples']:,} examples{_left_out(result)}, {_pace(result)}")
         say(*table([[f"  {name}", number(value)] for name, value in result["metrics"].items()], left=(0,)))
     return 0
+
+
+def _by_harness(arguments: argparse.Namespace) -> int:
+    from halfstep.launcher.export.harness import evaluate
+
+    done = evaluate(
+        arguments.folder,
+        [name.strip() for name in arguments.lm_eval.split(",")],
+        include=arguments.lm_eval_path,
+        limit=arguments.limit,
+        batch=8 if arguments.batch is None else arguments.batch,
+        step=arguments.step,
+        dtype=arguments.dtype,
+    )
+    if arguments.json:
+        say_json(done)
+        return 0
+    say(f"lm-evaluation-harness {done['harness']}, {done['dtype']} on {done['device']}")
+    for task, values in done["results"].items():
+        examples = done["examples"].get(task)
+        say(task if examples is None else f"{task}: {examples:,} examples")
+        rows = [
+            [f"  {metric}", number(value), *_error_of(metric, values)]
+            for metric, value in values.items()
+            if "_stderr" not in metric
+        ]
+        say(*table(rows, left=(0,)))
+    return 0
+
+
+def _error_of(metric: str, values: dict[str, float | None]) -> list[str]:
+    name, space, chosen = metric.partition(" ")
+    error = values.get(f"{name}_stderr{space}{chosen}")
+    return ["" if error is None else f"± {error:.4f}"]
 
 
 def number(value: float | None) -> str:

@@ -32,6 +32,8 @@ class Subject:
     device: str
     asked: Asked
     context: int | None
+    folder: Path
+    """The export, which for a run is a passing one."""
 
 
 def judge_folder(
@@ -48,7 +50,7 @@ def judge_folder(
     is read before the first is judged. Raises RequestError as reading, exporting and loading do.
     """
     read = [task_file.read(path, f"--task {path}") for path in tasks]
-    with _subject(folder, step, dtype) as subject:
+    with subject_of(folder, step, dtype) as subject:
         prepared = [prepare(task, subject.asked.tokenizer, subject.context) for task in read]
         for task in prepared:
             result = judge(task, subject.asked)
@@ -57,7 +59,8 @@ def judge_folder(
 
 
 @contextlib.contextmanager
-def _subject(folder: Path, step: int | None, dtype: str | None) -> Iterator[Subject]:
+def subject_of(folder: Path, step: int | None, dtype: str | None) -> Iterator[Subject]:
+    """Give the model of an export or of a run's checkpoint, loaded, for as long as the block lasts."""
     is_run = not (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
     if not is_run:
         if step is not None:
@@ -87,4 +90,5 @@ def _loaded(folder: Path, name: str, dtype: str | None, autocast: torch.dtype | 
         device=str(network.device),
         asked=Asked(network=network, tokenizer=tokenizer, device=network.device, autocast=autocast),
         context=exported.context(network),
+        folder=folder,
     )

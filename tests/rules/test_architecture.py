@@ -82,7 +82,17 @@ MAY_BE_HEAVY = (
     *(
         f"launcher.export.{module}"
         for module in (
-            *("compare", "evaluate", "exported", "generate", "judged", "tokenizer_files", "weights", "write_export"),
+            *(
+                "compare",
+                "evaluate",
+                "exported",
+                "generate",
+                "harness",
+                "judged",
+                "tokenizer_files",
+                "weights",
+                "write_export",
+            ),
         )
     ),
     "launcher.tasks.answers",

@@ -1,8 +1,11 @@
 """Tasks: what a model is asked, what its answers are worth, and what is wrong with a task file."""
 
+import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,7 @@ from halfstep.launcher.tasks import judge as judge_page
 from halfstep.launcher.tasks import requests, scores
 from halfstep.launcher.tasks.answers import Asked, until
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = (
     "def encode(",
     "x",
@@ -392,8 +396,8 @@ def test_missing_files_and_options_that_do_not_fit_are_named(
     for arguments, said in (
         ([model, "--task", str(task)], "the data of task small cannot be read: No such file"),
         ([model, "--task", str(tmp_path / "gone.toml")], "does not exist"),
-        ([model], "nothing to judge the model by"),
-        ([model, "--task", str(task), "--data", "d"], "two ways"),
+        ([model], "nothing to judge by"),
+        ([model, "--task", str(task), "--data", "d"], "different ways to judge"),
         ([model, "--task", str(task), "--sequence", "8"], "--sequence belongs to --data"),
         ([model, "--data", "d", "--step", "8"], "--step belongs to --task"),
         ([str(tmp_path), "--task", str(task)], "cannot be read"),
@@ -402,3 +406,69 @@ def test_missing_files_and_options_that_do_not_fit_are_named(
         what, *rest = capsys.readouterr().err.splitlines()
         assert said in what
         assert len(rest) == 2
+
+
+# The harness of others.
+
+
+def test_without_the_harness_its_extra_is_named(
+    models: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", str(models["gpt2"]), "--lm-eval", "small"]) == 2
+    what, where, fix = capsys.readouterr().err.splitlines()
+    assert "lm-evaluation-harness is not installed" in what
+    assert where == " from: --lm-eval"
+    assert "pip install 'halfstep[eval]'" in fix
+    for arguments, said in (
+        (["--lm-eval", "small", "--examples", "x"], "--examples belongs to --task"),
+        (["--lm-eval", "small", "--task", "x"], "--task and --lm-eval are different ways"),
+        (["--lm-eval", "small", "--limit", "0"], "0 is too few"),
+    ):
+        assert main(["eval", str(models["gpt2"]), *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
+def test_the_harness_judges_a_local_task_as_a_task_file_does(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = (" return value", " pass", " raise error")
+    rows = [
+        {"prompt": row["prompt"] or "#", "completion": choices[place % 3], "label": place % 3}
+        for place, row in enumerate(ROWS)
+    ]
+    text = CHOOSE.replace('" pass"]', '" pass", " raise error"]')
+    ours = _eval(models["gpt2"], judges.task(tmp_path / "ours", rows, text), capsys)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "local.yaml").write_text(
+        f"task: local\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'ours' / 'rows.jsonl'}\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{prompt}}"\ntarget_delimiter: " "\n'
+        'doc_to_choice: ["return value", "pass", "raise error"]\ndoc_to_target: "{{label}}"\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+
+    def harness(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "halfstep",
+            "eval",
+            str(models["gpt2"]),
+            "--lm-eval-path",
+            str(tmp_path / "theirs"),
+        ]
+        kept = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        return subprocess.run([*command, *more], env=kept, capture_output=True, text=True, cwd=ROOT)
+
+    done = harness("--lm-eval", "local", "--json")
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
+    assert theirs["results"]["local"]["acc"] == pytest.approx(ours["metrics"]["accuracy"])
+    assert theirs["examples"] == {"local": len(rows)}
+    assert (theirs["model"], theirs["dtype"]) == (str(models["gpt2"]), "float32")
+    unknown = harness("--lm-eval", "locale")
+    assert unknown.returncode == 2
+    assert "the harness knows no task 'locale'" in unknown.stderr
