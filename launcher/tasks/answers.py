@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from halfstep.launcher.config.task_file import Answer
+from halfstep.launcher.data.chat import Template
 from halfstep.launcher.data.tokenizer import Tokenizer
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.tasks.requests import Ask
@@ -51,11 +52,14 @@ class Asked:
     """Whether keys and values are kept between tokens; off where transformers cannot with this architecture."""
 
     @torch.no_grad()
-    def answer(self, batch: Sequence[Ask], how: Answer) -> list[Continued | Scored]:
-        """Return the answers to a batch, all of one kind. Raises RefusedError where the model or its device cannot."""
+    def answer(self, batch: Sequence[Ask], how: Answer, template: Template | None = None) -> list[Continued | Scored]:
+        """Return the answers to a batch, all of one kind; `template` is what laid its prompts out.
+
+        Raises RefusedError where the model or its device cannot.
+        """
         try:
             with self._computing():
-                return list(self._continue(batch, how) if batch[0].start is None else self._score(batch))
+                return list(self._continue(batch, how, template) if batch[0].start is None else self._score(batch))
         except torch.OutOfMemoryError as error:
             raise RefusedError(
                 f"a batch of {len(batch)} does not fit in the GPU's memory: {str(error).splitlines()[0]}",
@@ -82,25 +86,30 @@ class Asked:
             scored.append(Scored(log_likelihood=float(total), tokens=len(targets)))
         return scored
 
-    def _continue(self, batch: Sequence[Ask], how: Answer) -> list[Continued]:
+    def _continue(self, batch: Sequence[Ask], how: Answer, template: Template | None) -> list[Continued]:
         """Continue prompts, padded in front, where the mask hides it; positions are counted without it."""
         end, width = self.tokenizer.end_of_text, max(len(ask.ids) for ask in batch)
-        ends = self._ends()
+        ends = self._ends(template)
         prompts = [[*[end] * (width - len(ask.ids)), *ask.ids] for ask in batch]
         mask = [[*[0] * (width - len(ask.ids)), *[1] * len(ask.ids)] for ask in batch]
-        made = self._generate(torch.tensor(prompts, device=self.device), torch.tensor(mask, device=self.device), how)
+        inputs = torch.tensor(prompts, device=self.device), torch.tensor(mask, device=self.device)
+        made = self._generate(*inputs, how, ends)
         continued = []
         for row in made[:, width:].tolist():
             ids = row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
-            continued.append(Continued(ids=tuple(ids), text=until(self.tokenizer.decode(ids), how.stop)))
+            text = self.tokenizer.decode(ids) if template is None else template.answer(ids)
+            continued.append(Continued(ids=tuple(ids), text=until(text, how.stop)))
         return continued
 
-    def _ends(self) -> list[int]:
-        """Return the tokens that end a text: the tokenizer's, and what the model itself names."""
+    def _ends(self, template: Template | None) -> list[int]:
+        """Return the tokens that end a text: the tokenizer's, the template's, and what the model itself names."""
         own = getattr(self.network.generation_config, "eos_token_id", None)
-        return sorted({self.tokenizer.end_of_text, *(own if isinstance(own, list) else [] if own is None else [own])})
+        stops = template.stops if template else ()
+        return sorted(
+            {self.tokenizer.end_of_text, *stops, *(own if isinstance(own, list) else [] if own is None else [own])}
+        )
 
-    def _generate(self, prompts: Tensor, mask: Tensor, how: Answer) -> Tensor:
+    def _generate(self, prompts: Tensor, mask: Tensor, how: Answer, ends: list[int]) -> Tensor:
         end = self.tokenizer.end_of_text
         stops: list[Any] = [_Stops(how.stop, self.tokenizer, prompts.shape[1])] if how.stop else []
         problem: Exception | None = None
@@ -110,7 +119,7 @@ class Asked:
                 num_beams=how.beams,
                 do_sample=False,
                 use_cache=cached,
-                eos_token_id=self._ends(),
+                eos_token_id=ends,
                 pad_token_id=end,
             )
             try:

@@ -74,7 +74,7 @@ def judge(
                 return None
             place = start + rank
             batch = batches[min(place, len(batches) - 1)]
-            answered = asked.answer(batch, how)
+            answered = asked.answer(batch, how, prepared.template)
             if place < len(batches):
                 share += [
                     [ask.example, ask.choice, ask.start is not None, vars(answer)]

@@ -1,9 +1,12 @@
 """What a model is asked for a task's examples, as token ids, and in which batches."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from halfstep.launcher.config.task_file import GENERATE, Task, TaskSpec
+from halfstep.launcher.data import chat
+from halfstep.launcher.data.chat import Template
 from halfstep.launcher.data.tokenizer import Tokenizer
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.tasks import task_rows
@@ -39,6 +42,8 @@ class Prepared:
     skipped: int
     """Rows that were left out for that."""
     prompt_tokens: int
+    template: Template | None
+    """What laid the prompts out, and knows where an answer ends; None: they are text as it is."""
 
 
 def prepare(task: Task, tokenizer: Tokenizer, context: int | None) -> Prepared:
@@ -47,11 +52,11 @@ def prepare(task: Task, tokenizer: Tokenizer, context: int | None) -> Prepared:
     Raises RequestError as reading does, and where a prompt is too long and the task does not say what to do about it.
     """
     read = task_rows.read(task)
-    lay_out = _layout(task.spec, tokenizer)
+    template = _template(task, tokenizer)
     asked, kept, cut = [], [], 0
     too_long: list[Example] = []
     for example in read:
-        asks = _asks(task.spec, example, len(kept), tokenizer, lay_out)
+        asks = _asks(task, example, len(kept), tokenizer, template)
         surplus = max(_surplus(ask, task.spec, context) for ask in asks)
         if surplus > 0:
             too_long.append(example)
@@ -78,23 +83,37 @@ def prepare(task: Task, tokenizer: Tokenizer, context: int | None) -> Prepared:
         cut=cut,
         skipped=len(read) - len(kept),
         prompt_tokens=sum(len(ask.ids) if ask.start is None else ask.start for ask in asked if ask.choice == 0),
+        template=template,
     )
 
 
-def _layout(spec: TaskSpec, tokenizer: Tokenizer) -> Callable[[Example], list[int]]:
-    return lambda example: tokenizer.encode(example.prompt)
+def _template(task: Task, tokenizer: Tokenizer) -> Template | None:
+    """Return the chat template that a task names. Raises RequestError where the tokenizer has none of its own."""
+    if task.spec.template is None:
+        return None
+    with _of_task(f"template in {task.path}"):
+        return chat.named(task.spec.template, tokenizer)
 
 
-def _asks(
-    spec: TaskSpec,
-    example: Example,
-    place: int,
-    tokenizer: Tokenizer,
-    lay_out: Callable[[Example], list[int]],
-) -> list[Ask]:
+@contextlib.contextmanager
+def _of_task(where: str) -> Iterator[None]:
+    """Say of what is wrong with a template that a task asked for it, not a command's option."""
+    try:
+        yield
+    except RequestError as error:
+        fix = "take another template, or leave it out for prompts that are text as it is"
+        raise RequestError(error.what, where=where, fix=fix) from None
+
+
+def _asks(task: Task, example: Example, place: int, tokenizer: Tokenizer, template: Template | None) -> list[Ask]:
     """Return what is asked for one example."""
+    spec = task.spec
     asks = []
-    prompt = lay_out(example)
+    if template is None:
+        prompt = tokenizer.encode(example.prompt)
+    else:
+        with _of_task(f"{task.data}, line {example.row}"):
+            prompt = template.prompt(example.messages or ())
     if spec.answer.kind == GENERATE:
         asks.append(Ask(example=place, ids=tuple(prompt or [tokenizer.end_of_text])))
     texts = example.choices
@@ -102,7 +121,10 @@ def _asks(
         assert example.reference is not None, "a perplexity has a reference"
         texts = (example.reference,)
     if texts:
-        whole = [tokenizer.encode(example.prompt + text) for text in texts]
+        if template is None:
+            whole = [tokenizer.encode(example.prompt + text) for text in texts]
+        else:  # which encodes what the assistant writes apart
+            whole = [[*prompt, *tokenizer.encode(text)] for text in texts]
         # Tokens may reach over the end of the prompt: all choices are scored from where the first of them parts.
         start = min(_common(prompt, ids) for ids in whole)
         start = min(start, *(len(ids) - 1 for ids in whole))

@@ -87,8 +87,8 @@ def test_any_number_of_ranks_at_any_stage_comes_to_the_same_and_draws_nothing(
         for given in ([], [_given(tasks)]):
             arguments = ["steps=4", "eval.every=2", "model.dropout=0.2", f"data={data}", "out={out}", *given]
             name = f"dropout-{ranks}-{zero}-{precision}-{len(given)}"
-            words = [*WORDS, f"zero={zero}", f"precision={precision}", *arguments]
-            run = start(name, [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "launcher/train.py", *words])
+            keys = [*WORDS, f"zero={zero}", f"precision={precision}", *arguments]
+            run = start(name, [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "launcher/train.py", *keys])
             assert run.returncode == 0, run.output
             numbers[ranks, zero, precision, bool(given)] = _numbers(run)
             if given:

@@ -23,7 +23,7 @@ def task(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "judged"),
+    ("keys", "judged"),
     [
         ([], [0, 2, 4, 6, 7]),
         (["eval.tasks_every=4"], [0, 4, 7]),
@@ -32,9 +32,9 @@ def task(tmp_path: Path) -> Path:
     ],
 )
 def test_evaluations_judge_as_often_as_asked_and_in_every_case_at_the_end(
-    words: list[str], judged: list[int], plan: Callable[..., Plan], task: Path
+    keys: list[str], judged: list[int], plan: Callable[..., Plan], task: Path
 ) -> None:
-    made = plan("steps=7", "eval.every=2", f"eval.tasks={task}", *words)
+    made = plan("steps=7", "eval.every=2", f"eval.tasks={task}", *keys)
     evaluations = [0, 7] if made.eval_every == 0 else [0, 2, 4, 6, 7]
     assert [step for step in evaluations if made.judges(step)] == judged
     (planned,) = made.tasks

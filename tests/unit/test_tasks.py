@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.config import task_file
+from halfstep.launcher.data import chat
 from halfstep.launcher.data import prepare as data_prepare
 from halfstep.launcher.data.tokenizer import HuggingFace
 from halfstep.launcher.errors import RequestError
@@ -472,3 +473,50 @@ def test_the_harness_judges_a_local_task_as_a_task_file_does(
     unknown = harness("--lm-eval", "locale")
     assert unknown.returncode == 2
     assert "the harness knows no task 'locale'" in unknown.stderr
+
+
+# Chat templates.
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [("plain", ""), ("chatml", "<|im_start|>assistant\n"), ("alpaca", "### Response:\n")],
+)
+def test_a_conversation_is_laid_out_as_it_is_for_training(
+    template: str, opening: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    text = f'too_long = "cut"\n{GENERATE}'
+    talks = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": " a"}] for row in ROWS[:4]]
+    layout = f'template = "{template}"\nmessages = "talk"\n'
+    answered = _rows(
+        models["gpt2"], judges.task(tmp_path / "a", [{"talk": talk} for talk in talks], layout + text), tmp_path
+    )
+    rows = [{"prompt": chat.written(template, talk[:1]) + opening, "completion": " a"} for talk in talks]
+    expected = _rows(models["gpt2"], judges.task(tmp_path / "b", rows, text), tmp_path)
+    assert [row["answer"] for row in answered] == [row["answer"] for row in expected]
+    assert [(row["prompt"], row["reference"]) for row in answered] == [(row["prompt"], " a") for row in ROWS[:4]]
+
+
+def test_a_prompt_is_what_a_user_says(models: dict[str, Path], tmp_path: Path) -> None:
+    text = CHOOSE.replace("[answer]", 'template = "plain"\n[answer]')
+    rows = [row for row in ROWS if row["prompt"]]
+    templated = _rows(models["gpt2"], judges.task(tmp_path / "a", rows, text), tmp_path)
+    assert templated == _rows(models["gpt2"], judges.task(tmp_path / "b", rows, CHOOSE), tmp_path)
+
+
+def test_what_a_template_refuses_is_said_of_the_task(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for template, rows, said in (
+        ("plain", [{"talk": talk}], "has no place for the role 'tool'"),
+        ("tokenizer", [{"talk": talk}], "has no chat template of its own"),
+        ("chatml", [{"talk": talk[:1]}], "no conversation that ends with the assistant's answer"),
+        ("chatml", [{"talk": "hello"}], "no conversation"),
+    ):
+        text = GENERATE.replace("[answer]", f'template = "{template}"\nmessages = "talk"\n[answer]')
+        assert main(["eval", str(models["gpt2"]), "--task", str(judges.task(tmp_path, rows, text))]) == 2
+        what, where, fix = capsys.readouterr().err.splitlines()[-3:]
+        assert said in what
+        assert str(tmp_path) in where
+        assert "--" not in fix
