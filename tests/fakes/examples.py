@@ -1,6 +1,7 @@
 """A prepared folder of examples whose tokens and targets are chosen one by one."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,15 @@ Given = Sequence[tuple[Sequence[int], Sequence[int]]]
 """The token ids of each example, and as many marks: 1 for a target."""
 
 
-def write_examples(folder: Path, train: Given, validation: Given, vocabulary: int = 64) -> Path:
-    """Write a corpus of examples as `data prepare` does, its tokenizer made up."""
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "tokenizer" / "tokenizer.model").write_bytes(b"not a real one")
+def write_examples(
+    folder: Path, train: Given, validation: Given, vocabulary: int = 64, tokenizer: Path | None = None
+) -> Path:
+    """Write a corpus of examples as `data prepare` does, with the tokenizer of a folder or one that is made up."""
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder / "tokenizer")
+    else:
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "tokenizer" / "tokenizer.model").write_bytes(b"not a real one")
     every = [*train, *validation]
     lengths = np.array([len(ids) for ids, _ in every])
     held = np.where(np.arange(len(every)) < len(train), 0, lengths)
