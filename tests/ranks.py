@@ -19,11 +19,11 @@ def environment(scratch: Path) -> dict[str, str]:
     return {**kept, "TORCH_EXTENSIONS_DIR": str(scratch / "ops"), "HF_HUB_OFFLINE": "1"}
 
 
-def printed_alone(file: str, scratch: Path) -> list[str]:
+def printed_alone(file: str, scratch: Path, *arguments: str) -> list[str]:
     """Run a test's file as the program of a single rank and return the lines that it printed."""
     tests = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, file],
+        [sys.executable, file, *arguments],
         env={**environment(scratch), "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
         capture_output=True,
         text=True,

@@ -245,6 +245,12 @@ def _changed(file: Path) -> RequestError:
 def _of_pair(path: str) -> DataFacts:
     pair = megatron.read_pair(path)
     idx, bin_file = Path(f"{path}.idx"), Path(f"{path}.bin")
+    if Path(f"{path}{corpus_manifest.MASK}.idx").is_file():
+        raise RequestError(
+            "a pair of examples is no stream of text: which of its tokens are targets is said by the mask beside it",
+            where=f"data={path}",
+            fix=f"name the prepared folder: data={idx.parent}",
+        )
     if pair.tokens == 0:
         raise RequestError("there are no tokens in it", where=str(bin_file), fix="name a corpus that holds text")
     with idx.open("rb") as content:

@@ -62,29 +62,31 @@ class PackedExamples:
         """Return how many sequences there are."""
         return int(self._ends[-1])
 
-    def examples(self, window: int) -> list[tuple[int, int]]:
-        """Return the examples of a sequence, each by the place of its first token and how many of its are read."""
-        size = len(self)
-        number = int(permute(np.array([window]), size, self._seed ^ _SEQUENCES)[0])
-        kind = int(np.searchsorted(self._ends, number, side="right"))
+    def examples(self, windows: Sequence[int] | np.ndarray) -> list[list[tuple[int, int]]]:
+        """Return the examples of each sequence: of each the place of its first token and how many of its are read."""
+        numbers = permute(np.asarray(windows, dtype=np.int64), len(self), self._seed ^ _SEQUENCES)
+        kinds = np.searchsorted(self._ends, numbers, side="right")
+        return [self._inside(int(kind), int(number)) for kind, number in zip(kinds, numbers, strict=True)]
+
+    def _inside(self, kind: int, number: int) -> list[tuple[int, int]]:
         bins = self._bins[kind]
         place = number - int(self._ends[kind]) + bins.repeats
         return [
-            (int(self._begins[example]), length)
+            (begin, length)
             for (length, each), first in zip(bins.contents, self._firsts[kind], strict=True)
-            for example in self._by_length[first + place * each : first + (place + 1) * each]
+            for begin in self._begins[self._by_length[first + place * each : first + (place + 1) * each]].tolist()
         ]
 
     def rows(self, windows: Sequence[int] | np.ndarray) -> Rows:
         """Return sequences. Raises RequestError at a token id outside the vocabulary."""
         shape = (len(windows), self._sequence + 1)
         ids, starts, counted = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
-        for row, window in enumerate(windows):
+        for row, spans in enumerate(self.examples(windows)):
             place = 0
-            for begin, length in self.examples(int(window)):
+            for begin, length in spans:
                 own = slice(place, place + length)
                 ids[row, own] = self._tokens.stretch(begin, begin + length)
-                counted[row, own] = self._mask.stretch(begin, begin + length)
+                counted[row, own] = self._mask.stretch(begin, begin + length) == 1
                 starts[row, place] = True
                 place += length
             starts[row, place] = True  # no example is longer than the sequence: one token more is always left
@@ -92,5 +94,5 @@ class PackedExamples:
 
     def target_count(self, windows: Sequence[int] | np.ndarray) -> int:
         """Return how many targets sequences have."""
-        spans = [span for window in windows for span in self.examples(int(window))]
-        return sum(int(np.count_nonzero(self._mask.stretch(begin + 1, begin + length))) for begin, length in spans)
+        spans = [span for spans in self.examples(windows) for span in spans]
+        return sum(int(np.count_nonzero(self._mask.stretch(begin + 1, begin + length) == 1)) for begin, length in spans)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from halfstep.launcher.corpus import packing
 from halfstep.launcher.corpus.description import DataFacts, read_data
 from halfstep.launcher.corpus.vocabulary import of_folder
+from halfstep.launcher.data.packed import PackedExamples
 from halfstep.launcher.data.tokens import TokenFile
 from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.export import exported
@@ -55,8 +57,8 @@ def evaluate(
     """Return loss and perplexity over the first `sequences` windows of the validation split; 0 = all of them.
 
     By default as many as the run's own evaluations read, of as many tokens, in the type that the weights were written
-    in; the run's own precision gives what training measured. Raises RequestError where corpus and model
-    do not belong together.
+    in; the run's own precision gives what training measured. Of a corpus of examples it is the targets of all of them,
+    or of the first `sequences`, each by itself. Raises RequestError where corpus and model do not belong together.
     """
     for option, value, least in (("--batch", batch, 1), ("--sequence", sequence, 1), ("--sequences", sequences, 0)):
         if value is not None and value < least:
@@ -78,9 +80,17 @@ def evaluate(
         raise RequestError(
             f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
         )
-    file = TokenFile(prefix, vocabulary=hf_config.vocabulary(network))
-    count = _count(file.windows(length), sequences, note, length, facts)
-    loss, tokens = _loss(network, _batches(file, count, batch, length))
+    vocabulary = hf_config.vocabulary(network)
+    if facts.validation_lengths is None:
+        file = TokenFile(prefix, vocabulary=vocabulary)
+        count = _count(file.windows(length), sequences, note, length, facts)
+        batches = _batches(file, count, batch, length)
+    else:
+        _require_room(facts, length)
+        examples = PackedExamples(prefix, length, pack=False, too_long="refuse", seed=0, vocabulary=vocabulary)
+        count = min(len(examples), sequences or len(examples))
+        batches = _examples(examples, count, batch)
+    loss, tokens = _loss(network, batches)
     return Evaluated(
         loss=derive.finite(loss),
         perplexity=derive.perplexity(loss),
@@ -123,24 +133,44 @@ def _count(windows: int, asked: int | None, note: dict[str, Any], length: int, f
     return min(windows, wanted) if wanted else windows
 
 
-def _batches(file: TokenFile, count: int, batch: int, length: int) -> Iterator[torch.Tensor]:
+def _require_room(facts: DataFacts, length: int) -> None:
+    lengths = facts.validation_lengths or ()
+    if (longer := packing.longer(lengths, length)) > 0:
+        raise RequestError(
+            f"{longer:,} validation examples are longer than the sequence of {length} tokens",
+            where=f"--data {facts.path}",
+            fix=f"--sequence {max(each for each, _ in lengths)}, or prepare the corpus without them",
+        )
+
+
+def _batches(file: TokenFile, count: int, batch: int, length: int) -> Iterator[MicroBatch]:
     for start in range(0, count, batch):
-        yield file.batch(range(start, min(start + batch, count)), length)
+        yield MicroBatch.of_windows(file.batch(range(start, min(start + batch, count)), length))
 
 
-def _loss(network: Any, batches: Iterator[torch.Tensor]) -> tuple[float, int]:
+def _examples(file: PackedExamples, count: int, batch: int) -> Iterator[MicroBatch]:
+    for start in range(0, count, batch):
+        # Behind its example a row holds padding alone, which a causal model does not see: positions are needed nowhere.
+        rows = MicroBatch.of_documents(*file.rows(range(start, min(start + batch, count))))
+        yield MicroBatch(rows.inputs, rows.targets)
+
+
+def _loss(network: Any, batches: Iterator[MicroBatch]) -> tuple[float, int]:
     total, tokens = 0.0, 0
     try:
         with torch.no_grad():
-            for ids in batches:
-                batch = MicroBatch.of_windows(ids)
+            for batch in batches:
                 logits = exported.logits(network, batch.inputs.to(network.device))
                 total += float(batch.to(logits.device).loss(logits, reduction="sum"))
-                tokens += ids[:, 1:].numel()
+                tokens += int(batch.target_count)
     except torch.OutOfMemoryError as error:
         raise RefusedError(
             f"the batch does not fit in the GPU's memory: {str(error).splitlines()[0]}",
             where="--batch",
             fix="take a smaller --batch",
         ) from None
+    if not tokens:
+        raise RequestError(
+            "none of these examples has a target", where="--sequences", fix="take more of them: --sequences 0 is all"
+        )
     return total / tokens, tokens

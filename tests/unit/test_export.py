@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import judges, saved
+from fakes.examples import drawn, write_examples
 from fakes.experts import ROUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -585,6 +586,29 @@ def test_evaluation_reads_the_windows_that_training_reads(exported: Path, gpt2: 
     assert evaluate_page.evaluate(exported, str(corpus), dtype="bf16").loss != done.loss
     everything = evaluate_page.evaluate(exported, str(corpus), sequences=0, batch=64, sequence=64)
     assert everything.sequences == (read_data(str(corpus)).validation_tokens - 1) // 64
+
+
+def test_evaluation_of_examples_reads_the_targets_of_each_by_itself(
+    exported: Path, gpt2: Trained, corpus: Path, tmp_path: Path
+) -> None:
+    given = drawn([5, 30, 12, 9, 9], 3)
+    vocabulary = gpt2.model.config.vocab_size
+    folder = write_examples(tmp_path / "examples", drawn([9], 2), given, vocabulary, corpus / "tokenizer")
+    total, count = 0.0, 0
+    for ids, marks in given:
+        with torch.no_grad():
+            logits = gpt2.model(input_ids=torch.tensor([ids[:-1]])).logits[0]
+        targets = [token if mark else -100 for token, mark in zip(ids[1:], marks[1:], strict=True)]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="sum"))
+        count += sum(marks[1:])
+    done = evaluate_page.evaluate(exported, str(folder), sequence=32, batch=2)
+    assert done.loss == pytest.approx(total / count, rel=1e-6)
+    assert (done.tokens, done.sequences, done.tokenizer) == (count, 5, "same")
+    with pytest.raises(
+        RequestError, match="1 validation examples are longer than the sequence of 16 tokens"
+    ) as refused:
+        evaluate_page.evaluate(exported, str(folder), sequence=16)
+    assert refused.value.fix == "--sequence 30, or prepare the corpus without them"
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:

@@ -8,15 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fakes.examples import drawn, write_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from unit.test_models_attention import made
 
+from halfstep.launcher.config.load import load
 from halfstep.launcher.corpus import packing
+from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data.packed import PackedExamples
 from halfstep.launcher.data.tokens import open_writer
 from halfstep.launcher.engine.feed import Feed
+from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan import facts
 from halfstep.launcher.plan.data_plan import CorpusPlan, DataPlan, ExamplesPlan, PartPlan
+from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.plan.present import lines
+from halfstep.launcher.plan.resolve import resolve
+from halfstep.launcher.topology import Topology
 from halfstep.models.loss import IGNORED
+from halfstep.models.micro_batch import MicroBatch
 
 SEQUENCE = 12
 lengths_of = st.lists(st.integers(0, 20), min_size=1, max_size=60)
@@ -90,7 +102,7 @@ def test_every_example_is_in_one_sequence_and_whole(
     prefix = written(tmp_path_factory.mktemp("packed") / "a", lengths)
     packed = PackedExamples(str(prefix), SEQUENCE, pack=pack, too_long=too_long, seed=seed)
     windows = list(range(len(packed)))
-    seen = [packed.examples(window) for window in windows]
+    seen = packed.examples(windows)
     assert Counter(span for spans in seen for span in spans) == expected
     assert all(sum(length for _, length in spans) <= SEQUENCE for spans in seen)
     assert pack or all(len(spans) == 1 for spans in seen)
@@ -98,7 +110,7 @@ def test_every_example_is_in_one_sequence_and_whole(
     planned = packing.bins_of(histogram(lengths), SEQUENCE, packing=pack, too_long=too_long)
     assert (packing.total(planned), sum(count for _, count in fitting)) == (len(packed), sum(expected.values()))
     again = PackedExamples(str(prefix), SEQUENCE, pack=pack, too_long=too_long, seed=seed)
-    assert [again.examples(window) for window in reversed(windows)] == seen[::-1]
+    assert [again.examples([window])[0] for window in reversed(windows)] == seen[::-1]
     ids, starts, counted = packed.rows(windows)
     for row, spans in enumerate(seen):
         place = 0
@@ -116,7 +128,7 @@ def test_every_example_is_in_one_sequence_and_whole(
 def test_the_seed_decides_which_examples_of_a_length_meet(tmp_path: Path) -> None:
     prefix = str(written(tmp_path / "a", [4] * 30 + [5] * 30))
     packed = [PackedExamples(prefix, 9, pack=True, too_long="refuse", seed=seed) for seed in (1, 2)]
-    partners = [{frozenset(each.examples(window)) for window in range(len(each))} for each in packed]
+    partners = [set(map(frozenset, each.examples(range(len(each))))) for each in packed]
     assert len(partners[0]) == len(partners[1]) == 30
     assert len(partners[0] & partners[1]) < 10
 
@@ -229,3 +241,114 @@ def test_a_mixture_of_examples_and_text_has_the_targets_of_each(tmp_path: Path) 
         assert [each.target_count(step) for each in feeds] == [pairs.total()] * 2
         assert sum(count for (token, _), count in pairs.items() if token >= 1000) == 4 * SEQUENCE
         assert pairs == asked([fed(mixed, 0, 1, 8, 1)], step)
+
+
+# --- what an example knows of its neighbours -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_editing_an_example_moves_no_logit_and_no_loss_of_another_in_its_row(tmp_path: Path, family: str) -> None:
+    folder = write_examples(tmp_path / "a", drawn([9, 7, 5, 2], 1), drawn([3, 3], 2))
+    packed = PackedExamples(str(folder / "train"), 24, pack=True, too_long="refuse", seed=0)
+    ids, starts, counted = packed.rows([0])
+    model: Any = made(family).eval()
+
+    def seen(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = MicroBatch.of_documents(tokens, starts, counted)
+        with torch.no_grad():
+            logits = batch.logits(model)
+        return logits, cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
+
+    logits, losses = seen(ids)
+    owners = starts[0, :24].cumsum(0)
+    assert owners.unique().tolist() == [1, 2, 3, 4, 5], "four examples and the padding"
+    for place in range(24):
+        tokens = ids.clone()
+        tokens[0, place] = (tokens[0, place] + 31) % 64
+        logits_now, losses_now = seen(tokens)
+        others = owners != owners[place]
+        assert torch.equal(logits_now[0, others], logits[0, others])
+        assert torch.equal(losses_now[0, others], losses[0, others])
+        assert not torch.equal(logits_now[0, place], logits[0, place])
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def planned(folder: Path | str, *keys: str) -> Plan:
+    request = load(["model=gpt2-nano", f"data={folder}", "sequence=16", "batch.global=4", "steps=10", *keys])
+    world = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
+    return resolve(request, world, facts.read(request.spec))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return 40 examples of which three are longer than 16 tokens, and four of validation, of which one is."""
+    home = tmp_path_factory.mktemp("planned") / "examples"
+    return write_examples(home, drawn([4] * 17 + [7] * 20 + [17, 25, 40], 1), drawn([4, 4, 5, 30], 2))
+
+
+def test_examples_that_are_too_long_are_refused_with_their_number_and_the_longest(folder: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        planned(folder)
+    assert refused.value.what == "4 of 44 examples are longer than sequence=16; the longest has 40 tokens"
+    assert refused.value.where == f"data={folder}"
+    assert refused.value.fix == "take sequence=40, or say what becomes of them: too_long=cut or too_long=drop"
+    assert planned(folder, "sequence=40").data.examples is not None
+
+
+@pytest.mark.parametrize(("too_long", "train", "validation", "windows"), [("cut", 40, 4, 18), ("drop", 37, 3, 15)])
+def test_what_is_cut_or_dropped_is_counted_and_shown(
+    folder: Path, too_long: str, train: int, validation: int, windows: int
+) -> None:
+    plan = planned(folder, f"too_long={too_long}")
+    assert plan.data.examples == ExamplesPlan(
+        packing=True,
+        too_long=too_long,
+        train=train,
+        validation=validation,
+        longest=40,
+        longer=4,
+        padding=1 - (17 * 4 + 20 * 7 + (48 if too_long == "cut" else 0)) / (windows * 16),
+    )
+    assert plan.data.train_windows == windows
+    shown = next(line for line in lines(plan) if line.startswith("examples"))
+    assert f"{train} for training and {validation} for validation, whole beside each other" in shown
+    assert shown.endswith(f"4 longer than the sequence are {'cut' if too_long == 'cut' else 'dropped'}")
+    assert "documents    apart: attention and positions stay within each" in lines(plan)
+    feed = Feed(plan, SimpleNamespace(rank=0), torch.device("cpu"))  # type: ignore[arg-type]
+    assert len(list(feed.micro_batches(1))) == plan.batch.accumulation
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_nothing_is_left_where_all_are_too_long(folder: Path) -> None:
+    with pytest.raises(RequestError, match="all training examples are longer than sequence=3, and too_long"):
+        planned(folder, "sequence=3", "too_long=drop")
+
+
+def test_how_examples_become_sequences_makes_another_run_and_of_text_does_nothing(folder: Path, corpus: Path) -> None:
+    packed, apart = planned(folder, "too_long=cut"), planned(folder, "too_long=cut", "packing=false")
+    assert apart.data.train_windows == 40
+    assert packed.changed_from(apart.identity) == ["packing"]
+    assert len({packed.run_id, apart.run_id, planned(folder, "too_long=drop").run_id}) == 3
+    text = planned(corpus)
+    assert not {"packing", "too_long"} & set(text.identity)
+    assert "examples" not in text.to_dict()["data"]
+    both = planned(corpus, "packing=false", "too_long=cut")
+    assert (both.run_id, both.identity) == (text.run_id, text.identity)
+    assert "packing=false does nothing: the data is no examples" in both.warnings
+    assert not text.documents_apart
+
+
+def test_examples_are_mixed_with_text_of_the_same_tokenizer(folder: Path, corpus: Path) -> None:
+    examples = write_examples(folder.parent / "others", drawn([5] * 30, 3), drawn([5] * 3, 4), vocabulary=4096)
+    plan = planned(f"{corpus}:0.5,{examples}:0.5")
+    assert [part.examples is not None for part in plan.data.parts] == [False, True]
+    assert plan.documents_apart
+    assert (plan.documents, plan.data.parts[1].train_windows) == ("plain", 10)
+    assert any(line.startswith(f"examples     {examples}: 30 for training") for line in lines(plan))
+
+
+def test_a_pair_of_examples_is_not_read_without_its_mask(folder: Path) -> None:
+    with pytest.raises(RequestError, match="which of its tokens are targets is said by the mask beside it"):
+        read_data(str(folder / "train"))
