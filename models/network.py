@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from halfstep.models import adapters
 from halfstep.models import hf_weights as pretrained
 from halfstep.models.draw import Kind, gathered, initialise, shape_of, units_of
 from halfstep.models.hf_config import Unfit, configuration, one_line, quiet
+from halfstep.models.lora import Lora
 
 
 def build(
@@ -26,6 +28,7 @@ def build(
     activation_checkpointing: bool = False,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    lora: Lora | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model of a transformers configuration, in training mode, without a key-value cache.
 
@@ -34,7 +37,7 @@ def build(
     and every rank must call. Otherwise `dtype` (fp32 by default) is the parameters' type. `weights` is the path or hub
     id of a checkpoint to load (at stage 3 by rank 0, whole); without it, every parameter is drawn in fp32 from `seed`,
     by the architecture's own initialisation, and then rounded: bitwise the same at every stage, world size and rank.
-    The caller's random state is left as it was. With `trust_remote_code`, code named in `auto_map` is read from
+    The caller's random state is left as it was. With `lora`, adapters are put in and all else is frozen. With `trust_remote_code`, code named in `auto_map` is read from
     `source`, or else from `weights` or the configuration's `_name_or_path`.
 
     Raises Unfit, one sentence, for a configuration that makes no model, a parameter without elements, and a checkpoint
@@ -59,6 +62,8 @@ def build(
             initialise(model, seed, lambda kind, number: _constructed(made, trust_remote_code, kind, number))
         elif zero3 is not None:
             pretrained.scatter(model, weights, made, options)
+        if lora is not None:
+            adapters.insert(model, lora, seed)
     if activation_checkpointing:
         # Not reentrant: the other kind needs an input that requires gradients, and gathers once more at stage 3.
         model.activation_checkpointing_enable({"use_reentrant": False})

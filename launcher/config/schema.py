@@ -3,7 +3,7 @@
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from halfstep.launcher.config.counts import (
     RANKS,
@@ -163,6 +163,24 @@ class NumericsKeys(_Section):
     """Repair what DeepSpeed gets wrong at stage 0 in half precision; false shows DeepSpeed as it is."""
 
 
+def _listed(value: Any) -> Any:
+    """Take `a,b` or `["a", "b"]` of a command line for the list it means."""
+    return [name.strip(" '\"") for name in value.strip("[] ").split(",")] if isinstance(value, str) else value
+
+
+class LoraKeys(_Section):
+    """`lora.*`: the low-rank adapters of train=lora."""
+
+    rank: Width = 16
+    """Rows of A and columns of B, in elements."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which an element of an adapter's input is left out."""
+    targets: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Layers with adapters, by name or the end of one: ["q_proj", "v_proj"]; unset: all linear ones but the head."""
+
+
 class EvalKeys(_Section):
     """`eval.*`: loss on the validation split, at step 0, at the end, and in between."""
 
@@ -228,14 +246,8 @@ class RunSpec(_Section):
     """ZeRO stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also weights."""
     precision: Literal["fp32", "tf32", "fp16", "bf16", "fp16-autocast", "bf16-autocast"] = "bf16"
     """What forward and backward compute in; the masters are always fp32, with autocast and tf32 the weights, too."""
-    keep_fp32: tuple[str, ...] = ()
+    keep_fp32: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Modules that stay in fp32 under autocast, by name or the end of one, `*` and `?` allowed: ["ln_f", "lm_head"]."""
-
-    @field_validator("keep_fp32", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        """Take `a,b` or `["a", "b"]` of a command line for the list it means."""
-        return [name.strip(" '\"") for name in value.strip("[] ").split(",")] if isinstance(value, str) else value
 
     offload: Literal["none", "optimizer-cpu", "cpu", "nvme"] = "none"
     """What moves off the device: nothing, optimizer states, those and weights, or both to NVMe."""
@@ -247,6 +259,10 @@ class RunSpec(_Section):
     """Optimizer steps (default 1000)."""
     tokens: Tokens | None = None
     """Training tokens, instead of steps."""
+    train: Literal["full", "lora"] = "full"
+    """full: every parameter; lora: low-rank adapters (`lora.*`) beside frozen weights."""
+    lora: LoraKeys = LoraKeys()
+    """Adapters."""
     seed: Seed = 0
     """Decides the initial weights, the data order and dropout."""
     batch: BatchKeys = BatchKeys()

@@ -234,6 +234,7 @@ def _model(plan: Plan) -> PreTrainedModel:
             activation_checkpointing=plan.activation_checkpointing,
             dtype=_DTYPES[precisions.of(plan.precision).weights],
             trust_remote_code=plan.trust_remote_code,
+            lora=plan.lora,
         )
     except (ValueError, OSError) as error:
         raise unfit(error, f"model={plan.model.name}", "the model cannot be built") from error
@@ -280,7 +281,10 @@ def _check(engine: Engine, plan: Plan) -> None:
         "global batch": (engine.train_batch_size(), plan.batch.global_),
         "clipping": (float(engine.gradient_clipping()), plan.clip),
         "weights": (next(engine.module.parameters()).dtype, _DTYPES[precisions.of(plan.precision).weights]),
-        "parameters": (model_build.count_parameters(engine.module), plan.model.parameters),
+        "parameters": (
+            model_build.count_parameters(engine.module),
+            plan.model.parameters + (plan.lora.parameters if plan.lora else 0),
+        ),
     }
     for what, (actual, planned) in built.items():
         if actual != planned:

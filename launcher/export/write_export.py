@@ -10,6 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from halfstep.launcher.checkpoint.manifest import Damaged, Manifest
+from halfstep.launcher.checkpoint.merged import Merged, adapters_of
 from halfstep.launcher.checkpoint.shards import Shards
 from halfstep.launcher.config.digest import digest
 from halfstep.launcher.errors import RefusedError, RequestError
@@ -65,13 +66,13 @@ def export(
     """
     folder = target.absolute(to)
     chosen = source.choose(run, step, f"halfstep checkpoint export {shlex.join([str(run), '--to', str(to)])}")
-    manifest = chosen.manifest
+    files = _whole(chosen)
+    manifest = files.manifest
     content = weights.content(manifest, dtype)
     parts = weights.divide(content.entries, max_shard_bytes)
     with target.filling(folder, sum(part.bytes for part in parts) + _SPARE) as partial:
         tokenizer, warnings = _tokenizer(manifest, data, partial, content.context)
         _configure(partial, content.config, tokenizer)
-        files = Shards(chosen.folder, manifest)
         try:
             weights.write(partial, files, parts)
         except Damaged as damage:
@@ -96,6 +97,12 @@ def export(
         warnings=tuple(warnings),
         sentence=comparison.sentence if comparison else None,
     )
+
+
+def _whole(chosen: Source) -> Shards:
+    """Return the masters of the whole model, with adapters merged where a run trained those."""
+    files, about = Shards(chosen.folder, chosen.manifest), adapters_of(chosen.manifest)
+    return files if about is None else Merged(files, about)
 
 
 def _tokenizer(

@@ -19,6 +19,7 @@ from halfstep.launcher.plan.data_plan import PLACES, DataPlan
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.schedule import Schedule
 from halfstep.launcher.topology import Topology
+from halfstep.models.lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,8 @@ class Plan:
     """Patterns of the modules that autocast leaves alone."""
     router_loss: float = 0.0
     """What a mixture's auxiliary loss is multiplied with in the loss that is trained; 0: none is computed."""
+    lora: Lora | None = None
+    """The adapters that are trained, beside frozen weights; None: every parameter is trained."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -151,6 +154,11 @@ class Plan:
     def documents_apart(self) -> bool:
         """Whether attention stays inside the documents of all corpora or of some: examples always are kept apart."""
         return self.documents == "masked" or self.data.has_examples
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that have gradients, masters and optimizer states."""
+        return self.model.parameters if self.lora is None else self.lora.parameters
 
     @property
     def can_save(self) -> bool:
@@ -260,7 +268,7 @@ def run_id_of(tree: dict[str, Any]) -> str:
             kept[section].pop(key, None)
     if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
         kept["schedule"].pop("decay", None)
-    for key in ("fused_head", "keep_fp32", "router_loss"):
+    for key in ("fused_head", "keep_fp32", "router_loss", "lora"):
         if not kept.get(key):
             kept.pop(key, None)
     if kept.get("documents") == "plain":

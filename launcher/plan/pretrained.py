@@ -9,6 +9,7 @@ from typing import Any
 
 from halfstep.launcher.config import counts
 from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.config.weights_digest import fingerprint
 from halfstep.launcher.corpus import hub
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts, of_folder
 from halfstep.launcher.errors import RequestError
@@ -75,7 +76,7 @@ def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
         config=config,
         network=network,
         weights=source.weights,
-        weights_digest=(pretrained_weights.fingerprint(config_file.parent) if local else name) if has_weights else None,
+        weights_digest=(fingerprint(config_file.parent) if local else name) if has_weights else None,
         tokenizer=of_folder(config_file.parent),
     )
 
