@@ -36,7 +36,9 @@ def insert(model: PreTrainedModel, lora: Lora, seed: int) -> None:
         if not is_adapter(name):
             continue
         with torch.no_grad():
-            parameter.data = (drawn(name, parameter, seed) if name.endswith(_A) else torch.zeros_like(parameter)).to(dtype)
+            parameter.data = (drawn(name, parameter, seed) if name.endswith(_A) else torch.zeros_like(parameter)).to(
+                dtype
+            )
     # A block whose input has no gradient ends its backward pass for torch's hooks before it has begun, and stage 3
     # reduces a block's gradients in such a hook (stage3.py, reduce_leaf_module_grads).
     model.get_input_embeddings().register_forward_hook(_require_gradient)
@@ -60,7 +62,9 @@ def configuration(model: nn.Module, lora: Lora, targets: list[str]) -> Any:
 def linear_layers(model: nn.Module) -> tuple[Linear, ...]:
     """Return the layers of a model that may have an adapter, in its order."""
     return tuple(
-        Linear(name, *_sizes(module)) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+        Linear(name, *_sizes(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
     )
 
 

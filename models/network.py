@@ -37,8 +37,9 @@ def build(
     and every rank must call. Otherwise `dtype` (fp32 by default) is the parameters' type. `weights` is the path or hub
     id of a checkpoint to load (at stage 3 by rank 0, whole); without it, every parameter is drawn in fp32 from `seed`,
     by the architecture's own initialisation, and then rounded: bitwise the same at every stage, world size and rank.
-    The caller's random state is left as it was. With `lora`, adapters are put in and all else is frozen. With `trust_remote_code`, code named in `auto_map` is read from
-    `source`, or else from `weights` or the configuration's `_name_or_path`.
+    The caller's random state is left as it was. With `lora`, adapters are put in and all else is frozen. With
+    `trust_remote_code`, code named in `auto_map` is read from `source`, or else from `weights` or the configuration's
+    `_name_or_path`.
 
     Raises Unfit, one sentence, for a configuration that makes no model, a parameter without elements, and a checkpoint
     that is missing, damaged or not of this model.

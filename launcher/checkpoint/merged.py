@@ -41,10 +41,15 @@ def base_of(manifest: Manifest, about: Adapters) -> PreTrainedModel:
 
     Raises RefusedError where the weights that it was loaded from have gone, or are others now.
     """
-    weights, where = about["weights"], f"the base of {manifest.model['name']}, {about['weights'] or 'drawn from a seed'}"
+    weights, where = (
+        about["weights"],
+        f"the base of {manifest.model['name']}, {about['weights'] or 'drawn from a seed'}",
+    )
     fix = "bring the folder back as it was when the run was started"
     if weights is not None and about["local"] and fingerprint(weights) != about["digest"]:
-        raise RefusedError("the weights under the adapters are not those that they were trained on", where=where, fix=fix)
+        raise RefusedError(
+            "the weights under the adapters are not those that they were trained on", where=where, fix=fix
+        )
     try:
         dtype = _DTYPES[precisions.of(manifest.precision).weights]
         return network.build(manifest.model["config"], seed=about["seed"], weights=weights, dtype=dtype)

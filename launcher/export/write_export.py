@@ -82,7 +82,7 @@ def export(
                 fix="take another with --step",
             ) from None
         comparison = _compare(partial, manifest, files, dtype) if comparing else None
-        write_json(partial / NOTE, _note(chosen, dtype, tokenizer, comparison))
+        write_json(partial / NOTE, note_of(chosen, dtype, tokenizer, comparison))
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
     if comparing and comparison is None:
         warnings.append("the checkpoint holds no logits of the training engine: there was nothing to compare with")
@@ -148,18 +148,24 @@ def _configure(folder: Path, config: PreTrainedConfig, tokenizer: tokenizer_file
 
 def _compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comparison | None:
     comparison = compare.compare(folder, manifest, files, dtype)
+    refuse_another(manifest, comparison)
+    return comparison
+
+
+def refuse_another(manifest: Manifest, comparison: Comparison | None) -> None:
+    """Raise RefusedError for an export that computes something else than the training engine did."""
     if comparison is not None and comparison.ok is False:
         raise RefusedError(
             f"the export computes something else than the training engine did: {comparison.sentence}",
             where=f"the checkpoint of step {manifest.step}, loaded by transformers on {comparison.device}",
             fix="export with the versions of the run (attempts/NNNN/env.json); --no-compare writes it all the same",
         )
-    return comparison
 
 
-def _note(
+def note_of(
     chosen: Source, dtype: str, tokenizer: tokenizer_files.Exported | None, comparison: Comparison | None
 ) -> dict[str, Any]:
+    """Return what is written down about an export."""
     manifest = chosen.manifest
     return {
         "kind": KIND,

@@ -190,7 +190,7 @@ def _reserved_for_good(workload: Workload, held: States) -> tuple[Term, ...]:
 
 def _flat_bucket_bytes(workload: Workload) -> int:
     """Return the bytes of one bucket that is reduced flat."""
-    filled = cuts.fullest(cuts.of(workload.shape, workload.parameters), workload.reduce_bucket)
+    filled = cuts.fullest(cuts.trained(workload), workload.reduce_bucket)
     return filled * (FULL if workload.communication_dtype == "fp32" else 2)
 
 

@@ -62,7 +62,7 @@ def optimizer_bytes(workload: Workload, elements: int) -> int:
 
     Where it keeps less of hidden matrices than of the rest, they are taken to have their share of both.
     """
-    every = cuts.of(workload.shape, workload.parameters)
+    every = cuts.trained(workload)
     options = {"momentum": workload.momentum, **dict.fromkeys(workload.optimizer_switches, 1)}
     of_hidden = optimizers.state_bytes(workload.optimizer, options)
     elsewhere = optimizers.state_bytes_elsewhere(workload.optimizer, options)
@@ -78,14 +78,18 @@ def states(workload: Workload, rank: int | None = None) -> States:
     The sharding: stage 1 cuts masters and moments, stage 2 also gradients, stage 3 also weights. Flat groups are padded
     to equal shards at stages 1 and 2, every tensor by itself at stage 3. In fp32 the masters are a second copy wherever
     they are a shard, and the weights themselves at stage 0.
+    Frozen weights under adapters have a part in the weights alone.
     """
-    every = cuts.of(workload.shape, workload.parameters)
+    every, frozen = cuts.trained(workload), cuts.frozen(workload)
     whole, shard = _elements(workload, every)
     compute, fp32 = workload.element_bytes, workload.precision == "fp32"
     masters = 0 if workload.zero == 0 and fp32 else FULL * shard
     moments = optimizer_bytes(workload, shard)
     weights = compute * (shard if workload.zero == 3 else whole)
     kept = compute * cuts.persistent(every, workload.persistence_threshold) if workload.zero == 3 else 0
+    if frozen:
+        weights += compute * (cuts.split(frozen, workload.ranks) if workload.zero == 3 else frozen.elements)
+        kept += compute * cuts.persistent(frozen, workload.persistence_threshold) if workload.zero == 3 else 0
     gradients, resting, reduced = _gradients(workload, every, whole, shard, rank)
     optimizer_away = workload.offload_optimizer != "none" and workload.zero > 0
     weights_away = workload.offload_param != "none" and workload.zero == 3

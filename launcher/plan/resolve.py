@@ -10,8 +10,8 @@ from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
+from halfstep.launcher.plan import adapter_plan, data_plan, estimate, routers, rules, schedule
 from halfstep.launcher.plan import batch as batch_equation
-from halfstep.launcher.plan import adapters, data_plan, estimate, routers, rules, schedule
 from halfstep.launcher.plan.cautions import warnings_of, without_effect
 from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import adopt, dsconfig
@@ -53,9 +53,9 @@ def _decided(
     """Return the plan with a micro-batch, without what is predicted of it and without its id."""
     spec = request.spec
     model, sizes, sequence = _model(spec, facts)
-    lora = adapters.decide(spec, facts, model)
+    lora = adapter_plan.decide(spec, facts, model)
     if lora is not None:
-        model = dataclasses.replace(model, flops_per_token=adapters.flops_per_token(model, facts, lora, sequence))
+        model = dataclasses.replace(model, flops_per_token=adapter_plan.flops_per_token(model, facts, lora, sequence))
     router_loss = routers.coefficient(spec, facts)
     data = _data(spec, facts, sequence, model.vocabulary)
     batch = batch_equation.solve(
