@@ -4,6 +4,7 @@ The frozen base is in no checkpoint. It is loaded, or drawn from the seed, again
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halfstep.launcher.checkpoint.manifest import Adapters, Manifest
-from halfstep.launcher.checkpoint.shards import MASTER, Shards
+from halfstep.launcher.checkpoint import start, store
+from halfstep.launcher.checkpoint.manifest import Adapters, Damaged, Manifest, read
+from halfstep.launcher.checkpoint.shards import MASTER, Shards, damaged
 from halfstep.launcher.config import precisions
 from halfstep.launcher.config.weights_digest import fingerprint
 from halfstep.launcher.errors import RefusedError
@@ -21,8 +23,10 @@ from halfstep.models import network
 from halfstep.models.adapters import layer_of
 from halfstep.models.draw import shape_of
 from halfstep.models.hf_config import Unfit
+from halfstep.models.hf_weights import Values
 from halfstep.models.lora import Lora
 
+_KEEP = "bring it back; checkpoint.keep_every keeps what other runs begin with"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -34,6 +38,39 @@ def adapters_of(manifest: Manifest) -> Adapters | None:
 def lora_of(about: Adapters) -> Lora:
     """Return the adapters of a checkpoint as models know them."""
     return Lora(**{**about["lora"], "targets": tuple(about["lora"]["targets"])})
+
+
+def opened(weights: str | None, digest: str | None) -> str | Values | None:
+    """Return weights as `network.build` takes them: those of another run's checkpoint, merged where it has adapters.
+
+    Every byte of it is read first. Raises Unfit where it has gone, is damaged, or is another by now.
+    """
+    if weights is None or not weights.startswith(start.PREFIX):
+        return weights
+    path, step = start.split(weights)
+    assert step is not None, "a plan says which"
+    folder = store.home(Path(path)) / store.folder_name(step)
+    try:
+        manifest = read(folder)
+    except Damaged as damage:
+        raise Unfit(f"the checkpoint of step {step} of {path} cannot be read: {damage}", _KEEP) from None
+    if start.weights_digest(manifest) != digest:
+        raise Unfit(f"the checkpoint of step {step} of {path} is another than it was when the run was planned", _KEEP)
+    if reason := damaged(folder, manifest, lambda: None):
+        raise Unfit(f"the checkpoint of step {step} of {path} is damaged: {reason}", _KEEP)
+    about = adapters_of(manifest)
+    files = Shards(folder, manifest) if about is None else Merged(Shards(folder, manifest), about)
+
+    def value(name: str) -> Tensor:
+        if name in files.manifest.model["parameters"]:
+            master = files.read(name, MASTER)
+            assert master is not None, name
+            return torch.from_numpy(master)
+        kept = files.buffers()[name]
+        flat = torch.from_numpy(files.buffer(name))
+        return torch.view_as_complex(flat.view(-1, 2)) if kept["dtype"].startswith("complex") else flat
+
+    return value
 
 
 def base_of(manifest: Manifest, about: Adapters) -> PreTrainedModel:
@@ -52,7 +89,8 @@ def base_of(manifest: Manifest, about: Adapters) -> PreTrainedModel:
         )
     try:
         dtype = _DTYPES[precisions.of(manifest.precision).weights]
-        return network.build(manifest.model["config"], seed=about["seed"], weights=weights, dtype=dtype)
+        values = opened(weights, about["digest"])
+        return network.build(manifest.model["config"], seed=about["seed"], weights=values, dtype=dtype)
     except (Unfit, OSError) as error:
         raise RefusedError(
             f"the model under the adapters cannot be made: {error}", where=where, fix=getattr(error, "fix", None) or fix

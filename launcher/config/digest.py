@@ -45,7 +45,7 @@ def identity(spec: RunSpec) -> dict[str, Any]:
         leaves = {key: value for key, value in leaves.items() if key != "train" and not key.startswith("lora.")}
     del leaves["model.router_loss"]  # what comes of it is compared: unset, it is the config's own
     return {
-        key: value
+        key: list(value) if isinstance(value, tuple) else value  # as it comes back from a plan's JSON
         for key, value in leaves.items()
         if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_SECTIONS)
     }

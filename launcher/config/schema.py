@@ -54,12 +54,12 @@ class ModelKeys(_Section):
     """`model.*`: which network, and which of its dimensions to change."""
 
     name: str
-    """A preset (`gpt2-124m`), or `hf:` and a path or hub id of a causal language model."""
+    """A preset (`gpt2-124m`), `hf:` and a path or hub id of a causal language model, or `run:` and a run directory."""
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name.startswith("hf:") and len(name) > 3:
+        if name.startswith(("hf:", "run:")) and name.partition(":")[2]:
             return name
         if name not in PRESETS:
             close = nearest(name, PRESETS) or list(PRESETS)

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel
 
+from halfstep.launcher.checkpoint.merged import opened
 from halfstep.launcher.config import optimizers, precisions
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
@@ -229,7 +230,7 @@ def _model(plan: Plan) -> PreTrainedModel:
             plan.model.config,
             seed=plan.seed,
             zero3=plan.deepspeed if plan.zero == 3 else None,
-            weights=plan.model.weights,
+            weights=opened(plan.model.weights, plan.model.weights_digest),
             source=_home(plan.model.name),
             activation_checkpointing=plan.activation_checkpointing,
             dtype=_DTYPES[precisions.of(plan.precision).weights],

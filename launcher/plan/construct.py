@@ -51,17 +51,19 @@ class Source:
     """Where an `hf:` model lies."""
 
     name: str
-    """As the request names it, without `hf:`."""
+    """As the request names it, without its prefix."""
     home: str
     """The folder, or the hub id: where weights and the model's own code are."""
     weights: str | None
     """Where trained weights are loaded from; None for a bare config."""
     local: bool
+    prefix: str = "hf:"
+    """What stands before the name."""
 
     @property
     def where(self) -> str:
         """What an error names as the place."""
-        return f"model=hf:{self.name}"
+        return f"model={self.prefix}{self.name}"
 
 
 def construct(

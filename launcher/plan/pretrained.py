@@ -45,6 +45,8 @@ class ModelFacts:
     """Identifies the weights, wherever they lie."""
     tokenizer: TokenizerFacts
     """Identifies the tokenizer beside the model."""
+    tokenizer_place: str | None = None
+    """Where that is, for `data prepare --tokenizer`."""
 
 
 def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
@@ -61,7 +63,7 @@ def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
     config = _read_config(config_file, where)
     _refuse_quantised(config, config_file, where)
     has_weights = not local or pretrained_weights.present(config_file, config, where)
-    config = _overridden(config, spec, config_file, has_weights=has_weights)
+    config = overridden(config, spec, config_file, has_weights=has_weights)
     _refuse_skipped_layers(config, spec, where)
     home = str(config_file.parent) if local else name
     source = Source(name=name, home=home, weights=home if has_weights else None, local=local)
@@ -78,6 +80,7 @@ def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
         weights=source.weights,
         weights_digest=(fingerprint(config_file.parent) if local else name) if has_weights else None,
         tokenizer=of_folder(config_file.parent),
+        tokenizer_place=name,
     )
 
 
@@ -127,7 +130,7 @@ def _refuse_skipped_layers(config: dict[str, Any], spec: RunSpec, where: str) ->
             )
 
 
-def _overridden(config: dict[str, Any], spec: RunSpec, file: Path, *, has_weights: bool) -> dict[str, Any]:
+def overridden(config: dict[str, Any], spec: RunSpec, file: Path, *, has_weights: bool) -> dict[str, Any]:
     """Return the config with the request's overrides; raises RequestError for those that make no model."""
     keys, where = spec.model, f"model={spec.model.name}"
     if has_weights and any((keys.layers, keys.width, keys.heads, keys.vocabulary)):

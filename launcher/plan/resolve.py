@@ -234,7 +234,7 @@ def _same_tokenizer(facts: Facts, where: str) -> None:
         raise RequestError(
             "the data was made with another tokenizer than the model's own",
             where=f"{where} and data={data.path}",
-            fix=f"prepare the data again with --tokenizer {where.removeprefix('model=hf:')}",
+            fix=f"prepare the data again with --tokenizer {model.tokenizer_place or 'DIR'}",
         )
 
 

@@ -45,7 +45,7 @@ ROOMS = {
     # Who watches a rank and ends it.
     "watchdog": "errors rundir system",
     # What lies in a run directory.
-    "rundir": "config errors plan system topology",
+    "rundir": "checkpoint config errors plan system topology",
     # What will happen.
     "plan": "checkpoint config corpus errors forecast models system topology",
     # What it will need and take.

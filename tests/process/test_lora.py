@@ -1,0 +1,233 @@
+"""Adapters are trained alike at every stage and in every precision, resumed to the bit, and exported for other tools.
+
+Run by torchrun, this file is the program of a rank: it trains every cell and writes what it saw to rank-N.json.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from process.conftest import BIN, Outcome
+from ranks import reported_by_two
+
+from halfstep.launcher.checkpoint import store
+from halfstep.launcher.checkpoint.manifest import read
+
+pytestmark = pytest.mark.process
+Start = Callable[..., Outcome]
+CELLS = [(zero, precision) for precision in ("fp32", "fp16", "bf16") for zero in range(4)]
+EXTRA = [(3, "bf16", "activation_checkpointing=true"), (0, "bf16-autocast", ""), (3, "bf16-autocast", "")]
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+WORDS = ["sequence=32", "batch.global=4", "batch.micro=2", "steps=4", "eval.every=0", "eval.sequences=2"]
+LORA = ["train=lora", "lora.rank=4", "lora.dropout=0.1", "checkpoint.every=2", "gpus_per_node=1"]
+
+
+def rank_main(folder: Path) -> None:
+    """Train every cell, and note its losses and the checksum of its first masters."""
+    from process.synthetic import plan_of
+
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.ranks.places import file_store
+    from halfstep.launcher.engine.state import training_state
+    from halfstep.launcher.parity import trial
+    from halfstep.launcher.topology import from_environment
+
+    rank = from_environment()
+    keys = ("train=lora", "lora.rank=4", "optimizer.lr=1e-2", "schedule.warmup=0", "steps=6")
+    cells = [(zero, precision, "") for zero, precision in CELLS] + EXTRA
+    plans = [
+        plan_of(*keys, f"zero={zero}", f"precision={precision}", *([more] if more else []), ranks=2)
+        for zero, precision, more in cells
+    ]
+    distributed.join(rank, plans[0], file_store(folder / "store", rank))
+    distributed.quiet_deepspeed(folder / f"log-{rank.rank}")
+    build, first = trial.build, []
+
+    def noted(plan: Any) -> Any:
+        engine, repairs = build(plan)
+        first.append(sum(distributed.gather_objects(training_state.checksum(engine))) % 2**64)
+        return engine, repairs
+
+    trial.build = noted
+    losses = [trial.on_deepspeed(plan, rank.rank).loss for plan in plans]
+    (folder / f"rank-{rank.rank}.json").write_text(json.dumps({"losses": losses, "first": first}))
+    distributed.leave()
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> dict[str, Any]:
+    return reported_by_two(__file__, tmp_path_factory.mktemp("lora"), scratch)[0]
+
+
+def test_adapters_begin_with_the_same_bits_in_every_cell(seen: dict[str, Any]) -> None:
+    """Rounded to the precision, as every weight is."""
+    by_precision: dict[str, set[int]] = {}
+    for (_, precision), checksum in zip(CELLS, seen["first"], strict=False):
+        by_precision.setdefault(precision, set()).add(checksum)
+    assert {precision: len(found) for precision, found in by_precision.items()} == {"fp32": 1, "fp16": 1, "bf16": 1}
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 1e-3), ("bf16", 1e-3)])
+def test_every_stage_trains_the_same_adapters(seen: dict[str, Any], precision: str, tolerance: float) -> None:
+    losses = [loss for (_, kind), loss in zip(CELLS, seen["losses"], strict=False) if kind == precision]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=tolerance)
+    assert losses[0][-1] < losses[0][0] - 0.01, "they learn"
+
+
+def test_so_do_recomputed_blocks_and_autocast(seen: dict[str, Any]) -> None:
+    checkpointed, *autocast = seen["losses"][len(CELLS) :]
+    assert checkpointed == pytest.approx(seen["losses"][CELLS.index((3, "bf16"))], rel=1e-3)
+    for losses in autocast:
+        assert losses == pytest.approx(seen["losses"][CELLS.index((0, "fp32"))], rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def train(start: Start, data: Path) -> Callable[..., Outcome]:
+    def run(name: str, *keys: str, **more: str) -> Outcome:
+        given = [*WORDS, *LORA, f"data={data}", *keys]
+        command = [str(BIN / "deepspeed"), "--num_gpus", "1", "launcher/train.py", *given, "out={out}"]
+        return start(f"lora-{name}", command, **more)
+
+    return run
+
+
+DRAWN = ("model=gpt2-nano", "model.layers=1", "model.width=32", "zero=3", "precision=bf16")
+
+
+def test_a_killed_run_whose_base_was_drawn_ends_as_the_undisturbed_one(train: Callable[..., Outcome]) -> None:
+    whole = train("whole", *DRAWN)
+    assert whole.returncode == 0, whole.output
+    assert " trained of " in whole.output
+    killed = train("killed", *DRAWN, HALFSTEP_FAULT="step:0:4:kill9")
+    assert killed.returncode != 0
+    resumed = train("killed", *DRAWN)
+    assert resumed.returncode == 0, resumed.output
+    assert any(event["event"] == "resumed" and event["logits_differ_by"] == 0 for event in resumed.events)
+    assert resumed.losses == whole.losses
+    assert files(resumed) == files(whole)
+
+
+def files(run: Outcome) -> list[str]:
+    return [file.xxh3 for file in manifest(run).files]
+
+
+def manifest(run: Outcome) -> Any:
+    return read(store.home(run.out) / store.folder_name(4))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from halfstep.models.network import build
+
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    build(LLAMA, seed=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(train: Callable[..., Outcome], base: Path) -> Outcome:
+    done = train("tuned", f"model=hf:{base}", "zero=2", "precision=fp32", "lora.targets=q_proj,down_proj")
+    assert done.returncode == 0, done.output
+    return done
+
+
+def test_a_checkpoint_holds_the_adapters_alone(tuned: Outcome) -> None:
+    about = manifest(tuned)
+    names = list(about.model["parameters"])
+    assert len(names) == 2 * 2 * 2
+    assert all(".lora_A." in name or ".lora_B." in name for name in names)
+    assert about.model["buffers"] == {}
+    states = 3 * 4 * tuned.json("plan.json")["lora"]["parameters"]  # masters and two moments in fp32
+    assert states < about.bytes < states + 80_000, "and logits, random states and names"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by transformers' old name
+def test_the_adapter_is_loaded_by_peft_and_by_transformers_and_computes_the_same(
+    tuned: Outcome, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from halfstep.launcher.checkpoint.shards import Shards, probe_tokens
+    from halfstep.launcher.cli.main import main
+
+    about = manifest(tuned)
+    folder, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert main(["checkpoint", "export", str(tuned.out), "--adapter", "--to", str(folder), "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["compare"]["ok"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(done["files"])
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert main(["checkpoint", "export", str(tuned.out), "--to", str(merged), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["compare"]["ok"]
+
+    saved = torch.from_numpy(Shards(store.home(tuned.out) / store.folder_name(4), about).probe())
+    tokens = torch.tensor([probe_tokens(about.sequence, about.model["vocabulary"])])
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        untrained = plain(tokens).logits[0]
+        by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()(tokens).logits[0]
+        plain.load_adapter(str(folder))
+        by_transformers = plain.eval()(tokens).logits[0]
+        whole = AutoModelForCausalLM.from_pretrained(merged).eval()(tokens).logits[0]
+    assert (saved - untrained).abs().max() > 1e-4, "they were trained"
+    for logits in (by_peft, by_transformers, whole):
+        assert (logits - saved).abs().max() <= 1e-4 * saved.abs().max()
+
+
+def test_another_base_is_another_run_and_exports_nothing(
+    tuned: Outcome, train: Callable[..., Outcome], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfstep.launcher.cli.main import main
+    from halfstep.models.network import build
+
+    kept = tmp_path / "kept"
+    shutil.copytree(base, kept)
+    try:
+        build(LLAMA, seed=4).save_pretrained(base)
+        other = train(
+            "tuned", f"model=hf:{base}", "zero=2", "precision=fp32", "lora.targets=q_proj,down_proj", "steps=6"
+        )
+        assert other.returncode == 2
+        assert "weights" in other.output
+        assert main(["checkpoint", "export", str(tuned.out), "--to", str(tmp_path / "merged")]) == 3
+        assert "the weights under the adapters are not those that they were trained on" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(base)
+        shutil.copytree(kept, base)
+
+
+@pytest.mark.full
+def test_adapters_go_on_at_another_stage_and_in_another_precision(train: Callable[..., Outcome], base: Path) -> None:
+    keys = [f"model=hf:{base}", "lora.dropout=0"]
+    whole = train("through", *keys, "zero=1", "precision=fp32", "steps=8", "schedule.kind=constant")
+    train("moved", *keys, "zero=3", "precision=fp32", "schedule.kind=constant", "schedule.warmup=1")
+    moved = train("moved", *keys, "zero=0", "precision=bf16-autocast", "steps=8", "schedule.kind=constant")
+    assert moved.returncode == 2, "a schedule that was left to the steps is another run"
+    moved = train(
+        "moved", *keys, "zero=0", "precision=bf16-autocast", "steps=8", "schedule.kind=constant", "schedule.warmup=1"
+    )
+    assert moved.returncode == 0, moved.output
+    assert moved.losses == pytest.approx(whole.losses, rel=2e-2)
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))
+    os._exit(0)  # taking Python down beside threads of gloo can abort
