@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from halfstep.launcher.checkpoint.manifest import Damaged
 from halfstep.launcher.checkpoint.merged import adapters_of, base_of, lora_of
 from halfstep.launcher.checkpoint.shards import MASTER, Shards
+from halfstep.launcher.checkpoint.start import PREFIX
 from halfstep.launcher.config import precisions
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.export import compare, source, target
@@ -44,7 +45,8 @@ def export(run: Path, to: Path, *, step: int | None = None, dtype: str = "fp32",
             where=f"--adapter and {run}",
             fix="leave --adapter out to export the whole model",
         )
-    files, base, lora = Shards(chosen.folder, manifest), about["weights"], lora_of(about)
+    files, lora = Shards(chosen.folder, manifest), lora_of(about)
+    base = None if (about["weights"] or "").startswith(PREFIX) else about["weights"]
     tensors = {}
     for name in files.parameters():
         try:
@@ -76,7 +78,10 @@ def export(run: Path, to: Path, *, step: int | None = None, dtype: str = "fp32",
             refuse_another(manifest, comparison)
         write_json(partial / NOTE, {**note_of(chosen, dtype, None, comparison), "adapter": True})
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    alone = () if base else ("its base was drawn from a seed and lies nowhere: peft loads this upon that model alone",)
+    alone = ()
+    if base is None:
+        origin = about["weights"] or f"drawn from seed {about['seed']}"
+        alone = (f"its base is no folder that peft could load ({origin}): it fits upon that model alone",)
     return Outcome(
         folder=folder,
         step=manifest.step,
