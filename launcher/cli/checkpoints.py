@@ -66,6 +66,7 @@ def _checkpoint_verbs(parser: argparse.ArgumentParser, common: argparse.Argument
     )
     export.add_argument("--data", type=Path, metavar="DIR", help="where the run's corpus lies now, if it was moved")
     export.add_argument("--adapter", action="store_true", help="the adapters of train=lora alone, for peft")
+    export.add_argument("--ema", action="store_true", help="the average of the weights (ema.decay), not compared")
     export.add_argument("--no-compare", action="store_true", help="do not load the export to compare its logits")
     for subparser in (listing, verify, convert, export):
         subparser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -160,6 +161,7 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
     from halfstep.launcher.export.survey import size
 
     options: dict[str, Any] = {"step": arguments.step, "dtype": arguments.dtype, "comparing": not arguments.no_compare}
+    options["ema"] = arguments.ema
     if arguments.adapter:
         from halfstep.launcher.export import write_adapter
 
@@ -175,7 +177,9 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
         say_json(done.to_dict())
         return 0
     weights = [name for name in done.files if name.endswith(".safetensors")]
-    uncompared = "not compared with the training engine" if arguments.no_compare else "nothing to compare with"
+    uncompared = (
+        "not compared with the training engine" if arguments.no_compare or arguments.ema else "nothing to compare with"
+    )
     tokenizer = "none"
     if done.tokenizer:
         ids = f"{done.tokenizer['checked_tokens']:,} ids checked against the corpus's own"

@@ -181,6 +181,13 @@ class LoraKeys(_Section):
     """Layers with adapters, by name or the end of one: ["q_proj", "v_proj"]; unset: all linear ones but the head."""
 
 
+class EmaKeys(_Section):
+    """`ema.*`: an exponential moving average of the masters, kept beside them."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the average that stays after every step that was not skipped, such as 0.999; 0 = none is kept."""
+
+
 class EvalKeys(_Section):
     """`eval.*`: loss on the validation split, at step 0, at the end, and in between."""
 
@@ -263,6 +270,8 @@ class RunSpec(_Section):
     """full: every parameter; lora: low-rank adapters (`lora.*`) beside frozen weights."""
     lora: LoraKeys = LoraKeys()
     """Adapters."""
+    ema: EmaKeys = EmaKeys()
+    """Averaged weights."""
     seed: Seed = 0
     """Decides the initial weights, the data order and dropout."""
     batch: BatchKeys = BatchKeys()

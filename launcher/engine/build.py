@@ -17,6 +17,7 @@ from halfstep.launcher.config import optimizers, precisions
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
+from halfstep.launcher.engine.state import average
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.plan.construct import no_plain_head, unfit
@@ -61,6 +62,7 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
             engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
     _check(engine, plan)
     repairs = repair(engine, plan)
+    average.begin(engine, plan.ema_decay)
     if plan.compile:
         _compile_blocks(engine, plan, seen)
     return engine, repairs

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 
 from halfstep.launcher.checkpoint.manifest import Damaged
 from halfstep.launcher.checkpoint.merged import adapters_of, base_of, lora_of
-from halfstep.launcher.checkpoint.shards import MASTER, Shards
+from halfstep.launcher.checkpoint.shards import MASTER
 from halfstep.launcher.checkpoint.start import PREFIX
 from halfstep.launcher.config import precisions
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.export import compare, source, target
 from halfstep.launcher.export.exported import NOTE
 from halfstep.launcher.export.weights import DTYPES
-from halfstep.launcher.export.write_export import Outcome, note_of, refuse_another
+from halfstep.launcher.export.write_export import Outcome, note_of, opened, refuse_another
 from halfstep.launcher.system.files import write_json
 from halfstep.models import adapters
 from halfstep.models.hf_config import Unfit
@@ -29,7 +29,9 @@ _SPARE = 1 << 20
 """Bytes besides the weights."""
 
 
-def export(run: Path, to: Path, *, step: int | None = None, dtype: str = "fp32", comparing: bool = True) -> Outcome:
+def export(
+    run: Path, to: Path, *, step: int | None = None, dtype: str = "fp32", comparing: bool = True, ema: bool = False
+) -> Outcome:
     """Write `adapter_config.json` and `adapter_model.safetensors` of a checkpoint into a new folder.
 
     They are loaded with peft upon the run's base and compared with the training engine before the folder appears.
@@ -45,7 +47,7 @@ def export(run: Path, to: Path, *, step: int | None = None, dtype: str = "fp32",
             where=f"--adapter and {run}",
             fix="leave --adapter out to export the whole model",
         )
-    files, lora = Shards(chosen.folder, manifest), lora_of(about)
+    files, lora = opened(chosen, ema=ema), lora_of(about)
     base = None if (about["weights"] or "").startswith(PREFIX) else about["weights"]
     tensors = {}
     for name in files.parameters():
@@ -70,13 +72,13 @@ def export(run: Path, to: Path, *, step: int | None = None, dtype: str = "fp32",
         configuration.base_model_name_or_path, configuration.inference_mode = base, True
         configuration.save_pretrained(partial)
         comparison = None
-        if comparing and files.probe() is not None:
+        if comparing and not ema and files.probe() is not None:
             kind = DTYPES[precisions.of(manifest.precision).weights]
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft asks by an old name
                 loaded = PeftModel.from_pretrained(base_of(manifest, about), str(partial), autocast_adapter_dtype=False)
             comparison = compare.judged(loaded.to(kind).eval(), manifest, files)
             refuse_another(manifest, comparison)
-        write_json(partial / NOTE, {**note_of(chosen, dtype, None, comparison), "adapter": True})
+        write_json(partial / NOTE, {**note_of(chosen, dtype, None, comparison, ema=ema), "adapter": True})
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
     alone = ()
     if base is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from halfstep.launcher.checkpoint.averaged import Averaged, has_average
 from halfstep.launcher.checkpoint.manifest import Damaged, Manifest
 from halfstep.launcher.checkpoint.merged import Merged, adapters_of
 from halfstep.launcher.checkpoint.shards import Shards
@@ -57,16 +58,18 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     data: Path | None = None,
     comparing: bool = True,
+    ema: bool = False,
 ) -> Outcome:
     """Write the weights, configuration and tokenizer of a checkpoint as a folder for transformers.
 
-    `data` is where the run's corpus lies now, if it was moved. The export is loaded and compared with the training
+    `data` is where the run's corpus lies now, if it was moved. With `ema`, the average of the weights is written, of
+    which the training engine has no logits. Otherwise the export is loaded and compared with the training
     engine before it appears. Raises RequestError for a damaged checkpoint, RefusedError for an export that computes
     something else; then nothing is written.
     """
     folder = target.absolute(to)
     chosen = source.choose(run, step, f"halfstep checkpoint export {shlex.join([str(run), '--to', str(to)])}")
-    files = _whole(chosen)
+    files = whole(chosen, ema=ema)
     manifest = files.manifest
     content = weights.content(manifest, dtype)
     parts = weights.divide(content.entries, max_shard_bytes)
@@ -81,10 +84,10 @@ def export(
                 where=str(chosen.folder),
                 fix="take another with --step",
             ) from None
-        comparison = _compare(partial, manifest, files, dtype) if comparing else None
-        write_json(partial / NOTE, note_of(chosen, dtype, tokenizer, comparison))
+        comparison = _compare(partial, manifest, files, dtype) if comparing and not ema else None
+        write_json(partial / NOTE, note_of(chosen, dtype, tokenizer, comparison, ema=ema))
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    if comparing and comparison is None:
+    if comparing and comparison is None and not ema:
         warnings.append("the checkpoint holds no logits of the training engine: there was nothing to compare with")
     return Outcome(
         folder=folder,
@@ -99,9 +102,20 @@ def export(
     )
 
 
-def _whole(chosen: Source) -> Shards:
-    """Return the masters of the whole model, with adapters merged where a run trained those."""
-    files, about = Shards(chosen.folder, chosen.manifest), adapters_of(chosen.manifest)
+def opened(chosen: Source, *, ema: bool) -> Shards:
+    """Return the masters of what a run trained, or their average; raises RequestError where there is none."""
+    if ema and not has_average(chosen.manifest):
+        raise RequestError(
+            "the run kept no average of its weights",
+            where=f"--ema and the checkpoint of step {chosen.manifest.step}",
+            fix="leave --ema out; ema.decay=0.999 keeps one, in a run that begins with it",
+        )
+    return (Averaged if ema else Shards)(chosen.folder, chosen.manifest)
+
+
+def whole(chosen: Source, *, ema: bool) -> Shards:
+    """Return the masters of the whole model, with adapters merged where a run trained those, or their average."""
+    files, about = opened(chosen, ema=ema), adapters_of(chosen.manifest)
     return files if about is None else Merged(files, about)
 
 
@@ -163,12 +177,18 @@ def refuse_another(manifest: Manifest, comparison: Comparison | None) -> None:
 
 
 def note_of(
-    chosen: Source, dtype: str, tokenizer: tokenizer_files.Exported | None, comparison: Comparison | None
+    chosen: Source,
+    dtype: str,
+    tokenizer: tokenizer_files.Exported | None,
+    comparison: Comparison | None,
+    *,
+    ema: bool,
 ) -> dict[str, Any]:
     """Return what is written down about an export."""
     manifest = chosen.manifest
     return {
         "kind": KIND,
+        **({"ema": True} if ema else {}),
         "format": FORMAT,
         "run_id": manifest.run_id,
         "step": manifest.step,

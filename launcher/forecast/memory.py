@@ -140,6 +140,7 @@ def _offloaded(workload: Workload, held: States) -> tuple[Buffer, ...]:
     buffers = (
         Buffer("offloaded masters", held.host_masters, "fp32, a shard"),
         Buffer("offloaded moments", held.host_moments, "fp32, a shard"),
+        Buffer("offloaded weight average", held.host_average, "fp32, a shard"),
         Buffer("offloaded gradients", held.host_gradients, "fp32, a shard"),
         Buffer("offloaded weights", held.host_weights, f"{workload.precision}, a shard"),
     )

@@ -58,7 +58,11 @@ class _Case:
         if held.persistent:
             small = f"tensors of at most {workload.persistence_threshold:,} elements stay whole"
             buffers.append(Buffer("persistent parameters", held.persistent, small))
-        for name, size in (("fp32 masters", held.masters), ("optimizer moments", held.moments)):
+        for name, size in (
+            ("fp32 masters", held.masters),
+            ("optimizer moments", held.moments),
+            ("weight average", held.average),
+        ):
             buffers.append(Buffer(name, size, f"fp32, {f'1/{workload.ranks} at {stage}' if sharded else 'whole'}"))
         if held.resting_gradients:
             buffers.append(Buffer("gradient sums", held.resting_gradients, "fp32, kept allocated"))

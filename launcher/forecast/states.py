@@ -26,19 +26,24 @@ class States:
     """What is left of them after the reduction: what the optimizer steps with."""
     masters: int
     moments: int
+    average: int
+    """The moving average of the masters, beside them."""
     host_masters: int
     host_moments: int
+    host_average: int
     host_gradients: int
     host_weights: int
     """Offloaded weights, and the 16-bit copy that an offloaded optimizer of stages 1 and 2 writes new weights to."""
 
     def totals(self) -> dict[str, int]:
         """Return the bytes of each kind wherever they lie: what a plan calls model states."""
+        average = self.average + self.host_average
         return {
             "weights": self.weights + self.persistent + self.host_weights,
             "gradients": max(self.gradients, self.host_gradients),
             "fp32_masters": self.masters + self.host_masters,
             "optimizer_moments": self.moments + self.host_moments,
+            **({"weight_average": average} if average else {}),
         }
 
 
@@ -85,6 +90,7 @@ def states(workload: Workload, rank: int | None = None) -> States:
     compute, fp32 = workload.element_bytes, workload.precision == "fp32"
     masters = 0 if workload.zero == 0 and fp32 else FULL * shard
     moments = optimizer_bytes(workload, shard)
+    average = FULL * shard if workload.averaged else 0
     weights = compute * (shard if workload.zero == 3 else whole)
     kept = compute * cuts.persistent(every, workload.persistence_threshold) if workload.zero == 3 else 0
     if frozen:
@@ -113,8 +119,10 @@ def states(workload: Workload, rank: int | None = None) -> States:
         reduced_gradients=reduced,
         masters=0 if optimizer_away else masters,
         moments=0 if optimizer_away else moments,
+        average=0 if optimizer_away else average,
         host_masters=masters if optimizer_away and workload.offload_optimizer == "cpu" else 0,
         host_moments=moments if optimizer_away and workload.offload_optimizer == "cpu" else 0,
+        host_average=average if optimizer_away else 0,
         host_gradients=host_gradients,
         host_weights=host_weights if workload.offload_param != "nvme" else 0,
     )

@@ -72,6 +72,8 @@ class Workload:
     adapted: tuple[Linear, ...] = ()
     """The layers that have them."""
     adapter_dropout: float = 0.0
+    averaged: bool = False
+    """Whether a moving average of the masters is kept."""
     compile: bool = False
     products: str = ""
     """What matrices are multiplied in where that is not what the weights are in: `tf32`, by autocast `fp16`, `bf16`."""
@@ -117,6 +119,7 @@ def of(
     adapter_rank: int = 0,
     adapted: tuple[Linear, ...] = (),
     adapter_dropout: float = 0.0,
+    averaged: bool = False,
     repairs: bool = True,
 ) -> Workload:
     """Return the workload of a DeepSpeed config; `precision` is the run key.
@@ -162,6 +165,7 @@ def of(
         adapter_rank=adapter_rank,
         adapted=adapted,
         adapter_dropout=adapter_dropout,
+        averaged=averaged,
         widened=kind.products == "fp16" and topology.accelerator == "cpu" and not compile and not multiplies_fp16(),
     )
 

@@ -8,11 +8,11 @@ from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.plan.construct import Source, construct
-from halfstep.launcher.plan.pretrained import ModelFacts, overridden
+from halfstep.launcher.plan.construct import Source
+from halfstep.launcher.plan.pretrained import ModelFacts, constructed, overridden, refuse_skipped_layers
 
 
-def read_run(spec: RunSpec) -> ModelFacts:
+def read_run(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
     """Read the manifest of a checkpoint and construct its model once; its content is read where the ranks load it.
 
     Raises RequestError for a run without checkpoints, a damaged one, and a model that cannot be constructed.
@@ -22,12 +22,11 @@ def read_run(spec: RunSpec) -> ModelFacts:
     folder = start.split(name)[0]
     config = overridden(dict(manifest.model["config"]), spec, Path(folder), has_weights=True)
     source = Source(name=folder, home=folder, weights=None, local=True, prefix=start.PREFIX)
-    apart = spec.documents == "masked"
-    network = construct(source, config, spec.trust_remote_code, fused_head=spec.fused_head, documents_apart=apart)
+    refuse_skipped_layers(config, spec, where)
     tokenizer, place = _tokenizer(manifest)
     return ModelFacts(
         config=config,
-        network=network,
+        network=constructed(source, config, spec, examples=examples),
         weights=name,
         weights_digest=start.weights_digest(manifest),
         tokenizer=tokenizer,

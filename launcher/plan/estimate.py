@@ -79,6 +79,7 @@ def workload_of(plan: Plan) -> workload.Workload:
         compile=plan.compile,
         fused_head=plan.fused_head,
         documents_apart=plan.documents_apart,
+        averaged=bool(plan.ema_decay),
         repairs=plan.numerics.repairs,
         **adapters,
     )

@@ -139,6 +139,8 @@ class Plan:
     """What a mixture's auxiliary loss is multiplied with in the loss that is trained; 0: none is computed."""
     lora: Lora | None = None
     """The adapters that are trained, beside frozen weights; None: every parameter is trained."""
+    ema_decay: float = 0.0
+    """Of the average of the masters; 0: none is kept."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -268,7 +270,7 @@ def run_id_of(tree: dict[str, Any]) -> str:
             kept[section].pop(key, None)
     if not kept["schedule"].get("decay"):  # runs of other kinds than `wsd` are older than this field
         kept["schedule"].pop("decay", None)
-    for key in ("fused_head", "keep_fp32", "router_loss", "lora"):
+    for key in ("fused_head", "keep_fp32", "router_loss", "lora", "ema_decay"):
         if not kept.get(key):
             kept.pop(key, None)
     if kept.get("documents") == "plain":

@@ -29,6 +29,7 @@ def lines(plan: Plan) -> list[str]:
         f"model        {model.name}: {_parameters(plan)}, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
         f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
         *_adapters(plan),
+        *([f"average      of the masters, {plan.ema_decay:g} of it stays at each step"] if plan.ema_decay else []),
         *([f"routers      their auxiliary loss x {plan.router_loss:g} is added"] if plan.router_loss else []),
         f"cell         zero={plan.zero} precision={plan.precision}"
         + (f", {', '.join(plan.keep_fp32)} in fp32" if plan.keep_fp32 else ""),

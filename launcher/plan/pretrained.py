@@ -64,23 +64,27 @@ def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
     _refuse_quantised(config, config_file, where)
     has_weights = not local or pretrained_weights.present(config_file, config, where)
     config = overridden(config, spec, config_file, has_weights=has_weights)
-    _refuse_skipped_layers(config, spec, where)
+    refuse_skipped_layers(config, spec, where)
     home = str(config_file.parent) if local else name
     source = Source(name=name, home=home, weights=home if has_weights else None, local=local)
-    network = construct(
+    return ModelFacts(
+        config=config,
+        network=constructed(source, config, spec, examples=examples),
+        weights=source.weights,
+        weights_digest=(fingerprint(config_file.parent) if local else name) if has_weights else None,
+        tokenizer=of_folder(config_file.parent),
+        tokenizer_place=name,
+    )
+
+
+def constructed(source: Source, config: dict[str, Any], spec: RunSpec, *, examples: bool) -> Network:
+    """Construct the model once, and refuse what the request wants of it and it cannot."""
+    return construct(
         source,
         config,
         spec.trust_remote_code,
         fused_head=spec.fused_head,
         documents_apart="documents=masked" if spec.documents == "masked" else "data of examples" * examples,
-    )
-    return ModelFacts(
-        config=config,
-        network=network,
-        weights=source.weights,
-        weights_digest=(fingerprint(config_file.parent) if local else name) if has_weights else None,
-        tokenizer=of_folder(config_file.parent),
-        tokenizer_place=name,
     )
 
 
@@ -120,7 +124,8 @@ def _refuse_quantised(config: dict[str, Any], file: Path, where: str) -> None:
             )
 
 
-def _refuse_skipped_layers(config: dict[str, Any], spec: RunSpec, where: str) -> None:
+def refuse_skipped_layers(config: dict[str, Any], spec: RunSpec, where: str) -> None:
+    """Refuse layers that are left out at random where ranks share them."""
     for key, value in config.items():
         if spec.zero == 3 and key.endswith("layerdrop") and isinstance(value, int | float) and value > 0:
             raise RequestError(

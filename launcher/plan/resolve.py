@@ -102,6 +102,7 @@ def _decided(
         "keep_fp32": list(spec.keep_fp32),
         "router_loss": router_loss,
         "lora": lora,
+        "ema_decay": spec.ema.decay,
         "trust_remote_code": spec.trust_remote_code,
         "schedule": curve,
         "clip": float(composed.leaves["gradient_clipping"]),

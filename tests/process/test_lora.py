@@ -1,6 +1,7 @@
 """Adapters are trained alike at every stage and in every precision, resumed to the bit, and exported for other tools.
 
-Run by torchrun, this file is the program of a rank: it trains every cell and writes what it saw to rank-N.json.
+So is the moving average of what is trained. Run by torchrun, this file is the program of a rank: it trains every cell
+and writes what it saw to rank-N.json.
 """
 
 import json
@@ -17,11 +18,20 @@ from ranks import reported_by_two
 
 from halfstep.launcher.checkpoint import store
 from halfstep.launcher.checkpoint.manifest import read
+from halfstep.launcher.forecast import states
+from halfstep.launcher.plan import estimate
+from halfstep.launcher.plan.plan import Plan
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Outcome]
 CELLS = [(zero, precision) for precision in ("fp32", "fp16", "bf16") for zero in range(4)]
-EXTRA = [(3, "bf16", "activation_checkpointing=true"), (0, "bf16-autocast", ""), (3, "bf16-autocast", "")]
+RECOMPUTED = (3, "bf16", "activation_checkpointing=true")
+FULL = [(zero, "bf16", "train=full") for zero in range(4)]
+AUTOCAST = [(0, "bf16-autocast"), (3, "bf16-autocast")]
+EVERY: list[tuple[Any, ...]] = [*CELLS, RECOMPUTED, *FULL, *AUTOCAST]
+"""All that is trained; autocast last, for DeepSpeed remembers it as long as the process lives."""
+DECAY, SKIPPED = 0.75, 3
+"""Of the average, and the step that is skipped in every cell."""
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -34,67 +44,116 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 WORDS = ["sequence=32", "batch.global=4", "batch.micro=2", "steps=4", "eval.every=0", "eval.sequences=2"]
-LORA = ["train=lora", "lora.rank=4", "lora.dropout=0.1", "checkpoint.every=2", "gpus_per_node=1"]
+LORA = ["train=lora", "lora.rank=4", "lora.dropout=0.1", "ema.decay=0.5", "checkpoint.every=2", "gpus_per_node=1"]
 
 
 def rank_main(folder: Path) -> None:
-    """Train every cell, and note its losses and the checksum of its first masters."""
+    """Train every cell, and note what it did."""
     from process.synthetic import plan_of
 
     from halfstep.launcher.engine.ranks import distributed
     from halfstep.launcher.engine.ranks.places import file_store
-    from halfstep.launcher.engine.state import training_state
-    from halfstep.launcher.parity import trial
     from halfstep.launcher.topology import from_environment
 
     rank = from_environment()
-    keys = ("train=lora", "lora.rank=4", "optimizer.lr=1e-2", "schedule.warmup=0", "steps=6")
-    cells = [(zero, precision, "") for zero, precision in CELLS] + EXTRA
-    plans = [
-        plan_of(*keys, f"zero={zero}", f"precision={precision}", *([more] if more else []), ranks=2)
-        for zero, precision, more in cells
-    ]
+    keys = ("lora.rank=4", "optimizer.lr=1e-2", "schedule.warmup=0", "steps=6", f"ema.decay={DECAY}")
+    plans = []
+    for zero, precision, *more in EVERY:
+        own = ["train=lora", *keys] if "train=full" not in more else keys[1:]
+        plans.append(plan_of(*own, f"zero={zero}", f"precision={precision}", *more, ranks=2))
     distributed.join(rank, plans[0], file_store(folder / "store", rank))
     distributed.quiet_deepspeed(folder / f"log-{rank.rank}")
-    build, first = trial.build, []
-
-    def noted(plan: Any) -> Any:
-        engine, repairs = build(plan)
-        first.append(sum(distributed.gather_objects(training_state.checksum(engine))) % 2**64)
-        return engine, repairs
-
-    trial.build = noted
-    losses = [trial.on_deepspeed(plan, rank.rank).loss for plan in plans]
-    (folder / f"rank-{rank.rank}.json").write_text(json.dumps({"losses": losses, "first": first}))
+    (folder / f"rank-{rank.rank}.json").write_text(json.dumps([trained(plan, rank.rank) for plan in plans]))
     distributed.leave()
 
 
+def trained(plan: Plan, rank: int) -> dict[str, Any]:
+    """Train a plan, and compare its average with the recursion over the masters of its steps."""
+    import torch
+
+    from halfstep.launcher.checkpoint.shards import AVERAGE, MASTER
+    from halfstep.launcher.engine.build import build
+    from halfstep.launcher.engine.loop import train
+    from halfstep.launcher.engine.numerics.guard import Guard
+    from halfstep.launcher.engine.ranks import distributed
+    from halfstep.launcher.engine.state import training_state
+    from halfstep.launcher.engine.training import Training
+    from halfstep.launcher.parity.trial import SyntheticFeed
+
+    engine, repairs = build(plan)
+
+    def held(state: str) -> torch.Tensor:
+        pieces = training_state.fragments(engine)
+        return torch.cat([training_state.tensors(engine, piece)[state].double() for piece in pieces])
+
+    first = sum(distributed.gather_objects(training_state.checksum(engine))) % 2**64
+    expected, records = [held(MASTER)], []
+
+    def step(record: Any) -> None:
+        records.append(record)
+        expected.append(expected[-1] if record.overflow else DECAY * expected[-1] + (1 - DECAY) * held(MASTER))
+
+    guard = Guard(engine, plan, repairs, lambda kind, **details: None, rank)
+    train(Training(engine=engine, plan=plan, feed=SyntheticFeed(plan, rank, engine.device), guard=guard, on_step=step))
+    average = held(AVERAGE)
+    kept = [tensor for _, tensor in training_state.average_of(engine)._kept.values()]
+    seen = {
+        "first": first,
+        "losses": [record.loss for record in records if not record.overflow],
+        "skipped": [record.step for record in records if record.overflow],
+        "off": float((average - expected[-1]).abs().max()),
+        "moved": float((average - expected[0]).abs().max()),
+        "behind": float((average - held(MASTER)).abs().max()),
+        "bytes": sum(tensor.nbytes for tensor in kept),
+        "planned": states.states(estimate.workload_of(plan), rank).average,
+        "types": sorted({str(tensor.dtype) for tensor in kept}),
+    }
+    engine.destroy()
+    return seen
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> dict[str, Any]:
-    return reported_by_two(__file__, tmp_path_factory.mktemp("lora"), scratch)[0]
+def ranks(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> list[list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("lora")
+    return reported_by_two(__file__, folder, scratch, HALFSTEP_FAULT=f"fwd:0:{SKIPPED}:nan")
 
 
-def test_adapters_begin_with_the_same_bits_in_every_cell(seen: dict[str, Any]) -> None:
+def test_adapters_begin_with_the_same_bits_in_every_cell(ranks: list[list[dict[str, Any]]]) -> None:
     """Rounded to the precision, as every weight is."""
     by_precision: dict[str, set[int]] = {}
-    for (_, precision), checksum in zip(CELLS, seen["first"], strict=False):
-        by_precision.setdefault(precision, set()).add(checksum)
+    for (_, precision), seen in zip(CELLS, ranks[0], strict=False):
+        by_precision.setdefault(precision, set()).add(seen["first"])
     assert {precision: len(found) for precision, found in by_precision.items()} == {"fp32": 1, "fp16": 1, "bf16": 1}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 1e-3), ("bf16", 1e-3)])
-def test_every_stage_trains_the_same_adapters(seen: dict[str, Any], precision: str, tolerance: float) -> None:
-    losses = [loss for (_, kind), loss in zip(CELLS, seen["losses"], strict=False) if kind == precision]
+def test_every_stage_trains_the_same_adapters(
+    ranks: list[list[dict[str, Any]]], precision: str, tolerance: float
+) -> None:
+    losses = [seen["losses"] for (_, kind), seen in zip(CELLS, ranks[0], strict=False) if kind == precision]
+    assert [len(own) for own in losses] == [5] * 4
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=tolerance)
     assert losses[0][-1] < losses[0][0] - 0.01, "they learn"
 
 
-def test_so_do_recomputed_blocks_and_autocast(seen: dict[str, Any]) -> None:
-    checkpointed, *autocast = seen["losses"][len(CELLS) :]
-    assert checkpointed == pytest.approx(seen["losses"][CELLS.index((3, "bf16"))], rel=1e-3)
-    for losses in autocast:
-        assert losses == pytest.approx(seen["losses"][CELLS.index((0, "fp32"))], rel=1e-2)
+def test_so_do_recomputed_blocks_and_autocast(ranks: list[list[dict[str, Any]]]) -> None:
+    losses = {cell: seen["losses"] for cell, seen in zip(EVERY, ranks[0], strict=True)}
+    assert losses[RECOMPUTED] == pytest.approx(losses[3, "bf16"], rel=1e-3)
+    for cell in AUTOCAST:
+        assert losses[cell] == pytest.approx(losses[0, "fp32"], rel=1e-2)
+
+
+def test_the_average_is_the_recursion_over_the_masters_of_the_steps_that_were_taken(
+    ranks: list[list[dict[str, Any]]],
+) -> None:
+    for measured in ranks:
+        for cell, seen in zip(EVERY, measured, strict=True):
+            assert seen["skipped"] == [SKIPPED], cell
+            assert seen["off"] < 1e-6, cell
+            assert seen["moved"] > 1e-3, cell
+            assert seen["behind"] > 1e-3, cell
+            assert (seen["bytes"], seen["types"]) == (seen["planned"], ["torch.float32"]), cell
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +196,7 @@ def test_a_checkpoint_holds_the_adapters_alone(tuned: Outcome) -> None:
     assert len(names) == 4 * 2
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
     assert about.model["buffers"] == {}
-    states = 3 * 4 * tuned.json("plan.json")["lora"]["parameters"]  # masters and two moments in fp32
+    states = 4 * 4 * tuned.json("plan.json")["lora"]["parameters"]  # masters, two moments and their average in fp32
     assert states < about.bytes < states + 80_000, "and logits, random states and names"
 
 
@@ -176,6 +235,31 @@ def test_the_adapter_is_loaded_by_peft_and_by_transformers_and_computes_the_same
         assert (logits - saved).abs().max() <= 1e-4 * saved.abs().max()
 
 
+def test_the_average_is_exported_merged_and_alone(
+    tuned: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from halfstep.launcher.checkpoint.shards import Shards
+    from halfstep.models.network import build
+
+    files = Shards(store.home(tuned.out) / store.folder_name(4), manifest(tuned))
+    done = exported(capsys, tuned, "--ema", "--to", tmp_path / "merged")
+    assert done["compare"] is None, "the engine has no logits of it"
+    exported(capsys, tuned, "--ema", "--adapter", "--to", tmp_path / "adapter")
+    alone, merged = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("adapter", "merged"))
+    layer = "transformer.h.0.mlp.c_fc"
+    a, b = (
+        torch.from_numpy(files.read(name, "ema")).view(files.shape(name))
+        for name in (f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight")
+    )
+    assert torch.equal(alone[f"base_model.model.{layer}.lora_A.weight"], a)
+    assert not torch.equal(torch.from_numpy(files.read(f"{layer}.lora_B.default.weight", "master")).view(b.shape), b)
+    frozen = build(manifest(tuned).model["config"], seed=0).get_parameter(f"{layer}.weight")
+    assert torch.allclose(merged[f"{layer}.weight"], frozen + (b @ a).T * (32 / 4), atol=1e-7)
+
+
 def exported(capsys: pytest.CaptureFixture[str], run: Outcome, *words: str | Path) -> dict[str, Any]:
     from halfstep.launcher.cli.main import main
 
@@ -183,8 +267,8 @@ def exported(capsys: pytest.CaptureFixture[str], run: Outcome, *words: str | Pat
     return json.loads(capsys.readouterr().out)
 
 
-def manifest(run: Outcome) -> Any:
-    return read(store.home(run.out) / store.folder_name(4))
+def manifest(run: Outcome, step: int = 4) -> Any:
+    return read(store.home(run.out) / store.folder_name(step))
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +320,22 @@ def test_another_base_is_another_run_and_exports_nothing(
 
 
 @pytest.mark.full
-def test_adapters_go_on_at_another_stage_and_in_another_precision(train: Callable[..., Outcome], base: Path) -> None:
+def test_adapters_and_their_average_go_on_at_another_stage_and_in_another_precision(
+    train: Callable[..., Outcome], base: Path
+) -> None:
+    from halfstep.launcher.checkpoint.shards import Shards
+
     keys = [f"model=hf:{base}", "lora.dropout=0"]
     whole = train("through", *keys, "zero=1", "precision=fp32", "steps=8", "schedule.kind=constant")
     train("moved", *keys, "zero=3", "precision=fp32", "schedule.kind=constant")
-    moved = train("moved", *keys, "zero=0", "precision=bf16-autocast", "steps=8", "schedule.kind=constant")
+    moved = train("moved", *keys, "zero=0", "precision=fp32", "steps=8", "schedule.kind=constant")
     assert moved.returncode == 0, moved.output
-    assert moved.losses == pytest.approx(whole.losses, rel=2e-2)
+    assert moved.losses == pytest.approx(whole.losses, rel=1e-4)
+    kept = [Shards(store.home(run.out) / store.folder_name(8), manifest(run, 8)) for run in (whole, moved)]
+    for name in kept[0].parameters():
+        assert kept[1].read(name, "ema") == pytest.approx(kept[0].read(name, "ema"), abs=1e-5)
+    moved = train("moved", *keys, "zero=1", "precision=bf16-autocast", "steps=12", "schedule.kind=constant")
+    assert moved.returncode == 0, moved.output
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def test_a_plan_says_what_is_trained(plan: Make) -> None:
     made = plan("model=gpt2-nano", "train=lora", "lora.rank=8", "lora.dropout=0.05")
     share = made.model.parameters + 32_768
     assert f"gpt2-nano: 32,768 trained of {share:,} parameters" in present.headline(made)[0]
-    assert any(line.startswith("adapters     rank 8, alpha 32, dropout 0.05, in 8 layers") for line in present.lines(made))
+    assert any(
+        line.startswith("adapters     rank 8, alpha 32, dropout 0.05, in 8 layers") for line in present.lines(made)
+    )
     assert Plan.from_dict(made.to_dict()) == made
 
 
@@ -91,7 +93,11 @@ def test_a_run_without_adapters_is_the_run_that_it_was(plan: Make) -> None:
 @pytest.mark.parametrize(
     ("keys", "what", "fix"),
     [
-        (["lora.targets=q_proj"], "no linear layer of gpt2-nano is called 'q_proj'", "take some of c_attn, c_proj, c_fc"),
+        (
+            ["lora.targets=q_proj"],
+            "no linear layer of gpt2-nano is called 'q_proj'",
+            "take some of c_attn, c_proj, c_fc",
+        ),
         (["lora.targets=wte"], "no linear layer of gpt2-nano is called 'wte'", "take some of c_attn, c_proj, c_fc"),
         (
             ["lora.targets=lm_head"],
@@ -141,3 +147,13 @@ def test_the_gate_is_asked_for_a_runs_own_adapters(plan: Make, tmp_path: Path) -
     assert {case.lora for case in question.cases} == {
         ("lora.rank=4", "lora.alpha=32", 'lora.targets=["c_attn","c_proj","c_fc"]')
     }
+
+
+def test_a_plan_without_an_average_is_the_run_that_it_was(plan: Make) -> None:
+    plain, kept = plan("model=gpt2-nano"), plan("model=gpt2-nano", "ema.decay=0.999")
+    assert states.states(estimate.workload_of(plain)).average == 0
+    assert "weight_average" not in states.states(estimate.workload_of(plain)).totals()
+    assert "ema.decay" not in plain.identity
+    assert kept.changed_from(plain.identity) == ["ema.decay"]
+    held = states.states(estimate.workload_of(kept))
+    assert held.average == held.masters

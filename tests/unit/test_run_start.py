@@ -115,9 +115,7 @@ def test_what_cannot_be_begun_with_is_refused_in_three_lines(earlier: Path, data
 def test_data_of_another_tokenizer_is_refused(earlier: Path, corpus: Path, tmp_path: Path) -> None:
     about = read_data(str(corpus))
     tree = json.loads((earlier / "checkpoints" / "step-00000010" / "manifest.json").read_text())
-    _rewrite(
-        earlier / "checkpoints" / "step-00000010", {**tree, "data": {"path": str(corpus), "digest": about.digest}}
-    )
+    _rewrite(earlier / "checkpoints" / "step-00000010", {**tree, "data": {"path": str(corpus), "digest": about.digest}})
     assert planned(earlier, corpus).model.weights == f"run:{earlier}@10"
     other = tmp_path / "other"
     other.mkdir()
