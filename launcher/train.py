@@ -82,7 +82,7 @@ def _proof(plan: Plan) -> Proof:
     Of an `hf:` model that takes a nano model, which no rank may make that is to train: where rank 0 alone had made one,
     the ranks of a mixture at stage 3 gathered in different orders.
     """
-    if plan.model.name.startswith("hf:"):
+    if plan.model.name.startswith(("hf:", "run:")):
         return Proof(reason="the parity gate was not asked: `halfstep verify --run` does, with models of this family")
     from halfstep.launcher.parity.standing import standing
 

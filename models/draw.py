@@ -74,7 +74,7 @@ class _Made:
         for kind in {(type(module), leaf) for module, _ in modules if leaf in module._parameters}:
             if kind not in self._known:
                 # Of its own seed: what one kind gets must not depend on which rank needs which others.
-                self._known[kind] = self._constructed(kind, _seed(f"{self._seed}:{kind[0].__qualname__}.{leaf}"))
+                self._known[kind] = self._constructed(kind, seed_of(f"{self._seed}:{kind[0].__qualname__}.{leaf}"))
             if name in self._known[kind]:
                 return torch.where(gaps, self._known[kind][name].to(value.dtype), value)
         return value
@@ -95,7 +95,7 @@ def _draw(
         device = "cpu" if real and id(parameter) not in skip else "meta"
         value = torch.full(shape_of(parameter), math.nan, dtype=torch.float32, device=device)
         stand_ins.setdefault(id(parameter), (parameter, nn.Parameter(value, requires_grad=False)))
-    torch.random.default_generator.manual_seed(_seed(f"{seed}:{name}"))  # pyright: ignore[reportPrivateImportUsage]
+    torch.random.default_generator.manual_seed(seed_of(f"{seed}:{name}"))  # pyright: ignore[reportPrivateImportUsage]
     try:
         for module, key, parameter in places:
             module._parameters[key] = stand_ins[id(parameter)][1]
@@ -108,7 +108,8 @@ def _draw(
     return [pair for identity, pair in stand_ins.items() if identity not in skip]
 
 
-def _seed(text: str) -> int:
+def seed_of(text: str) -> int:
+    """Return the seed of what has a name."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 

@@ -2,12 +2,15 @@
 
 import copy
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from halfstep.models.collective import broadcast, gather_texts
 from halfstep.models.draw import gathered
@@ -20,18 +23,43 @@ _SAVE_AGAIN = (
 )
 
 
-def load(weights: str, configuration: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+Values = Callable[[str], Tensor]
+"""Returns the value of a parameter or a persistent buffer by its name; raises KeyError for one that it has not."""
+
+
+def load(weights: str | Values, configuration: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """Return the model of a configuration with the weights of a folder or hub id, whole, on the CPU.
 
     Raises Unfit where the files are missing or damaged, and for every parameter that one of the two has and the other
     has not, that has another shape, or that one of the two ties to another and the other does not.
     """
+    if not isinstance(weights, str):
+        return _filled(weights, configuration, options)
     model, report = _from_pretrained(weights, configuration, options)
     _check_names(model, report, weights)
     untied = [pair for pair in ties(model).items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
     if untied:
         raise _untied(weights, *untied[0])
     _freeze(model, configuration, options)
+    return model
+
+
+@torch.no_grad()
+def _filled(values: Values, configuration: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(configuration), **options)
+    model.tie_weights()
+    kept = set(model.state_dict())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in kept:
+            continue  # a buffer that is worked out again
+        try:
+            value = values(name)
+        except KeyError:
+            raise Unfit(f"the weights lack {name} of the model", "start from an export of it instead") from None
+        if value.numel() != tensor.numel():
+            raise Unfit(f"{name} has {value.numel()} elements in the weights and {tensor.numel()} in the model")
+        tensor.copy_(value.view(tensor.shape))
     return model
 
 
@@ -49,7 +77,9 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     return model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def scatter(model: PreTrainedModel, weights: str, configuration: PreTrainedConfig, options: dict[str, Any]) -> None:
+def scatter(
+    model: PreTrainedModel, weights: str | Values, configuration: PreTrainedConfig, options: dict[str, Any]
+) -> None:
     """Fill a model that stage 3 has partitioned with what rank 0 loads as any other stage does. A collective call.
 
     transformers' own loader for stage 3 reports no names that are left over and ties what the file does not tie

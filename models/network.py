@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from halfstep.models import adapters
 from halfstep.models import hf_weights as pretrained
 from halfstep.models.draw import Kind, gathered, initialise, shape_of, units_of
 from halfstep.models.hf_config import Unfit, configuration, one_line, quiet
+from halfstep.models.hf_weights import Values
+from halfstep.models.lora import Lora
 
 
 def build(
@@ -21,26 +24,30 @@ def build(
     *,
     seed: int,
     zero3: dict[str, Any] | None = None,
-    weights: str | None = None,
+    weights: str | Values | None = None,
     source: str | None = None,
     activation_checkpointing: bool = False,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    lora: Lora | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model of a transformers configuration, in training mode, without a key-value cache.
 
     `zero3` is the DeepSpeed configuration when the stage is 3, else None: with it the model is made under `zero.Init`
     in that configuration's precision and is never whole on any rank; `torch.distributed` and LOCAL_RANK must be set up,
     and every rank must call. Otherwise `dtype` (fp32 by default) is the parameters' type. `weights` is the path or hub
-    id of a checkpoint to load (at stage 3 by rank 0, whole); without it, every parameter is drawn in fp32 from `seed`,
-    by the architecture's own initialisation, and then rounded: bitwise the same at every stage, world size and rank.
-    The caller's random state is left as it was. With `trust_remote_code`, code named in `auto_map` is read from
-    `source`, or else from `weights` or the configuration's `_name_or_path`.
+    id of a checkpoint to load, or what gives values by name (at stage 3 to rank 0, whole); without it, every parameter
+    is drawn in fp32 from `seed`, by the architecture's own initialisation, and then rounded: bitwise the same at every
+    stage, world size and rank.
+    The caller's random state is left as it was. With `lora`, adapters are put in and all else is frozen. With
+    `trust_remote_code`, code named in `auto_map` is read from `source`, or else from `weights` or the configuration's
+    `_name_or_path`.
 
     Raises Unfit, one sentence, for a configuration that makes no model, a parameter without elements, and a checkpoint
     that is missing, damaged or not of this model.
     """
-    made = configuration(config, source=source or weights, trust_remote_code=trust_remote_code)
+    home = weights if isinstance(weights, str) else None
+    made = configuration(config, source=source or home, trust_remote_code=trust_remote_code)
     if zero3 is not None:
         dtype = _zero3_dtype(zero3)
     options: dict[str, Any] = {"dtype": dtype or torch.float32, "trust_remote_code": trust_remote_code}
@@ -59,6 +66,8 @@ def build(
             initialise(model, seed, lambda kind, number: _constructed(made, trust_remote_code, kind, number))
         elif zero3 is not None:
             pretrained.scatter(model, weights, made, options)
+        if lora is not None:
+            adapters.insert(model, lora, seed)
     if activation_checkpointing:
         # Not reentrant: the other kind needs an input that requires gradients, and gathers once more at stage 3.
         model.activation_checkpointing_enable({"use_reentrant": False})

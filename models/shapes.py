@@ -205,13 +205,22 @@ def flops_per_token(shape: Shape, sequence: int, convention: str = "causal") -> 
     12 L h s, the whole attention matrix, as in most published tables (Chowdhery et al. 2022, appendix B; llm-foundry).
     h is heads x head_dim; sliding windows are not considered. Raises ValueError for another convention.
     """
-    attention = shape.layers * shape.heads * shape.head_dim * sequence
+    attention = attention_width(shape) * sequence
     if convention == "causal":
-        gathered = 0 if shape.tied else shape.vocabulary * shape.width
-        return causal_flops(parameters(shape) - gathered, attention)
+        return causal_flops(multiplied_parameters(shape), attention)
     if convention == "palm":
         return 6.0 * parameters(shape) + 12.0 * attention
     raise ValueError(f"FLOPs are counted by the convention causal or palm, not {convention!r}")
+
+
+def multiplied_parameters(shape: Shape) -> int:
+    """Count the parameters that a token is multiplied with: all but the rows of an embedding that is no head."""
+    return parameters(shape) - (0 if shape.tied else shape.vocabulary * shape.width)
+
+
+def attention_width(shape: Shape) -> int:
+    """Return heads x head_dim, summed over the layers."""
+    return shape.layers * shape.heads * shape.head_dim
 
 
 def causal_flops(multiplied: int, attention: int) -> float:

@@ -58,6 +58,20 @@ class Buffer(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class Adapters(TypedDict):
+    """What was trained instead of the model, and where the frozen model under it comes from: it is not saved."""
+
+    lora: dict[str, Any]
+    """Rank, alpha and targets (models/lora.py)."""
+    weights: Text | None
+    """What the model was loaded from; None: it was drawn from `seed`."""
+    local: bool
+    """Whether that is a folder, whose content has `digest`."""
+    digest: Text | None
+    seed: int
+
+
+@with_config(ConfigDict(extra="allow"))
 class Model(TypedDict):
     """The network; `parameters` (name -> shape) in the model's order."""
 
@@ -66,6 +80,7 @@ class Model(TypedDict):
     parameters: dict[Text, Shape]
     vocabulary: NotRequired[Count]
     buffers: NotRequired[dict[Text, Buffer]]
+    adapters: NotRequired[Adapters]
 
 
 @with_config(ConfigDict(extra="allow"))

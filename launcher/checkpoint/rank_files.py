@@ -17,6 +17,8 @@ PROBE_TOKENS = 16
 PROBE = "probe/logits"
 MASTER = "master"
 """The fp32 weight among a parameter's states; the others are the optimizer's, by torch's names (`exp_avg`, ...)."""
+AVERAGE = "ema"
+"""The exponential moving average of the masters, among the states of an optimizer."""
 BUFFER = "buffer"
 """What no optimizer moves, whole, instead of a state."""
 _BUFFER_TYPES = ("F32", "F64", "I64", "BOOL")

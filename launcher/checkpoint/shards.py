@@ -21,11 +21,23 @@ import xxhash
 
 from halfstep.launcher.checkpoint import rank_files
 from halfstep.launcher.checkpoint.manifest import Damaged, File, Manifest, rank_name
-from halfstep.launcher.checkpoint.rank_files import BUFFER, MASTER, PROBE, PROBE_TOKENS
+from halfstep.launcher.checkpoint.rank_files import AVERAGE, BUFFER, MASTER, PROBE, PROBE_TOKENS
 from halfstep.launcher.system import foreign
 from halfstep.launcher.system.files import reason as refusal
 
-__all__ = ("BUFFER", "MASTER", "PROBE", "Piece", "Shards", "damaged", "probe_tokens", "rank_name", "sync", "write")
+__all__ = (
+    "AVERAGE",
+    "BUFFER",
+    "MASTER",
+    "PROBE",
+    "Piece",
+    "Shards",
+    "damaged",
+    "probe_tokens",
+    "rank_name",
+    "sync",
+    "write",
+)
 _CHUNK = 1 << 22
 _TYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "BOOL": "|b1"}
 """safetensors' names of the types that are written, and numpy's."""

@@ -65,6 +65,8 @@ def _checkpoint_verbs(parser: argparse.ArgumentParser, common: argparse.Argument
         "--max-shard-size", default=_SHARD_SIZE, metavar="SIZE", help=f"of one file (default: {_SHARD_SIZE})"
     )
     export.add_argument("--data", type=Path, metavar="DIR", help="where the run's corpus lies now, if it was moved")
+    export.add_argument("--adapter", action="store_true", help="the adapters of train=lora alone, for peft")
+    export.add_argument("--ema", action="store_true", help="the average of the weights (ema.decay), not compared")
     export.add_argument("--no-compare", action="store_true", help="do not load the export to compare its logits")
     for subparser in (listing, verify, convert, export):
         subparser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -157,24 +159,27 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
     limit = _bytes(arguments.max_shard_size)
     topology.prefer_cpu()
     from halfstep.launcher.export.survey import size
-    from halfstep.launcher.export.write_export import export
 
-    done = export(
-        arguments.run,
-        arguments.to,
-        step=arguments.step,
-        dtype=arguments.dtype,
-        max_shard_bytes=limit,
-        data=arguments.data,
-        comparing=not arguments.no_compare,
-    )
+    options: dict[str, Any] = {"step": arguments.step, "dtype": arguments.dtype, "comparing": not arguments.no_compare}
+    options["ema"] = arguments.ema
+    if arguments.adapter:
+        from halfstep.launcher.export import write_adapter
+
+        done = write_adapter.export(arguments.run, arguments.to, **options)
+    else:
+        from halfstep.launcher.export import write_export
+
+        options |= {"max_shard_bytes": limit, "data": arguments.data}
+        done = write_export.export(arguments.run, arguments.to, **options)
     for warning in done.warnings:
         say(f"warning: {warning}", error=True)
     if arguments.json:
         say_json(done.to_dict())
         return 0
     weights = [name for name in done.files if name.endswith(".safetensors")]
-    uncompared = "not compared with the training engine" if arguments.no_compare else "nothing to compare with"
+    uncompared = (
+        "not compared with the training engine" if arguments.no_compare or arguments.ema else "nothing to compare with"
+    )
     tokenizer = "none"
     if done.tokenizer:
         ids = f"{done.tokenizer['checked_tokens']:,} ids checked against the corpus's own"

@@ -41,9 +41,13 @@ def identity(spec: RunSpec) -> dict[str, Any]:
         del leaves["documents"]
     for key in ("packing", "too_long"):  # the plan adds them where there are examples
         del leaves[key]
+    if not spec.ema.decay:
+        del leaves["ema.decay"]
+    if spec.train == "full":  # likewise
+        leaves = {key: value for key, value in leaves.items() if key != "train" and not key.startswith("lora.")}
     del leaves["model.router_loss"]  # what comes of it is compared: unset, it is the config's own
     return {
-        key: value
+        key: list(value) if isinstance(value, tuple) else value  # as it comes back from a plan's JSON
         for key, value in leaves.items()
         if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_SECTIONS)
     }

@@ -98,7 +98,12 @@ def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def local_model(name: str, base: Path, origin: str) -> str:
-    """Return `hf:PATH` with its whole path where that exists, else the name as it is: a model of the hub."""
+    """Return `hf:PATH` with its whole path where that exists, else the name as it is: a model of the hub.
+
+    `run:PATH` is always a path.
+    """
+    if name.startswith("run:"):
+        return f"run:{legal.absolute('model.name', name[4:], base, origin)}"
     meant_as_path = name[3:].startswith(("~", "/", "."))
     try:
         path = legal.absolute("model.name", name[3:], base, origin)
@@ -171,7 +176,7 @@ def _put(
     elif isinstance(value, str) and value:
         if key in PATH_KEYS:
             value = legal.absolute(key, value, base, origin)
-        elif key == "model.name" and value.startswith("hf:"):
+        elif key == "model.name" and value.startswith(("hf:", "run:")):
             value = local_model(value, base, origin)
     if value != "":  # `data=` with nothing behind it says nothing
         values[key], origins[key] = value, origin
@@ -234,6 +239,6 @@ def _suggest_key(key: str, known: dict[str, str]) -> str:
 
 
 _MISSING = {
-    "model.name": f"give model=NAME, one of {', '.join(PRESETS)}, or model=hf:PATH_OR_ID",
+    "model.name": f"give model=NAME, one of {', '.join(PRESETS)}, model=hf:PATH_OR_ID or model=run:DIR",
     "data": "give data=DIR; `halfstep data prepare --source stdlib --out DIR --vocab-size 4096` makes one",
 }

@@ -3,7 +3,7 @@
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from halfstep.launcher.config.counts import (
     RANKS,
@@ -34,6 +34,11 @@ def listed(text: str) -> list[str]:
     return [name.strip(" '\"") for name in text.strip("[] ").split(",")]
 
 
+def _listed(value: Any) -> Any:
+    """Take `a,b` or `["a", "b"]` of a command line for the list it means."""
+    return listed(value) if isinstance(value, str) else value
+
+
 class _Section(BaseModel):
     # populate_by_name: `batch.global` is spelt with a Python keyword, so its field has another name inside.
     model_config = ConfigDict(
@@ -59,12 +64,12 @@ class ModelKeys(_Section):
     """`model.*`: which network, and which of its dimensions to change."""
 
     name: str
-    """A preset (`gpt2-124m`), or `hf:` and a path or hub id of a causal language model."""
+    """A preset (`gpt2-124m`), `hf:` and a path or hub id of a causal language model, or `run:` and a run directory."""
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name.startswith("hf:") and len(name) > 3:
+        if name.startswith(("hf:", "run:")) and name.partition(":")[2]:
             return name
         if name not in PRESETS:
             close = nearest(name, PRESETS) or list(PRESETS)
@@ -168,6 +173,26 @@ class NumericsKeys(_Section):
     """Repair what DeepSpeed gets wrong at stage 0 in half precision; false shows DeepSpeed as it is."""
 
 
+class LoraKeys(_Section):
+    """`lora.*`: the low-rank adapters of train=lora."""
+
+    rank: Width = 16
+    """Rows of A and columns of B, in elements."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which an element of an adapter's input is left out."""
+    targets: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Layers with adapters, by name or the end of one: ["q_proj", "v_proj"]; unset: all linear ones but the head."""
+
+
+class EmaKeys(_Section):
+    """`ema.*`: an exponential moving average of the masters, kept beside them."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the average that stays after every step that was not skipped, such as 0.999; 0 = none is kept."""
+
+
 class EvalKeys(_Section):
     """`eval.*`: loss on the validation split, at step 0, at the end, and in between."""
 
@@ -175,16 +200,10 @@ class EvalKeys(_Section):
     """Steps between evaluations; 0 = only at the start and the end."""
     sequences: Count = 64
     """Validation sequences read at each, the first of the split (each part's in a mixture); fewer if it is smaller."""
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Task files by which the model is judged at evaluations, in every case at the last: ["translation/task.toml"]."""
     tasks_every: CountOrZero | None = None
     """Of the evaluations those whose step is a multiple of this judge by tasks; 0 = the last alone; unset: all."""
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _files(cls, value: Any) -> Any:
-        """Take `a.toml,b.toml` or `["a.toml"]` of a command line for the list it means."""
-        return listed(value) if isinstance(value, str) else value
 
 
 class CheckpointKeys(_Section):
@@ -243,14 +262,8 @@ class RunSpec(_Section):
     """ZeRO stage: 0 replicates; 1 shards optimizer states, 2 also gradients, 3 also weights."""
     precision: Literal["fp32", "tf32", "fp16", "bf16", "fp16-autocast", "bf16-autocast"] = "bf16"
     """What forward and backward compute in; the masters are always fp32, with autocast and tf32 the weights, too."""
-    keep_fp32: tuple[str, ...] = ()
+    keep_fp32: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Modules that stay in fp32 under autocast, by name or the end of one, `*` and `?` allowed: ["ln_f", "lm_head"]."""
-
-    @field_validator("keep_fp32", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        """Take `a,b` or `["a", "b"]` of a command line for the list it means."""
-        return listed(value) if isinstance(value, str) else value
 
     offload: Literal["none", "optimizer-cpu", "cpu", "nvme"] = "none"
     """What moves off the device: nothing, optimizer states, those and weights, or both to NVMe."""
@@ -262,6 +275,12 @@ class RunSpec(_Section):
     """Optimizer steps (default 1000)."""
     tokens: Tokens | None = None
     """Training tokens, instead of steps."""
+    train: Literal["full", "lora"] = "full"
+    """full: every parameter; lora: low-rank adapters (`lora.*`) beside frozen weights."""
+    lora: LoraKeys = LoraKeys()
+    """Adapters."""
+    ema: EmaKeys = EmaKeys()
+    """Averaged weights."""
     seed: Seed = 0
     """Decides the initial weights, the data order and dropout."""
     batch: BatchKeys = BatchKeys()

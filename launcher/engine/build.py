@@ -12,10 +12,12 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel
 
+from halfstep.launcher.checkpoint.merged import opened
 from halfstep.launcher.config import optimizers, precisions
 from halfstep.launcher.engine.numerics import cpu_fp16
 from halfstep.launcher.engine.numerics.repair import Repairs, repair
 from halfstep.launcher.engine.ranks import opcache
+from halfstep.launcher.engine.state import average
 from halfstep.launcher.engine.untyped import Engine
 from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.plan.construct import no_plain_head, unfit
@@ -60,6 +62,7 @@ def build(plan: Plan) -> tuple[Engine, Repairs]:
             engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.deepspeed)
     _check(engine, plan)
     repairs = repair(engine, plan)
+    average.begin(engine, plan.ema_decay)
     if plan.compile:
         _compile_blocks(engine, plan, seen)
     return engine, repairs
@@ -229,11 +232,12 @@ def _model(plan: Plan) -> PreTrainedModel:
             plan.model.config,
             seed=plan.seed,
             zero3=plan.deepspeed if plan.zero == 3 else None,
-            weights=plan.model.weights,
+            weights=opened(plan.model.weights, plan.model.weights_digest),
             source=_home(plan.model.name),
             activation_checkpointing=plan.activation_checkpointing,
             dtype=_DTYPES[precisions.of(plan.precision).weights],
             trust_remote_code=plan.trust_remote_code,
+            lora=plan.lora,
         )
     except (ValueError, OSError) as error:
         raise unfit(error, f"model={plan.model.name}", "the model cannot be built") from error
@@ -280,7 +284,10 @@ def _check(engine: Engine, plan: Plan) -> None:
         "global batch": (engine.train_batch_size(), plan.batch.global_),
         "clipping": (float(engine.gradient_clipping()), plan.clip),
         "weights": (next(engine.module.parameters()).dtype, _DTYPES[precisions.of(plan.precision).weights]),
-        "parameters": (model_build.count_parameters(engine.module), plan.model.parameters),
+        "parameters": (
+            model_build.count_parameters(engine.module),
+            plan.model.parameters + (plan.lora.parameters if plan.lora else 0),
+        ),
     }
     for what, (actual, planned) in built.items():
         if actual != planned:

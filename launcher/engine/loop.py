@@ -15,6 +15,7 @@ from halfstep.launcher.engine.feed import Lookahead
 from halfstep.launcher.engine.meter import StepMeter
 from halfstep.launcher.engine.ranks.distributed import gather_objects
 from halfstep.launcher.engine.readings import LossSums, Readings, sum_over_ranks
+from halfstep.launcher.engine.state import average
 from halfstep.launcher.engine.training import Training
 from halfstep.launcher.errors import Stopped
 from halfstep.launcher.metrics import derive
@@ -61,6 +62,7 @@ def train(run: Training) -> None:
                 engine.step()  # DeepSpeed counts micro-steps itself: it has to be called after each (T8)
         assert engine.global_steps == step, f"DeepSpeed counts {engine.global_steps} steps, the loop {step}"
         skipped, stop = guard.after_step(), run.stop_reason() is not None
+        average.after_step(engine, skipped=skipped)
         reading = readings.after_step(
             losses.means(accumulation), meter.waited, meter.computed(), skipped=skipped, stop=stop
         )

@@ -81,6 +81,13 @@ def compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comp
         rounded = _largest(_logits(network, manifest, saved.shape[-1]) - saved)
         _use_masters(network, folder, files, DTYPES[dtype], DTYPES[weights])
     _as_in_training(network, files, DTYPES[weights])
+    return judged(network, manifest, files, rounded)
+
+
+def judged(network: Any, manifest: Manifest, files: Shards, rounded: float | None = None) -> Comparison:
+    """Compare the logits of a model with those that were saved, of which there are some."""
+    saved = files.probe()
+    assert saved is not None, "the caller looks for them"
     difference = np.abs(_logits(network, manifest, saved.shape[-1]) - saved).max(axis=-1)
     largest, tolerance = _largest(saved), TOLERANCE[precisions.of(manifest.precision).products]
     ok, flipped = None, 0

@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from halfstep.launcher.checkpoint.averaged import Averaged, has_average
 from halfstep.launcher.checkpoint.manifest import Damaged, Manifest
+from halfstep.launcher.checkpoint.merged import Merged, adapters_of
 from halfstep.launcher.checkpoint.shards import Shards
 from halfstep.launcher.config.digest import digest
 from halfstep.launcher.errors import RefusedError, RequestError
@@ -56,22 +58,24 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     data: Path | None = None,
     comparing: bool = True,
+    ema: bool = False,
 ) -> Outcome:
     """Write the weights, configuration and tokenizer of a checkpoint as a folder for transformers.
 
-    `data` is where the run's corpus lies now, if it was moved. The export is loaded and compared with the training
+    `data` is where the run's corpus lies now, if it was moved. With `ema`, the average of the weights is written, of
+    which the training engine has no logits. Otherwise the export is loaded and compared with the training
     engine before it appears. Raises RequestError for a damaged checkpoint, RefusedError for an export that computes
     something else; then nothing is written.
     """
     folder = target.absolute(to)
     chosen = source.choose(run, step, f"halfstep checkpoint export {shlex.join([str(run), '--to', str(to)])}")
-    manifest = chosen.manifest
+    files = whole(chosen, ema=ema)
+    manifest = files.manifest
     content = weights.content(manifest, dtype)
     parts = weights.divide(content.entries, max_shard_bytes)
     with target.filling(folder, sum(part.bytes for part in parts) + _SPARE) as partial:
         tokenizer, warnings = _tokenizer(manifest, data, partial, content.context)
         _configure(partial, content.config, tokenizer)
-        files = Shards(chosen.folder, manifest)
         try:
             weights.write(partial, files, parts)
         except Damaged as damage:
@@ -80,10 +84,10 @@ def export(
                 where=str(chosen.folder),
                 fix="take another with --step",
             ) from None
-        comparison = _compare(partial, manifest, files, dtype) if comparing else None
-        write_json(partial / NOTE, _note(chosen, dtype, tokenizer, comparison))
+        comparison = _compare(partial, manifest, files, dtype) if comparing and not ema else None
+        write_json(partial / NOTE, note_of(chosen, dtype, tokenizer, comparison, ema=ema))
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    if comparing and comparison is None:
+    if comparing and comparison is None and not ema:
         warnings.append("the checkpoint holds no logits of the training engine: there was nothing to compare with")
     return Outcome(
         folder=folder,
@@ -96,6 +100,23 @@ def export(
         warnings=tuple(warnings),
         sentence=comparison.sentence if comparison else None,
     )
+
+
+def opened(chosen: Source, *, ema: bool) -> Shards:
+    """Return the masters of what a run trained, or their average; raises RequestError where there is none."""
+    if ema and not has_average(chosen.manifest):
+        raise RequestError(
+            "the run kept no average of its weights",
+            where=f"--ema and the checkpoint of step {chosen.manifest.step}",
+            fix="leave --ema out; ema.decay=0.999 keeps one, in a run that begins with it",
+        )
+    return (Averaged if ema else Shards)(chosen.folder, chosen.manifest)
+
+
+def whole(chosen: Source, *, ema: bool) -> Shards:
+    """Return the masters of the whole model, with adapters merged where a run trained those, or their average."""
+    files, about = opened(chosen, ema=ema), adapters_of(chosen.manifest)
+    return files if about is None else Merged(files, about)
 
 
 def _tokenizer(
@@ -141,21 +162,33 @@ def _configure(folder: Path, config: PreTrainedConfig, tokenizer: tokenizer_file
 
 def _compare(folder: Path, manifest: Manifest, files: Shards, dtype: str) -> Comparison | None:
     comparison = compare.compare(folder, manifest, files, dtype)
+    refuse_another(manifest, comparison)
+    return comparison
+
+
+def refuse_another(manifest: Manifest, comparison: Comparison | None) -> None:
+    """Raise RefusedError for an export that computes something else than the training engine did."""
     if comparison is not None and comparison.ok is False:
         raise RefusedError(
             f"the export computes something else than the training engine did: {comparison.sentence}",
             where=f"the checkpoint of step {manifest.step}, loaded by transformers on {comparison.device}",
             fix="export with the versions of the run (attempts/NNNN/env.json); --no-compare writes it all the same",
         )
-    return comparison
 
 
-def _note(
-    chosen: Source, dtype: str, tokenizer: tokenizer_files.Exported | None, comparison: Comparison | None
+def note_of(
+    chosen: Source,
+    dtype: str,
+    tokenizer: tokenizer_files.Exported | None,
+    comparison: Comparison | None,
+    *,
+    ema: bool,
 ) -> dict[str, Any]:
+    """Return what is written down about an export."""
     manifest = chosen.manifest
     return {
         "kind": KIND,
+        **({"ema": True} if ema else {}),
         "format": FORMAT,
         "run_id": manifest.run_id,
         "step": manifest.step,

@@ -85,7 +85,8 @@ def activations(workload: Workload) -> Activations:
     copied = _weight_copies(workload, shape)
     return Activations(
         block=block,
-        kept=shape.layers * (hidden if workload.activation_checkpointing else block)
+        kept=_adapters(workload, tokens)
+        + shape.layers * (hidden if workload.activation_checkpointing else block)
         + (copied.head + copied.block * (1 if workload.activation_checkpointing else shape.layers)),
         ends=pairs + norm + (_dropped(workload, shape) * shape.width * tokens if shape.family == "gpt2" else 0),
         working=(low * widest + element * 2 * shape.width) * tokens,
@@ -100,6 +101,14 @@ def activations(workload: Workload) -> Activations:
         + copied.head
         + copied.block * shape.layers,
     )
+
+
+def _adapters(workload: Workload, tokens: int) -> int:
+    """Return what adapters keep: A's products, and with dropout its inputs once more, and what dropout keeps."""
+    inputs = sum(layer.inputs for layer in workload.adapted)
+    dropped = (2 if workload.accelerator == "cpu" else 1.5) * inputs if workload.adapter_dropout else 0
+    blocks = workload.shape.layers if workload.shape and workload.activation_checkpointing else 1
+    return int(workload.product_bytes * tokens * (workload.adapter_rank * len(workload.adapted) + dropped) / blocks)
 
 
 def _heap(workload: Workload, shape: Shape, block: int) -> int:

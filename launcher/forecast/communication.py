@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from halfstep.launcher.forecast import tensors
 from halfstep.launcher.forecast.calibration import Calibration
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
@@ -61,12 +62,15 @@ def volume(workload: Workload, layout: Layout) -> Volume:
     2 psi d; stage 1 2 psi d + psi w, because `allreduce_and_scatter` (stage_1_and_2.py) ends in a real all-reduce;
     stage 2 (2 g psi d + psi w), for it reduces at every micro-step; stage 3 g (2 psi w + psi d), g (psi w + psi d)
     where all weights may stay from the forward to the backward pass (engine/build.py), and a third gathering where
-    blocks are recomputed by reentrant checkpointing. FSDP gathers
+    blocks are recomputed by reentrant checkpointing. Of frozen weights there are no gradients, and none are gathered
+    but at stage 3. FSDP gathers
     and reduces at every micro-step as stage 3 does; with SHARD_GRAD_OP it gathers once for forward and backward.
     """
     if workload.ranks * layout.context == 1:
         return Volume()
-    psi, g = workload.parameters / layout.cut, workload.accumulation
+    trained = tensors.trained(workload).elements
+    every = trained + (workload.parameters if workload.adapter_rank else 0)
+    psi, whole, g = trained / layout.cut, every / layout.cut, workload.accumulation
     weight = workload.element_bytes
     gradient = 4 if workload.communication_dtype == "fp32" else weight
     layers = (workload.shape.layers if workload.shape else 32) / layout.pipeline
@@ -82,12 +86,12 @@ def volume(workload: Workload, layout: Layout) -> Volume:
         return Volume(hidden_bytes=g * psi * weight * (passes + 1), calls=g * layers * (passes + 1))
     if workload.zero == 3:
         if layout.quantized:
-            hidden = g * psi * (weight * _QUANTIZED_GATHER + gradient * _QUANTIZED_REDUCE)
-            return Volume(hidden_bytes=hidden, node_bytes=g * psi * weight, calls=3 * g * layers)
+            hidden = g * (whole * weight * _QUANTIZED_GATHER + psi * gradient * _QUANTIZED_REDUCE)
+            return Volume(hidden_bytes=hidden, node_bytes=g * whole * weight, calls=3 * g * layers)
         # The first weights come again when all others have been used twice.
-        stay = workload.parameters <= min(workload.max_live_parameters, workload.max_reuse_distance / 2)
+        stay = every <= min(workload.max_live_parameters, workload.max_reuse_distance / 2)
         gathers = 3 if layout.reentrant and workload.activation_checkpointing else 1 if stay else 2
-        return Volume(hidden_bytes=g * psi * (gathers * weight + gradient), calls=(gathers + 1) * g * layers)
+        return Volume(hidden_bytes=g * (gathers * whole * weight + psi * gradient), calls=(gathers + 1) * g * layers)
     reduced = 2 * psi * gradient * (g if workload.zero == 2 else 1)
     calls = buckets * (g if workload.zero == 2 else 1)
     gathered = psi * weight if workload.zero else 0.0

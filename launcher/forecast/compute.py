@@ -64,7 +64,7 @@ hooks, sums, buckets, checks and copies. Counted on engines with torch's fused A
 def launched(workload: Workload) -> float:
     """Return the operators of DeepSpeed's in a micro-step, with its share of what a whole step has but once."""
     micro_step, step = LAUNCHED[workload.zero, workload.precision]
-    count = len(tensors.of(workload.shape, workload.parameters).sizes)
+    count = len(tensors.trained(workload).sizes)
     return count * (micro_step + step / workload.accumulation)
 
 
@@ -94,8 +94,12 @@ def stage(workload: Workload, layout: Layout, hardware: Hardware, known: Calibra
     serial = workload.accelerator == "cpu"
     width, size = shape.width, 4 if serial else (workload.element_bytes + workload.product_bytes) / 2
 
+    # What is frozen has no gradient of its own: the backward pass goes through it once.
+    frozen = bool(workload.adapter_rank)
+    adapters = tensors.trained(workload).elements / layout.cut if frozen else 0
+    multiplied = (2 if frozen else 3) * weights * layers + 3 * adapters + again * (weights * layers + adapters)
     narrow = 1 + known.narrow * math.sqrt(1024 * layout.tensor / shape.width)
-    matmul = narrow * (3 + again) * 2 * tokens * weights * layers / _linear(workload, layout, hardware, known)
+    matmul = narrow * 2 * tokens * multiplied / _linear(workload, layout, hardware, known)
     unfused = layout.attention == "unfused"
     causal, passes = (1.0, 3 + again) if unfused else (0.5, 3.5 + (1 if again else 0))
     scores = causal * passes * 4 * tokens * workload.sequence * query / layout.tensor * layers
@@ -134,8 +138,9 @@ def head(workload: Workload, layout: Layout, hardware: Hardware, known: Calibrat
     tokens = workload.micro * workload.sequence / layout.context
     logits = tokens * shape.vocabulary / layout.tensor
     fused = known.compiled if layout.compiled else 1.0
+    passes = 3 + workload.fused_head - (1 if workload.adapter_rank else 0)
     return MicroStep(
-        matmul=(8 if workload.fused_head else 6) * logits * shape.width / (_reach(workload, hardware) * known.matmul),
+        matmul=passes * 2 * logits * shape.width / (_reach(workload, hardware) * known.matmul),
         attention=0.0,
         memory=known.loss * fused * logits * workload.product_bytes / hardware.bandwidth,
         host=0.0,

@@ -140,6 +140,7 @@ def _offloaded(workload: Workload, held: States) -> tuple[Buffer, ...]:
     buffers = (
         Buffer("offloaded masters", held.host_masters, "fp32, a shard"),
         Buffer("offloaded moments", held.host_moments, "fp32, a shard"),
+        Buffer("offloaded weight average", held.host_average, "fp32, a shard"),
         Buffer("offloaded gradients", held.host_gradients, "fp32, a shard"),
         Buffer("offloaded weights", held.host_weights, f"{workload.precision}, a shard"),
     )
@@ -190,7 +191,7 @@ def _reserved_for_good(workload: Workload, held: States) -> tuple[Term, ...]:
 
 def _flat_bucket_bytes(workload: Workload) -> int:
     """Return the bytes of one bucket that is reduced flat."""
-    filled = cuts.fullest(cuts.of(workload.shape, workload.parameters), workload.reduce_bucket)
+    filled = cuts.fullest(cuts.trained(workload), workload.reduce_bucket)
     return filled * (FULL if workload.communication_dtype == "fp32" else 2)
 
 

@@ -40,6 +40,9 @@ class _Case:
 
     workload: Workload
     every: Tensors
+    """What is trained: all of the model, or its adapters."""
+    frozen: Tensors | None
+    """The model under adapters."""
     states: States
     kept: Activations
     filled: int
@@ -55,7 +58,11 @@ class _Case:
         if held.persistent:
             small = f"tensors of at most {workload.persistence_threshold:,} elements stay whole"
             buffers.append(Buffer("persistent parameters", held.persistent, small))
-        for name, size in (("fp32 masters", held.masters), ("optimizer moments", held.moments)):
+        for name, size in (
+            ("fp32 masters", held.masters),
+            ("optimizer moments", held.moments),
+            ("weight average", held.average),
+        ):
             buffers.append(Buffer(name, size, f"fp32, {f'1/{workload.ranks} at {stage}' if sharded else 'whole'}"))
         if held.resting_gradients:
             buffers.append(Buffer("gradient sums", held.resting_gradients, "fp32, kept allocated"))
@@ -67,6 +74,11 @@ class _Case:
             note = "16-bit staging of the largest parameter"
             buffers.append(Buffer("offload staging", workload.element_bytes * self.every.largest, note))
         return tuple(buffer for buffer in buffers if buffer.bytes)
+
+    @property
+    def elements(self) -> int:
+        """All weights, trained or not."""
+        return self.every.elements + (self.frozen.elements if self.frozen else 0)
 
     @property
     def wire(self) -> int:
@@ -94,10 +106,11 @@ class _Case:
 
 def phases(workload: Workload) -> tuple[Phase, ...]:
     """Return the phases of a run in their order."""
-    every = cuts.of(workload.shape, workload.parameters)
+    every = cuts.trained(workload)
     case = _Case(
         workload=workload,
         every=every,
+        frozen=cuts.frozen(workload),
         states=states(workload),
         kept=activations(workload),
         filled=cuts.fullest(every, _STAGE_0_BUCKET if workload.zero == 0 else workload.reduce_bucket),
@@ -118,12 +131,12 @@ def phases(workload: Workload) -> tuple[Phase, ...]:
 def _initialisation(case: _Case) -> tuple[Buffer, ...]:
     """DeepSpeed copies the weights flat, and the half-precision wrappers of stage 0 step once on zeros."""
     workload, held, element = case.workload, case.states, case.workload.element_bytes
-    weights = Buffer("weights", element * case.every.elements, f"{workload.precision} weights as built")
+    weights = Buffer("weights", element * case.elements, f"{workload.precision} weights as built")
     if workload.zero == 3:
         size = held.weights or held.host_weights
         return (
             Buffer("weights", size, "a shard"),
-            Buffer("weights copied flat", size, "stage3.py, defragment"),
+            Buffer("weights copied flat", element * cuts.split(case.every, workload.ranks), "stage3.py, defragment"),
             Buffer("fp32 masters", held.masters * 2, "converted, then cloned"),
         )
     if workload.zero == 0:
@@ -136,11 +149,12 @@ def _initialisation(case: _Case) -> tuple[Buffer, ...]:
             Buffer("fp32 masters, gradients and moments", fp32, "a step on zero gradients"),
         )
     masters = Buffer("fp32 masters", held.masters, "a shard")
+    copied = held.weights - element * (case.elements - case.every.elements)
     if workload.accelerator == "cuda" and not uses_bf16_optimizer(workload):
         return (weights, masters)  # where a second copy has no room, it is made on the host (stage_1_and_2.py)
     return (
         weights,
-        Buffer("weights copied flat", held.weights, "until the parameters point into the new copy"),
+        Buffer("weights copied flat", copied, "until the parameters point into the new copy"),
         masters,
     )
 
@@ -164,12 +178,13 @@ def _gathered(case: _Case, left: float = 1.0, *, kept: bool = True) -> tuple[Buf
     workload = case.workload
     if workload.zero != 3:
         return ()
-    fetched = max(case.every.largest, case.every.block)  # what is needed next is fetched however much lives already
-    alive = min(int(left * case.every.elements), workload.max_live_parameters + fetched)
+    model = case.frozen or case.every
+    fetched = max(model.largest, model.block)  # what is needed next is fetched however much lives already
+    alive = min(int(left * case.elements), workload.max_live_parameters + fetched)
     note = f"whole weights, {alive:,} elements"
     gathered = Buffer("gathered parameters", workload.element_bytes * alive, note)
-    ahead = 0 if kept and workload.max_live_parameters >= case.every.elements else workload.prefetch_bucket
-    prefetch = min(ahead, case.every.elements) * workload.element_bytes
+    ahead = 0 if kept and workload.max_live_parameters >= case.elements else workload.prefetch_bucket
+    prefetch = min(ahead, case.elements) * workload.element_bytes
     return (gathered, Buffer("prefetched parameters", prefetch, "arrive in one piece, are then copied out"))
 
 
@@ -205,9 +220,9 @@ def _copies(size: int) -> tuple[Buffer, ...]:
 
 
 def _head(case: _Case) -> list[Buffer]:
-    """Return the gradient of a tied head, which waits for the embedding's at the other end of the backward pass."""
+    """Return the gradient of a trained head; a tied one waits for the embedding's at the backward pass's other end."""
     shape = case.workload.shape
-    if shape is None:
+    if shape is None or case.frozen:
         return []
     size = shape.vocabulary * shape.width * case.workload.element_bytes
     return [Buffer("head gradient", size, "of the embedding's matrix" if shape.tied else "of the head")]
@@ -233,7 +248,10 @@ def _backward(case: _Case) -> tuple[Buffer, ...]:
 
 def _block_gradients(case: _Case) -> tuple[Buffer, ...]:
     """Return what stage 3 reduces when a block is done: it is a leaf module (stage3.py, reduce_leaf_module_grads)."""
-    size = case.workload.element_bytes * case.every.block if case.workload.zero == 3 else 0
+    workload = case.workload
+    shape, trained = workload.shape, case.every
+    block = trained.elements // shape.layers if case.frozen and shape else trained.block
+    size = workload.element_bytes * block if workload.zero == 3 else 0
     return (Buffer("block gradients", size, "reduced when the block is done"),) if size else ()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from halfstep.launcher.config.legal import shown
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.forecast import communication, step_time
+from halfstep.launcher.forecast import communication, step_time, tensors
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
 from halfstep.launcher.forecast.states import FULL, optimizer_bytes
@@ -125,7 +125,8 @@ def _saving(workload: Workload, hardware: Hardware, checkpoints: int) -> float |
     if storage is None:
         return None
     # A 16-bit weight and its fp32 master, and the optimizer's states.
-    each = (2 + FULL) * workload.parameters + optimizer_bytes(workload, workload.parameters)
+    trained = tensors.trained(workload).elements
+    each = (2 + FULL) * trained + optimizer_bytes(workload, trained)
     nodes = max(1, workload.ranks // workload.ranks_per_node)
     return checkpoints * each / (storage * (1 if workload.zero == 0 else nodes))
 

@@ -26,19 +26,24 @@ class States:
     """What is left of them after the reduction: what the optimizer steps with."""
     masters: int
     moments: int
+    average: int
+    """The moving average of the masters, beside them."""
     host_masters: int
     host_moments: int
+    host_average: int
     host_gradients: int
     host_weights: int
     """Offloaded weights, and the 16-bit copy that an offloaded optimizer of stages 1 and 2 writes new weights to."""
 
     def totals(self) -> dict[str, int]:
         """Return the bytes of each kind wherever they lie: what a plan calls model states."""
+        average = self.average + self.host_average
         return {
             "weights": self.weights + self.persistent + self.host_weights,
             "gradients": max(self.gradients, self.host_gradients),
             "fp32_masters": self.masters + self.host_masters,
             "optimizer_moments": self.moments + self.host_moments,
+            **({"weight_average": average} if average else {}),
         }
 
 
@@ -62,7 +67,7 @@ def optimizer_bytes(workload: Workload, elements: int) -> int:
 
     Where it keeps less of hidden matrices than of the rest, they are taken to have their share of both.
     """
-    every = cuts.of(workload.shape, workload.parameters)
+    every = cuts.trained(workload)
     options = {"momentum": workload.momentum, **dict.fromkeys(workload.optimizer_switches, 1)}
     of_hidden = optimizers.state_bytes(workload.optimizer, options)
     elsewhere = optimizers.state_bytes_elsewhere(workload.optimizer, options)
@@ -78,14 +83,19 @@ def states(workload: Workload, rank: int | None = None) -> States:
     The sharding: stage 1 cuts masters and moments, stage 2 also gradients, stage 3 also weights. Flat groups are padded
     to equal shards at stages 1 and 2, every tensor by itself at stage 3. In fp32 the masters are a second copy wherever
     they are a shard, and the weights themselves at stage 0.
+    Frozen weights under adapters have a part in the weights alone.
     """
-    every = cuts.of(workload.shape, workload.parameters)
+    every, frozen = cuts.trained(workload), cuts.frozen(workload)
     whole, shard = _elements(workload, every)
     compute, fp32 = workload.element_bytes, workload.precision == "fp32"
     masters = 0 if workload.zero == 0 and fp32 else FULL * shard
     moments = optimizer_bytes(workload, shard)
+    average = FULL * shard if workload.averaged else 0
     weights = compute * (shard if workload.zero == 3 else whole)
     kept = compute * cuts.persistent(every, workload.persistence_threshold) if workload.zero == 3 else 0
+    if frozen:
+        weights += compute * (cuts.split(frozen, workload.ranks) if workload.zero == 3 else frozen.elements)
+        kept += compute * cuts.persistent(frozen, workload.persistence_threshold) if workload.zero == 3 else 0
     gradients, resting, reduced = _gradients(workload, every, whole, shard, rank)
     optimizer_away = workload.offload_optimizer != "none" and workload.zero > 0
     weights_away = workload.offload_param != "none" and workload.zero == 3
@@ -109,8 +119,10 @@ def states(workload: Workload, rank: int | None = None) -> States:
         reduced_gradients=reduced,
         masters=0 if optimizer_away else masters,
         moments=0 if optimizer_away else moments,
+        average=0 if optimizer_away else average,
         host_masters=masters if optimizer_away and workload.offload_optimizer == "cpu" else 0,
         host_moments=moments if optimizer_away and workload.offload_optimizer == "cpu" else 0,
+        host_average=average if optimizer_away else 0,
         host_gradients=host_gradients,
         host_weights=host_weights if workload.offload_param != "nvme" else 0,
     )

@@ -4,12 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from halfstep.launcher.forecast import communication, compute
+from halfstep.launcher.forecast import communication, compute, tensors
 from halfstep.launcher.forecast.calibration import CPU_STACK, OWN_STACK, Calibration, shipped
 from halfstep.launcher.forecast.hardware import Hardware
 from halfstep.launcher.forecast.parallelism import Layout
 from halfstep.launcher.forecast.workload import Workload
-from halfstep.models import shapes
+from halfstep.models import lora, shapes
 
 CONVENTION = "causal"
 """Of `halfstep.models.shapes.flops_per_token`: 6 (N - V h) + 6 L h s."""
@@ -122,7 +122,7 @@ def forecast(
         high_seconds=total * spread,
         tokens=workload.micro * workload.sequence * workload.accumulation * workload.ranks,
         devices=workload.ranks * layout.context * layout.cut,
-        flops_per_token=shapes.flops_per_token(shape, workload.sequence, CONVENTION),
+        flops_per_token=_flops_per_token(workload, shape),
         peak_flops=peak,
         communication_bytes=sent.total_bytes,
         hidden_seconds=hidden,
@@ -185,10 +185,18 @@ def _terms(
     )
 
 
+def _flops_per_token(workload: Workload, shape: shapes.Shape) -> float:
+    if not workload.adapter_rank:
+        return shapes.flops_per_token(shape, workload.sequence, CONVENTION)
+    attention = shapes.attention_width(shape) * workload.sequence
+    trained = tensors.trained(workload).elements
+    return lora.flops_per_token(shapes.multiplied_parameters(shape), trained, attention)
+
+
 def _optimizer(workload: Workload, layout: Layout, hardware: Hardware, known: Calibration) -> float:
     """Return the seconds of the update of a rank's parameters; on the host, with gradients going and weights coming."""
     shard = workload.ranks * layout.context if workload.zero or layout.collectives == "megatron" else 1
-    own = workload.parameters / layout.cut / shard
+    own = tensors.trained(workload).elements / layout.cut / shard
     assert hardware.bandwidth is not None, "the caller asks `can_tell` first"
     if workload.offload_optimizer == "none":
         return own * known.optimizer / hardware.bandwidth

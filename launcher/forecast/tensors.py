@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from halfstep.launcher.forecast.workload import Workload
+from halfstep.models.lora import Linear, matrices
 from halfstep.models.shapes import Shape, parameters
 
 _PIECES_OF_AN_UNKNOWN_MODEL = 64
@@ -71,6 +73,25 @@ def of(shape: Shape | None, total: int) -> Tensors:
         tables=sum(size for size, _ in before) + (0 if shape.tied else table),
         block=sum(size for size, _ in block),
     )
+
+
+@lru_cache(maxsize=256)
+def of_adapters(layers: tuple[Linear, ...], rank: int) -> Tensors:
+    """List the matrices of low-rank adapters."""
+    sizes = matrices(layers, rank)
+    return Tensors(sizes=sizes, matrices=sizes, vectors=())
+
+
+def trained(workload: Workload) -> Tensors:
+    """List what has gradients, masters and optimizer states: every parameter, or the adapters alone."""
+    if workload.adapter_rank:
+        return of_adapters(workload.adapted, workload.adapter_rank)
+    return of(workload.shape, workload.parameters)
+
+
+def frozen(workload: Workload) -> Tensors | None:
+    """List what has none; None where every parameter is trained."""
+    return of(workload.shape, workload.parameters) if workload.adapter_rank else None
 
 
 def _gpt2_block(shape: Shape) -> list[tuple[int, bool]]:

@@ -6,6 +6,7 @@ from typing import Any
 from halfstep.launcher.config import precisions
 from halfstep.launcher.system.machine import multiplies_fp16
 from halfstep.launcher.topology import Topology
+from halfstep.models.lora import Linear
 from halfstep.models.shapes import Shape
 
 
@@ -66,6 +67,13 @@ class Workload:
     """Whether the head and the loss are made in one, in chunks of tokens (models/fused_head.py)."""
     documents_apart: bool = False
     """Whether a mask keeps attention inside documents."""
+    adapter_rank: int = 0
+    """Of the low-rank adapters that are trained beside frozen weights; 0: every parameter is trained."""
+    adapted: tuple[Linear, ...] = ()
+    """The layers that have them."""
+    adapter_dropout: float = 0.0
+    averaged: bool = False
+    """Whether a moving average of the masters is kept."""
     compile: bool = False
     products: str = ""
     """What matrices are multiplied in where that is not what the weights are in: `tf32`, by autocast `fp16`, `bf16`."""
@@ -108,6 +116,10 @@ def of(
     compile: bool = False,
     fused_head: bool = False,
     documents_apart: bool = False,
+    adapter_rank: int = 0,
+    adapted: tuple[Linear, ...] = (),
+    adapter_dropout: float = 0.0,
+    averaged: bool = False,
     repairs: bool = True,
 ) -> Workload:
     """Return the workload of a DeepSpeed config; `precision` is the run key.
@@ -150,6 +162,10 @@ def of(
         compile=compile,
         fused_head=fused_head,
         documents_apart=documents_apart,
+        adapter_rank=adapter_rank,
+        adapted=adapted,
+        adapter_dropout=adapter_dropout,
+        averaged=averaged,
         widened=kind.products == "fp16" and topology.accelerator == "cpu" and not compile and not multiplies_fp16(),
     )
 

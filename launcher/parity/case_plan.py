@@ -46,6 +46,7 @@ def plan_of(case: Case, topology: Topology, *, repairs: bool, for_the_reference:
         f"fused_head={str(case.fused_head).lower()}",
         *([f"keep_fp32={json.dumps(case.keep_fp32)}"] if case.keep_fp32 else []),
         f"documents={case.documents}",
+        *(["train=lora", *case.lora] if case.lora else []),
         f"numerics.repairs={str(repairs).lower()}",
         *case.keys,
     ]

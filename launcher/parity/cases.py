@@ -62,6 +62,8 @@ class Case:
     keep_fp32: tuple[str, ...] = ()
     documents: str = "plain"
     """masked: sequences of several documents, and micro-batches with unequal numbers of targets."""
+    lora: tuple[str, ...] = ()
+    """The run keys of adapters that are trained beside frozen weights; none: every parameter is."""
     keys: tuple[str, ...] = ()
     """DeepSpeed keys that change the arithmetic, as words of a command line, in their order."""
     config: str = ""
@@ -71,6 +73,7 @@ class Case:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", tuple(self.keys))  # JSON has lists
+        object.__setattr__(self, "lora", tuple(self.lora))
         object.__setattr__(self, "keep_fp32", tuple(self.keep_fp32))
 
     def at_stage_1(self) -> "Case":
@@ -94,6 +97,7 @@ class Case:
         extra += ", fused head" if self.fused_head else ""
         extra += f", fp32 in {' '.join(self.keep_fp32)}" if self.keep_fp32 else ""
         extra += "" if self.documents == "plain" else f", documents {self.documents}"
+        extra += f", {' '.join(self.lora)}" if self.lora else ""
         extra += "".join(f", {word.removeprefix('ds.')}" for word in self.keys)
         clip = f"clip {self.clip:g}" if self.clip else "no clip"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
@@ -124,7 +128,7 @@ def every_case() -> list[Case]:
         )
     ]
     once = _cells(_CHECKPOINTED) + _cells(_COMPILED) + _cells(_FUSED_HEAD)
-    return [*cases, *once, *autocast_cases(), *conditional_cases(), *document_cases(), *family_cases()]
+    return [*cases, *once, *autocast_cases(), *conditional_cases(), *document_cases(), *lora_cases(), *family_cases()]
 
 
 def autocast_cases() -> list[Case]:
@@ -171,6 +175,17 @@ def conditional_cases() -> list[Case]:
 def document_cases() -> list[Case]:
     """Return every cell with documents that are kept apart and targets that are left out, on one rank and on two."""
     rows = [{**row, "documents": "masked"} for row in (*VARIED, _LLAMA)]
+    return [case for row in rows for case in _cells(row)]
+
+
+def lora_cases() -> list[Case]:
+    """Return every cell with adapters in all linear layers but the head, on one rank and on two."""
+    targets = {"gpt2": '["c_attn","c_proj","c_fc"]',
+               "llama": '["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"]'}  # fmt: skip
+    rows = [
+        {**row, "lora": ("lora.rank=16", "lora.alpha=32", f"lora.targets={targets[row['family']]}")}
+        for row in (*VARIED, _LLAMA)
+    ]
     return [case for row in rows for case in _cells(row)]
 
 

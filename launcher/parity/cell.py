@@ -66,6 +66,7 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
         "fused_head": plan.fused_head,
         "keep_fp32": tuple(plan.keep_fp32),
         "documents": "masked" if plan.documents_apart else "plain",
+        "lora": _lora(plan),
         "activation_checkpointing": plan.activation_checkpointing,
         "family": family,
         "config": config,
@@ -91,9 +92,17 @@ def question_of(plan: Plan, node: topology.Topology | None = None) -> Question:
     return Question(cases=tuple(cases), unknown=() if cases else (f"{what}: {refused}",))
 
 
+def _lora(plan: Plan) -> tuple[str, ...]:
+    """Return the run keys of a plan's adapters; dropout is no part of the gate, as the model's own is none."""
+    lora = plan.lora
+    if lora is None:
+        return ()
+    return (f"lora.rank={lora.rank}", f"lora.alpha={lora.alpha:g}", f"lora.targets={canonical(lora.targets)}")
+
+
 def _nano_config(plan: Plan) -> tuple[str, str]:
     """Return the config of a nano model of an `hf:` run's family, else why there is none; empty for a preset."""
-    if not plan.model.name.startswith("hf:"):
+    if not plan.model.name.startswith(("hf:", "run:")):
         return "", ""
     if plan.trust_remote_code and plan.model.config.get("auto_map"):
         return "", " (its code is its own: trust_remote_code)"
@@ -133,7 +142,7 @@ def _is_plain(precision: str, varied: dict[str, Any], offload: str) -> bool:
         and precision in GRID
         and varied["optimizer"] in ("adamw", "sgd")
         and varied["documents"] == "plain"
-        and not (varied["compile"] or varied["fused_head"] or varied["keys"] or varied["config"])
+        and not any(varied[name] for name in ("compile", "fused_head", "lora", "keys", "config"))
     )
 
 

@@ -206,7 +206,7 @@ def on_the_reference(plan: Plan) -> Series:
     """Train a plan with `oracle.MixedPrecisionTrainer`, the global batch in this one process."""
     precision = precisions.of(plan.precision)
     set_matrix_precision(plan)
-    model = model_build.build(plan.model.config, seed=plan.seed, dtype=_DTYPES[precision.weights])
+    model = model_build.build(plan.model.config, seed=plan.seed, dtype=_DTYPES[precision.weights], lora=plan.lora)
     if plan.keep_fp32:
         keep_in_fp32(model, plan.keep_fp32, plan.topology.accelerator)
     if plan.topology.accelerator == "cuda":

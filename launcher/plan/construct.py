@@ -5,6 +5,7 @@ from typing import Any
 
 from halfstep.launcher.errors import RequestError
 from halfstep.models import shapes
+from halfstep.models.lora import Linear, shortest_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,14 @@ class Network:
     """Of those, what it is multiplied with."""
     attention_width: int | None = None
     """Heads x head_dim, summed over the layers of a mixture; None where attention may cost something else."""
+    linear_layers: tuple[Linear, ...] = ()
+    """What may have an adapter, in the model's order."""
+    head: str | None = None
+    """Which of them is the output head."""
+    tied: bool = False
+    """Whether that one's weights are the input embedding's as well."""
+    short_names: tuple[str, ...] = ()
+    """The fewest ends of names that mean the linear layers but the head, and no other module."""
 
     def flops_per_token(self, sequence: int) -> float | None:
         """Return what `shapes.flops_per_token` does, for a mixture of experts; None where it is not known."""
@@ -42,17 +51,19 @@ class Source:
     """Where an `hf:` model lies."""
 
     name: str
-    """As the request names it, without `hf:`."""
+    """As the request names it, without its prefix."""
     home: str
     """The folder, or the hub id: where weights and the model's own code are."""
     weights: str | None
     """Where trained weights are loaded from; None for a bare config."""
     local: bool
+    prefix: str = "hf:"
+    """What stands before the name."""
 
     @property
     def where(self) -> str:
         """What an error names as the place."""
-        return f"model=hf:{self.name}"
+        return f"model={self.prefix}{self.name}"
 
 
 def construct(
@@ -70,7 +81,7 @@ def construct(
     something asks for that, whose name is `documents_apart`.
     """
     # These load torch, which other plans do without.
-    from halfstep.models import hf_config, hf_weights, network, observe, router
+    from halfstep.models import adapters, hf_config, hf_weights, network, observe, router
 
     try:
         model = network.skeleton(config, source=source.home, trust_remote_code=trust_remote_code)
@@ -80,6 +91,10 @@ def construct(
     except (ValueError, OSError, KeyError) as error:
         raise unfit(error, source.where, "the model cannot be constructed") from error
     active = router.active_parameters(model)
+    head = next((name for name, part in model.named_modules() if part is model.get_output_embeddings()), None)
+    layers = adapters.linear_layers(model)
+    inner = [layer for layer in layers if layer.name != head]
+    others = {name for name, _ in model.named_modules() if name} - {layer.name for layer in inner}
     made = Network(
         parameters=network.count_parameters(model),
         vocabulary=hf_config.vocabulary(model),
@@ -90,6 +105,10 @@ def construct(
         active_parameters=active,
         multiplied_parameters=None if active is None else router.multiplied_parameters(model, active),
         attention_width=router.attention_width(model),
+        linear_layers=layers,
+        head=head,
+        tied=head is not None and f"{head}.weight" in hf_weights.ties(model),
+        short_names=shortest_names(inner, others),
     )
     if fused_head or documents_apart:
         seen, positions = observe.observe(model), observe.takes_positions(model)

@@ -9,7 +9,8 @@ from halfstep.launcher.plan import batch
 from halfstep.launcher.plan.facts import Facts
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.topology import Topology
-from halfstep.models.shapes import from_hf_config
+from halfstep.models.lora import Linear, Lora, is_named, linear_layers
+from halfstep.models.shapes import Shape, from_hf_config
 
 _GIB = 2**30
 FILLING_TOKENS = 32 * 1024
@@ -60,9 +61,13 @@ def micro_of(plan: Plan, facts: Facts, named: str | None) -> tuple[int | None, s
 
 def workload_of(plan: Plan) -> workload.Workload:
     """Return what the forecasts read of a whole plan."""
+    shape, lora = from_hf_config(plan.model.config), plan.lora
+    adapters: dict[str, Any] = {}
+    if lora is not None:
+        adapters = {"adapter_rank": lora.rank, "adapted": _adapted(shape, lora), "adapter_dropout": lora.dropout}
     return workload.of(
         plan.deepspeed,
-        shape=from_hf_config(plan.model.config),
+        shape=shape,
         parameters=plan.model.parameters,
         zero=plan.zero,
         precision=plan.precision,
@@ -74,8 +79,20 @@ def workload_of(plan: Plan) -> workload.Workload:
         compile=plan.compile,
         fused_head=plan.fused_head,
         documents_apart=plan.documents_apart,
+        averaged=bool(plan.ema_decay),
         repairs=plan.numerics.repairs,
+        **adapters,
     )
+
+
+def _adapted(shape: Shape | None, lora: Lora) -> tuple[Linear, ...]:
+    """Return the layers with adapters; of an unknown shape, equal ones that stand for them."""
+    if shape is not None:
+        return tuple(layer for layer in linear_layers(shape) if is_named(layer.name, lora.targets))
+    columns = lora.parameters // lora.rank
+    share = columns // lora.layers
+    sizes = [share] * (lora.layers - 1) + [columns - share * (lora.layers - 1)]
+    return tuple(Linear("", size // 2, size - size // 2) for size in sizes)
 
 
 def _capacity(topology: Topology, facts: Facts, named: str | None) -> int | None:

@@ -14,6 +14,7 @@ from halfstep.launcher.corpus.joined import read_corpora
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan.ds import dsfile
+from halfstep.launcher.plan.earlier_run import read_run
 from halfstep.launcher.plan.pretrained import ModelFacts, read_model
 from halfstep.launcher.system import foreign
 
@@ -45,8 +46,11 @@ def read(spec: RunSpec, node_memory_bytes: int | None = None) -> Facts:
     two hosts seldom have the same memory to the byte.
     """
     data = None if spec.data is None else read_corpora(spec.data)
-    examples = data is not None and data.has_examples
-    model = read_model(spec, examples=examples) if spec.model.name.startswith("hf:") else None
+    examples, model = data is not None and data.has_examples, None
+    if spec.model.name.startswith("run:"):
+        model = read_run(spec, examples=examples)
+    elif spec.model.name.startswith("hf:"):
+        model = read_model(spec, examples=examples)
     return Facts(
         data=data,
         model=model,

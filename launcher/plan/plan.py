@@ -19,6 +19,7 @@ from halfstep.launcher.plan.data_plan import PLACES, DataPlan
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.schedule import Schedule
 from halfstep.launcher.topology import Topology
+from halfstep.models.lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,10 @@ class Plan:
     """What the model is judged by at evaluations."""
     tasks_every: int | None = None
     """Steps: at evaluations after multiples of it; 0 = at the last alone; None = at all. The last always does."""
+    lora: Lora | None = None
+    """The adapters that are trained, beside frozen weights; None: every parameter is trained."""
+    ema_decay: float = 0.0
+    """Of the average of the masters; 0: none is kept."""
     micro_because: str = ""
     """Why the micro-batch is what it is; empty where it was asked for, and on CPU ranks."""
 
@@ -171,6 +176,11 @@ class Plan:
     def documents_apart(self) -> bool:
         """Whether attention stays inside the documents of all corpora or of some: examples always are kept apart."""
         return self.documents == "masked" or self.data.has_examples
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that have gradients, masters and optimizer states."""
+        return self.model.parameters if self.lora is None else self.lora.parameters
 
     @property
     def can_save(self) -> bool:
@@ -284,7 +294,7 @@ def run_id_of(tree: dict[str, Any]) -> str:
         task.pop("path", None)
     if not kept.get("tasks"):
         kept.pop("tasks_every", None)
-    for key in ("fused_head", "keep_fp32", "router_loss", "tasks"):
+    for key in ("fused_head", "keep_fp32", "router_loss", "tasks", "lora", "ema_decay"):
         if not kept.get(key):
             kept.pop(key, None)
     if kept.get("documents") == "plain":

@@ -4,14 +4,14 @@ from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.forecast import memory_table, time_table
 from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import effects
-from halfstep.launcher.plan.plan import ModelPlan, Plan
+from halfstep.launcher.plan.plan import Plan
 
 
 def headline(plan: Plan) -> list[str]:
     """Return the two lines with which a run introduces itself."""
     topology = plan.topology
     return [
-        f"{plan.model.name}: {_parameters(plan.model)}, zero={plan.zero} precision={plan.precision} on "
+        f"{plan.model.name}: {_parameters(plan)}, zero={plan.zero} precision={plan.precision} on "
         f"{topology.world_size} x {topology.device_name or topology.accelerator}",
         f"{plan.steps:,} steps of {plan.batch.global_} x {plan.sequence} tokens; batch {plan.batch.equation()}",
     ]
@@ -26,8 +26,10 @@ def lines(plan: Plan) -> list[str]:
     """Return the plan as text: shape, batch equation, data, memory, the resolved config with origins, and refusals."""
     model, data = plan.model, plan.data
     text = [
-        f"model        {model.name}: {_parameters(model)}, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
+        f"model        {model.name}: {_parameters(plan)}, {_shape(model.config)}, vocabulary {model.vocabulary:,}",
         f"             {f'weights from {model.weights}' if model.weights else 'fresh weights'}, seed {plan.seed}",
+        *_adapters(plan),
+        *([f"average      of the masters, {plan.ema_decay:g} of it stays at each step"] if plan.ema_decay else []),
         *([f"routers      their auxiliary loss x {plan.router_loss:g} is added"] if plan.router_loss else []),
         f"cell         zero={plan.zero} precision={plan.precision}"
         + (f", {', '.join(plan.keep_fp32)} in fp32" if plan.keep_fp32 else ""),
@@ -64,10 +66,25 @@ def lines(plan: Plan) -> list[str]:
     return text if text[-1] else text[:-1]
 
 
-def _parameters(model: ModelPlan) -> str:
-    active = model.active_parameters
+def _parameters(plan: Plan) -> str:
+    model, active = plan.model, plan.model.active_parameters
     part = "" if active in (None, model.parameters) else f", {active:,} of them active per token"
-    return f"{model.parameters:,} parameters{part}"
+    if plan.lora is None:
+        return f"{model.parameters:,} parameters{part}"
+    every = model.parameters + plan.lora.parameters
+    share = plan.lora.parameters / every
+    return f"{plan.lora.parameters:,} trained of {every:,} parameters ({share:.2%}){part}"
+
+
+def _adapters(plan: Plan) -> list[str]:
+    lora = plan.lora
+    if lora is None:
+        return []
+    dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+    return [
+        f"adapters     rank {lora.rank}, alpha {lora.alpha:g}{dropout}, in {lora.layers} layers: "
+        f"{', '.join(lora.targets)}; all else is frozen"
+    ]
 
 
 def _data(data: DataPlan) -> str:

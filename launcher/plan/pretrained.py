@@ -9,6 +9,7 @@ from typing import Any
 
 from halfstep.launcher.config import counts
 from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.config.weights_digest import fingerprint
 from halfstep.launcher.corpus import hub
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts, of_folder
 from halfstep.launcher.errors import RequestError
@@ -44,6 +45,8 @@ class ModelFacts:
     """Identifies the weights, wherever they lie."""
     tokenizer: TokenizerFacts
     """Identifies the tokenizer beside the model."""
+    tokenizer_place: str | None = None
+    """Where that is, for `data prepare --tokenizer`."""
 
 
 def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
@@ -60,23 +63,28 @@ def read_model(spec: RunSpec, *, examples: bool = False) -> ModelFacts:
     config = _read_config(config_file, where)
     _refuse_quantised(config, config_file, where)
     has_weights = not local or pretrained_weights.present(config_file, config, where)
-    config = _overridden(config, spec, config_file, has_weights=has_weights)
-    _refuse_skipped_layers(config, spec, where)
+    config = overridden(config, spec, config_file, has_weights=has_weights)
+    refuse_skipped_layers(config, spec, where)
     home = str(config_file.parent) if local else name
     source = Source(name=name, home=home, weights=home if has_weights else None, local=local)
-    network = construct(
+    return ModelFacts(
+        config=config,
+        network=constructed(source, config, spec, examples=examples),
+        weights=source.weights,
+        weights_digest=(fingerprint(config_file.parent) if local else name) if has_weights else None,
+        tokenizer=of_folder(config_file.parent),
+        tokenizer_place=name,
+    )
+
+
+def constructed(source: Source, config: dict[str, Any], spec: RunSpec, *, examples: bool) -> Network:
+    """Construct the model once, and refuse what the request wants of it and it cannot."""
+    return construct(
         source,
         config,
         spec.trust_remote_code,
         fused_head=spec.fused_head,
         documents_apart="documents=masked" if spec.documents == "masked" else "data of examples" * examples,
-    )
-    return ModelFacts(
-        config=config,
-        network=network,
-        weights=source.weights,
-        weights_digest=(pretrained_weights.fingerprint(config_file.parent) if local else name) if has_weights else None,
-        tokenizer=of_folder(config_file.parent),
     )
 
 
@@ -116,7 +124,8 @@ def _refuse_quantised(config: dict[str, Any], file: Path, where: str) -> None:
             )
 
 
-def _refuse_skipped_layers(config: dict[str, Any], spec: RunSpec, where: str) -> None:
+def refuse_skipped_layers(config: dict[str, Any], spec: RunSpec, where: str) -> None:
+    """Refuse layers that are left out at random where ranks share them."""
     for key, value in config.items():
         if spec.zero == 3 and key.endswith("layerdrop") and isinstance(value, int | float) and value > 0:
             raise RequestError(
@@ -126,7 +135,7 @@ def _refuse_skipped_layers(config: dict[str, Any], spec: RunSpec, where: str) ->
             )
 
 
-def _overridden(config: dict[str, Any], spec: RunSpec, file: Path, *, has_weights: bool) -> dict[str, Any]:
+def overridden(config: dict[str, Any], spec: RunSpec, file: Path, *, has_weights: bool) -> dict[str, Any]:
     """Return the config with the request's overrides; raises RequestError for those that make no model."""
     keys, where = spec.model, f"model={spec.model.name}"
     if has_weights and any((keys.layers, keys.width, keys.heads, keys.vocabulary)):

@@ -1,11 +1,9 @@
-"""Find the trained weights of an `hf:` model, and tell which they are, without reading all of them."""
+"""Find the trained weights of an `hf:` model."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from halfstep.launcher.config.digest import digest
 from halfstep.launcher.errors import RequestError
 
 _WEIGHT_FILES = (
@@ -30,7 +28,6 @@ _OTHER_WEIGHTS = (
 )
 _NO_WEIGHTS = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*")
 """What transformers' Trainer leaves beside a model."""
-_ENDS_BYTES = 2**20
 
 
 def present(config_file: Path, config: dict[str, Any], where: str) -> bool:
@@ -60,14 +57,3 @@ def _other_weights(folder: Path) -> Iterator[str]:
         for file in folder.glob(pattern):
             if not any(file.match(other) for other in _NO_WEIGHTS):
                 yield file.name
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a digest of the weight files' names, sizes and ends: reading all of a large model would take minutes."""
-    known = []
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with file.open("rb") as content:
-            start = content.read(_ENDS_BYTES)
-            content.seek(max(0, file.stat().st_size - _ENDS_BYTES))
-            known.append([file.name, file.stat().st_size, hashlib.sha256(start + content.read()).hexdigest()])
-    return digest(known)

@@ -10,8 +10,8 @@ from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
+from halfstep.launcher.plan import adapter_plan, data_plan, estimate, routers, rules, schedule
 from halfstep.launcher.plan import batch as batch_equation
-from halfstep.launcher.plan import data_plan, estimate, routers, rules, schedule
 from halfstep.launcher.plan.cautions import warnings_of, without_effect
 from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import adopt, dsconfig
@@ -53,6 +53,9 @@ def _decided(
     """Return the plan with a micro-batch, without what is predicted of it and without its id."""
     spec = request.spec
     model, sizes, sequence = _model(spec, facts)
+    lora = adapter_plan.decide(spec, facts, model)
+    if lora is not None:
+        model = dataclasses.replace(model, flops_per_token=adapter_plan.flops_per_token(model, facts, lora, sequence))
     router_loss = routers.coefficient(spec, facts)
     data = _data(spec, facts, sequence, model.vocabulary)
     batch = batch_equation.solve(
@@ -98,6 +101,8 @@ def _decided(
         "documents": spec.documents,
         "keep_fp32": list(spec.keep_fp32),
         "router_loss": router_loss,
+        "lora": lora,
+        "ema_decay": spec.ema.decay,
         "trust_remote_code": spec.trust_remote_code,
         "schedule": curve,
         "clip": float(composed.leaves["gradient_clipping"]),
@@ -232,7 +237,7 @@ def _same_tokenizer(facts: Facts, where: str) -> None:
         raise RequestError(
             "the data was made with another tokenizer than the model's own",
             where=f"{where} and data={data.path}",
-            fix=f"prepare the data again with --tokenizer {where.removeprefix('model=hf:')}",
+            fix=f"prepare the data again with --tokenizer {model.tokenizer_place or 'DIR'}",
         )
 
 

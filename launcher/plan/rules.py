@@ -84,6 +84,20 @@ RULES: tuple[Rule, ...] = (
         fix="take precision=bf16-autocast or fp16-autocast, or drop keep_fp32",
     ),
     Rule(
+        name="no-average-on-nvme",
+        sentence="the average of the masters is kept beside them, and cannot be where they lie on NVMe",
+        broken=lambda c: bool(c.spec.ema.decay) and "nvme" in (offload(c, "param"), offload(c, "optimizer")),
+        where=lambda c: f"ema.decay={c.spec.ema.decay:g} offload={c.spec.offload}",
+        fix="take offload=cpu, or ema.decay=0",
+    ),
+    Rule(
+        name="lora-keys-need-lora",
+        sentence="lora.* does nothing where every parameter is trained",
+        broken=lambda c: c.spec.train == "full" and any(key.startswith("lora.") for key in c.asked),
+        where=lambda c: ", ".join(f"{key} from {c.asked[key]}" for key in c.asked if key.startswith("lora.")),
+        fix="add train=lora, or drop it",
+    ),
+    Rule(
         name="tf32-needs-a-gpu",
         sentence="TF32 is arithmetic of NVIDIA's GPUs from Ampere on",
         broken=lambda c: c.spec.precision == "tf32" and c.topology.accelerator != "cuda",

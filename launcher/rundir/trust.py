@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfstep.launcher.checkpoint import start
 from halfstep.launcher.config import mixture
 from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.errors import RequestError
@@ -89,7 +90,8 @@ def beyond_request(spec: RunSpec, plan: Plan) -> str | None:
             if not (prefix is None or Path(prefix).is_relative_to(corpus.path) or prefix == corpus.path):
                 return f"data from {corpus.train_prefix}"
     named = spec.model.name.removeprefix("hf:")
-    if weights is not None and weights not in (named, str(Path(named).parent)):
+    of_a_run = named.startswith(start.PREFIX) and start.split(weights or "")[0] == start.split(named)[0]
+    if weights is not None and not of_a_run and weights not in (named, str(Path(named).parent)):
         return f"weights from {weights}"
     asked, own = {*_texts(spec.ds), spec.nvme_path}, _own_config(spec)
     for text in _texts(plan.deepspeed):

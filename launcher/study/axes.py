@@ -196,6 +196,6 @@ def absolute(key: str, value: Any, folder: Path) -> Any:
         return placed_files(value, folder, where)
     if isinstance(value, str) and value and key in PATH_KEYS:
         return legal.absolute(key, value, folder, where)
-    if key == "model.name" and isinstance(value, str) and value.startswith("hf:"):
+    if key == "model.name" and isinstance(value, str) and value.startswith(("hf:", "run:")):
         return local_model(value, folder, where)
     return value

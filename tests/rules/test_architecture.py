@@ -42,16 +42,16 @@ ROOMS = {
     "data": "corpus errors system",
     # Records and what is shown of them.
     "metrics": "errors rundir system",
-    # What a checkpoint is on disk.
-    "checkpoint": "config errors fault_injection system",
     # Who watches a rank and ends it.
     "watchdog": "errors rundir system",
     # What lies in a run directory.
-    "rundir": "config errors plan system topology",
+    "rundir": "checkpoint config errors plan system topology",
     # What will happen.
-    "plan": "config corpus errors forecast models system topology",
+    "plan": "checkpoint config corpus errors forecast models system topology",
     # What it will need and take.
     "forecast": "config errors models system topology",
+    # What a checkpoint is on disk.
+    "checkpoint": "config errors fault_injection models system",
     # What a corpus and its tokenizer say of themselves.
     "corpus": "config errors system",
     # What was asked.
@@ -72,7 +72,7 @@ LATE = {
     "cli": "data doctor export metrics parity ready_tasks study",
     "train": "engine parity",
 }
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft"}
 MAY_BE_HEAVY = (
     "launcher.engine",
     "launcher.parity",
@@ -82,24 +82,18 @@ MAY_BE_HEAVY = (
     *(
         f"launcher.export.{module}"
         for module in (
-            *(
-                "compare",
-                "evaluate",
-                "exported",
-                "generate",
-                "harness",
-                "judged",
-                "tokenizer_files",
-                "weights",
-                "write_export",
-            ),
+            *("compare", "evaluate", "exported", "generate", "harness", "judged"),
+            *("tokenizer_files", "weights", "write_adapter", "write_export"),
         )
     ),
     "launcher.tasks.answers",
+    # It makes the model under adapters; what is read and written without them does without.
+    "launcher.checkpoint.merged",
     # Of models all but the presets and their arithmetic.
     *(
         f"models.{module}"
         for module in (
+            "adapters",
             "causality",
             "collective",
             "draw",

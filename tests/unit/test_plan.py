@@ -282,6 +282,8 @@ _NVME = {"nvme-needs-a-disk", "nvme-states-are-not-saved"}
         (["precision=bf16-autocast", "numerics.repairs=false"], set()),
         (["precision=tf32"], set()),
         (["precision=bf16", "keep_fp32=ln_f"], {"fp32-modules-need-autocast"}),
+        (["lora.rank=8"], {"lora-keys-need-lora"}),
+        (["offload=nvme", "zero=3", "ema.decay=0.9"], _NVME | {"no-average-on-nvme"}),
         (["precision=bf16-autocast", "keep_fp32=[ln_f,lm_head]"], set()),
         (["zero=1", "ds.zero_optimization.allgather_bucket_size=5001"], {"allgather-bucket-is-even"}),
         (["zero=2", "ds.zero_optimization.allgather_bucket_size=0"], {"allgather-bucket-is-even"}),

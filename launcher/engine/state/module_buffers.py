@@ -1,7 +1,8 @@
 """What a model keeps that no optimizer moves: persistent buffers (a router's bias, a mask) and frozen parameters.
 
 Saved and restored to the bit. Frozen parameters are the same on every rank; buffers may differ, where a forward pass
-writes to them, and then each rank's own are kept.
+writes to them, and then each rank's own are kept. The model under adapters is not saved: it is drawn or loaded again,
+bit for bit, and would be hundreds of times what is trained.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from halfstep.launcher.checkpoint.manifest import Buffer
 from halfstep.launcher.checkpoint.shards import BUFFER, Damaged, Piece, Shards, stored_type
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.untyped import Engine
+from halfstep.models.adapters import is_adapter
 from halfstep.models.draw import gathered, shape_of
 
 
@@ -80,7 +82,9 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}".lstrip("."), buffer
-    yield from ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    parameters = dict(model.named_parameters())
+    if not any(map(is_adapter, parameters)):
+        yield from ((name, parameter) for name, parameter in parameters.items() if not parameter.requires_grad)
 
 
 def _encoded(kept: Tensor) -> np.ndarray:

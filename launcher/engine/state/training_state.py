@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfstep.launcher.checkpoint.shards import MASTER
+from halfstep.launcher.checkpoint.shards import AVERAGE, MASTER
 from halfstep.launcher.config import optimizers
 from halfstep.launcher.engine.untyped import Engine
 
@@ -132,10 +132,17 @@ def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
 
 
 def tensors(engine: Engine, piece: Fragment) -> dict[str, Tensor]:
-    """Return a fragment's master and optimizer states, as views."""
+    """Return a fragment's master, optimizer states and average, as views."""
     state = base_optimizer(engine).state.get(piece.flat, {})
     kept = {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == piece.flat.shape}
-    return {MASTER: piece.view(piece.flat), **{key: piece.view(value) for key, value in kept.items()}}
+    average = average_of(engine)
+    beside = {} if average is None else {AVERAGE: average.of(piece.flat)}
+    return {MASTER: piece.view(piece.flat), **{key: piece.view(value) for key, value in {**kept, **beside}.items()}}
+
+
+def average_of(engine: Engine) -> Any:
+    """Return the moving average that an engine keeps of its masters (average.py); None where it keeps none."""
+    return vars(engine).get(AVERAGE)
 
 
 def step_count(engine: Engine, piece: Fragment) -> float | None:
@@ -156,7 +163,7 @@ def left_out(engine: Engine) -> list[str]:
 
 def create_optimizer_states(engine: Engine, kinds: list[str], steps: float) -> None:
     """Give an optimizer that has not stepped its states, zero, as after `steps` steps; the values are written later."""
-    optimizer = base_optimizer(engine)
+    optimizer, kinds = base_optimizer(engine), [kind for kind in kinds if kind != AVERAGE]
     if not kinds and not steps:
         return
     for flat in {id(piece.flat): piece.flat for piece in _pieces(engine)}.values():
