@@ -245,6 +245,19 @@ class Shards:
         yield from self.manifest.model["parameters"]
 
 
+class Averaged(Shards):
+    """The tensors of a checkpoint that holds a moving average of the masters, which stands in their place."""
+
+    def read(self, parameter: str, state: str, start: int = 0, length: int | None = None) -> np.ndarray | None:
+        """Return elements of the average instead of the master's."""
+        return super().read(parameter, AVERAGE if state == MASTER else state, start, length)
+
+
+def has_average(manifest: Manifest) -> bool:
+    """Tell whether a checkpoint holds a moving average of the masters."""
+    return AVERAGE in manifest.optimizer["states"]
+
+
 def stored_type(array: np.ndarray) -> str:
     """Return safetensors' name of an array's type; a KeyError is a type that no checkpoint holds."""
     return {numpy_type[1:]: name for name, numpy_type in _TYPES.items()}[array.dtype.str[1:]]

@@ -31,12 +31,15 @@ def chosen(name: str, where: str) -> tuple[str, Manifest]:
             where=where,
             fix="name the directory of a run that has saved one; an export is named model=hf:DIR",
         )
-    wanted = next((one for one in there if step in (None, one.step)), None)
+    wanted = next((candidate for candidate in there if step in (None, candidate.step)), None)
     if wanted is None:
-        known = ", ".join(str(one.step) for one in there[:12])
+        known = ", ".join(str(candidate.step) for candidate in there[:12])
         raise RequestError(f"there is no checkpoint of step {step} in {run}", where=where, fix=f"take one of {known}")
     if wanted.manifest is None:
-        older = next((one.step for one in there if one.manifest is not None and one.step < wanted.step), None)
+        older = next(
+            (candidate.step for candidate in there if candidate.manifest is not None and candidate.step < wanted.step),
+            None,
+        )
         raise RequestError(
             f"the checkpoint of step {wanted.step} is damaged: {wanted.reason}",
             where=f"{where}, {wanted.folder}",

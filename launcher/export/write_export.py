@@ -9,10 +9,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from halfstep.launcher.checkpoint.averaged import Averaged, has_average
 from halfstep.launcher.checkpoint.manifest import Damaged, Manifest
 from halfstep.launcher.checkpoint.merged import Merged, adapters_of
-from halfstep.launcher.checkpoint.shards import Shards
+from halfstep.launcher.checkpoint.shards import Averaged, Shards, has_average
 from halfstep.launcher.config.digest import digest
 from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.export import compare, source, target, tokenizer_files, weights

@@ -123,7 +123,11 @@ def test_adapters_begin_with_the_same_bits_in_every_cell(ranks: list[list[dict[s
     by_precision: dict[str, set[int]] = {}
     for (_, precision), seen in zip(CELLS, ranks[0], strict=False):
         by_precision.setdefault(precision, set()).add(seen["first"])
-    assert {precision: len(found) for precision, found in by_precision.items()} == {"fp32": 1, "fp16": 1, "bf16": 1}
+    assert {precision: len(checksums) for precision, checksums in by_precision.items()} == {
+        "fp32": 1,
+        "fp16": 1,
+        "bf16": 1,
+    }
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 1e-3), ("bf16", 1e-3)])
@@ -158,8 +162,8 @@ def test_the_average_is_the_recursion_over_the_masters_of_the_steps_that_were_ta
 
 @pytest.fixture(scope="module")
 def train(start: Start, data: Path) -> Callable[..., Outcome]:
-    def run(name: str, *keys: str, words: list[str] = LORA, **more: str) -> Outcome:
-        given = [*WORDS, *words, f"data={data}", *keys]
+    def run(name: str, *keys: str, common: list[str] = LORA, **more: str) -> Outcome:
+        given = [*WORDS, *common, f"data={data}", *keys]
         command = [str(BIN / "deepspeed"), "--num_gpus", "1", "launcher/train.py", *given, "out={out}"]
         return start(f"lora-{name}", command, **more)
 
@@ -260,10 +264,11 @@ def test_the_average_is_exported_merged_and_alone(
     assert torch.allclose(merged[f"{layer}.weight"], frozen + (b @ a).T * (32 / 4), atol=1e-7)
 
 
-def exported(capsys: pytest.CaptureFixture[str], run: Outcome, *words: str | Path) -> dict[str, Any]:
+def exported(capsys: pytest.CaptureFixture[str], run: Outcome, *options: str | Path) -> dict[str, Any]:
     from halfstep.launcher.cli.main import main
 
-    assert main(["checkpoint", "export", str(run.out), *map(str, words), "--json"]) == 0
+    capsys.readouterr()  # what libraries print when they are imported
+    assert main(["checkpoint", "export", str(run.out), *map(str, options), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -289,7 +294,7 @@ def test_a_run_begins_with_what_another_made_of_its_base_and_its_adapters(
     for name, keys in {"again": ("zero=2", "lora.rank=2"), "whole": ("zero=3", "train=full")}.items():
         lora = ["lora.rank", "lora.dropout"]
         given = [word for word in LORA if keys[1] != "train=full" or word.partition("=")[0] not in lora]
-        done = train(name, f"model=run:{tuned.out}", "precision=fp32", *keys, words=given)
+        done = train(name, f"model=run:{tuned.out}", "precision=fp32", *keys, common=given)
         assert done.returncode == 0, done.output
         assert done.evaluations[0]["eval_loss"] == pytest.approx(ended, rel=1e-6)
         assert done.json("plan.json")["model"]["weights"] == f"run:{tuned.out}@4"

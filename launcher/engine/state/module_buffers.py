@@ -6,18 +6,22 @@ bit for bit, and would be hundreds of times what is trained.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from halfstep.launcher.checkpoint.manifest import Buffer
+from halfstep.launcher.checkpoint.manifest import Adapters, Buffer
 from halfstep.launcher.checkpoint.shards import BUFFER, Damaged, Piece, Shards, stored_type
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.untyped import Engine
+from halfstep.launcher.plan.plan import Plan
 from halfstep.models.adapters import is_adapter
 from halfstep.models.draw import gathered, shape_of
+from halfstep.models.lora import Lora
 
 
 def described(engine: Engine) -> dict[str, Buffer]:
@@ -26,6 +30,14 @@ def described(engine: Engine) -> dict[str, Buffer]:
         name: {"shape": list(shape_of(kept)), "dtype": str(kept.dtype).removeprefix("torch.")}
         for name, kept in _kept(engine.module)
     }
+
+
+def adapters(plan: Plan, lora: Lora) -> Adapters:
+    """Return where the frozen model comes from: it can be had again, and is not saved with every checkpoint."""
+    weights = plan.model.weights
+    local = weights is not None and Path(weights).is_absolute()
+    digest = plan.model.weights_digest
+    return Adapters(lora=asdict(lora), weights=weights, local=local, digest=digest, seed=plan.seed)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from halfstep.launcher import fault_injection
 from halfstep.launcher.checkpoint import shards, store
-from halfstep.launcher.checkpoint.manifest import Adapters, Corpus, File, Manifest, Model, PartOfData
+from halfstep.launcher.checkpoint.manifest import Corpus, File, Manifest, Model, PartOfData
 from halfstep.launcher.engine.numerics.guard import Guard
 from halfstep.launcher.engine.ranks import distributed
 from halfstep.launcher.engine.state import module_buffers, rng, training_state
@@ -28,7 +28,6 @@ from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import environment
 from halfstep.launcher.rundir.run_directory import RunDir
 from halfstep.launcher.system.files import FULL
-from halfstep.models.lora import Lora
 
 _SPARE = 1 << 20
 """Bytes a rank needs besides its tensors: headers, sidecar, manifest."""
@@ -253,7 +252,7 @@ class Saver:
             "buffers": module_buffers.described(self._engine),
         }
         if plan.lora is not None:
-            model["adapters"] = _adapters(plan, plan.lora)
+            model["adapters"] = module_buffers.adapters(plan, plan.lora)
         return Manifest(
             step=step,
             tokens=step * batch.global_ * plan.sequence,
@@ -278,14 +277,6 @@ class Saver:
             time=time.time(),
             files=(),
         )
-
-
-def _adapters(plan: Plan, lora: Lora) -> Adapters:
-    """Return where the frozen model comes from: it can be had again, and is not saved with every checkpoint."""
-    weights = plan.model.weights
-    local = weights is not None and Path(weights).is_absolute()
-    digest = plan.model.weights_digest
-    return Adapters(lora=asdict(lora), weights=weights, local=local, digest=digest, seed=plan.seed)
 
 
 def _reader(view: torch.Tensor) -> Callable[[], np.ndarray]:
