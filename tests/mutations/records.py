@@ -409,7 +409,7 @@ def _verdict(folder: Path) -> Reader:
     case = {"zero": 2, "precision": "bf16", "accumulation": 1, "clip": 1.0, "world_size": 1, "optimizer": "adamw",
             "family": "gpt2", "activation_checkpointing": False, "offload": "none",
             "compile": False, "fused_head": False, "keep_fp32": [],
-            "documents": "plain", "keys": [],
+            "documents": "plain", "lora": [], "keys": [],
             "config": "", "router_loss": None}  # fmt: skip
     assert set(case) == set(gate_cases.Case.__dataclass_fields__)
     file = folder / "verdict.json"
