@@ -244,6 +244,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_of_its_parts_by_weight(
     run: Any = SimpleNamespace(
         plan=plan,
         feed=feed(plan, 0),
+        judges=None,
         engine=SimpleNamespace(device=torch.device("cpu"), eval=lambda: None, train=lambda: None),
         phase=lambda name, step: None,
         stopping_anywhere=lambda: False,
