@@ -151,7 +151,7 @@ def test_examples_and_documents_that_repeat_are_counted_and_kept(tmp_path: Path,
     source = lines(tmp_path / "rows.jsonl", [*ROWS, ROWS[0], ROWS[-1], ROWS[0]])
     manifest = prepare(str(source), tmp_path / "out", tokenizer=str(trained), **OPTIONS)
     assert (manifest["source"]["duplicates"], manifest["source"]["documents"]) == (3, 43)
-    assert "duplicates  3 documents are as an earlier one; they are not left out" in render(manifest)
+    assert "duplicates  3 that repeat an earlier document; all are kept" in render(manifest)
     for name, text in (("a", "the same\n" * 50), ("b", "the same\n" * 50), ("c", "another\n" * 50)):
         (tmp_path / f"{name}.txt").write_text(text)
     texts = prepare(str(tmp_path / "[abc].txt"), tmp_path / "text", tokenizer=str(trained), workers=1, progress=False)
