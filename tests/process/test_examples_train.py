@@ -34,7 +34,7 @@ CASES = {
 
 # Of eight examples one has targets: three steps of an epoch have none at all.
 SPARSE = ("batch.global=2", "batch.micro=1", "packing=false", "steps=4")
-SPARSE_CASES = {"fp32": SPARSE, "fp16": (*SPARSE, "precision=fp16", "zero=2")}
+SPARSE_CASES = {"fp32": SPARSE, "fp16": (*SPARSE, "precision=fp16", "zero=2", "fp16.initial_scale_power=8")}
 
 
 def planned(folder: Path, ranks: int, *keys: str, corpus: str = "corpus") -> Any:
