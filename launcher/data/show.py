@@ -84,7 +84,7 @@ def render(content: dict[str, Any]) -> list[str]:
     lines = [f"source      {source['asked']}: {source['files']:,} files, {source['text_bytes']:,} bytes of text"]
     lines += [f"left out    {line}" for line in _left_out(source)]
     if repeated := source.get("duplicates"):
-        lines.append(f"duplicates  {repeated:,} documents are as an earlier one; they are not left out")
+        lines.append(f"duplicates  {repeated:,} that repeat an earlier document; all are kept")
     lines.append(
         f"tokenizer   {described['name']}: {described['vocabulary']:,} tokens, end of text {described['end_of_text']}, "
         f"sha256 {described['sha256'][:12]}"

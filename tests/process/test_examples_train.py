@@ -1,7 +1,7 @@
 """Examples trained on real ranks: packed as unpacked, two ranks as one, accumulated or not, and as each by itself.
 
-Run as a program, this file is a rank: it trains each case through the loop, and on one rank also on transformers alone,
-where every example is a call of its own. Two ranks write what they saw to rank-N.json, one prints it.
+Run as a program, this file is a rank: it trains each case through the loop, and rank 0 also on transformers alone,
+where every example is a call of its own. It writes what it saw to rank-N.json.
 """
 
 import json
@@ -32,14 +32,18 @@ CASES = {
     "unpacked, accumulated": ("batch.global=32", "batch.micro=4", "packing=false"),
 }
 
+# Of eight examples one has targets: three steps of an epoch have none at all.
+SPARSE = ("batch.global=2", "batch.micro=1", "packing=false", "steps=4")
+SPARSE_CASES = {"fp32": SPARSE, "fp16": (*SPARSE, "precision=fp16", "zero=2", "fp16.initial_scale_power=8")}
 
-def planned(folder: Path, ranks: int, *keys: str) -> Any:
+
+def planned(folder: Path, ranks: int, *keys: str, corpus: str = "corpus") -> Any:
     from halfstep.launcher import topology
     from halfstep.launcher.config.load import load
     from halfstep.launcher.plan import facts
     from halfstep.launcher.plan.resolve import resolve
 
-    request = load([*COMMON, f"data={folder}/corpus", *keys])
+    request = load([*COMMON, f"data={folder}/{corpus}", *keys])
     return resolve(request, topology.describe(ranks, ranks), facts.read(request.spec))
 
 
@@ -125,36 +129,70 @@ def rank_main(folder: Path) -> None:
     )
     distributed.join(rank, plans["packed"], store)
     seen = {name: trained(plan, rank) for name, plan in plans.items()}
-    if alone:
+    for name, keys in SPARSE_CASES.items():
+        seen[f"sparse {name}"] = trained(planned(folder, rank.world_size, *keys, corpus="sparse"), rank)
+    if rank.rank == 0:
         seen["each by itself"] = by_examples(plans["packed"], folder / "corpus")
-        print("\n" + json.dumps(seen))
-    else:
-        (folder / f"rank-{rank.rank}.json").write_text(json.dumps(seen))
+    (folder / f"rank-{rank.rank}.json").write_text(json.dumps(seen))
     distributed.leave()
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> dict[str, dict[str, Any]]:
-    """Return what each case saw, by its name and the number of ranks."""
-    folder = tmp_path_factory.mktemp("examples")
+def corpora_in(folder: Path) -> Path:
     write_examples(folder / "corpus", drawn(LENGTHS, 1), drawn(VALIDATION, 2))
-    alone = json.loads(printed_alone(__file__, scratch, str(folder))[-1])
-    first, second = reported_by_two(__file__, folder, scratch)
-    assert first == second
-    return {f"{name}, 1": own for name, own in alone.items()} | {f"{name}, 2": own for name, own in first.items()}
+    sparse = [(ids, [int(number == 3)] * len(ids)) for number, (ids, _) in enumerate(drawn([9] * 8, 3))]
+    write_examples(folder / "sparse", sparse, drawn(VALIDATION, 2))
+    return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+def require_same(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Compare a case, on each rank, with what the examples by themselves give."""
+    expected = ranks[0]["each by itself"]
+    for case in (rank[name] for rank in ranks):
+        assert len(case["steps"]) == len(expected["steps"]) == STEPS
+        for (loss, norm, targets), (own_loss, own_norm, own_targets) in zip(
+            case["steps"], expected["steps"], strict=True
+        ):
+            assert loss == pytest.approx(own_loss, rel=1e-6)
+            assert norm == pytest.approx(own_norm, rel=1e-6)
+            assert targets == own_targets
+        assert case["evaluations"] == pytest.approx(expected["evaluations"], rel=1e-6)
+        assert case["across"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> list[dict[str, Any]]:
+    return reported_by_two(__file__, corpora_in(tmp_path_factory.mktemp("two")), scratch)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> list[dict[str, Any]]:
+    folder = corpora_in(tmp_path_factory.mktemp("alone"))
+    printed_alone(__file__, scratch, str(folder))
+    return [json.loads((folder / "rank-0.json").read_text())]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_way_to_lay_examples_out_trains_the_same(seen: dict[str, dict[str, Any]], name: str, ranks: int) -> None:
-    case, expected = seen[f"{name}, {ranks}"], seen["each by itself, 1"]
-    assert len(case["steps"]) == len(expected["steps"]) == STEPS
-    for (loss, norm, targets), (own_loss, own_norm, own_targets) in zip(case["steps"], expected["steps"], strict=True):
-        assert loss == pytest.approx(own_loss, rel=1e-6)
-        assert norm == pytest.approx(own_norm, rel=1e-6)
-        assert targets == own_targets
-    assert case["evaluations"] == pytest.approx(expected["evaluations"], rel=1e-6)
-    assert case["across"] == 0.0
+def test_two_ranks_train_examples_in_every_layout_as_each_by_itself(name: str, two: list[dict[str, Any]]) -> None:
+    require_same(name, two)
+
+
+@pytest.mark.parametrize("precision", SPARSE_CASES)
+def test_a_step_without_any_target_changes_nothing_and_breaks_nothing(
+    precision: str, two: list[dict[str, Any]]
+) -> None:
+    steps = two[0][f"sparse {precision}"]["steps"]
+    assert two[1][f"sparse {precision}"]["steps"] == steps
+    assert sorted(targets for _, _, targets in steps) == [0, 0, 0, 8]
+    for loss, norm, targets in steps:
+        assert (loss, norm) == (0.0, 0.0) if targets == 0 else loss > 3 and norm > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_a_single_rank_trains_examples_in_every_layout_as_each_by_itself(
+    name: str, alone: list[dict[str, Any]]
+) -> None:
+    require_same(name, alone)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fakes.examples import drawn, write_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.test_chat import CHATML, INSTRUCTION, TEXT, made, unmarked
 
 from halfstep.launcher.cli.main import main
-from halfstep.launcher.corpus import megatron
+from halfstep.launcher.corpus import hub, megatron
 from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data import chat, tokenizer, train_tokenizer
 from halfstep.launcher.data.prepare import prepare
@@ -149,7 +151,7 @@ def test_examples_and_documents_that_repeat_are_counted_and_kept(tmp_path: Path,
     source = lines(tmp_path / "rows.jsonl", [*ROWS, ROWS[0], ROWS[-1], ROWS[0]])
     manifest = prepare(str(source), tmp_path / "out", tokenizer=str(trained), **OPTIONS)
     assert (manifest["source"]["duplicates"], manifest["source"]["documents"]) == (3, 43)
-    assert "duplicates  3 documents are as an earlier one; they are not left out" in render(manifest)
+    assert "duplicates  3 that repeat an earlier document; all are kept" in render(manifest)
     for name, text in (("a", "the same\n" * 50), ("b", "the same\n" * 50), ("c", "another\n" * 50)):
         (tmp_path / f"{name}.txt").write_text(text)
     texts = prepare(str(tmp_path / "[abc].txt"), tmp_path / "text", tokenizer=str(trained), workers=1, progress=False)
@@ -258,3 +260,63 @@ def test_whole_examples_are_held_back(lengths: list[int], data: st.DataObject, f
         assert count == 1 or held.sum() <= max(1, round(fraction * sum(lengths)))
     else:
         assert not held.any()
+
+
+def test_rows_of_a_hub_are_examples_too(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, Any]]:
+        asked.append((name, config, split, streaming))
+        return ROWS
+
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prepare("hub:owner/name:test", tmp_path / "hub", tokenizer=str(trained), **OPTIONS)
+    prepare(str(lines(tmp_path / "rows.jsonl", ROWS)), tmp_path / "file", tokenizer=str(trained), **OPTIONS)
+    assert set(asked) == {("owner/name", None, "test", True)}
+    for split in ("train", "validation"):
+        assert documents(tmp_path / "hub", split) == documents(tmp_path / "file", split)
+
+
+def test_damage_to_any_file_of_examples_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    folder = write_examples(tmp_path / "a", drawn([5, 9, 3, 12, 30], 1), drawn([5, 4], 2))
+    good, draw = read_data(str(folder)), random.Random(1)
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".bin", ".idx"))
+    assert len(files) == 8
+    refused = 0
+    for number in range(400):
+        file = files[number % 8]
+        content = bytearray(before := file.read_bytes())
+        if number % 3:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        else:
+            del content[draw.randrange(len(content)) :]
+        file.write_bytes(bytes(content))
+        with pytest.raises(RequestError):
+            read_data(str(folder))
+        refused += 1
+        file.write_bytes(before)
+    assert refused == 400
+    assert read_data(str(folder)) == good
+
+
+def test_a_manifest_whose_mask_contradicts_it_is_refused(tmp_path: Path) -> None:
+    folder = write_examples(tmp_path / "a", drawn([5, 9, 3], 1), drawn([5], 2))
+    content = json.loads((folder / "manifest.json").read_text())
+    train = content["splits"]["train"]
+    for changed, what in (
+        ({key: value for key, value in train.items() if key != "mask"}, "train has no mask of targets"),
+        ({**train, "targets": 18}, "train claims 18 targets among 17 tokens"),
+        ({**train, "mask": {**train["mask"], "prefix": "validation.mask"}}, "the mask of train is validation.mask"),
+    ):
+        (folder / "manifest.json").write_text(
+            json.dumps({**content, "splits": {**content["splits"], "train": changed}})
+        )
+        with pytest.raises(RequestError, match=what):
+            read_data(str(folder))
+    del content["examples"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(RequestError, match="train has a mask of targets, as only examples have one"):
+        read_data(str(folder))
