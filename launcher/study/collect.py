@@ -8,6 +8,7 @@ from typing import Any
 
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.rundir import records
+from halfstep.launcher.rundir.metric_rows import EvaluationRecord
 from halfstep.launcher.rundir.records import Damaged, damaged
 from halfstep.launcher.rundir.run_reader import Run, rows
 from halfstep.launcher.study import run_status
@@ -61,6 +62,8 @@ class Result:
     perplexity: float | None = None
     tasks: dict[str, float | None] = field(default_factory=dict)
     """What the last evaluation's tasks came to, by `task.metric`."""
+    tasks_before: dict[str, float | None] = field(default_factory=dict)
+    """The same before the first step: what the model could do that was fine-tuned."""
     tokens_per_second: float | None = None
     """Median, without the warm-up."""
     mfu: float | None = None
@@ -194,6 +197,7 @@ def _measured(run: Run, environment: records.Environment | None, *, done: bool) 
         **_spread(seconds[WARM_UP:] or seconds),
         **{key: getattr(summary, key) for key in _OF_SUMMARY},
         **(_last_evaluation(run) if done else {}),
+        "tasks_before": next((_tasks(row) for row in run.evaluations() if row.step == 0), {}),
         "load": statistics.fmean(loads) if loads else None,
     }
 
@@ -204,12 +208,12 @@ def _last_evaluation(run: Run) -> dict[str, Any]:
     evaluation = (run.evaluations() or [None])[-1]
     if evaluation is None or evaluation.step != (last.step if last else 0):
         return {}
-    tasks = {
-        f"{task}.{metric}": value
-        for task, metrics in (evaluation.tasks or {}).items()
-        for metric, value in metrics.items()
-    }
-    return {"eval_loss": evaluation.eval_loss, "perplexity": evaluation.perplexity, "tasks": tasks}
+    return {"eval_loss": evaluation.eval_loss, "perplexity": evaluation.perplexity, "tasks": _tasks(evaluation)}
+
+
+def _tasks(evaluation: EvaluationRecord) -> dict[str, float | None]:
+    judged = (evaluation.tasks or {}).items()
+    return {f"{task}.{metric}": value for task, metrics in judged for metric, value in metrics.items()}
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

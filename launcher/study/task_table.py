@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from halfstep.launcher.study.collect import Result, name_of
 from halfstep.launcher.study.conclusions import by_precision, differences
 
-COLUMNS = ("task and metric", "cell", "mean", "seeds' band", "less reference", "noise band", "verdict")
+COLUMNS = (
+    "task and metric", "cell", "before training", "mean", "seeds' band", "gain", "gain's noise", "less reference",
+    "noise band", "verdict",
+)  # fmt: skip
 NOTE = (
     "Tasks: what the evaluation after the last step came to, mean over the seeds. The bands are those of the losses: "
     "seeds' band two standard deviations over the seeds, noise band the 95 % confidence interval of the difference, "
-    "its variance pooled over the cells of one precision. All cells answer the same examples, so that how few these "
+    "its variance pooled over the cells of one precision. Gain: less what the model came to before the first step, "
+    "with the same kind of band. All cells answer the same examples, so that how few these "
     "are is in no band: another test set moves all cells together."
 )
 _SMALLER_IS_BETTER, _NEITHER = ("perplexity",), ("distinct_1", "distinct_2", "distinct_3", "distinct_4")
@@ -24,6 +28,12 @@ class Judgement:
     name: str
     """`task.metric`."""
     cell: str
+    before: float | None
+    """Before the first step, mean over the seeds; None where that was not asked."""
+    gain: float | None
+    """Mean over the seeds, after the last step less before the first."""
+    gain_noise: float | None
+    """What the gain has to exceed; None with one seed."""
     mean: float | None
     """Over the seeds that have it."""
     band: float | None
@@ -51,16 +61,22 @@ def _of_metric(name: str, groups: dict[str, list[Result]], reference: str) -> li
 
     paired = {cell: differences(own, groups[reference], value_of) for cell, own in groups.items() if cell != reference}
     noise = by_precision(groups, paired)
+    gains = {cell: _gains(name, own) for cell, own in groups.items()}
+    gain_noise = by_precision(groups, gains)
     judged = []
     for cell, own in groups.items():
         values = [value for result in own if result.done and (value := value_of(result)) is not None]
-        apart = paired.get(cell, [])
+        before = [value for result in own if (value := result.tasks_before.get(name)) is not None]
+        apart, gained = paired.get(cell, []), gains[cell]
         difference = statistics.fmean(apart) if apart else None
         band = noise[cell].interval(len(apart)) if cell in noise else None if any(apart) else 0.0
         judged.append(
             Judgement(
                 name=name,
                 cell=cell,
+                before=statistics.fmean(before) if before else None,
+                gain=statistics.fmean(gained) if gained else None,
+                gain_noise=gain_noise[cell].interval(len(gained)) if cell in gain_noise else None,
                 mean=statistics.fmean(values) if values else None,
                 band=2 * statistics.stdev(values) if len(values) > 1 else None,
                 difference=difference,
@@ -69,6 +85,12 @@ def _of_metric(name: str, groups: dict[str, list[Result]], reference: str) -> li
             )
         )
     return judged
+
+
+def _gains(name: str, own: Sequence[Result]) -> list[float]:
+    """Return by how much training moved a metric, of every seed that has both."""
+    pairs = [(result.tasks.get(name), result.tasks_before.get(name)) for result in own if result.done]
+    return [after - before for after, before in pairs if after is not None and before is not None]
 
 
 def _verdict(name: str, apart: Sequence[float], difference: float | None, band: float | None) -> str:
@@ -92,8 +114,11 @@ def rows(judged: Sequence[Judgement]) -> list[tuple[str, ...]]:
         (
             judgement.name,
             judgement.cell,
+            _number(judgement.before, ".4f"),
             _number(judgement.mean, ".4f"),
             _number(judgement.band, ".4f", "±"),
+            _number(judgement.gain, "+.4f"),
+            _number(judgement.gain_noise, ".4f", "±"),
             _number(judgement.difference, "+.4f"),
             _number(judgement.noise, ".4f", "±"),
             judgement.verdict,

@@ -39,6 +39,7 @@ def finish(
     steps: int | None = None,
     checksum: str = "aa",
     tasks: dict[str, dict[str, float | None]] | None = None,
+    tasks_before: dict[str, dict[str, float | None]] | None = None,
     curve: Callable[[int], float] = lambda step: 2.0 * math.exp(-step / 8),
 ) -> Path:
     """Write what a finished run leaves: losses fall to `loss`, which is the validation loss as well."""
@@ -56,6 +57,8 @@ def finish(
     evaluation: dict[str, Any] = {"step": steps, "eval_loss": loss, "perplexity": math.exp(loss), "time": 1e9 + steps}
     if tasks is not None:
         evaluation["tasks"] = tasks
+    if tasks_before is not None:
+        rows.insert(0, {**evaluation, "step": 0, "tasks": tasks_before})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, evaluation]))
     summary = {"status": "done", "run_id": cell.plan.run_id, "tokens_per_second": speed, "mfu": None,
                "peak_memory_bytes": int(memory), "skipped_steps": 0, "loss_scale": scale, "wall_seconds": 30.0,

@@ -187,13 +187,33 @@ def test_an_unknown_study_names_the_ready_ones() -> None:
     assert "precision" in caught.value.fix
 
 
-@pytest.mark.parametrize("name", study_file.ready())
+@pytest.mark.parametrize("name", [name for name in study_file.ready() if not study_file.read(name).prepare])
 def test_a_ready_study_plans_its_cells_for_a_tiny_model_and_for_a_real_one(name: str, corpus: Path) -> None:
     for arguments in ([], ["model=gpt2-124m"]):
         cells = studied.cells_of(study_file.read(name, [f"data={corpus}", *arguments]))
         legal = [cell for cell in cells if not cell.refused]
         assert len(legal) >= 3
         assert len({cell.plan.batch.global_ for cell in legal}) == 1, "the global batch is constant"
+
+
+def test_the_study_of_applications_makes_all_that_it_reads_where_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = study_file.read("applications")
+    (task, precision) = study.axes
+    assert (study.within, [value.label for value in task.values]) == (
+        "task",
+        ["sentiment", "translation", "generation"],
+    )
+    assert [value.label for value in precision.values] == ["fp32", "fp16", "bf16", "bf16-autocast"]
+    made = [Path(step.makes) for step in study.prepare]
+    assert all(path.is_relative_to(tmp_path / "data" / "applications") for path in made)
+    read = [Path(value.keys["data"]) for value in task.values]
+    read += [Path(file) for value in task.values for file in value.keys["eval.tasks"]]
+    read.append(Path(study.base["model.name"].removeprefix("hf:")))
+    for path in read:
+        assert any(path in (step, *step.parents) for step in made), f"{path} is made by no step"
 
 
 def test_a_changed_file_keeps_what_is_still_asked_for_and_says_what_is_not(written, tmp_path: Path) -> None:

@@ -337,7 +337,8 @@ def test_tasks_are_columns_with_their_bands(study) -> None:
         moved = off.get(cell.name, (0, 0, 0))[cell.seed]
         bleu, distinct = first[cell.seed] + moved, 0.5 if moved < 6 else None
         metrics = {"bleu": bleu, "perplexity": 100 - bleu, "distinct_1": distinct}
-        studied.finish(where, cell, SEEDS[cell.seed], tasks={"words": metrics})
+        before = {"words": {"bleu": 3.0, "perplexity": None}}
+        studied.finish(where, cell, SEEDS[cell.seed], tasks={"words": metrics}, tasks_before=before)
     judged = {(row.name, row.cell): row for row in sections.make(where).sections[0].judgements}
     assert len(judged) == 3 * 4
     reference = judged["words.bleu", "zero=1 precision=fp32"]
@@ -346,6 +347,10 @@ def test_tasks_are_columns_with_their_bands(study) -> None:
     better, noisy = (judged["words.bleu", f"zero={zero} precision=bf16"] for zero in (0, 1))
     assert (better.difference, noisy.difference) == (7.0, 0.0)
     assert [better.noise, noisy.noise] == pytest.approx([2.776 / 3**0.5] * 2)
+    assert (better.before, better.gain, noisy.gain) == (3.0, 56.0, 49.0)
+    # Gains are 53, 56, 59 and 46, 49, 52: both scatter by 3, with the same degrees of freedom.
+    assert better.gain_noise == pytest.approx(2.776 * 3 / 3**0.5)
+    assert judged["words.perplexity", better.cell].gain is None
     verdicts = {name: judged[f"words.{name}", better.cell].verdict for name in ("bleu", "perplexity", "distinct_1")}
     assert verdicts == {"bleu": "real, better", "perplexity": "real, better", "distinct_1": "not judged"}
     assert noisy.verdict == "within noise"
@@ -360,10 +365,8 @@ def test_tasks_are_columns_with_their_bands(study) -> None:
     assert {row["verdict"] for row in tree["tasks"]} >= {"real, better", "identical", "within noise", "reference"}
     for page in ("report.md", "report.html"):
         assert "Tasks, cell by cell" in (where / page).read_text()
-    assert (
-        "| words.bleu | zero=0 precision=bf16 | 59.0000 | ±6.0000 | +7.0000 | ±1.6027 | real, better |"
-        in (where / "report.md").read_text()
-    )
+    figures = "3.0000 | 59.0000 | ±6.0000 | +56.0000 | ±4.8082 | +7.0000 | ±1.6027 | real, better"
+    assert f"| words.bleu | zero=0 precision=bf16 | {figures} |" in (where / "report.md").read_text()
 
 
 def test_the_four_files_stand_by_themselves(study) -> None:
