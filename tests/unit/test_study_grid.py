@@ -211,7 +211,7 @@ def test_the_study_of_applications_makes_all_that_it_reads_where_it_is_started(
     assert all(path.is_relative_to(tmp_path / "data" / "applications") for path in made)
     read = [Path(value.keys["data"]) for value in task.values]
     read += [Path(file) for value in task.values for file in value.keys["eval.tasks"]]
-    read.append(Path(study.base["model.name"].removeprefix("hf:")))
+    read.append(tmp_path / study.base["model.name"].removeprefix("hf:"))
     for path in read:
         assert any(path in (step, *step.parents) for step in made), f"{path} is made by no step"
 
