@@ -303,7 +303,7 @@ def test_a_run_begins_with_what_another_made_of_its_base_and_its_adapters(
 ) -> None:
     """The loss before the first step is that after the last of the run that it begins with."""
     ended = tuned.evaluations[-1]["eval_loss"]
-    for name, keys in {"again": ("zero=2", "lora.rank=2"), "whole": ("zero=3", "train=full")}.items():
+    for name, keys in {"upon": ("zero=2", "lora.rank=2"), "further": ("zero=3", "train=full")}.items():
         lora = ["lora.rank", "lora.dropout"]
         given = [word for word in LORA if keys[1] != "train=full" or word.partition("=")[0] not in lora]
         done = train(name, f"model=run:{tuned.out}", "precision=fp32", *keys, common=given)
