@@ -96,7 +96,7 @@ class TaskSpec(_Table):
     answer: Answer
     """How the answer is taken."""
     metrics: Annotated[list[str], Field(min_length=1)]
-    """What the answers are measured by."""
+    """What measures answers: accuracy, macro_f1, exact_match, bleu, chrf, perplexity, distinct_1 to distinct_4."""
     limit: Annotated[int, _COUNT] | None = None
     """Rows that are read, the first of the file; unset: all."""
     batch: Annotated[int, Field(ge=1, le=4096)] = 16

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sacrebleu
 from process.conftest import BIN, ROOT
 from ranks import environment
 
@@ -269,3 +270,31 @@ def test_a_cell_of_another_family_is_proved_with_models_of_that_family(study: St
     assert "4 cases of the family mixtral" in done.stdout
     runs = results(tmp_path / "study")
     assert [(run["status"], run["proved"], run["unproved_because"]) for run in runs] == [("done", True, "")] * 4
+
+
+@pytest.mark.full
+def test_applications_are_learnt_from_nothing_far_beyond_chance_and_copying(tmp_path: Path, scratch: Path) -> None:
+    arguments = ["task=sentiment,translation", "precision=fp32,bf16-autocast", "seed=0", "--no-gate"]
+    done = subprocess.run(
+        [BIN / "halfstep", "study", "run", "applications", *arguments],
+        cwd=tmp_path,
+        env=environment(scratch),
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tree = json.loads((tmp_path / "studies" / "applications" / "results.json").read_text())
+    assert [section["title"] for section in tree["sections"]] == ["sentiment", "translation"]
+    test = (tmp_path / "data" / "applications" / "translation" / "test.jsonl").read_text()
+    rows = [json.loads(line) for line in test.splitlines()]
+    copied = [row["prompt"].removesuffix(" =") for row in rows]
+    copying = sacrebleu.corpus_bleu(copied, [[row["completion"].strip() for row in rows]]).score
+    for section in tree["sections"]:
+        judged = {row["name"]: row for row in section["tasks"] if row["cell"].endswith("fp32")}
+        if section["title"] == "sentiment":
+            assert judged["sentiment.accuracy"]["mean"] > 0.9
+            assert judged["sentiment.accuracy"]["gain"] > 0.3, "the base model guesses"
+        else:
+            assert judged["translation-en-de.bleu"]["mean"] > copying + 3
+            assert judged["translation-en-de.bleu"]["gain"] > 3
