@@ -173,8 +173,8 @@ def _error_of(metric: str, values: dict[str, float | None]) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Return a metric as people read it."""
-    return "not finite" if value is None else f"{value:,.4f}"
+    """Return a metric as people read it; a dash where it is not finite, or has no meaning."""
+    return "-" if value is None else f"{value:,.4f}"
 
 
 def _left_out(result: dict[str, Any]) -> str:

@@ -165,7 +165,9 @@ def _evaluation_text(record: EvaluationRecord) -> str:
     parts = [f"{Path(path).name} {_number(own, '.4f')}" for path, own in (record.eval_loss_by_part or {}).items()]
     text = f"validation loss {loss}  perplexity {perplexity}" + (f"  ({', '.join(parts)})" if parts else "")
     for name, metrics in (record.tasks or {}).items():
-        text += f"  {name}: " + ", ".join(f"{metric} {_number(value, '.4f')}" for metric, value in metrics.items())
+        text += f"  {name}: " + ", ".join(
+            f"{metric} {'-' if value is None else format(value, '.4f')}" for metric, value in metrics.items()
+        )
     return text
 
 
