@@ -70,8 +70,11 @@ def run(
         for number, cell in enumerate(waiting, 1):
             code, outcome = _run_cell(cell, folders.run_of(folder, cell), starter, study.limit, verdicts)
             state = now(cell)
-            say(f"[{number}/{len(waiting)}] {cell.name} seed={cell.seed}: {state.status}, {outcome or state.reason}")
-            if code in (EXIT_STOPPED, Interrupted.exit_code):
+            stopped = code in (EXIT_STOPPED, Interrupted.exit_code)
+            # What a launcher prints last of a stop is its own; the run wrote down after which step it was.
+            figures = state.reason if stopped else outcome or state.reason
+            say(f"[{number}/{len(waiting)}] {cell.name} seed={cell.seed}: {state.status}, {figures}")
+            if stopped:
                 break
             counts[state.status] = counts.get(state.status, 0) + 1
         else:

@@ -71,7 +71,9 @@ def test_the_verdict_is_stored_with_versions_and_hardware(default: tuple[int, di
 
 def test_stock_deepspeed_fails_exactly_at_stage_0_in_half_precision(scratch: Path) -> None:
     before = sorted((scratch / "cache").rglob("*.json"))
-    code, result = verify(scratch, "--without-repairs", "--only", "world_size=1", "accumulation=1")
+    code, result = verify(
+        scratch, "--without-repairs", "--only", "world_size=1", "accumulation=1", "activation_checkpointing=false"
+    )
     assert code == 76
     assert failed(result) == {(0, "fp16"), (0, "bf16")}
     for cell in result["cells"]:
@@ -83,14 +85,13 @@ def test_stock_deepspeed_fails_exactly_at_stage_0_in_half_precision(scratch: Pat
 
 
 def test_documents_apart_and_unequal_targets_train_what_each_document_alone_would(scratch: Path) -> None:
-    chosen = ["documents=masked", "world_size=2", "zero=0|3", "precision=fp32|fp16"]
+    chosen = ["documents=masked", "world_size=2", "zero=1|3", "precision=fp32"]
     code, result = verify(scratch, "--all", "--only", *chosen)
-    assert (code, failed(result), len(result["cells"])) == (0, set(), 8)
+    assert (code, failed(result), len(result["cells"])) == (0, set(), 4)
     for cell in result["cells"]:
-        if cell["precision"] == "fp32":
-            apart = {d["measure"]: d["value"] for d in cell["deviations"] if d["against"] == "oracle"}
-            assert apart["loss"] < 1e-6
-            assert apart["grad_norm"] < 1e-6
+        apart = {d["measure"]: d["value"] for d in cell["deviations"] if d["against"] == "oracle"}
+        assert apart["loss"] < 1e-6
+        assert apart["grad_norm"] < 1e-6
 
 
 @pytest.mark.full
