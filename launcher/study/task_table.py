@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from halfstep.launcher.study.collect import Result, name_of
 from halfstep.launcher.study.conclusions import by_precision, differences
+from halfstep.launcher.study.noise import between_seeds
 
 COLUMNS = (
     "task and metric", "cell", "before training", "mean", "seeds' band", "gain", "gain's noise", "less reference",
@@ -15,7 +16,7 @@ NOTE = (
     "Tasks: what the evaluation after the last step came to, mean over the seeds. The bands are those of the losses: "
     "seeds' band two standard deviations over the seeds, noise band the 95 % confidence interval of the difference, "
     "its variance pooled over the cells of one precision. Gain: less what the model came to before the first step, "
-    "with the same kind of band. All cells answer the same examples, so that how few these "
+    "its variance pooled over all cells. All cells answer the same examples, so that how few these "
     "are is in no band: another test set moves all cells together."
 )
 _SMALLER_IS_BETTER, _NEITHER = ("perplexity",), ("distinct_1", "distinct_2", "distinct_3", "distinct_4")
@@ -62,7 +63,8 @@ def _of_metric(name: str, groups: dict[str, list[Result]], reference: str) -> li
     paired = {cell: differences(own, groups[reference], value_of) for cell, own in groups.items() if cell != reference}
     noise = by_precision(groups, paired)
     gains = {cell: _gains(name, own) for cell, own in groups.items()}
-    gain_noise = by_precision(groups, gains)
+    # Of that, unlike of a difference, nearly all is the seeds' doing, in every precision alike.
+    gain_noise = between_seeds(gains)
     judged = []
     for cell, own in groups.items():
         values = [value for result in own if result.done and (value := value_of(result)) is not None]
