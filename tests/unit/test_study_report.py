@@ -365,7 +365,7 @@ def test_tasks_are_columns_with_their_bands(study) -> None:
     assert {row["verdict"] for row in tree["tasks"]} >= {"real, better", "identical", "within noise", "reference"}
     for page in ("report.md", "report.html"):
         assert "Tasks, cell by cell" in (where / page).read_text()
-    figures = "3.0000 | 59.0000 | ±6.0000 | +56.0000 | ±3.3944 | +7.0000 | ±1.6027 | real, better"
+    figures = "3.0000 | 59.0000 | ±6.0000 | +56.0000 | ±3.3943 | +7.0000 | ±1.6027 | real, better"
     assert f"| words.bleu | zero=0 precision=bf16 | {figures} |" in (where / "report.md").read_text()
 
 
