@@ -12,6 +12,8 @@ from halfstep.launcher.forecast.memory import FITS, Forecast, forecast
 from halfstep.launcher.forecast.workload import Workload
 from halfstep.models import shapes
 
+NOTHING = "nothing known"
+"""What a forecast of memory says that it leaves out, where that is so."""
 _LARGEST_MICRO = 4096
 _WORTH_NAMING = 0.98
 """A change that leaves more of the peak than this is not named."""
@@ -53,7 +55,7 @@ def described(workload: Workload, capacity_bytes: int | None) -> dict[str, Any]:
         "verdict": verdict,
         "largest_micro": largest_micro(workload, capacity_bytes),
         "changes": [change.to_dict() for change in changes],
-        "excludes": "nothing known" if workload.shape else "activations: a family whose arithmetic is not known",
+        "excludes": NOTHING if workload.shape else "activations: a family whose arithmetic is not known",
     }
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from halfstep.launcher.forecast.fit import NOTHING
+
 _GIB = 2**30
 _BAR = 24
 """Characters of the longest bar."""
@@ -18,7 +20,7 @@ def lines(memory: dict[str, Any], activation_checkpointing: bool) -> list[str]:
     if memory["host_terms"]:
         text.append(f"host memory  {memory['predicted_host_bytes'] / _GIB:.2f} GiB a rank")
         text += [_line(term, largest) for term in memory["host_terms"]]
-    if memory["excludes"] != "nothing known":
+    if memory["excludes"] != NOTHING:
         text.append(f"             not counted: {memory['excludes']}")
     if memory["largest_micro"] is not None:
         way = "with" if activation_checkpointing else "without"

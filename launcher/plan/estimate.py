@@ -19,7 +19,14 @@ FILLING_TOKENS = 32 * 1024
 
 def memory_of(plan: Plan, facts: Facts, named: str | None) -> dict[str, Any]:
     """Return a rank's predicted memory and whether its device has it; `named` is the run key `hardware`."""
-    return fit.described(workload_of(plan), _capacity(plan.topology, facts, named))
+    described = fit.described(workload_of(plan), _capacity(plan.topology, facts, named))
+    if plan.tasks:
+        described["excludes"] = _and(described["excludes"], "answers to tasks, keys and values among them")
+    return described
+
+
+def _and(known: str, more: str) -> str:
+    return more if known == fit.NOTHING else f"{known}; {more}"
 
 
 def time_of(plan: Plan, facts: Facts, named: str | None, terms: run_estimate.Terms | None = None) -> dict[str, Any]:
