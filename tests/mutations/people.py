@@ -14,6 +14,7 @@ from typing import Any
 from mutations import mutate
 from mutations.driver import Case, Reader, command, file_cases
 
+from halfstep.launcher.config import task_file
 from halfstep.launcher.config.dotted import flatten
 from halfstep.launcher.config.load import load
 from halfstep.launcher.config.schema import run_keys
@@ -24,9 +25,24 @@ from halfstep.launcher.plan.resolve import resolve
 from halfstep.launcher.study import study_file
 from halfstep.launcher.submit import hostfile, render, site_file
 from halfstep.launcher.submit.job import Job
+from halfstep.launcher.tasks import task_rows
 from halfstep.launcher.topology import Topology
 
 WORLD = Topology(world_size=2, ranks_per_node=2, accelerator="cpu")
+TASK = """\
+name = "mine"
+data = "asked.jsonl"
+prompt = "Q: {text} {meta.n}"
+reference = "{right}"
+metrics = ["accuracy", "macro_f1"]
+limit = 3
+batch = 4
+too_long = "cut"
+[answer]
+kind = "choices"
+choices = ["a 0", "a 1"]
+per_token = true
+"""
 RUN = """\
 data = "{corpus}"
 zero = 2
@@ -128,6 +144,7 @@ def all_readers(folder: Path, corpus: Path) -> list[Reader]:
     return [
         *_of_requests(folder, corpus),
         _study(folder, corpus),
+        _task(folder),
         _site(folder, corpus),
         _hostfile(folder),
         _hardware(folder),
@@ -286,6 +303,41 @@ def _study(folder: Path, corpus: Path) -> Reader:
         name="study file",
         read=lambda case: study_file.read(str(file)),
         cases=file_cases((file, mutate.of_toml)),
+        judge=judge,
+        count=500,
+    )
+
+
+def _task(folder: Path) -> Reader:
+    file, data = folder / "task.toml", folder / "asked.jsonl"
+    file.write_text(TASK)
+    data.write_text(
+        "".join(json.dumps({"text": f"q {n}", "right": f"a {n % 2}", "meta": {"n": n}}) + "\n" for n in range(4))
+    )
+
+    def judge(case: Case, pair: tuple[task_file.Task, list[task_rows.Example]]) -> str | None:
+        task, rows = pair
+        tree = mutate.parsed_toml(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        if tree is None:
+            return "it is no TOML, and was read"
+        if (task.spec.name, list(task.spec.metrics), task.spec.limit) != (
+            tree["name"],
+            tree["metrics"],
+            tree.get("limit"),
+        ):
+            return f"{tree['name']!r} by {tree['metrics']!r} was read as {task.spec.name!r} by {task.spec.metrics!r}"
+        lines = [line for line in data.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+        wanted = min(len(lines), task.spec.limit or len(lines))
+        return None if len(rows) == wanted else f"{wanted} rows were read as {len(rows)}"
+
+    def read(case: Case) -> tuple[task_file.Task, list[task_rows.Example]]:
+        task = task_file.read(file)
+        return task, task_rows.read(task)
+
+    return Reader(
+        name="task file",
+        read=read,
+        cases=file_cases((file, mutate.of_toml), (data, mutate.of_rows)),
         judge=judge,
         count=500,
     )

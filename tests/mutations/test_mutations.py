@@ -19,7 +19,7 @@ NAMES = {
     ),
     checkpoints: ("checkpoint bytes", "checkpoint hashed again", "checkpoint verbs"),
     people: (
-        *("run file", "words of a request", "DeepSpeed config", "study file", "site", "hostfile"),
+        *("run file", "words of a request", "DeepSpeed config", "study file", "task file", "site", "hostfile"),
         *("hardware table", "published rows"),
     ),
     given: (
