@@ -3,7 +3,7 @@
 import re
 import shlex
 import warnings as python_warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +148,14 @@ def _subtitle(report: Report) -> str:
         f"{axis.removesuffix('.name')}: {', '.join(labels)}" for axis, labels in report.about["axes"].items()
     )
     plans = [result.plan for result in report.results if result.plan]
-    what = f"{plans[0]['model']['name']}, {plans[0]['steps']:,} steps; " if plans else ""
+    what = f"{plans[0]['model']['name']}, {_steps(plans)} steps; " if plans else ""
     reference = ", ".join(section.verdict.reference.name for section in report.sections)
     return f"{what}{axes}; seeds {', '.join(map(str, report.about['seeds']))}. Reference: {reference}."
+
+
+def _steps(plans: Sequence[dict[str, Any]]) -> str:
+    every = sorted({plan["steps"] for plan in plans})
+    return f"{every[0]:,}" if len(every) == 1 else f"{every[0]:,} to {every[-1]:,}"
 
 
 def _machines(seen: Conditions) -> list[str]:
@@ -181,7 +186,9 @@ def _maps(section: Section) -> dict[str, str]:
 
 
 def _caption(title: str) -> str:
-    return _CAPTIONS.get(title, "The first seed; layer by step, without and with the loss scale.")
+    """Return what stands under a picture; a section's name may stand before its title."""
+    known = (caption for known, caption in _CAPTIONS.items() if title.endswith(known))
+    return next(known, "The first seed; layer by step, without and with the loss scale.")
 
 
 def _file_of(title: str) -> str:

@@ -162,6 +162,7 @@ def test_cells_within_an_axis_have_a_reference_each_and_are_compared_with_no_oth
     for title in ("0: quality, cell by cell", "1: speed, memory and cost", "1: Speed against memory"):
         assert title in page
         assert f"## {title}" in text
+    assert text.count("Up and to the left is better.") == 2, "a caption for each section's picture"
 
 
 def test_where_nothing_is_proved_nothing_is_recommended(study) -> None:
