@@ -494,3 +494,21 @@ def test_a_corpus_that_does_not_fit_the_model_is_refused(plan: Make, arguments: 
 
 def test_the_fragments_page_is_up_to_date() -> None:
     assert (assets.folder("ds_configs") / "README.md").read_text() == catalogue.page()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("precision=bf16-autocast", "keep_fp32=ln_f,lm_head"),
+        ("train=lora", "lora.targets=c_attn,c_fc"),
+        ("documents=masked", "ema.decay=0.9", "ds.optimizer.params.betas=[0.9,0.99]"),
+    ],
+)
+def test_a_run_is_the_same_run_when_it_comes_back_from_its_plan(
+    plan: Callable[..., Plan], keys: tuple[str, ...]
+) -> None:
+    """What is a tuple in a request is a list in JSON: a resume compares both."""
+    planned = plan(*keys)
+    read = Plan.from_dict(json.loads(json.dumps(planned.to_dict())))
+    assert planned.changed_from(read.identity) == []
+    assert read.run_id == planned.run_id
