@@ -4,8 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
+# sacrebleu is loaded where it is asked: it takes 10 MiB, which every rank would have.
 
 
 def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -22,11 +21,15 @@ def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:
 
 def bleu(answers: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> float:
     """Return sacrebleu's corpus BLEU, 0 to 100."""
+    from sacrebleu.metrics.bleu import BLEU
+
     return BLEU(tokenize=tokenize).corpus_score(answers, [references]).score
 
 
 def bleu_signature(tokenize: str = "13a") -> str:
     """Return what sacrebleu calls the BLEU that `bleu` returns, for others to compute the same."""
+    from sacrebleu.metrics.bleu import BLEU
+
     metric = BLEU(tokenize=tokenize)
     metric.corpus_score(["a"], [["a"]])
     return str(metric.get_signature())
@@ -34,11 +37,15 @@ def bleu_signature(tokenize: str = "13a") -> str:
 
 def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     """Return sacrebleu's chrF2, 0 to 100."""
+    from sacrebleu.metrics.chrf import CHRF
+
     return CHRF().corpus_score(answers, [references]).score
 
 
 def chrf_signature() -> str:
     """Return what sacrebleu calls the chrF that `chrf` returns."""
+    from sacrebleu.metrics.chrf import CHRF
+
     metric = CHRF()
     metric.corpus_score(["a"], [["a"]])
     return str(metric.get_signature())

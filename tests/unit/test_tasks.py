@@ -326,7 +326,7 @@ def test_results_say_what_was_judged_and_how(
         (GENERATE.replace("exact_match", "blue"), "there is no metric blue", "bleu"),
         (GENERATE.replace("exact_match", "accuracy_norm"), "there is no metric accuracy_norm", "accuracy"),
         (CHOOSE.replace('"accuracy"', '"bleu"'), 'metric bleu does not fit answer.kind = "choices"', "accuracy"),
-        (GENERATE.replace('["exact_match"]', "[]"), "metrics", "measured by"),
+        (GENERATE.replace('["exact_match"]', "[]"), "metrics", "measures answers"),
         (GENERATE.replace("max_new_tokens", "max_tokens"), "no key answer.max_tokens", "max_new_tokens"),
         (f"beams = 2\n{GENERATE}", "no key beams", "answer.beams"),
         (f"promt = 'x'\n{GENERATE}", "no key promt", "prompt"),
