@@ -116,7 +116,7 @@ def by_transformers(plan: Any, coefficient: float | None = None) -> list[list[fl
     )
     feed, rows = SyntheticFeed(plan, 0, torch.device("cpu")), []
     for step in range(1, plan.steps + 1):
-        shares = feed.shares(step).flatten(0, 1)
+        shares = [share.tokens for share in feed.shares(step)]
         losses, routers = [], []
         for share in shares:
             targets = share[:, 1:].contiguous()
