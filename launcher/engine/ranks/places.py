@@ -74,9 +74,15 @@ class Stores:
         return PrefixStore(place.prefix, store)
 
 
+_KEPT: list[Store] = []
+"""Stores whose destructor must not run: it opens the file once more and, where the first rank that is done has removed
+the folder meanwhile, tries again until the store's timeout (torch, FileStore.cpp). A rank ends without destructors."""
+
+
 def file_store(file: Path, rank: Rank) -> Store:
     """Return a store for ranks of one host in a file whose folder nobody else may enter."""
-    return FileStore(str(file), rank.world_size)
+    _KEPT.append(FileStore(str(file), rank.world_size))
+    return _KEPT[-1]
 
 
 def _bound(host: str) -> socket.socket:
