@@ -162,6 +162,7 @@ def test_a_routers_bias_goes_through_stages_and_older_checkpoints(
     assert hashes(old) == hashes(whole.out)
 
 
+@pytest.mark.full
 def test_the_stage_does_not_change_the_model_that_was_named(start: Start, data: Path, scratch: Path) -> None:
     """A head of its own under a config that ties it trained two models at stages 0 to 2 and one at stage 3."""
     from halfstep.models.network import build
