@@ -76,9 +76,9 @@ def evaluate(
 def _harness() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        import lm_eval
-        import lm_eval.models.huggingface
-        import lm_eval.tasks
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        import lm_eval.models.huggingface  # pyright: ignore[reportMissingImports]
+        import lm_eval.tasks  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RequestError(
             f"lm-evaluation-harness is not installed: {one_line(error)}",
