@@ -59,11 +59,7 @@ def convert(run: Path, to: Path, *, step: int | None = None, ranks: int = 1) -> 
         try:
             written = _write(folder, Shards(chosen.folder, old), ranks)
         except Damaged as damage:
-            raise RequestError(
-                f"the checkpoint of step {old.step} is incomplete: {damage}",
-                where=str(chosen.folder),
-                fix="take another with --step",
-            ) from None
+            raise source.incomplete(chosen, damage) from None
         manifest = replace(old, world_size=ranks, files=written)
         final = store.commit(folder, manifest)
         reason = shards.damaged(final, manifest, lambda: None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfstep.launcher.checkpoint import shards, store
-from halfstep.launcher.checkpoint.manifest import Manifest
+from halfstep.launcher.checkpoint.manifest import Damaged, Manifest
 from halfstep.launcher.checkpoint.store import Candidate
 from halfstep.launcher.errors import RequestError
 from halfstep.launcher.rundir import records
@@ -61,6 +61,15 @@ def none_there(run: Path) -> RequestError:
         f"{run} has no checkpoints",
         where=str(store.home(run)),
         fix="start the run with checkpoint.every=N or checkpoint.at_end=true, or name the run directory itself",
+    )
+
+
+def incomplete(chosen: Source, damage: Damaged) -> RequestError:
+    """Return what to say where a checkpoint lacks a part of what it should hold."""
+    return RequestError(
+        f"the checkpoint of step {chosen.manifest.step} is incomplete: {damage}",
+        where=str(chosen.folder),
+        fix="take another with --step",
     )
 
 

@@ -54,11 +54,7 @@ def export(
         try:
             values = files.read(name, MASTER)
         except Damaged as damage:
-            raise RequestError(
-                f"the checkpoint of step {manifest.step} is incomplete: {damage}",
-                where=str(chosen.folder),
-                fix="take another with --step",
-            ) from None
+            raise source.incomplete(chosen, damage) from None
         whole = torch.from_numpy(values).view(files.shape(name)).to(DTYPES[dtype])
         tensors[f"base_model.model.{name.replace(f'.{adapters.NAME}.', '.')}"] = whole
     with target.filling(folder, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE) as partial:

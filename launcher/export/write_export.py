@@ -78,11 +78,7 @@ def export(
         try:
             weights.write(partial, files, parts)
         except Damaged as damage:
-            raise RequestError(
-                f"the checkpoint of step {manifest.step} is incomplete: {damage}",
-                where=str(chosen.folder),
-                fix="take another with --step",
-            ) from None
+            raise source.incomplete(chosen, damage) from None
         comparison = _compare(partial, manifest, files, dtype) if comparing and not ema else None
         write_json(partial / NOTE, note_of(chosen, dtype, tokenizer, comparison, ema=ema))
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}

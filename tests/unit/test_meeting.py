@@ -1,6 +1,7 @@
 """Ranks meet only whom they share a secret with: what strangers say is neither believed nor executed."""
 
 import contextlib
+import gc
 import os
 import pickle
 import socket
@@ -13,6 +14,8 @@ import pytest
 
 from halfstep.launcher.engine.ranks import meeting
 from halfstep.launcher.engine.ranks.meeting import Connection, GoneError, Server, StrangerError, connect
+from halfstep.launcher.engine.ranks.places import file_store
+from halfstep.launcher.topology import Rank
 
 SECRET = b"a secret of one launch"
 Held = contextlib.ExitStack
@@ -143,3 +146,14 @@ def test_the_name_of_a_socket_tells_nothing_and_belongs_to_one_secret() -> None:
     names = {meeting.name_of(secret, place) for secret in (SECRET, b"other") for place in ("29500", "29501")}
     assert len(names) == 4
     assert all(len(name) == len("\0halfstep-") + 40 for name in names)
+
+
+def test_a_store_that_nobody_needs_any_longer_leaves_its_file_alone(tmp_path: Path) -> None:
+    """Its destructor would open the file again, and wait for it where its folder has been removed meanwhile."""
+    file = tmp_path / "store"
+    store = file_store(file, Rank(rank=0, local_rank=0, world_size=2, local_world_size=2, source="by hand"))
+    store.set("key", "value")
+    before = file.read_bytes()
+    del store
+    gc.collect()
+    assert file.read_bytes() == before
