@@ -31,6 +31,9 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: all)")
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (default: 0)")
+    generate.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message, laid out by the export's chat template"
+    )
     generate.add_argument("--json", action="store_true", help="print text and counts as JSON")
     generate.set_defaults(verb=_generate)
 
@@ -189,6 +192,7 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
         "weights": f"{done.parameters:,} parameters in {done.dtype}, {size(sum(done.files[name] for name in weights))} "
         f"in {len(weights)} file" + ("s" if len(weights) > 1 else ""),
         "tokenizer": tokenizer,
+        **({"template": done.template} if done.template else {}),
         "compared": done.sentence or uncompared,
     }
     say(*(f"{name:<10} {text}" for name, text in lines.items()))
@@ -205,8 +209,10 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
+        chat=arguments.chat,
     )
-    say_json(done.to_dict()) if arguments.json else say_text(f"{done.prompt}{done.text}\n")
+    said = done.text if arguments.chat else f"{done.prompt}{done.text}"
+    say_json(done.to_dict()) if arguments.json else say_text(f"{said}\n")
     return 0
 
 

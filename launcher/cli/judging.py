@@ -19,6 +19,7 @@ _WAYS = ("data", "task", "lm_eval")
 _OPTIONS = {
     "sequences": ("data",),
     "sequence": ("data",),
+    "documents": ("data",),
     "batch": ("data", "lm_eval"),
     "examples": ("task",),
     "step": ("task", "lm_eval"),
@@ -46,6 +47,11 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--sequences", type=int, metavar="N", help="the first N; 0 = all (default: as many as the run's evaluations)"
     )
     evaluate.add_argument("--sequence", type=int, metavar="N", help="tokens in each (default: as in the run)")
+    evaluate.add_argument(
+        "--documents",
+        choices=("plain", "masked"),
+        help="masked: each document by itself; plain: whole sequences (default: as in the run)",
+    )
     evaluate.add_argument("--batch", type=int, metavar="N", help="sequences at a time (default: 8)")
     evaluate.add_argument(
         "--task", action="append", type=Path, default=[], metavar="FILE", help="a task file; may be given several times"
@@ -102,6 +108,7 @@ def _on_data(arguments: argparse.Namespace) -> int:
         batch=8 if arguments.batch is None else arguments.batch,
         sequence=arguments.sequence,
         dtype=arguments.dtype,
+        documents=arguments.documents,
     )
     if done.tokenizer != "same":
         say("warning: whether the corpus was made with the model's tokenizer is not known", error=True)
@@ -111,7 +118,8 @@ def _on_data(arguments: argparse.Namespace) -> int:
     loss = "not finite" if done.loss is None else f"{done.loss:.6f}"
     perplexity = "-" if done.perplexity is None else f"{done.perplexity:,.2f}"
     say(f"loss {loss}  perplexity {perplexity}")
-    say(f"{done.tokens:,} tokens: {done.sequences} sequences of {done.sequence}, {done.dtype} on {done.device}")
+    apart = ", documents apart" if done.documents == "masked" else ""
+    say(f"{done.tokens:,} tokens: {done.sequences} sequences of {done.sequence}{apart}, {done.dtype} on {done.device}")
     return 0
 
 

@@ -83,7 +83,7 @@ class _Named:
 
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
         self.name, self._tokenizer, self._layout = name, tokenizer, _LAYOUTS[name]
-        end = tokenizer.control(_END) if name == CHATML else None
+        end = tokenizer.control(END) if name == CHATML else None
         self.stops = frozenset({tokenizer.end_of_text} if end is None else {tokenizer.end_of_text, end})
 
     def encode(self, messages: Sequence[Message], targets: str = ALL) -> tuple[list[int], list[int]]:
@@ -111,7 +111,7 @@ class _Named:
     def answer(self, ids: Sequence[int]) -> str:
         """Return text as `Template.answer` says."""
         text = self._tokenizer.decode(until(self.stops, ids))
-        return text.partition(_END)[0] if self.name == CHATML else text
+        return text.partition(END)[0] if self.name == CHATML else text
 
     def _ids(self, stretch: _Stretch) -> list[int]:
         if stretch.text is None:
@@ -147,8 +147,8 @@ def until(stops: frozenset[int], ids: Sequence[int]) -> list[int]:
     return list(ids[:end])
 
 
-_BEGIN, _END = "<|im_start|>", "<|im_end|>"
-_TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_BEGIN, END = "<|im_start|>", "<|im_end|>"
+TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
 def _chatml(messages: Sequence[Message]) -> Iterator[_Stretch]:
@@ -157,7 +157,7 @@ def _chatml(messages: Sequence[Message]) -> Iterator[_Stretch]:
         yield _Stretch(_BEGIN, control=True)
         yield _Stretch(f"{message['role']}\n")
         yield _Stretch(message["content"], author)
-        yield _Stretch(_END, author, control=True)
+        yield _Stretch(END, author, control=True)
         yield _Stretch("\n")
 
 
@@ -167,7 +167,7 @@ def _alpaca(messages: Sequence[Message]) -> Iterator[_Stretch]:
         if role not in ("system", "user", ASSISTANT) or (role == "system" and number > 0):
             raise _no_role(ALPACA, role, "a system message first, user and assistant")
         if number == 0:
-            yield _Stretch(f"{content if role == 'system' else _TASK}\n\n")
+            yield _Stretch(f"{content if role == 'system' else TASK}\n\n")
         if role == "user":
             yield _Stretch(f"### Instruction:\n{content}\n\n")
         if role == ASSISTANT:

@@ -16,7 +16,8 @@ from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.export import exported
 from halfstep.launcher.export.weights import DTYPES
 from halfstep.launcher.metrics import derive
-from halfstep.models import hf_config
+from halfstep.models import hf_config, observe
+from halfstep.models.causality import LENGTH, look_across
 from halfstep.models.micro_batch import MicroBatch
 
 _SEQUENCE = 1024
@@ -34,6 +35,8 @@ class Evaluated:
     sequences: int
     sequence: int
     data: str
+    documents: str
+    """`masked` where each document was read by itself, as examples always are; else `plain`."""
     tokenizer: str
     """`same`, or `not known` where one of the two does not say."""
     step: int | None
@@ -53,12 +56,14 @@ def evaluate(
     batch: int = 8,
     sequence: int | None = None,
     dtype: str | None = None,
+    documents: str | None = None,
 ) -> Evaluated:
     """Return loss and perplexity over the first `sequences` windows of the validation split; 0 = all of them.
 
-    By default as many as the run's own evaluations read, of as many tokens, in the type that the weights were written
-    in; the run's own precision gives what training measured. Of a corpus of examples it is the targets of all of them,
-    or of the first `sequences`, each by itself. Raises RequestError where corpus and model do not belong together.
+    By default as many as the run's own evaluations read, of as many tokens, with documents apart or not as the run had
+    them (`documents`: plain or masked), in the type that the weights were written in; the run's own precision gives
+    what training measured. Of a corpus of examples it is the targets of all of them, or of the first `sequences`, each
+    by itself. Raises RequestError where corpus and model do not belong together.
     """
     for option, value, least in (("--batch", batch, 1), ("--sequence", sequence, 1), ("--sequences", sequences, 0)):
         if value is not None and value < least:
@@ -81,10 +86,13 @@ def evaluate(
             f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
         )
     vocabulary = hf_config.vocabulary(network)
+    how = "masked" if facts.has_examples else documents or note.get("documents") or "plain"
     if facts.validation_lengths is None:
+        if how == "masked":
+            _require_apart(network, folder)
         file = TokenFile(prefix, vocabulary=vocabulary)
         count = _count(file.windows(length), sequences, note, length, facts)
-        batches = _batches(file, count, batch, length)
+        batches = _batches(file, count, batch, length, apart=how == "masked")
     else:
         _require_room(facts, length)
         examples = PackedExamples(prefix, length, pack=False, too_long="refuse", seed=0, vocabulary=vocabulary)
@@ -98,6 +106,7 @@ def evaluate(
         sequences=count,
         sequence=length,
         data=facts.path,
+        documents=how,
         tokenizer=match,
         step=note.get("step"),
         dtype=str(network.dtype).removeprefix("torch."),
@@ -143,9 +152,34 @@ def _require_room(facts: DataFacts, length: int) -> None:
         )
 
 
-def _batches(file: TokenFile, count: int, batch: int, length: int) -> Iterator[MicroBatch]:
+def _require_apart(network: Any, folder: Path) -> None:
+    """Refuse a model that does not keep documents apart, as training does, by looking at what it makes of two."""
+    reason = "it takes no positions"
+    if observe.takes_positions(network):
+        seen = look_across(
+            lambda tokens, positions: exported.logits(network, tokens, positions),
+            vocabulary=hf_config.vocabulary(network),
+            longest=exported.context(network) or LENGTH,
+            device=network.device,
+        )
+        if seen.apart:
+            return
+        reason = f"a change of the first one moves what it makes of the second by up to {seen.across:.3g}"
+    raise RequestError(
+        f"the model does not keep documents apart: {reason}",
+        where=f"--documents masked and {folder}",
+        fix="--documents plain",
+    )
+
+
+def _batches(file: TokenFile, count: int, batch: int, length: int, *, apart: bool) -> Iterator[MicroBatch]:
     for start in range(0, count, batch):
-        yield MicroBatch.of_windows(file.batch(range(start, min(start + batch, count)), length))
+        windows = range(start, min(start + batch, count))
+        ids = file.batch(windows, length)
+        if apart:
+            yield MicroBatch.of_documents(ids, file.document_starts(windows, length))
+        else:
+            yield MicroBatch.of_windows(ids)
 
 
 def _examples(file: PackedExamples, count: int, batch: int) -> Iterator[MicroBatch]:
@@ -160,7 +194,8 @@ def _loss(network: Any, batches: Iterator[MicroBatch]) -> tuple[float, int]:
     try:
         with torch.no_grad():
             for batch in batches:
-                logits = exported.logits(network, batch.inputs.to(network.device))
+                positions = None if batch.positions is None else batch.positions.to(network.device)
+                logits = exported.logits(network, batch.inputs.to(network.device), positions)
                 total += float(batch.to(logits.device).loss(logits, reduction="sum"))
                 tokens += int(batch.target_count)
     except torch.OutOfMemoryError as error:

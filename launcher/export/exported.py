@@ -72,10 +72,14 @@ def _has_own_code(folder: Path) -> bool:
         return False
 
 
-def logits(network: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Return a model's logits for token ids, without filling a cache where it knows the word."""
+def logits(network: PreTrainedModel, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return a model's logits for token ids, without filling a cache where it knows the word.
+
+    `positions`, of the tokens' shape, begin anew with every document; the model has to take them.
+    """
     known = "use_cache" in inspect.signature(network.forward).parameters
-    return network(input_ids=tokens, **({"use_cache": False} if known else {})).logits
+    places = {} if positions is None else {"position_ids": positions}
+    return network(input_ids=tokens, **places, **({"use_cache": False} if known else {})).logits
 
 
 def _expect_model(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from halfstep.launcher.data.chat import END
 from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.export import exported
 from halfstep.models.hf_config import one_line
@@ -39,14 +40,20 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     seed: int = 0,
+    chat: bool = False,
 ) -> Generated:
     """Return what an exported model makes of a prompt: the likeliest token each time, or drawn at a temperature.
 
-    Raises RequestError for settings that mean nothing and for a prompt that leaves no room in the model's context.
+    With `chat` the prompt is a user's message, laid out by the tokenizer's chat template, and the text is the answer.
+    Raises RequestError for settings that mean nothing, for a prompt that leaves no room in the model's context, and
+    where there is no chat template or it takes no message of a user alone.
     """
     _check(max_new_tokens, temperature, top_k)
     tokenizer: Any = exported.tokenizer(folder)
-    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if chat:
+        ids = _message(tokenizer, prompt, folder)
+    else:
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         if tokenizer.bos_token_id is None:
             raise RequestError("there is no text to continue", where="--prompt ''", fix="give a text")
@@ -62,15 +69,38 @@ def generate(
     tokens = torch.tensor([ids], device=network.device)
     new = _continued(network, tokens, seed, folder, max_new_tokens=room, **sampling)
     ends = end if isinstance(end, list) else [end]
+    text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if chat and END in tokenizer.get_chat_template():  # text like any other where the vocabulary has no token for it
+        text = text.partition(END)[0]
     return Generated(
         prompt=prompt,
-        text=tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        text=text,
         prompt_tokens=len(ids),
         new_tokens=len(new),
         stopped="end of text" if new and new[-1] in ends else "length",
         device=str(network.device),
         dtype=str(network.dtype).removeprefix("torch."),
     )
+
+
+def _message(tokenizer: Any, text: str, folder: Path) -> list[int]:
+    """Return the ids after which the answer to a user's message follows."""
+    if not tokenizer.chat_template:
+        raise RequestError(
+            "the export's tokenizer has no chat template: the model was trained on text",
+            where=f"--chat and {folder}",
+            fix="leave --chat out: the prompt is then continued as it stands",
+        )
+    messages = [{"role": "user", "content": text}]
+    try:
+        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except Exception as error:  # a template is somebody's program, and may raise anything
+        raise RequestError(
+            f"the chat template refuses a user's message by itself: {one_line(error)}",
+            where=f"--chat and {folder}",
+            fix="lay the prompt out by hand and leave --chat out",
+        ) from None
+    return list(made["input_ids"])
 
 
 @torch.no_grad()

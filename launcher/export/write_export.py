@@ -14,7 +14,8 @@ from halfstep.launcher.checkpoint.merged import Merged, adapters_of
 from halfstep.launcher.checkpoint.shards import Averaged, Shards, has_average
 from halfstep.launcher.config.digest import digest
 from halfstep.launcher.errors import RefusedError, RequestError
-from halfstep.launcher.export import compare, source, target, tokenizer_files, weights
+from halfstep.launcher.export import chat_template, compare, source, target, tokenizer_files, weights
+from halfstep.launcher.export.chat_template import ChatTemplate
 from halfstep.launcher.export.compare import Comparison
 from halfstep.launcher.export.exported import KIND, NOTE
 from halfstep.launcher.export.source import Source
@@ -38,6 +39,8 @@ class Outcome:
     parameters: int
     dtype: str
     tokenizer: dict[str, Any] | None
+    template: str | None = None
+    """The chat template of the examples that were trained on."""
     compare: dict[str, Any] | None
     warnings: tuple[str, ...]
     sentence: str | None
@@ -74,7 +77,10 @@ def export(
     parts = weights.divide(content.entries, max_shard_bytes)
     with target.filling(folder, sum(part.bytes for part in parts) + _SPARE) as partial:
         tokenizer, warnings = _tokenizer(manifest, data, partial, content.context)
-        _configure(partial, content.config, tokenizer)
+        template = chat_template.write([data] if data else _corpora(manifest), partial) if tokenizer else None
+        if template and template.differs:
+            warnings.append(f"transformers cuts a prompt of the template {template.name} otherwise than training did")
+        _configure(partial, content.config, tokenizer, template)
         try:
             weights.write(partial, files, parts)
         except Damaged as damage:
@@ -91,6 +97,7 @@ def export(
         parameters=sum(math.prod(shape) for shape in manifest.model["parameters"].values()),
         dtype=dtype,
         tokenizer=tokenizer.to_dict() if tokenizer else None,
+        template=template.name if template else None,
         compare=comparison.to_dict() if comparison else None,
         warnings=tuple(warnings),
         sentence=comparison.sentence if comparison else None,
@@ -118,15 +125,15 @@ def _tokenizer(
     manifest: Manifest, data: Path | None, folder: Path, context: int | None
 ) -> tuple[tokenizer_files.Exported | None, list[str]]:
     """Write the tokenizer where the corpus is still there; otherwise say in a warning that there is none."""
-    trained_on = manifest.data.get("parts") or [manifest.data]
-    places = [Path(corpus["path"]) for corpus in trained_on]
+    places = _corpora(manifest)
     corpus = data or next((place for place in places if place.exists()), places[0])
     if data is None and not corpus.exists():
         return None, [
             f"no tokenizer: the corpus {corpus} has gone; --data DIR says where it is now, and the weights are complete"
         ]
     try:
-        tokenizer = tokenizer_files.export(corpus, [part["digest"] for part in trained_on], folder, context)
+        digests = [part["digest"] for part in manifest.data.get("parts") or [manifest.data]]
+        tokenizer = tokenizer_files.export(corpus, digests, folder, context)
     except RequestError as error:
         if data is not None:
             raise
@@ -138,8 +145,20 @@ def _tokenizer(
     return tokenizer, []
 
 
-def _configure(folder: Path, config: PreTrainedConfig, tokenizer: tokenizer_files.Exported | None) -> None:
+def _corpora(manifest: Manifest) -> list[Path]:
+    """Return where the corpora lay that were trained on."""
+    return [Path(part["path"]) for part in manifest.data.get("parts") or [manifest.data]]
+
+
+def _configure(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: tokenizer_files.Exported | None,
+    template: ChatTemplate | None,
+) -> None:
     """Write config.json and generation_config.json; what ends a document also begins one and pads.
+
+    What ends a turn of a chat template ends a generation.
 
     The padding stands in the latter alone: a Llama whose config.json names it would never train that token again
     (`padding_idx`), and here it is the one that ends a document.
@@ -152,6 +171,10 @@ def _configure(folder: Path, config: PreTrainedConfig, tokenizer: tokenizer_file
     special = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer and special["pad_token_id"] is None:
         special["pad_token_id"] = tokenizer.end_of_text
+    if template:
+        ends = special["eos_token_id"]
+        stops = {*template.stops, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        special["eos_token_id"] = sorted(stops) if len(stops) > 1 else next(iter(stops))
     GenerationConfig(**{key: value for key, value in special.items() if value is not None}).save_pretrained(folder)
 
 
@@ -192,6 +215,7 @@ def note_of(
         "identity": digest(manifest.identity),
         "data": manifest.data,
         "sequence": manifest.sequence,
+        "documents": manifest.identity.get("documents", "plain"),
         "evaluation_sequences": _evaluation_sequences(chosen.run),
         "loss": source.losses(chosen.run).get(manifest.step),
         "trained": {"zero": manifest.zero, "precision": manifest.precision, "world_size": manifest.world_size},

@@ -82,7 +82,7 @@ MAY_BE_HEAVY = (
     *(
         f"launcher.export.{module}"
         for module in (
-            *("compare", "evaluate", "exported", "generate", "harness", "judged"),
+            *("chat_template", "compare", "evaluate", "exported", "generate", "harness", "judged"),
             *("tokenizer_files", "weights", "write_adapter", "write_export"),
         )
     ),

@@ -1,8 +1,11 @@
 """Exports: transformers loads them, computes what the model computed and reads text as the corpus was read."""
 
+import functools
 import json
 import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,16 @@ from fakes.examples import drawn, write_examples
 from fakes.experts import ROUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from halfstep.launcher.checkpoint.manifest import read
 from halfstep.launcher.checkpoint.shards import Shards, probe_tokens
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.config.load import load
 from halfstep.launcher.corpus.description import read_data
+from halfstep.launcher.data import chat, train_tokenizer
 from halfstep.launcher.data import prepare as data_prepare
-from halfstep.launcher.data import train_tokenizer
+from halfstep.launcher.data import tokenizer as data_tokenizer
 from halfstep.launcher.data.tokenizer import SentencePiece
 from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.export import convert as convert_page
@@ -499,6 +503,110 @@ def test_a_hugging_face_tokenizer_is_copied(tmp_path: Path, exported: Path, gpt2
     assert generate_page.generate(tmp_path / "out", "def f(", max_new_tokens=2).new_tokens > 0
 
 
+CHAT = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "import json\n\nand random?"},
+]
+
+
+@pytest.fixture(scope="module")
+def with_markers(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tokenizer of transformers that has ChatML's control tokens, and an older template of its own."""
+    folder = tmp_path_factory.mktemp("markers") / "tokenizer"
+    library: Any = AutoTokenizer.from_pretrained(exported)
+    library.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    library.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    library.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_examples(
+    corpus: Path, with_markers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, bool], Path]:
+    """Return a function that exports a model of examples in a layout, with ChatML's control tokens or without."""
+    home = tmp_path_factory.mktemp("examples")
+    rows = [{"messages": [*CHAT, {"role": "assistant", "content": f"yes, {number}"}]} for number in range(40)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @functools.cache
+    def export(template: str, markers: bool) -> Path:
+        folder = home / f"{template}-{markers}"
+        data_prepare.prepare(
+            str(home / "rows.jsonl"),
+            folder / "corpus",
+            format="sft",
+            template=template,
+            tokenizer=str(with_markers if markers else corpus),
+            validation=0.1,
+            workers=1,
+            progress=False,
+        )
+        trained = Trained(folder, folder / "corpus", ["model=gpt2-nano", "too_long=cut"], 1)
+        done = write_page.export(trained.run, folder / "export")
+        assert (done.template, done.warnings) == (template, ())
+        return folder / "export"
+
+    return export
+
+
+@pytest.mark.parametrize("markers", [False, True], ids=["sentencepiece", "control tokens"])
+@pytest.mark.parametrize("template", ["chatml", "alpaca", "plain"])
+def test_an_export_asks_as_its_examples_did(
+    template: str, markers: bool, of_examples: Callable[[str, bool], Path]
+) -> None:
+    folder = of_examples(template, markers)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    home = folder.parent / "corpus" / "tokenizer"
+    own = chat.named(template, data_tokenizer.load(home, "huggingface" if markers else "sentencepiece"))
+    for messages in (CHAT[:1], CHAT) if template != "plain" else (CHAT[:1],):
+        made = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        assert made["input_ids"] == own.prompt(messages)
+    whole = theirs.apply_chat_template(CHAT[:2], tokenize=False)
+    shorter, asked = (
+        theirs.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=asks) for asks in (0, 1)
+    )
+    assert whole.startswith(asked)
+    assert asked.startswith(shorter)
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert sorted(ends if isinstance(ends, list) else [ends]) == sorted(own.stops)
+    assert len(own.stops) == (2 if template == "chatml" and markers else 1)
+    if template != "chatml":
+        with pytest.raises(Exception, match="no place for the role tool"):
+            theirs.apply_chat_template([*CHAT, {"role": "tool", "content": "x"}], tokenize=False)
+
+
+def test_an_alpaca_export_takes_a_system_message_for_its_task(of_examples: Callable[[str, bool], Path]) -> None:
+    theirs: Any = AutoTokenizer.from_pretrained(of_examples("alpaca", False))
+    system = {"role": "system", "content": "Count."}
+    text = theirs.apply_chat_template([system, *CHAT[:1]], tokenize=False, add_generation_prompt=True)
+    assert text == "Count.\n\n### Instruction:\nWhat is 2 + 2?\n\n### Response:\n"
+    with pytest.raises(Exception, match="no place for the role system"):
+        theirs.apply_chat_template([*CHAT, system], tokenize=False)
+
+
+def test_an_export_keeps_the_template_that_its_tokenizer_had(
+    of_examples: Callable[[str, bool], Path], with_markers: Path
+) -> None:
+    folder = of_examples("tokenizer", True)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    assert theirs.chat_template == AutoTokenizer.from_pretrained(with_markers).chat_template
+
+
+def test_a_message_is_answered_by_the_exports_template(
+    of_examples: Callable[[str, bool], Path], exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = of_examples("chatml", True)
+    asked = generate_page.generate(folder, "hello", max_new_tokens=8, chat=True)
+    spelled = AutoTokenizer.from_pretrained(folder)("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    assert asked.prompt_tokens == len(spelled["input_ids"])
+    assert main(["generate", str(folder), "--prompt", "hello", "--max-new-tokens", "8", "--chat"]) == 0
+    assert capsys.readouterr().out == f"{asked.text}\n"
+    with pytest.raises(RequestError, match="has no chat template: the model was trained on text"):
+        generate_page.generate(exported, "hello", chat=True)
+
+
 def test_without_the_corpus_the_weights_are_exported_and_the_tokenizer_is_missed(
     gpt2: Trained, corpus: Path, tmp_path: Path
 ) -> None:
@@ -609,6 +717,68 @@ def test_evaluation_of_examples_reads_the_targets_of_each_by_itself(
     ) as refused:
         evaluate_page.evaluate(exported, str(folder), sequence=16)
     assert refused.value.fix == "--sequence 30, or prepare the corpus without them"
+
+
+@pytest.fixture(scope="module")
+def short_documents(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepare documents of which several meet in a sequence."""
+    folder = tmp_path_factory.mktemp("short")
+    lines = [line.strip() for line in (STDLIB / "random.py").read_text().splitlines() if line.strip()]
+    source = folder / "lines.jsonl"
+    source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    out = folder / "corpus"
+    data_prepare.prepare(str(source), out, tokenizer=str(corpus), validation=0.2, workers=1, progress=False)
+    return out
+
+
+def test_evaluation_reads_documents_as_the_run_did(
+    exported: Path, gpt2: Trained, short_documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfstep.launcher.data.tokens import TokenFile
+
+    file = TokenFile(short_documents / "validation")
+    total, count = 0.0, 0
+    for row, begun in zip(file.batch(range(5), SEQUENCE), file.document_starts(range(5), SEQUENCE), strict=True):
+        places = begun[1:].nonzero()[:, 0] + 1
+        for document in torch.tensor_split(row, places.tolist()):
+            if len(document) > 1:
+                with torch.no_grad():
+                    logits = gpt2.model(input_ids=document[None, :-1]).logits[0]
+                total += float(torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum"))
+                count += len(document) - 1
+    assert 0 < count < 5 * SEQUENCE
+    plain = evaluate_page.evaluate(exported, str(short_documents), batch=2)
+    apart = evaluate_page.evaluate(exported, str(short_documents), batch=2, documents="masked")
+    assert (plain.documents, plain.tokens) == ("plain", 5 * SEQUENCE)
+    assert (apart.documents, apart.tokens) == ("masked", count)
+    assert apart.loss == pytest.approx(total / count, rel=1e-6) != plain.loss
+
+    trained_so = tmp_path / "masked"
+    shutil.copytree(exported, trained_so)
+    note = json.loads((trained_so / "halfstep.json").read_text())
+    assert note["documents"] == "plain"
+    (trained_so / "halfstep.json").write_text(json.dumps(note | {"documents": "masked"}))
+    assert main(["eval", str(trained_so), "--data", str(short_documents), "--batch", "2"]) == 0
+    assert f"{count:,} tokens: 5 sequences of 32, documents apart" in capsys.readouterr().out
+    assert main(["eval", str(trained_so), "--data", str(short_documents), "--documents", "plain", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 5 * SEQUENCE
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "reason"),
+    [
+        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, "it takes no positions"),
+        ("biogpt", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "a change of the first one"),
+    ],
+)
+def test_a_model_that_does_not_keep_documents_apart_is_not_evaluated_so(
+    family: str, sizes: dict[str, int], reason: str, corpus: Path, short_documents: Path, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, vocab_size=512, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(RequestError, match=f"the model does not keep documents apart: {reason}") as error:
+        evaluate_page.evaluate(tmp_path / "model", str(short_documents), documents="masked", sequence=32)
+    assert error.value.fix == "--documents plain"
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:
