@@ -4,7 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -33,6 +33,7 @@ _KINDS_OF_KEY = {
     "choices_field": (CHOICES,),
     "per_token": (CHOICES,),
 }
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _COUNT = Field(ge=1, le=1 << 20)
 
 
@@ -147,6 +148,8 @@ class Task:
     spec: TaskSpec
     digest: str
     """Of what it asks and of the bytes of its data, wherever they lie."""
+    longest_row: int | None = None
+    """Bytes of the longest row of its data; None where they are compressed."""
 
 
 def read(path: Path, where: str = "the command line") -> Task:
@@ -159,9 +162,8 @@ def read(path: Path, where: str = "the command line") -> Task:
         raise problems[0].with_more(problems[1:]) from None
     data = Path(legal.absolute("data", spec.data, path.absolute().parent, str(path)))
     try:
-        stream: Any
         with foreign.open_regular(data, follow=True) as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
+            content, longest = _read_through(stream)
     except OSError as error:
         raise RequestError(
             f"the data of task {spec.name} cannot be read: {error.strerror}",
@@ -169,7 +171,24 @@ def read(path: Path, where: str = "the command line") -> Task:
             fix="check the path: it is relative to the task file",
         ) from None
     asked = spec.model_dump(mode="json", exclude={"name", "data", "batch"})
-    return Task(path=path, data=data, spec=spec, digest=digest({"asked": asked, "data": content}))
+    return Task(
+        path=path,
+        data=data,
+        spec=spec,
+        digest=digest({"asked": asked, "data": content}),
+        longest_row=None if data.suffix in _COMPRESSED else longest,
+    )
+
+
+def _read_through(stream: BinaryIO) -> tuple[str, int]:
+    """Return the SHA-256 of a file and the bytes of its longest line."""
+    content, longest, line = hashlib.sha256(), 0, 0
+    while part := stream.readline(1 << 20):
+        content.update(part)
+        line += len(part)
+        longest = max(longest, line)
+        line = 0 if part.endswith(b"\n") else line
+    return content.hexdigest(), longest
 
 
 def _problem(detail: dict[str, Any], path: Path) -> RequestError:

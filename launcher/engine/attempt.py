@@ -75,9 +75,10 @@ def prepared(attempt: Attempt) -> Iterator[Training]:
 
 def _summarise(attempt: Attempt, recorder: Recorder, status: str) -> None:
     """Write the summary; a stop that was asked for has been obeyed, or came too late: the next start resumes."""
-    peak = max(distributed.gather_objects(readings.host_peak_bytes()))
+    kind = attempt.plan.topology.accelerator
+    peaks = distributed.gather_objects((readings.peak_memory_bytes(kind), readings.host_peak_bytes()))
     if attempt.rank.rank == 0:
-        recorder.summarise(status, peak)
+        recorder.summarise(status, *map(max, zip(*peaks, strict=True)))
         with contextlib.suppress(OSError):
             attempt.where.stop_file.unlink(missing_ok=True)
 

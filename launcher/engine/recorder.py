@@ -140,8 +140,11 @@ class Recorder:
         proof = self._proof or records.Proof(reason="the parity gate was not asked")
         return {"proved": proof.proved, "unproved_because": proof.reason}
 
-    def summarise(self, status: str, peak_host_bytes: int) -> None:
-        """Record the result and say how it went; `status` is `done`, `diverged` or `stopped`."""
+    def summarise(self, status: str, peak_memory_bytes: int, peak_host_bytes: int) -> None:
+        """Record the result and say how it went; `status` is `done`, `diverged` or `stopped`.
+
+        The peaks are those of this attempt up to now: an evaluation or a checkpoint may need more than any step did.
+        """
         if not self._steps:
             return
         plan, last = self._plan, self._steps[-1]
@@ -171,7 +174,7 @@ class Recorder:
             "step_seconds": derive.median_of_steady([record.step_seconds for record in self._steps]),
             "mfu": derive.median_of_steady([record.mfu for record in self._steps if record.mfu is not None]),
             "predicted_peak_bytes": plan.memory.get("predicted_peak_bytes"),
-            "peak_memory_bytes": max(record.peak_memory_bytes for record in self._steps),
+            "peak_memory_bytes": max(peak_memory_bytes, *(record.peak_memory_bytes for record in self._steps)),
             "peak_host_bytes": peak_host_bytes,
             "predicted_communication_bytes": plan.time.get("communication_bytes_per_rank"),
             "communication_bytes": self._sent,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfstep.launcher.config.bucket_sizes import Sizes, bucket
+from halfstep.launcher.forecast.answering import Asking
 from halfstep.launcher.forecast.memory import FITS, Forecast, forecast
 from halfstep.launcher.forecast.workload import Workload
 from halfstep.models import shapes
 
 NOTHING = "nothing known"
 """What a forecast of memory says that it leaves out, where that is so."""
+UNKNOWN = "activations: a family whose arithmetic is not known"
 _LARGEST_MICRO = 4096
 _WORTH_NAMING = 0.98
 """A change that leaves more of the peak than this is not named."""
@@ -33,12 +35,12 @@ class Change:
         return {"words": self.run_keys, "peak_bytes": self.peak_bytes, "verdict": self.verdict}
 
 
-def described(workload: Workload, capacity_bytes: int | None) -> dict[str, Any]:
-    """Return what a plan says about a rank's memory, JSON-able."""
-    needed = forecast(workload)
+def described(workload: Workload, capacity_bytes: int | None, tasks: Sequence[Asking] = ()) -> dict[str, Any]:
+    """Return what a plan says about a rank's memory, JSON-able; `tasks` are answered at evaluations."""
+    needed = forecast(workload, tasks=tasks)
     states = needed.states.totals()
     verdict = needed.verdict(capacity_bytes)
-    changes = better(workload, needed, capacity_bytes) if verdict not in (None, FITS) else []
+    changes = better(workload, needed, capacity_bytes, tasks) if verdict not in (None, FITS) else []
     return {
         "model_states_bytes_per_rank": states,
         "model_states_total_bytes": sum(states.values()),
@@ -55,7 +57,7 @@ def described(workload: Workload, capacity_bytes: int | None) -> dict[str, Any]:
         "verdict": verdict,
         "largest_micro": largest_micro(workload, capacity_bytes),
         "changes": [change.to_dict() for change in changes],
-        "excludes": NOTHING if workload.shape else "activations: a family whose arithmetic is not known",
+        "excludes": NOTHING if workload.shape else UNKNOWN + (", and answers to tasks" if tasks else ""),
     }
 
 
@@ -96,11 +98,13 @@ def largest_fitting(workload: Workload, capacity_bytes: int, sizes: Sequence[int
     return (sizes[fitting - 1], bound(sizes[fitting - 1])) if fitting else None
 
 
-def better(workload: Workload, needed: Forecast, capacity_bytes: int | None) -> list[Change]:
+def better(
+    workload: Workload, needed: Forecast, capacity_bytes: int | None, tasks: Sequence[Asking] = ()
+) -> list[Change]:
     """Return what to change first: what makes it fit, the gentlest first, then what helps; pairs if need be."""
 
-    def tried(changes: list[tuple[str, Workload]]) -> list[Change]:
-        outcomes = [(keys, forecast(changed)) for keys, changed in changes]
+    def tried(changes: list[tuple[str, Workload]], tasks: Sequence[Asking] = tasks) -> list[Change]:
+        outcomes = [(keys, forecast(changed, tasks=tasks)) for keys, changed in changes]
         return [
             Change(run_keys=keys, peak_bytes=outcome.peak_bytes, verdict=outcome.verdict(capacity_bytes))
             for keys, outcome in outcomes
@@ -109,6 +113,10 @@ def better(workload: Workload, needed: Forecast, capacity_bytes: int | None) -> 
 
     singles = _changes(workload)
     helpful = tried(singles)
+    for number, task in enumerate(tasks):
+        fewer = dataclasses.replace(task, rows=max(1, task.rows // 2))
+        others = (*tasks[:number], fewer, *tasks[number + 1 :])
+        helpful += tried([(f"batch = {fewer.rows} in the task {task.name}", workload)], others)
     if not any(change.verdict == FITS for change in helpful) and not workload.activation_checkpointing:
         both = "activation_checkpointing=true"
         helpful += tried([(f"{keys} {both}", _recomputing(changed)) for keys, changed in singles if both not in keys])

@@ -1,10 +1,12 @@
 """How much memory a rank will need, term by term, in which phase, and whether that is there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from halfstep.launcher.forecast import tensors as cuts
 from halfstep.launcher.forecast.activations import activations
-from halfstep.launcher.forecast.phases import Buffer, Phase, phases
+from halfstep.launcher.forecast.answering import Asking
+from halfstep.launcher.forecast.phases import Buffer, Phase, answers, phases
 from halfstep.launcher.forecast.states import FULL, States, states
 from halfstep.launcher.forecast.workload import Workload
 from halfstep.launcher.system.heap import MAPPED
@@ -90,15 +92,19 @@ class Forecast:
         return sum(term.bytes for term in self.host)
 
 
-def forecast(workload: Workload, *, capacity_bytes: int | None = None) -> Forecast:
-    """Return the forecast of a workload; of a family that is not known, without activations and with a wider band."""
-    every, held = phases_on(workload), states(workload)
+def forecast(workload: Workload, *, capacity_bytes: int | None = None, tasks: Sequence[Asking] = ()) -> Forecast:
+    """Return the forecast of a workload; of a family that is not known, without activations and with a wider band.
+
+    Answers to `tasks`, of which only an upper bound is known, count for the peak and not for the least that is needed.
+    """
+    every, held = phases_on(workload, tasks), states(workload)
     on_cpu = workload.accelerator == "cpu"
     offloaded = _offloaded(workload, held)
     reserved = () if on_cpu else _reserved_for_good(workload, held)
     peaks = _cpu_peaks(workload, every) if on_cpu else _cuda_peaks(every, sum(term.bytes for term in reserved))
     worst = max(every, key=lambda phase: peaks[phase.name])
     peak = peaks[worst.name]
+    least = max(peaks[phase.name] for phase in phases_on(workload))
     terms = [Term(**vars(buffer)) for buffer in worst.buffers if buffer.bytes]
     outside = 0
     if on_cpu:
@@ -119,7 +125,7 @@ def forecast(workload: Workload, *, capacity_bytes: int | None = None) -> Foreca
         by_phase=peaks,
         allocated_bytes=worst.bytes,
         peak_bytes=peak,
-        low_bytes=int(peak * low),
+        low_bytes=int(least * low),
         high_bytes=int(peak * high),
         outside_bytes=outside,
         states=held,
@@ -127,12 +133,14 @@ def forecast(workload: Workload, *, capacity_bytes: int | None = None) -> Foreca
     )
 
 
-def phases_on(workload: Workload) -> tuple[Phase, ...]:
+def phases_on(workload: Workload, tasks: Sequence[Asking] = ()) -> tuple[Phase, ...]:
     """Return the phases of a run, and on CPU ranks, whose host is their device, with what is offloaded."""
+    answered = answers(workload, tasks)
+    every = phases(workload) if answered is None else (*phases(workload), answered)
     if workload.accelerator != "cpu":
-        return phases(workload)
+        return every
     offloaded = _offloaded(workload, states(workload))
-    return tuple(Phase(name=phase.name, buffers=(*phase.buffers, *offloaded)) for phase in phases(workload))
+    return tuple(Phase(name=phase.name, buffers=(*phase.buffers, *offloaded)) for phase in every)
 
 
 def _offloaded(workload: Workload, held: States) -> tuple[Buffer, ...]:

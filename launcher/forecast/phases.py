@@ -1,9 +1,12 @@
 """The phases of a run that may be its peak, and what lies on a rank's device in each of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from halfstep.launcher.forecast import answering
 from halfstep.launcher.forecast import tensors as cuts
 from halfstep.launcher.forecast.activations import Activations, activations
+from halfstep.launcher.forecast.answering import Asking
 from halfstep.launcher.forecast.states import FULL, States, accumulator_bytes, states, uses_bf16_optimizer
 from halfstep.launcher.forecast.tensors import Tensors
 from halfstep.launcher.forecast.workload import Workload
@@ -105,16 +108,8 @@ class _Case:
 
 
 def phases(workload: Workload) -> tuple[Phase, ...]:
-    """Return the phases of a run in their order."""
-    every = cuts.trained(workload)
-    case = _Case(
-        workload=workload,
-        every=every,
-        frozen=cuts.frozen(workload),
-        states=states(workload),
-        kept=activations(workload),
-        filled=cuts.fullest(every, _STAGE_0_BUCKET if workload.zero == 0 else workload.reduce_bucket),
-    )
+    """Return the phases of a run in their order, but for answers to tasks."""
+    case = _case(workload)
     return (
         Phase(name="initialisation", buffers=_initialisation(case)),
         Phase(name="evaluation", buffers=(*case.resting, *_evaluation(case))),
@@ -125,6 +120,28 @@ def phases(workload: Workload) -> tuple[Phase, ...]:
         Phase(name="optimizer step", buffers=(*case.resting, *_step(case))),
         # Shards are written from views; a forward pass over a few tokens is saved with them, which gathers at stage 3.
         Phase(name="checkpoint", buffers=(*case.resting, *_gathered(case, kept=False))),
+    )
+
+
+def answers(workload: Workload, tasks: Sequence[Asking]) -> Phase | None:
+    """Return the phase in which tasks are answered, None where nothing is known of it; what it holds is at most so."""
+    held = answering.largest(workload, tasks)
+    if not held:
+        return None
+    case = _case(workload)
+    beside = (*case.resting, *_gathered(case, kept=False), *_copies(case.kept.head_copies))
+    return Phase(name="answers to tasks", buffers=(*beside, *(Buffer(*terms) for terms in held)))
+
+
+def _case(workload: Workload) -> _Case:
+    every = cuts.trained(workload)
+    return _Case(
+        workload=workload,
+        every=every,
+        frozen=cuts.frozen(workload),
+        states=states(workload),
+        kept=activations(workload),
+        filled=cuts.fullest(every, _STAGE_0_BUCKET if workload.zero == 0 else workload.reduce_bucket),
     )
 
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from halfstep.launcher.config.task_file import GENERATE, Task
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.forecast import fit, hardware, run_estimate, workload
+from halfstep.launcher.forecast.answering import Asking
 from halfstep.launcher.forecast.memory import FITS, TOO_LARGE
 from halfstep.launcher.plan import batch
 from halfstep.launcher.plan.facts import Facts
@@ -19,14 +21,24 @@ FILLING_TOKENS = 32 * 1024
 
 def memory_of(plan: Plan, facts: Facts, named: str | None) -> dict[str, Any]:
     """Return a rank's predicted memory and whether its device has it; `named` is the run key `hardware`."""
-    described = fit.described(workload_of(plan), _capacity(plan.topology, facts, named))
-    if plan.tasks:
-        described["excludes"] = _and(described["excludes"], "answers to tasks, keys and values among them")
-    return described
+    asked = [_asking(task, plan) for task in facts.tasks]
+    return fit.described(workload_of(plan), _capacity(plan.topology, facts, named), asked)
 
 
-def _and(known: str, more: str) -> str:
-    return more if known == fit.NOTHING else f"{known}; {more}"
+def _asking(task: Task, plan: Plan) -> Asking:
+    spec, shape = task.spec, from_hf_config(plan.model.config)
+    generates = spec.answer.kind == GENERATE
+    # Of a few examples that stand in the layout itself, too.
+    around = [spec.prompt, spec.reference, max(spec.answer.choices or [""], key=len)]
+    return Asking(
+        name=spec.name,
+        rows=spec.batch if spec.limit is None else min(spec.batch, spec.limit),
+        longest=None if task.longest_row is None else task.longest_row + len("".join(around).encode()),
+        context=shape.positions if shape else plan.sequence,
+        new_tokens=spec.answer.max_new_tokens if generates else 0,
+        beams=spec.answer.beams,
+        scored=not generates or "perplexity" in spec.metrics,
+    )
 
 
 def time_of(plan: Plan, facts: Facts, named: str | None, terms: run_estimate.Terms | None = None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 WORDS = ["sequence=32", "batch.global=4", "batch.micro=2", "steps=4", "eval.every=0", "eval.sequences=2"]
-LORA = ["train=lora", "lora.rank=4", "lora.dropout=0.1", "ema.decay=0.5", "checkpoint.every=2", "gpus_per_node=1"]
+LORA = ["train=lora", "lora.rank=4", "lora.dropout=0.1", "ema.decay=0.5", "checkpoint.every=2"]
 
 
 def rank_main(folder: Path) -> None:
@@ -162,9 +162,9 @@ def test_the_average_is_the_recursion_over_the_masters_of_the_steps_that_were_ta
 
 @pytest.fixture(scope="module")
 def train(start: Start, data: Path) -> Callable[..., Outcome]:
-    def run(name: str, *keys: str, common: list[str] = LORA, **more: str) -> Outcome:
-        given = [*WORDS, *common, f"data={data}", *keys]
-        command = [str(BIN / "deepspeed"), "--num_gpus", "1", "launcher/train.py", *given, "out={out}"]
+    def run(name: str, *keys: str, common: list[str] = LORA, ranks: int = 1, **more: str) -> Outcome:
+        given = [*WORDS, *common, f"gpus_per_node={ranks}", f"data={data}", *keys]
+        command = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "launcher/train.py", *given, "out={out}"]
         return start(f"lora-{name}", command, **more)
 
     return run
@@ -337,7 +337,7 @@ def test_another_base_is_another_run_and_exports_nothing(
 
 
 @pytest.mark.full
-def test_adapters_and_their_average_go_on_at_another_stage_and_in_another_precision(
+def test_adapters_and_their_average_go_on_at_another_stage_on_other_ranks_and_in_another_precision(
     train: Callable[..., Outcome], base: Path
 ) -> None:
     from halfstep.launcher.checkpoint.shards import Shards
@@ -345,8 +345,9 @@ def test_adapters_and_their_average_go_on_at_another_stage_and_in_another_precis
     keys = [f"model=hf:{base}", "lora.dropout=0"]
     whole = train("through", *keys, "zero=1", "precision=fp32", "steps=8", "schedule.kind=constant")
     train("moved", *keys, "zero=3", "precision=fp32", "schedule.kind=constant")
-    moved = train("moved", *keys, "zero=0", "precision=fp32", "steps=8", "schedule.kind=constant")
+    moved = train("moved", *keys, "zero=0", "precision=fp32", "steps=8", "schedule.kind=constant", ranks=2)
     assert moved.returncode == 0, moved.output
+    assert manifest(moved, 8).world_size == 2
     assert moved.losses == pytest.approx(whole.losses, rel=1e-4)
     kept = [Shards(store.home(run.out) / store.folder_name(8), manifest(run, 8)) for run in (whole, moved)]
     for name in kept[0].parameters():

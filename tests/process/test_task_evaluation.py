@@ -62,6 +62,9 @@ def test_a_run_is_judged_at_its_evaluations_and_is_the_same_run(
     assert run.json("summary.json")["tasks"] == judged[-1][1]
     assert Run(run.out).evaluations()[-1].tasks == judged[-1][1]
     assert "choosing: accuracy " in run.output
+    planned, measured = run.json("plan.json")["memory"], run.json("summary.json")["peak_memory_bytes"]
+    assert planned["by_moment"]["answers to tasks"] > 0
+    assert planned["predicted_low_bytes"] <= measured <= planned["predicted_high_bytes"]
     events = [event for event in run.events if event["event"] == "judged"]
     assert [(event["step"], event["task"], event["examples"]) for event in events] == [
         (step, task, len(ROWS)) for step in (0, 10, 20) for task in ("small", "choosing")

@@ -135,7 +135,7 @@ def test_every_record_goes_to_every_sink_whatever_it_is(
         recorder.evaluation(evaluation)
         recorder.say("for people")
         recorder.sync()
-        recorder.summarise("done", 1)
+        recorder.summarise("done", 5, 1)
     assert tracker.taken == ["start", 1, 1, "done", "done", "closed"]
     assert (Run(tmp_path).steps(), Run(tmp_path).evaluations()) == ([RECORD], [evaluation])
     assert [event.kind for event in Run(tmp_path).events()] == ["start", "done"]
@@ -167,7 +167,7 @@ def test_a_summary_says_whether_the_runs_cell_is_proved(
     where = RunDir(path=tmp_path, attempt=tmp_path / "attempts" / "0001")
     with Recorder(where, plan(), writes=True, proof=known) as recorder:
         recorder.step(RECORD)
-        recorder.summarise("done", 1)
+        recorder.summarise("done", 5, 1)
     summary = Run(tmp_path).summary
     assert summary is not None
     assert (summary.proved, summary.unproved_because) == expected
@@ -195,5 +195,5 @@ def test_a_rank_that_does_not_write_leaves_nothing(plan: Callable[..., Plan], tm
     where = RunDir(path=tmp_path / "run", attempt=tmp_path / "run" / "attempts" / "0001")
     with Recorder(where, plan(), writes=False) as recorder:
         recorder.step(RECORD)
-        recorder.summarise("done", 1)
+        recorder.summarise("done", 5, 1)
     assert not where.path.exists()

@@ -11,7 +11,6 @@ from fakes.pairs import write_pair
 from halfstep.launcher.cli.main import main
 from halfstep.launcher.config.load import load
 from halfstep.launcher.errors import RequestError
-from halfstep.launcher.forecast import memory_table
 from halfstep.launcher.plan.plan import Plan, TaskPlan
 from halfstep.launcher.rundir.metric_rows import EvaluationRecord, of_row
 
@@ -103,10 +102,3 @@ def test_rows_of_before_there_were_tasks_are_read() -> None:
     assert judged.tasks == {"a": {"bleu": 1.5, "perplexity": None}}
     with pytest.raises(ValueError, match="tasks"):
         of_row({**row, "tasks": {"a": {"bleu": "high"}}})
-
-
-def test_a_plan_says_that_answers_are_in_no_forecast_of_memory(task: Path, plan: Callable[..., Plan]) -> None:
-    assert plan().memory["excludes"] == "nothing known"
-    judged = plan(f"eval.tasks={task}")
-    assert judged.memory["excludes"] == "answers to tasks, keys and values among them"
-    assert "not counted: answers to tasks" in "\n".join(memory_table.lines(judged.memory, False))
