@@ -40,6 +40,11 @@ def placed(value: str | list[Any], base: Path, origin: str) -> str:
     return ",".join(f"{path}:{weight}" for path, weight in pieces)
 
 
+def text_of(tables: list[Any], origin: str) -> str:
+    """Return a list of tables as text, with its paths as they are. Raises RequestError for a mixture that is none."""
+    return ",".join(f"{path}:{weight}" for path, weight in _of_tables(tables, origin))
+
+
 def parts(text: str) -> list[Weighed]:
     """Return the parts of a mixture as `placed` wrote it; none for a single path."""
     pieces = _of_text(text, "data")

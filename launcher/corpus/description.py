@@ -29,6 +29,8 @@ class DataFacts:
     validation_prefix: str | None
     train_tokens: int
     validation_tokens: int
+    train_documents: int | None = None
+    """Documents that its index knows, examples among them; None for a mixture."""
     vocabulary: int | None
     """Of its tokenizer: token ids are below this; None where the corpus does not say."""
     max_token_id: int | None = None
@@ -140,6 +142,12 @@ def _missing(folder: Path, path: str) -> RequestError:
             where=f"data={path}",
             fix="copy the other file beside it",
         )
+    if folder.is_file():
+        return RequestError(
+            f"{folder.name} is a file, not a prepared corpus",
+            where=f"data={path}",
+            fix=f"prepare it: halfstep data prepare --source {folder} --out data/{folder.stem} --vocab-size 4096",
+        )
     return RequestError(
         f"there is no data at {folder}",
         where=f"data={path}",
@@ -166,6 +174,7 @@ def _of_folder(folder: Path) -> DataFacts:
         train_prefix=str(folder / train.prefix),
         validation_prefix=str(folder / validation.prefix) if validation.tokens else None,
         train_tokens=train.tokens,
+        train_documents=train.documents,
         validation_tokens=validation.tokens,
         vocabulary=about.tokenizer.vocabulary,
         max_token_id=about.max_token_id,
@@ -260,6 +269,7 @@ def _of_pair(path: str) -> DataFacts:
         train_prefix=path,
         validation_prefix=None,
         train_tokens=pair.tokens,
+        train_documents=pair.documents,
         validation_tokens=0,
         vocabulary=None,
         has_tokenizer=False,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from halfstep.launcher.config import precisions
 from halfstep.launcher.config.schema import RunSpec
+from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.plan.batch import Batch
 from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import effects
@@ -47,6 +48,23 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
     ]
     if not data.validation_windows:
         said.append("the corpus has no validation split: no evaluation")
+    return said
+
+
+def of_beginnings(spec: RunSpec, weights: str | None, data: DataFacts | None, peak: float | None) -> list[str]:
+    """Return what to say of trained weights that a run begins with, and of documents that begin nowhere.
+
+    `peak` is the learning rate where its default is taken, else None.
+    """
+    said = []
+    if weights is not None and spec.train == "full" and peak is not None:
+        said.append(
+            f"optimizer.lr={peak:g}, the default by model size, is one to train from scratch with; it moves trained "
+            "weights far: fine-tuning mostly takes 1e-5 to 5e-5"
+        )
+    for corpus in [part.corpus for part in data.parts] or [data] if data else ():
+        if spec.documents == "masked" and corpus.train_lengths is None and corpus.train_documents == 1:
+            said.append(f"documents=masked keeps nothing apart in {corpus.path}: its index knows a single document")
     return said
 
 

@@ -12,7 +12,7 @@ from halfstep.launcher.errors import RequestError
 from halfstep.launcher.forecast import hardware
 from halfstep.launcher.plan import adapter_plan, data_plan, estimate, routers, rules, schedule
 from halfstep.launcher.plan import batch as batch_equation
-from halfstep.launcher.plan.cautions import warnings_of, without_effect
+from halfstep.launcher.plan.cautions import of_beginnings, warnings_of, without_effect
 from halfstep.launcher.plan.data_plan import DataPlan
 from halfstep.launcher.plan.ds import adopt, dsconfig
 from halfstep.launcher.plan.ds.dsfile import Own
@@ -74,6 +74,7 @@ def _decided(
         request_origins=request.origins,
     )
     curve = _schedule(spec, float(composed.leaves["optimizer.params.lr"]), steps)
+    default_peak = curve.peak if composed.origins["optimizer.params.lr"] == schedule.BY_SIZE else None
     demanded = dsconfig.demanded_by_run_keys(spec, batch, learning_rate, topology)
     case = rules.Case(
         spec=spec,
@@ -119,6 +120,7 @@ def _decided(
         "memory": {},
         "warnings": [
             *warnings_of(spec, batch, data, curve, sequence),
+            *of_beginnings(spec, model.weights, facts.data, default_peak),
             *routers.warnings(spec, facts, router_loss),
             *(own.warnings if own else ()),
             *composed.left_out,

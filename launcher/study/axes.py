@@ -1,7 +1,7 @@
 """The axes of a study: what changes from cell to cell, and patterns that name cells by it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ def axis(name: str, values: Any, where: object, base: Path | None = None) -> Axi
 
 
 def _value(name: str, value: Any, where: object, base: Path) -> Value:
+    if name == "data" and isinstance(value, list):
+        return Value(label=mixture.text_of(value, str(where)), keys={name: absolute(name, value, base)})
     if not isinstance(value, dict):
         if not isinstance(value, str | int | float):
             raise RequestError(
@@ -98,10 +100,10 @@ def _value(name: str, value: Any, where: object, base: Path) -> Value:
     return Value(label=value["name"], keys=keys)
 
 
-def chosen(old: Axis, labels: Iterable[str]) -> Axis:
-    """Return an axis with the values that a command line names: its own by their labels, and new ones."""
+def chosen(old: Axis, given: Any) -> Axis:
+    """Return an axis with the values that a word of a command line names: its own by their labels, and new ones."""
     own = {value.label: value for value in old.values}
-    named = [own.get(label, label) for label in labels]
+    named = [own.get(label, label) for label in _listed(old, given)]
     plain = all(list(value.keys) == [old.name] for value in old.values)
     unknown = next((choice for choice in named if isinstance(choice, str)), None)
     if unknown is not None and (not plain or not unknown):
@@ -113,6 +115,16 @@ def chosen(old: Axis, labels: Iterable[str]) -> Axis:
         [choice if isinstance(choice, Value) else literal(old.name, choice) for choice in named],
         "the command line",
     )
+
+
+def _listed(old: Axis, given: Any) -> list[str]:
+    """Return the values of an axis that a command line names: A,B, or a JSON list; a mixture is one value."""
+    values = literal(old.name, given) if isinstance(given, str) and given.startswith("[") else given
+    if isinstance(values, list):
+        return [label(value) for value in values]
+    if given in [value.label for value in old.values] or (old.name == "data" and mixture.parts(str(given))):
+        return [given]
+    return str(given).split(",")
 
 
 def literal(key: str, text: str) -> Any:

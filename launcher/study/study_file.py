@@ -106,8 +106,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Study:
         if key == "seed":
             seeds = [_number(number) for number in str(value).split(",")]
         elif key in axes:
-            labels = [allowed.label for allowed in axes[key].values]
-            axes[key] = chosen(axes[key], [value] if value in labels else str(value).split(","))
+            axes[key] = chosen(axes[key], value)
         else:
             base[key] = absolute(key, value, Path.cwd())
     _check_base(base, file)

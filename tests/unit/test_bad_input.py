@@ -63,6 +63,13 @@ def test_a_data_folder_that_is_missing_is_told_how_to_make(refuse: Refuse, tmp_p
     assert "halfstep data prepare" in said
 
 
+def test_a_file_is_no_corpus_and_is_told_how_to_become_one(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    said = refuse("run", "model=gpt2-nano", f"data={tmp_path / 'text.jsonl'}")
+    assert "text.jsonl is a file, not a prepared corpus" in said
+    assert f"halfstep data prepare --source {tmp_path / 'text.jsonl'} --out data/text" in said
+
+
 def test_a_data_folder_without_a_manifest_is_half_written(refuse: Refuse, corpus: Path) -> None:
     (corpus / "manifest.json").unlink()
     assert "was not finished" in refuse("run", "model=gpt2-nano", f"data={corpus}")

@@ -295,6 +295,16 @@ def test_documents_are_apart_where_that_is_asked_for_in_either_spelling(plan: Ca
     assert Plan.from_dict(masked.to_dict()) == masked
 
 
+def test_a_corpus_of_one_document_has_nothing_to_keep_apart_and_the_plan_says_so(
+    plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    (said,) = [line for line in plan("documents=masked").warnings if "documents=masked" in line]
+    assert said.endswith("corpus: its index knows a single document")
+    two = written(tmp_path / "two", [500, 500])
+    for words in (("documents=plain",), ("documents=masked", f"data={two}", "model.vocabulary=4096")):
+        assert not [line for line in plan(*words).warnings if "documents=masked" in line]
+
+
 def test_runs_that_are_older_than_the_key_are_those_with_plain_documents(plan: Callable[..., Plan]) -> None:
     plain, masked = plan("documents=plain"), plan("documents=masked")
     assert plain.run_id == plan().run_id

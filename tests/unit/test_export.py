@@ -594,6 +594,21 @@ def test_an_export_keeps_the_template_that_its_tokenizer_had(
     assert theirs.chat_template == AutoTokenizer.from_pretrained(with_markers).chat_template
 
 
+def test_of_a_mixture_it_is_the_template_of_the_part_that_holds_examples(
+    of_examples: Callable[[str, bool], Path], gpt2: Trained, corpus: Path, tmp_path: Path
+) -> None:
+    chats = of_examples("alpaca", False).parent / "corpus"
+    parts = [{"path": str(part), "digest": read_data(str(part)).digest} for part in (corpus, chats)]
+    data = {"path": f"{corpus}:1,{chats}:1", "digest": "of both", "parts": parts}
+    config = gpt2.plan.model.config
+    saved.save(tmp_path / "run", gpt2.parameters, config=config, buffers=[gpt2.buffers], data=data)
+    done = write_page.export(tmp_path / "run", tmp_path / "out", comparing=False)
+    assert (done.template, done.warnings) == ("alpaca", ())
+    assert generate_page.generate(tmp_path / "out", "hello", max_new_tokens=2, chat=True).new_tokens > 0
+    text = write_page.export(tmp_path / "run", tmp_path / "text", comparing=False, data=corpus)
+    assert text.template is None, "of a corpus that is named, that one's"
+
+
 def test_a_message_is_answered_by_the_exports_template(
     of_examples: Callable[[str, bool], Path], exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,19 @@ def test_other_spellings_of_the_same_infinity_are_one_run(planned: Planned, tmp_
     assert len(ids) == 1
 
 
+def test_trained_weights_are_not_to_be_moved_as_fast_as_drawn_ones(planned: Planned, tmp_path: Path) -> None:
+    build(LLAMA, seed=1).save_pretrained(tmp_path / "trained")
+    (said,) = [line for line in planned(tmp_path / "trained").warnings if "optimizer.lr" in line]
+    assert said.startswith("optimizer.lr=0.001, the default by model size, is one to train from scratch with")
+    for home, *keys in (
+        (tmp_path / "trained", "optimizer.lr=2e-5"),
+        (tmp_path / "trained", "ds.optimizer.params.lr=2e-5"),
+        (tmp_path / "trained", "train=lora"),
+        (folder(tmp_path, LLAMA),),
+    ):
+        assert not [line for line in planned(home, *keys).warnings if "optimizer.lr" in line], keys
+
+
 NESTED = {
     "vocab_size": 4096,
     "hidden_size": 32,

@@ -1,5 +1,7 @@
 """Study files: what they may say, which cells they make, and what is said of what they may not."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +38,30 @@ def test_a_grid_is_every_combination_for_every_seed(written) -> None:
     assert study.reference == {"zero": "1", "precision": "fp32"}
     assert len({cell.folder for cell in cells}) == 8
     assert cells[0].folder.startswith("zero0-fp32-s0-")
+
+
+def test_mixtures_are_values_of_an_axis(written, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Path(shutil.copytree(corpus, tmp_path / "other")) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seed": 1}))
+    monkeypatch.chdir(tmp_path)
+    head = HEAD.replace('data = "{corpus}"\n', "")
+    tables = f'[{{ path = "{corpus}", weight = 1 }}, {{ path = "other", weight = 3 }}]'
+    file = str(written(f'{head}[axes]\ndata = ["other", "other:1,{corpus}:2", {tables}]\n'))
+    cells = studied.cells_of(study_file.read(file))
+    assert [cell.refused for cell in cells] == [None] * 3
+    assert [cell.plan.data.weights for cell in cells] == [[1.0], [1 / 3, 2 / 3], [0.25, 0.75]]
+    assert [cell.name for cell in cells][2] == f"data={corpus}:1,other:3"
+    assert len({cell.folder for cell in cells}) == 3
+    assert all("/" not in cell.folder for cell in cells)
+
+    def weights(word: str) -> list[list[float]]:
+        return [cell.plan.data.weights for cell in studied.cells_of(study_file.read(file, [word]))]
+
+    assert weights(f"data=other:3,{corpus}:1") == [[0.75, 0.25]]
+    assert weights(f'data=["other", "other:3,{corpus}:1"]') == [[1.0], [0.75, 0.25]]
+    assert weights(f"data=other,{corpus}") == [[1.0], [1.0]]
+    with pytest.raises(RequestError, match="'other' has no weight"):
+        study_file.read(file, [f"data={corpus}:1,other"])
 
 
 def test_every_pass_runs_the_other_way_round(written) -> None:

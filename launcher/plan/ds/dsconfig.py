@@ -10,6 +10,7 @@ from halfstep.launcher.config.bucket_sizes import Sizes, bucket
 from halfstep.launcher.config.dotted import unflatten
 from halfstep.launcher.config.schema import Fp16Keys, RunSpec
 from halfstep.launcher.errors import RequestError
+from halfstep.launcher.plan import schedule
 from halfstep.launcher.plan.batch import Batch
 from halfstep.launcher.plan.ds import dskeys, effects
 from halfstep.launcher.plan.ds.dsfile import Own, read_fragment
@@ -198,7 +199,7 @@ def _optimizer(spec: RunSpec, learning_rate: float, topology: Topology) -> dict[
     row, by_kind = optimizers.BY_KIND[keys.kind], "run key optimizer.kind"
     decided: dict[str, tuple[Any, str]] = {
         "type": (row.type, by_kind),
-        "params.lr": (learning_rate, "run key optimizer.lr" if keys.lr is not None else "default by model size"),
+        "params.lr": (learning_rate, "run key optimizer.lr" if keys.lr is not None else schedule.BY_SIZE),
     }
     for name, run_keys in row.parameters.items():
         values = [getattr(keys, key) for key in run_keys]
