@@ -301,8 +301,8 @@ def test_a_corpus_of_one_document_has_nothing_to_keep_apart_and_the_plan_says_so
     (said,) = [line for line in plan("documents=masked").warnings if "documents=masked" in line]
     assert said.endswith("corpus: its index knows a single document")
     two = written(tmp_path / "two", [500, 500])
-    for words in (("documents=plain",), ("documents=masked", f"data={two}", "model.vocabulary=4096")):
-        assert not [line for line in plan(*words).warnings if "documents=masked" in line]
+    for keys in (("documents=plain",), ("documents=masked", f"data={two}", "model.vocabulary=4096")):
+        assert not [line for line in plan(*keys).warnings if "documents=masked" in line]
 
 
 def test_runs_that_are_older_than_the_key_are_those_with_plain_documents(plan: Callable[..., Plan]) -> None:
