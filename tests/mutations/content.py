@@ -27,6 +27,8 @@ from mutations.driver import Case, Reader, command, failures, file_cases
 COUNTS = {
     "corpus": 500,
     "pair of others": 400,
+    "examples": 250,
+    "prepared examples": 400,
     "model of others": 250,
     "tokenizer of others": 150,
     "SentencePiece": 150,
@@ -41,6 +43,8 @@ def make(name: str, folder: Path, corpus: Path) -> Reader:
     makers: dict[str, Callable[[Path, Path], Reader]] = {
         "corpus": _corpus,
         "pair of others": _pair,
+        "examples": _examples,
+        "prepared examples": _prepared_examples,
         "model of others": _model,
         "tokenizer of others": _tokenizer,
         "SentencePiece": _sentencepiece,
@@ -137,6 +141,103 @@ def _pair(folder: Path, corpus: Path) -> Reader:
     return Reader(name="pair of others", read=read, cases=file_cases(*files), judge=judge)
 
 
+# --- examples
+
+
+def _chats() -> list[dict[str, Any]]:
+    """Return rows of both shapes."""
+    asked = [f"What is {number} + 2?" for number in range(12)]
+    pairs = [{"prompt": text, "completion": f"It is {number + 2}."} for number, text in enumerate(asked)]
+    system = {"role": "system", "content": "Count."}
+    turns = [
+        [system, {"role": "user", "content": text}, {"role": "assistant", "content": f"{number + 2}, I think"}]
+        for number, text in enumerate(asked)
+    ]
+    return [*pairs, *({"messages": messages} for messages in turns)]
+
+
+def _answers(row: Any) -> list[str]:
+    """Return what the assistant writes in a row, as our format has it."""
+    if "messages" in row:
+        return [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+    written = row["completion"]
+    return [written] if isinstance(written, str) else [message["content"] for message in written]
+
+
+def _examples(folder: Path, corpus: Path) -> Reader:
+    from halfstep.launcher.corpus.description import read_data
+    from halfstep.launcher.data import tokenizer
+    from halfstep.launcher.data.packed import PackedExamples
+    from halfstep.launcher.data.prepare import prepare
+
+    rows, spm, out = folder / "rows.jsonl", _make_spm(folder), folder / "made"
+    own = tokenizer.load(spm, "sentencepiece")
+    rows.write_text("".join(json.dumps(row) + "\n" for row in _chats()))
+
+    def read(case: Case) -> Any:
+        shutil.rmtree(out, ignore_errors=True)
+        prepare(
+            str(rows),
+            out,
+            format="sft",
+            template="chatml",
+            tokenizer=str(spm / "tokenizer.model"),
+            validation=0.1,
+            workers=1,
+            progress=False,
+        )
+        facts = read_data(str(out))
+        learnt = []
+        for prefix in filter(None, (facts.train_prefix, facts.validation_prefix)):
+            file = PackedExamples(prefix, 1 << 18, pack=False, too_long="refuse", seed=0)
+            made = file.rows(range(len(file)))
+            learnt += [own.decode(ids[on].tolist()) for ids, on in zip(made.ids, made.counted, strict=True)]
+        return sorted(learnt)
+
+    def judge(case: Case, learnt: Any) -> str | None:
+        given = [json.loads(line) for line in rows.read_text("utf-8-sig").splitlines() if line.strip()]
+        if len(learnt) != len(given):
+            return f"{len(given)} rows became {len(learnt)} examples"
+        expected = sorted("".join(f"{answer}<|im_end|>" for answer in _answers(row)) for row in given)
+        return None if learnt == expected else f"{expected!r} were learnt as {learnt!r}"[:300]
+
+    made = Reader(name="examples", read=read, cases=file_cases((rows, mutate.of_rows)), judge=judge)
+    untouched = Case(what="nothing")
+    assert judge(untouched, read(untouched)) is None
+    return made
+
+
+def _prepared_examples(folder: Path, corpus: Path) -> Reader:
+    from fakes.examples import drawn, write_examples
+
+    from halfstep.launcher.corpus.description import read_data
+    from halfstep.launcher.data.packed import PackedExamples
+
+    there = write_examples(folder / "made", drawn([5, 9, 17, 3] * 5, 1), drawn([4, 8], 2))
+
+    def rows() -> Any:
+        facts = read_data(str(there))
+        seen = []
+        for prefix in filter(None, (facts.train_prefix, facts.validation_prefix)):
+            file = PackedExamples(prefix, 32, pack=True, too_long="refuse", seed=3, vocabulary=64)
+            made = file.rows(range(len(file)))
+            assert file.target_count(range(len(file))) == int(made.counted.sum())
+            seen += [part.tolist() for part in made]
+        return facts.digest, seen
+
+    before = rows()
+
+    def judge(case: Case, pair: Any) -> str | None:
+        return "other tokens or targets under the same digest" if pair[0] == before[0] and pair != before else None
+
+    files = (
+        (there / "manifest.json", mutate.of_json),
+        *((there / f"{split}{mask}.idx", _of_index) for split in ("train", "validation") for mask in ("", ".mask")),
+        *((there / f"train{mask}.bin", mutate.of_bytes) for mask in ("", ".mask")),
+    )
+    return Reader(name="prepared examples", read=lambda case: rows(), cases=file_cases(*files), judge=judge)
+
+
 # --- models and tokenizers of others
 
 
@@ -213,10 +314,9 @@ def _tokenizer(folder: Path, corpus: Path) -> Reader:
     return Reader(name="tokenizer of others", read=read, cases=file_cases(*files), judge=judge)
 
 
-def _sentencepiece(folder: Path, corpus: Path) -> Reader:
+def _make_spm(folder: Path) -> Path:
+    """Train a small SentencePiece model, and return its folder."""
     import sentencepiece
-
-    from halfstep.launcher.data import tokenizer
 
     text, there = folder / "text.txt", folder / "spm"
     there.mkdir()
@@ -230,6 +330,13 @@ def _sentencepiece(folder: Path, corpus: Path) -> Reader:
         minloglevel=9,
         normalization_rule_name="identity",
     )
+    return there
+
+
+def _sentencepiece(folder: Path, corpus: Path) -> Reader:
+    from halfstep.launcher.data import tokenizer
+
+    there = _make_spm(folder)
 
     def read(case: Case) -> Any:
         seen = tokenizer.load(there, "sentencepiece")

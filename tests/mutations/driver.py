@@ -21,6 +21,8 @@ SECONDS = 10
 """A case that takes longer hangs; the slowest take a tenth of it."""
 _MEMORY = 4 << 30
 """More than this, beside what the process has, nothing may ask for."""
+_MANY = 100
+"""Of so many cases some leave a file as good as it was, or change what may be changed."""
 _LABELS = (("error", "stopped"), ("from",), ("try",))
 
 
@@ -123,18 +125,21 @@ def _innermost(error: BaseException) -> str:
 
 def failures(reader: Reader, count: int, *, first: int = 0, seed: int = 0) -> list[str]:
     """Put `count` cases to a reader, from number `first` on, and return what went wrong, a line each."""
-    seen = []
+    seen, accepted = [], 0
     for number in range(first, first + count):
         draw = random.Random(f"{seed}/{reader.name}/{number}")
         case = reader.cases(draw)
         case.apply()
         try:
             outcome = run(lambda case=case: reader.read(case))
+            accepted += outcome.refused is None
             wrong = _wrong(reader, case, outcome)
         finally:
             case.undo()
         if wrong:
             seen.append(f"{reader.name} #{number} [{case.what}]: {wrong}")
+    if not accepted and count >= _MANY:
+        seen.append(f"{reader.name}: all {count} cases were refused, so that nothing was tried but the refusal")
     return seen
 
 
