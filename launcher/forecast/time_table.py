@@ -19,8 +19,11 @@ _NAMES = {
 }
 
 
-def lines(forecast: dict[str, Any]) -> list[str]:
-    """Return a plan's `time` as lines: a step by term with bars, then the run."""
+def lines(forecast: dict[str, Any], *, answers: bool = False) -> list[str]:
+    """Return a plan's `time` as lines: a step by term with bars, then the run, of which it says what is not counted.
+
+    `answers`: whether tasks are answered at evaluations.
+    """
     if not forecast:
         return []
     if forecast["unknown"]:
@@ -39,7 +42,7 @@ def lines(forecast: dict[str, Any]) -> list[str]:
         if share >= 0.0005:
             bar = "#" * round(_BAR * share)
             text.append(f"               {_NAMES[name]:<22} {seconds(value):>10} {100 * share:5.1f} %  {bar}")
-    text.append(f"             {_run(forecast)}")
+    text.append(f"             {_run(forecast, answers)}")
     return text
 
 
@@ -52,11 +55,12 @@ def seconds(value: float) -> str:
     return f"{value / 60:.0f} min" if value < 3 * 3600 else f"{value / 3600:.1f} h"
 
 
-def _run(forecast: dict[str, Any]) -> str:
+def _run(forecast: dict[str, Any], answers: bool) -> str:
     length = f"{forecast['days']:.1f} days" if forecast["hours"] >= 48 else f"{forecast['hours']:.2f} hours"
     missing = [
         *(["saving"] if forecast["checkpoint_seconds"] is None else []),
         *(["evaluation, which needs data="] if forecast["evaluation_seconds"] is None else []),
+        *(["answers to tasks"] if answers else []),
     ]
     unsaid = f" without the time of {' and of '.join(missing)}" if missing else ""
     parts = [f"whole run {length}{unsaid}, {forecast['device_hours']:,.1f} device-hours"]

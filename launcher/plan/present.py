@@ -48,7 +48,7 @@ def lines(plan: Plan) -> list[str]:
         f"ranks        {plan.topology.world_size} on {plan.topology.nodes} node(s), "
         f"{plan.topology.device_name or plan.topology.accelerator}",
         *memory_table.lines(plan.memory, plan.activation_checkpointing),
-        *time_table.lines(plan.time),
+        *time_table.lines(plan.time, answers=bool(plan.tasks)),
         f"checkpoints  {_checkpoints(plan)}",
         f"run id       {plan.run_id or 'needs data='}",
         "",

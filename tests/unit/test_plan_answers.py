@@ -17,7 +17,9 @@ from halfstep.launcher.forecast import answering, fit, memory_table
 from halfstep.launcher.forecast.answering import Asking
 from halfstep.launcher.forecast.memory import FITS, TIGHT, forecast
 from halfstep.launcher.forecast.workload import Workload
+from halfstep.launcher.plan import present
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.topology import Topology
 from halfstep.models import shapes
 from halfstep.models.network import build
 from halfstep.models.presets import PRESETS
@@ -116,3 +118,12 @@ def test_prompts_are_as_long_as_the_data_and_the_layout_let_them_be(plan: Callab
     task.write_text(task.read_text().replace("rows.jsonl", "rows.jsonl.gz"))
     assert task_file.read(task).longest_row is None
     assert answered(task) > short, "of compressed rows nothing is known but the model's context"
+
+
+def test_the_time_of_a_run_is_said_to_be_without_that_of_answers(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    task = judges.task(tmp_path / "writing", [{"prompt": "a", "completion": "b"}], WRITES)
+    gpu = Topology(world_size=8, ranks_per_node=8, accelerator="cuda", device_name="NVIDIA H100 80GB HBM3")
+    judged, unjudged = (plan(*keys, topology=gpu) for keys in ((f"eval.tasks={task}",), ()))
+    (line,) = [line for line in present.lines(judged) if "whole run" in line]
+    assert "without the time of saving and of answers to tasks" in line
+    assert "answers" not in "".join(line for line in present.lines(unjudged) if "whole run" in line)
