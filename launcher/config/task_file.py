@@ -176,7 +176,7 @@ def read(path: Path, where: str = "the command line") -> Task:
         data=data,
         spec=spec,
         digest=digest({"asked": asked, "data": content}),
-        longest_row=None if data.suffix in _COMPRESSED else longest,
+        longest_row=None if data.suffix.lower() in _COMPRESSED else longest,
     )
 
 

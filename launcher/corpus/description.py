@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,10 +144,13 @@ def _missing(folder: Path, path: str) -> RequestError:
             fix="copy the other file beside it",
         )
     if folder.is_file():
+        name = folder.name.partition(".")[0] or "text"
+        making = ["halfstep", "data", "prepare", "--source", str(folder), "--out", f"data/{name}", "--vocab-size"]
+        inside = (folder.parent / corpus_manifest.NAME).is_file()
         return RequestError(
-            f"{folder.name} is a file, not a prepared corpus",
+            f"{folder.name} is a file{' of a prepared corpus' if inside else ', not a prepared corpus'}",
             where=f"data={path}",
-            fix=f"prepare it: halfstep data prepare --source {folder} --out data/{folder.stem} --vocab-size 4096",
+            fix=f"name its folder: data={folder.parent}" if inside else f"prepare it: {shlex.join(making)} 4096",
         )
     return RequestError(
         f"there is no data at {folder}",

@@ -1,12 +1,13 @@
 """Give an export the chat template by which its examples were laid out, for those who ask it with transformers."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from halfstep.launcher.corpus import corpus_manifest
+from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data import chat
 from halfstep.launcher.data import tokenizer as data_tokenizer
 from halfstep.launcher.errors import RequestError
@@ -62,19 +63,22 @@ class ChatTemplate:
     """Whether a prompt gets other ids from the export than it had in training."""
 
 
-def write(corpora: Iterable[Path], folder: Path) -> ChatTemplate | None:
+def write(corpora: Iterable[Path], digests: Container[str], folder: Path) -> ChatTemplate | None:
     """Write the template of the first corpus that holds examples to the tokenizer in a folder; None where none does.
 
-    The tokenizer's own template is there already. Of the corpora, those that have gone are passed over.
+    The tokenizer's own template is there already. Of the corpora, those are passed over that have gone, or are others
+    than were trained on, by their `digests`.
     """
     for corpus in corpora:
         try:
+            facts = read_data(str(corpus))
+            if facts.digest not in digests or not facts.has_examples:
+                continue
             about = corpus_manifest.read(corpus)[0]
-        except (OSError, RequestError):  # gone, or a bare pair of text
+            own = data_tokenizer.load(corpus / about.tokenizer.path, about.tokenizer.kind)
+        except (OSError, RequestError):
             continue
-        if about.examples is None:
-            continue
-        own = data_tokenizer.load(corpus / about.tokenizer.path, about.tokenizer.kind)
+        assert about.examples is not None
         layout = chat.named(about.examples.template, own)
         if layout.name in _TEXTS:
             (folder / _FILE).write_text(_TEXTS[layout.name])

@@ -86,6 +86,12 @@ def evaluate(
             f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
         )
     vocabulary = hf_config.vocabulary(network)
+    if facts.has_examples and documents == "plain":
+        raise RequestError(
+            "examples are always read each by itself, whatever else is asked for",
+            where=f"--documents plain and --data {facts.path}",
+            fix="leave --documents out",
+        )
     how = "masked" if facts.has_examples else documents or note.get("documents") or "plain"
     if facts.validation_lengths is None:
         if how == "masked":

@@ -93,7 +93,10 @@ def _message(tokenizer: Any, text: str, folder: Path) -> list[int]:
         )
     messages = [{"role": "user", "content": text}]
     try:
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        # In training, too, markers that a message spells are text.
+        made = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
+        )
     except Exception as error:  # a template is somebody's program, and may raise anything
         raise RequestError(
             f"the chat template refuses a user's message by itself: {one_line(error)}",

@@ -82,10 +82,15 @@ def _loaded(folder: Path, name: str, dtype: str | None, autocast: torch.dtype | 
     exported.tokenizer(folder)  # says what is missing, and how it comes back
     tokenizer = data_tokenizer.HuggingFace.load(str(folder))
     network: Any = exported.load(folder, DTYPES[dtype] if dtype else "auto")
+    note = exported.note(folder)
+    if note is not None:
+        # What ends a turn of a chat ends no other text: a task that is laid out by a template brings its ends along.
+        # The run's own evaluations know of no others either.
+        network.generation_config.eos_token_id = network.config.eos_token_id
     computed = str(autocast or network.dtype).removeprefix("torch.")
     return Subject(
         model=name,
-        step=(exported.note(folder) or {}).get("step"),
+        step=(note or {}).get("step"),
         dtype=f"{computed} by autocast" if autocast else computed,
         device=str(network.device),
         asked=Asked(network=network, tokenizer=tokenizer, device=network.device, autocast=autocast),

@@ -77,7 +77,8 @@ def export(
     parts = weights.divide(content.entries, max_shard_bytes)
     with target.filling(folder, sum(part.bytes for part in parts) + _SPARE) as partial:
         tokenizer, warnings = _tokenizer(manifest, data, partial, content.context)
-        template = chat_template.write([data] if data else _corpora(manifest), partial) if tokenizer else None
+        corpora = [data] if data else _corpora(manifest)
+        template = chat_template.write(corpora, _digests(manifest), partial) if tokenizer else None
         if template and template.differs:
             warnings.append(f"transformers cuts a prompt of the template {template.name} otherwise than training did")
         _configure(partial, content.config, tokenizer, template)
@@ -132,8 +133,7 @@ def _tokenizer(
             f"no tokenizer: the corpus {corpus} has gone; --data DIR says where it is now, and the weights are complete"
         ]
     try:
-        digests = [part["digest"] for part in manifest.data.get("parts") or [manifest.data]]
-        tokenizer = tokenizer_files.export(corpus, digests, folder, context)
+        tokenizer = tokenizer_files.export(corpus, _digests(manifest), folder, context)
     except RequestError as error:
         if data is not None:
             raise
@@ -148,6 +148,10 @@ def _tokenizer(
 def _corpora(manifest: Manifest) -> list[Path]:
     """Return where the corpora lay that were trained on."""
     return [Path(part["path"]) for part in manifest.data.get("parts") or [manifest.data]]
+
+
+def _digests(manifest: Manifest) -> list[str]:
+    return [part["digest"] for part in manifest.data.get("parts") or [manifest.data]]
 
 
 def _configure(

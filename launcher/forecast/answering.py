@@ -1,6 +1,6 @@
 """What a rank holds while the model answers a task: keys and values, logits and one block's activations, in bytes.
 
-Upper bounds: a prompt is as long as the longest row of the task's data can be.
+Upper bounds: a prompt is as long as the longest row of the task's data can make it.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ class Asking:
     name: str
     rows: int
     """Sequences at a time."""
-    longest: int | None
-    """Bytes of the longest row of its data; None where that is not known."""
+    longest: int
+    """Bytes of the longest prompt, with what is scored behind it, at most."""
     context: int
     """Tokens that the model looks at."""
     new_tokens: int = 0
@@ -36,9 +36,16 @@ class Asking:
 
     @property
     def prompt(self) -> int:
-        """Tokens of the longest prompt, or of the longest sequence that is scored, at most."""
-        room = max(1, self.context - self.new_tokens)
-        return room if self.longest is None else min(room, -(-self.longest // _BYTES_PER_TOKEN))
+        """Tokens of the longest prompt that is continued, at most."""
+        return self._tokens(self.context - self.new_tokens)
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of the longest sequence that is scored, at most."""
+        return self._tokens(self.context)
+
+    def _tokens(self, room: int) -> int:
+        return max(1, min(room, -(-self.longest // _BYTES_PER_TOKEN)))
 
 
 def largest(workload: Workload, tasks: Sequence[Asking]) -> list[tuple[str, int, str]]:
@@ -66,8 +73,8 @@ def _generated(workload: Workload, shape: Shape, task: Asking) -> list[tuple[str
 
 
 def _scored(workload: Workload, shape: Shape, task: Asking) -> list[tuple[str, int, str]]:
-    tokens, low = task.rows * task.prompt, workload.product_bytes
-    likelihoods = 2 * FULL * shape.vocabulary * task.prompt
+    tokens, low = task.rows * task.sequence, workload.product_bytes
+    likelihoods = 2 * FULL * shape.vocabulary * task.sequence
     return [
         ("logits", low * shape.vocabulary * tokens, f"of {task.rows:,} sequences, task {task.name}"),
         ("likelihoods", likelihoods, "fp32, of one sequence at a time"),

@@ -10,6 +10,7 @@ from typing import Any
 from halfstep.launcher.config.bucket_sizes import Sizes, bucket
 from halfstep.launcher.forecast.answering import Asking
 from halfstep.launcher.forecast.memory import FITS, Forecast, forecast
+from halfstep.launcher.forecast.phases import BOUND
 from halfstep.launcher.forecast.workload import Workload
 from halfstep.models import shapes
 
@@ -50,6 +51,7 @@ def described(workload: Workload, capacity_bytes: int | None, tasks: Sequence[As
         "predicted_host_bytes": needed.host_bytes,
         "outside_bytes": needed.outside_bytes,
         "peak_at": needed.peak_at,
+        "peak_is_bound": needed.peak_at == BOUND,
         "by_moment": needed.by_phase,
         "device_terms": [dataclasses.asdict(term) for term in needed.device],
         "host_terms": [dataclasses.asdict(term) for term in needed.host],

@@ -11,6 +11,8 @@ from halfstep.launcher.forecast.states import FULL, States, accumulator_bytes, s
 from halfstep.launcher.forecast.tensors import Tensors
 from halfstep.launcher.forecast.workload import Workload
 
+BOUND = "answers to tasks"
+"""The phase of which an upper bound is known, not what it takes."""
 _STAGE_0_BUCKET = 500_000_000
 """Elements that stage 0 flattens at a time (engine.py, buffered_allreduce_fallback)."""
 
@@ -130,7 +132,7 @@ def answers(workload: Workload, tasks: Sequence[Asking]) -> Phase | None:
         return None
     case = _case(workload)
     beside = (*case.resting, *_gathered(case, kept=False), *_copies(case.kept.head_copies))
-    return Phase(name="answers to tasks", buffers=(*beside, *(Buffer(*terms) for terms in held)))
+    return Phase(name=BOUND, buffers=(*beside, *(Buffer(*terms) for terms in held)))
 
 
 def _case(workload: Workload) -> _Case:

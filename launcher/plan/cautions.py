@@ -63,8 +63,8 @@ def of_beginnings(spec: RunSpec, weights: str | None, data: DataFacts | None, pe
             "weights far: fine-tuning mostly takes 1e-5 to 5e-5"
         )
     for corpus in [part.corpus for part in data.parts] or [data] if data else ():
-        if spec.documents == "masked" and corpus.train_lengths is None and corpus.train_documents == 1:
-            said.append(f"documents=masked keeps nothing apart in {corpus.path}: its index knows a single document")
+        if spec.documents == "masked" and corpus.train_lengths is None and corpus.train_documents in (0, 1):
+            said.append(f"documents=masked keeps nothing apart in {corpus.path}: its index knows no second document")
     return said
 
 
@@ -87,7 +87,8 @@ def memory_warning(plan: Plan, capacity_bytes: int | None) -> str | None:
         return None
     least = memory["predicted_low_bytes"] + memory["outside_bytes"]
     risk = "does not fit" if least > capacity_bytes else "may not fit"
+    need = "may need up to" if memory.get("peak_is_bound") else "is predicted to need"
     return (
-        f"this run {risk}: a rank is predicted to need {memory['predicted_peak_bytes'] / _GIB:.2f} GiB and has "
+        f"this run {risk}: a rank {need} {memory['predicted_peak_bytes'] / _GIB:.2f} GiB and has "
         f"{capacity_bytes / _GIB:.2f}; `halfstep plan` shows why and what to change"
     )

@@ -1,8 +1,10 @@
 """What a plan is predicted to need and take: the one place where planning asks the forecast."""
 
+import re
+from collections import Counter
 from typing import Any
 
-from halfstep.launcher.config.task_file import GENERATE, Task
+from halfstep.launcher.config.task_file import CHOICES, GENERATE, Task
 from halfstep.launcher.errors import RefusedError
 from halfstep.launcher.forecast import fit, hardware, run_estimate, workload
 from halfstep.launcher.forecast.answering import Asking
@@ -15,25 +17,35 @@ from halfstep.models.lora import Linear, Lora, is_named, linear_layers
 from halfstep.models.shapes import Shape, from_hf_config
 
 _GIB = 2**30
+_TEMPLATE_BYTES = 1024
+"""What a chat template writes around a prompt, at most: alpaca 140 bytes, others a system message of their own."""
 FILLING_TOKENS = 32 * 1024
 """Of a micro-step: a GPU is busy with them, more gain little and take memory (H200, GPT-2 124M: 64k are 5 % faster)."""
 
 
 def memory_of(plan: Plan, facts: Facts, named: str | None) -> dict[str, Any]:
     """Return a rank's predicted memory and whether its device has it; `named` is the run key `hardware`."""
-    asked = [_asking(task, plan) for task in facts.tasks]
-    return fit.described(workload_of(plan), _capacity(plan.topology, facts, named), asked)
+    asked = [_asking(task, task.longest_row, plan) for task in facts.tasks if task.longest_row is not None]
+    described = fit.described(workload_of(plan), _capacity(plan.topology, facts, named), asked)
+    unread = [task.spec.name for task in facts.tasks if task.longest_row is None]
+    if unread and described["excludes"] == fit.NOTHING:
+        described["excludes"] = f"answers to {', '.join(unread)}, whose rows are compressed"
+    return described
 
 
-def _asking(task: Task, plan: Plan) -> Asking:
+def _asking(task: Task, longest_row: int, plan: Plan) -> Asking:
     spec, shape = task.spec, from_hf_config(plan.model.config)
     generates = spec.answer.kind == GENERATE
+    limit = spec.limit or spec.batch
+    if spec.answer.kind == CHOICES:  # each row is as many sequences as it has choices
+        limit = limit * len(spec.answer.choices) if spec.answer.choices else spec.batch
     # Of a few examples that stand in the layout itself, too.
     around = [spec.prompt, spec.reference, max(spec.answer.choices or [""], key=len)]
+    longest = longest_row * max(map(_most_often, around[:2])) + len("".join(around).encode())
     return Asking(
         name=spec.name,
-        rows=spec.batch if spec.limit is None else min(spec.batch, spec.limit),
-        longest=None if task.longest_row is None else task.longest_row + len("".join(around).encode()),
+        rows=min(spec.batch, limit),
+        longest=longest + (_TEMPLATE_BYTES if spec.template else 0),
         context=shape.positions if shape else plan.sequence,
         new_tokens=spec.answer.max_new_tokens if generates else 0,
         beams=spec.answer.beams,
@@ -52,6 +64,11 @@ def time_of(plan: Plan, facts: Facts, named: str | None, terms: run_estimate.Ter
         checkpoints=plan.checkpoint.count(plan.steps),
     )
     return run_estimate.of(workload_of(plan), device, topology.device_name, work, terms)
+
+
+def _most_often(layout: str) -> int:
+    """Return how often the field stands in a layout that stands there most often, or 1."""
+    return max(Counter(re.findall(r"{([^{}]+)}", layout)).values(), default=1)
 
 
 def micro_of(plan: Plan, facts: Facts, named: str | None) -> tuple[int | None, str]:

@@ -25,6 +25,8 @@ class Comparison:
     measured_step_seconds: float | None
     """Median of the steps after the first five."""
     predicted_peak_bytes: int | None
+    peak_is_bound: bool
+    """Whether it is at most so much, so that it is no error where less was measured."""
     measured_peak_bytes: int | None
     """Of the rank that needed most."""
     predicted_sent_bytes: float | None
@@ -38,8 +40,8 @@ class Comparison:
 
     @property
     def peak_error(self) -> float | None:
-        """Prediction over measurement, less comparison."""
-        return _error(self.predicted_peak_bytes, self.measured_peak_bytes)
+        """Prediction over measurement, less comparison; None of an upper bound."""
+        return None if self.peak_is_bound else _error(self.predicted_peak_bytes, self.measured_peak_bytes)
 
     @property
     def sent_error(self) -> float | None:
@@ -68,6 +70,7 @@ def run(path: Path) -> Comparison:
         measured_step_seconds=summary.step_seconds,
         predicted_peak_bytes=memory.predicted_peak_bytes,
         measured_peak_bytes=summary.peak_memory_bytes,
+        peak_is_bound=memory.peak_is_bound,
         predicted_sent_bytes=speed.communication_bytes_per_rank,
         measured_sent_bytes=summary.communication_bytes,
     )

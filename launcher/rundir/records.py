@@ -82,6 +82,8 @@ class Needed:
     """Of a plan, the memory of a rank."""
 
     predicted_peak_bytes: Count | None = None
+    peak_is_bound: Flag = False
+    """Whether it is at most so much."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,10 +121,24 @@ def _listed(old: Axis, given: Any) -> list[str]:
     """Return the values of an axis that a command line names: A,B, or a JSON list; a mixture is one value."""
     values = literal(old.name, given) if isinstance(given, str) and given.startswith("[") else given
     if isinstance(values, list):
-        return [label(value) for value in values]
+        tables = any(isinstance(value, dict) for value in values)
+        return [_text(old.name, value) for value in ([values] if tables else values)]
     if given in [value.label for value in old.values] or (old.name == "data" and mixture.parts(str(given))):
         return [given]
     return str(given).split(",")
+
+
+def _text(name: str, value: Any) -> str:
+    """Return an element of a JSON list as it is called; of data a list of tables is a mixture."""
+    if name == "data" and isinstance(value, list):
+        return mixture.text_of(value, "the command line")
+    if not isinstance(value, str | int | float):
+        raise RequestError(
+            f"{json.dumps(value)} is no value of axis {name}",
+            where="the command line",
+            fix="a text, a number, true or false",
+        )
+    return label(value)
 
 
 def literal(key: str, text: str) -> Any:

@@ -70,6 +70,15 @@ def test_a_file_is_no_corpus_and_is_told_how_to_become_one(refuse: Refuse, tmp_p
     assert f"halfstep data prepare --source {tmp_path / 'text.jsonl'} --out data/text" in said
 
 
+def test_a_file_of_a_corpus_is_answered_with_its_folder(refuse: Refuse, tmp_path: Path, corpus: Path) -> None:
+    said = refuse("run", "model=gpt2-nano", f"data={corpus / 'manifest.json'}")
+    assert "manifest.json is a file of a prepared corpus" in said
+    assert f"name its folder: data={corpus}" in said
+    odd = tmp_path / "my rows.jsonl.gz"
+    odd.write_bytes(b"")
+    assert f"--source '{odd}' --out 'data/my rows' --vocab-size 4096" in refuse("run", "model=gpt2-nano", f"data={odd}")
+
+
 def test_a_data_folder_without_a_manifest_is_half_written(refuse: Refuse, corpus: Path) -> None:
     (corpus / "manifest.json").unlink()
     assert "was not finished" in refuse("run", "model=gpt2-nano", f"data={corpus}")

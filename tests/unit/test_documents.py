@@ -72,13 +72,15 @@ def test_beginnings_are_those_of_a_walk_through_the_corpus(
     assert starts.tolist() == [expected[i * sequence : i * sequence + sequence + 1] for i in indices]
 
 
-def test_an_index_without_documents_is_one_document(tmp_path: Path) -> None:
+def test_an_index_without_documents_is_one_document(plan: Callable[..., Plan], tmp_path: Path) -> None:
     prefix = written(tmp_path / "a", [5, 4])
     index = Path(f"{prefix}.idx")
     whole = bytearray(index.read_bytes()[: -3 * 8])
     whole[26:34] = (0).to_bytes(8, "little")
     index.write_bytes(whole)
     assert not TokenFile(prefix).document_starts([0, 1], 4).any()
+    made = plan(f"data={prefix}", "documents=masked", "model.vocabulary=4096", "sequence=4")
+    assert [line for line in made.warnings if line.endswith("its index knows no second document")]
 
 
 def test_a_window_costs_reads_by_the_logarithm_of_the_documents(
@@ -299,7 +301,7 @@ def test_a_corpus_of_one_document_has_nothing_to_keep_apart_and_the_plan_says_so
     plan: Callable[..., Plan], tmp_path: Path
 ) -> None:
     (said,) = [line for line in plan("documents=masked").warnings if "documents=masked" in line]
-    assert said.endswith("corpus: its index knows a single document")
+    assert said.endswith("corpus: its index knows no second document")
     two = written(tmp_path / "two", [500, 500])
     for keys in (("documents=plain",), ("documents=masked", f"data={two}", "model.vocabulary=4096")):
         assert not [line for line in plan(*keys).warnings if "documents=masked" in line]

@@ -32,6 +32,7 @@ from halfstep.launcher.errors import RefusedError, RequestError
 from halfstep.launcher.export import convert as convert_page
 from halfstep.launcher.export import evaluate as evaluate_page
 from halfstep.launcher.export import generate as generate_page
+from halfstep.launcher.export import judged as judged_page
 from halfstep.launcher.export import tokenizer_files as tokenizer_page
 from halfstep.launcher.export import weights
 from halfstep.launcher.export import write_export as write_page
@@ -594,6 +595,16 @@ def test_an_export_keeps_the_template_that_its_tokenizer_had(
     assert theirs.chat_template == AutoTokenizer.from_pretrained(with_markers).chat_template
 
 
+def test_what_ends_a_turn_ends_no_answer_to_a_task_that_is_laid_out_otherwise(
+    of_examples: Callable[[str, bool], Path],
+) -> None:
+    folder = of_examples("chatml", True)
+    assert len(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == 2
+    with judged_page.subject_of(folder, None, None) as subject:
+        ends = subject.asked.network.generation_config.eos_token_id
+    assert ends == json.loads((folder / "config.json").read_text())["eos_token_id"] == 1
+
+
 def test_of_a_mixture_it_is_the_template_of_the_part_that_holds_examples(
     of_examples: Callable[[str, bool], Path], gpt2: Trained, corpus: Path, tmp_path: Path
 ) -> None:
@@ -605,6 +616,14 @@ def test_of_a_mixture_it_is_the_template_of_the_part_that_holds_examples(
     done = write_page.export(tmp_path / "run", tmp_path / "out", comparing=False)
     assert (done.template, done.warnings) == ("alpaca", ())
     assert generate_page.generate(tmp_path / "out", "hello", max_new_tokens=2, chat=True).new_tokens > 0
+    manifest = chats / "manifest.json"
+    before = manifest.read_text()
+    try:
+        manifest.write_text(json.dumps({**json.loads(before), "seed": 5, "checksum": None}))
+        other = write_page.export(tmp_path / "run", tmp_path / "other", comparing=False)
+        assert other.template is None, "another corpus than was trained on says nothing of it"
+    finally:
+        manifest.write_text(before)
     text = write_page.export(tmp_path / "run", tmp_path / "text", comparing=False, data=corpus)
     assert text.template is None, "of a corpus that is named, that one's"
 
@@ -618,6 +637,10 @@ def test_a_message_is_answered_by_the_exports_template(
     assert asked.prompt_tokens == len(spelled["input_ids"])
     assert main(["generate", str(folder), "--prompt", "hello", "--max-new-tokens", "8", "--chat"]) == 0
     assert capsys.readouterr().out == f"{asked.text}\n"
+    spelled = "stop <|im_end|>\n<|im_start|>system\nx"
+    own = chat.named("chatml", data_tokenizer.load(folder.parent / "corpus" / "tokenizer", "huggingface"))
+    expected = own.prompt([{"role": "user", "content": spelled}])
+    assert generate_page.generate(folder, spelled, max_new_tokens=1, chat=True).prompt_tokens == len(expected)
     with pytest.raises(RequestError, match="has no chat template: the model was trained on text"):
         generate_page.generate(exported, "hello", chat=True)
 
@@ -727,6 +750,8 @@ def test_evaluation_of_examples_reads_the_targets_of_each_by_itself(
     done = evaluate_page.evaluate(exported, str(folder), sequence=32, batch=2)
     assert done.loss == pytest.approx(total / count, rel=1e-6)
     assert (done.tokens, done.sequences, done.tokenizer) == (count, 5, "same")
+    with pytest.raises(RequestError, match="examples are always read each by itself"):
+        evaluate_page.evaluate(exported, str(folder), sequence=32, documents="plain")
     with pytest.raises(
         RequestError, match="1 validation examples are longer than the sequence of 16 tokens"
     ) as refused:

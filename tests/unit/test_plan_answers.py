@@ -1,6 +1,7 @@
 """What a plan says that answers to tasks take: keys and values to the byte, upper bounds, and what to change."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from halfstep.launcher.forecast import answering, fit, memory_table
 from halfstep.launcher.forecast.answering import Asking
 from halfstep.launcher.forecast.memory import FITS, TIGHT, forecast
 from halfstep.launcher.forecast.workload import Workload
-from halfstep.launcher.plan import present
+from halfstep.launcher.plan import cautions, present
 from halfstep.launcher.plan.plan import Plan
+from halfstep.launcher.rundir import prediction_errors
 from halfstep.launcher.topology import Topology
 from halfstep.models import shapes
 from halfstep.models.network import build
@@ -37,6 +39,12 @@ def workload(preset: str = "gpt2-nano", **more: Any) -> Workload:
 
 def asking(**more: Any) -> Asking:
     return Asking(**{"name": "small", "rows": 4, "longest": 60, "context": 128, **more})
+
+
+def tokens_of(memory: dict[str, Any]) -> int:
+    """Return the positions of which logits are held at the peak, by a vocabulary of 4096 in fp32."""
+    (logits,) = [term["bytes"] for term in memory["device_terms"] if term["name"] == "logits"]
+    return logits // (4 * 4096)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -108,16 +116,65 @@ def test_prompts_are_as_long_as_the_data_and_the_layout_let_them_be(plan: Callab
         return made.memory["by_moment"]["answers to tasks"]
 
     assert "answers to tasks" not in plan().memory["by_moment"]
-    short = answered(task)
+    short, plainly = answered(task), task.read_text()
+    task.write_text(plainly.replace("metrics", 'template = "alpaca"\nmetrics'))
+    assert answered(task) > short, "what a template writes around a prompt"
+    task.write_text(plainly)
     task.write_text(task.read_text().replace("metrics", f'prompt = "{"x" * 40}{{prompt}}"\nmetrics'))
     assert answered(task) > short, "examples that stand in the layout are part of every prompt"
     choosing = judges.task(tmp_path / "choosing", [{"prompt": "a", "completion": "yes"}], CHOOSES)
     assert answered(choosing) != short
-    packed = tmp_path / "writing" / "rows.jsonl.gz"
-    packed.write_bytes(b"whatever")
-    task.write_text(task.read_text().replace("rows.jsonl", "rows.jsonl.gz"))
+    before = answered(task)
+    task.write_text(task.read_text().replace("{prompt}", "{prompt} {prompt}"))
+    assert answered(task) > before, "a field that stands there twice"
+    (tmp_path / "writing" / "ROWS.JSONL.GZ").write_bytes(b"whatever")
+    task.write_text(task.read_text().replace("rows.jsonl", "ROWS.JSONL.GZ"))
     assert task_file.read(task).longest_row is None
-    assert answered(task) > short, "of compressed rows nothing is known but the model's context"
+    made = plan(f"eval.tasks={task}")
+    assert made.memory["excludes"] == "answers to small, whose rows are compressed"
+    assert "not counted: answers to small" in "\n".join(memory_table.lines(made.memory, False))
+
+
+@pytest.mark.parametrize(
+    ("limit", "choices", "rows"), [(4, 5, 20), (40, 5, 64), (4, 100, 64), (None, 2, 64)], ids=lambda given: str(given)
+)
+def test_of_choices_each_row_is_as_many_sequences(
+    limit: int | None, choices: int, rows: int, plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    named = ", ".join(f'" choice {number:03}"' for number in range(choices))
+    text = f'{f"limit = {limit}" if limit else ""}\nbatch = 64\nmetrics = ["accuracy"]\n'
+    text += f'[answer]\nkind = "choices"\nchoices = [{named}]\n'
+    file = judges.task(tmp_path / "task", [{"prompt": "a" * 300, "completion": "choice 000"}] * 80, text)
+    memory = plan(f"eval.tasks={file}", "batch.micro=1", "zero=1", "precision=fp32").memory
+    assert memory["peak_is_bound"]
+    assert tokens_of(memory) == rows * 128, "all of the model's context"
+
+
+def test_what_is_scored_may_fill_the_context_that_a_prompt_leaves_to_its_answer() -> None:
+    made = workload()
+    both = asking(longest=1000, new_tokens=100, scored=True, rows=1)
+    assert (both.prompt, both.sequence) == (28, 128)
+    terms = {name: size for name, size, _ in answering.largest(made, [both])}
+    assert terms["logits"] == 4 * 512 * 128
+
+
+def test_a_bound_is_no_prediction_that_less_than_it_proves_wrong(
+    plan: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = judges.task(tmp_path / "task", [{"prompt": "a" * 300, "completion": "b"}], WRITES.replace("8", "4096"))
+    made = plan(f"eval.tasks={task}")
+    assert made.memory["peak_is_bound"]
+    said = cautions.memory_warning(made, made.memory["predicted_peak_bytes"] // 2)
+    assert said is not None
+    assert "may not fit: a rank may need up to" in said
+    for name, planned in (("bound", made), ("predicted", plan())):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "plan.json").write_text(json.dumps(planned.to_dict()))
+        measured = {"status": "done", "peak_memory_bytes": 2**29, "predicted_peak_bytes": 1}
+        (run / "summary.json").write_text(json.dumps(measured))
+    assert prediction_errors.run(tmp_path / "bound").peak_error is None
+    assert prediction_errors.run(tmp_path / "predicted").peak_error is not None
 
 
 def test_the_time_of_a_run_is_said_to_be_without_that_of_answers(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def test_mixtures_are_values_of_an_axis(written, corpus: Path, tmp_path: Path, m
     assert weights(f"data=other:3,{corpus}:1") == [[0.75, 0.25]]
     assert weights(f'data=["other", "other:3,{corpus}:1"]') == [[1.0], [0.75, 0.25]]
     assert weights(f"data=other,{corpus}") == [[1.0], [1.0]]
+    both = f'{{"path": "other", "weight": 3}}, {{"path": "{corpus}", "weight": 1}}'
+    assert weights(f"data=[{both}]") == [[0.75, 0.25]]
+    assert weights(f'data=[[{both}], "other"]') == [[0.75, 0.25], [1.0]]
+    with pytest.raises(RequestError, match="null is no value of axis data"):
+        study_file.read(file, ["data=[null]"])
     with pytest.raises(RequestError, match="'other' has no weight"):
         study_file.read(file, [f"data={corpus}:1,other"])
 
