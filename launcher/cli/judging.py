@@ -44,7 +44,10 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--data", metavar="D", help="a prepared corpus")
     evaluate.add_argument(
-        "--sequences", type=int, metavar="N", help="the first N; 0 = all (default: as many as the run's evaluations)"
+        "--sequences",
+        type=int,
+        metavar="N",
+        help="the first N; 0 = all (default: as many as the run's evaluations; of examples all)",
     )
     evaluate.add_argument("--sequence", type=int, metavar="N", help="tokens in each (default: as in the run)")
     evaluate.add_argument(

@@ -180,6 +180,17 @@ def read(path: Path, where: str = "the command line") -> Task:
     )
 
 
+def require_room(task: Task, context: int) -> None:
+    """Raise RequestError for answers that leave no room to a prompt in the tokens that a model looks at."""
+    wanted = task.spec.answer.max_new_tokens
+    if task.spec.answer.kind == GENERATE and wanted >= context:
+        raise RequestError(
+            f"an answer may have {wanted} tokens, and the model looks at {context}, those of the prompt among them",
+            where=f"answer.max_new_tokens in {task.path}",
+            fix=f"answer.max_new_tokens below {context}, or a model with a longer context",
+        )
+
+
 def _read_through(stream: BinaryIO) -> tuple[str, int]:
     """Return the SHA-256 of a file and the bytes of its longest line."""
     content, longest, line = hashlib.sha256(), 0, 0

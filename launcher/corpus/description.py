@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import shlex
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from halfstep.launcher.corpus.packing import Lengths
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts, table_digest, tokenizer_sha256
 from halfstep.launcher.errors import RequestError
 
+_MASK_PART = 1 << 24
+"""Tokens whose marks are read at a time."""
 _NOT_READ = ("left_out", "bad_rows", "duplicates")
 """Of the source in a manifest: what was passed over, and what is only counted."""
 
@@ -40,6 +43,8 @@ class DataFacts:
     """Of a corpus of examples: how long they are; None for text, whose documents are read as one stream."""
     validation_lengths: Lengths | None = None
     """The same of the validation split."""
+    train_first_targets: Lengths | None = None
+    """Of the training examples that have a target: how many tokens stand before the first."""
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     has_tokenizer: bool
     """Whether the corpus says how it was tokenised."""
@@ -152,6 +157,12 @@ def _missing(folder: Path, path: str) -> RequestError:
             where=f"data={path}",
             fix=f"name its folder: data={folder.parent}" if inside else f"prepare it: {shlex.join(making)} 4096",
         )
+    if "," in path and all(Path(part.strip()).exists() for part in path.split(",")):
+        return RequestError(
+            "several corpora have no weights to mix them by",
+            where=f"data={path}",
+            fix=f"data={','.join(f'{part.strip()}:1' for part in path.split(','))} reads as much of each",
+        )
     return RequestError(
         f"there is no data at {folder}",
         where=f"data={path}",
@@ -184,6 +195,7 @@ def _of_folder(folder: Path) -> DataFacts:
         max_token_id=about.max_token_id,
         train_lengths=_lengths(folder, train),
         validation_lengths=_lengths(folder, validation),
+        train_first_targets=_first_targets(folder, train),
         tokenizer=TokenizerFacts(sha256=sha256, vocabulary_digest=table_digest(home)),
         has_tokenizer=True,
         digest=_digest(about, content),
@@ -211,6 +223,27 @@ def _lengths(folder: Path, split: Split) -> Lengths | None:
         return None
     lengths, counts = np.unique(megatron.document_lengths(folder / split.prefix), return_counts=True)
     return tuple(zip(lengths.tolist(), counts.tolist(), strict=True))
+
+
+def _first_targets(folder: Path, split: Split) -> Lengths | None:
+    """Read a mask, some examples at a time: it is as long as the tokens are many."""
+    if split.mask is None:
+        return None
+    lengths = megatron.document_lengths(folder / split.prefix)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    mask = np.memmap(folder / f"{split.mask.prefix}.bin", dtype=np.uint8, mode="r")
+    found, begin = Counter[int](), 0
+    while begin < len(lengths):
+        start = int(ends[begin] - lengths[begin])
+        end = max(begin + 1, int(np.searchsorted(ends, start + _MASK_PART, side="right")))
+        firsts = ends[begin:end] - lengths[begin:end] - start
+        marked = np.flatnonzero(mask[start : int(ends[end - 1])] == 1)
+        # The first token of an example never is a target.
+        places = np.append(marked, np.iinfo(np.int64).max)[np.searchsorted(marked, firsts + 1)]
+        inside = places < firsts + lengths[begin:end]
+        found.update((places - firsts)[inside].tolist())
+        begin = end
+    return tuple(sorted(found.items()))
 
 
 def _files(folder: Path, pair: Split | Mask) -> tuple[Path, Path]:

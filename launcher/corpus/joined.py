@@ -58,7 +58,7 @@ def _require_validation(corpus: DataFacts) -> None:
         raise RequestError(
             f"{corpus.path} has no validation split, and a mixture is evaluated part by part",
             where=f"data, its part {corpus.path}",
-            fix="prepare it with --validation-fraction 0.01, say, or leave it out"
+            fix="prepare it with a larger --validation-fraction or with more text, or leave it out"
             + ("" if corpus.has_tokenizer else "; a bare Megatron pair has none"),
         )
 

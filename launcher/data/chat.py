@@ -52,16 +52,21 @@ def named(name: str | None, tokenizer: Tokenizer) -> Template:
 
         if isinstance(tokenizer, HuggingFace) and own:
             return OwnTemplate(tokenizer)
-        raise RequestError(
-            "the tokenizer has no chat template of its own",
-            where="--template tokenizer",
-            fix=f"name a template: --template {CHATML}, {ALPACA} or {PLAIN}",
-        )
+        raise no_template()
     if name not in _LAYOUTS:
         raise RequestError(
             f"there is no template {name!r}", where=f"--template {name}", fix=f"one of {', '.join(CHOICES)}"
         )
     return _Named(name, tokenizer)
+
+
+def no_template() -> RequestError:
+    """Return what to say of a tokenizer that brings no template, as one that is trained here never does."""
+    return RequestError(
+        "the tokenizer has no chat template of its own",
+        where="--template tokenizer",
+        fix=f"name a template: --template {CHATML}, {ALPACA} or {PLAIN}",
+    )
 
 
 class _Stretch(NamedTuple):
@@ -88,6 +93,7 @@ class _Named:
 
     def encode(self, messages: Sequence[Message], targets: str = ALL) -> tuple[list[int], list[int]]:
         """Return ids and marks as `Template.encode` says; after a last turn of the assistant stands the end of text."""
+        _refuse_unwritten(self.name, messages)
         stretches = list(self._layout(messages))
         turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
         if turns and turns[-1] == len(messages) - 1:
@@ -105,6 +111,7 @@ class _Named:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return ids as `Template.prompt` says."""
+        _refuse_unwritten(self.name, messages)
         stretches = [*self._layout(messages), *_OPENINGS[self.name]]
         return [token for stretch in self._merged(stretches) for token in self._ids(stretch)]
 
@@ -138,7 +145,19 @@ class _Named:
 
 def written(name: str, messages: Sequence[Message]) -> str:
     """Return a conversation as a named template writes it, without its end of text. Raises RequestError as `encode`."""
+    _refuse_unwritten(name, messages)
     return "".join(stretch.text or "" for stretch in _LAYOUTS[name](messages))
+
+
+def _refuse_unwritten(name: str, messages: Sequence[Message]) -> None:
+    """Refuse what a named template would leave out without a word."""
+    for number, message in enumerate(messages, start=1):
+        if message.get("tool_calls"):
+            raise RequestError(
+                f"message {number} has tool_calls, which the template {name} does not write",
+                where=f"--template {name}",
+                fix=f"take the tokenizer's own template: --template {TOKENIZER}, or leave such rows out: --skip-bad",
+            )
 
 
 def until(stops: frozenset[int], ids: Sequence[int]) -> list[int]:

@@ -83,6 +83,10 @@ def _problem(messages: Any, name: str) -> str | None:
             continue
         if not isinstance(content, str):
             return f"the content of {which} is {type(content).__name__}, not text"
+        if message.get("weight") not in (None, 1):
+            return (
+                f"{which} has the weight {repr(message['weight'])[:_SHOWN_CHARACTERS]}, and every target counts alike"
+            )
         if role == ASSISTANT and not content.strip() and not message.get("tool_calls"):
             return f"{which}, a completion, is empty"
         try:

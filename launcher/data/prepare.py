@@ -67,7 +67,7 @@ def prepare(
     """
     out = Path(os.path.abspath(Path(out).expanduser()))
     workers = prepare_options.check(vocab_size, tokenizer, validation, workers)
-    prepare_options.check_layout(format, template, targets)
+    prepare_options.check_layout(format, template, targets, vocab_size, field)
     readable = sources.find(source, field, format=format, skip_bad=skip_bad)
     chosen = {
         "format": format != formats.AUTO and format,

@@ -29,8 +29,18 @@ def check(vocab_size: int | None, tokenizer: str | None, validation: float, work
     return workers or len(os.sched_getaffinity(0))
 
 
-def check_layout(format: str, template: str | None, targets: str | None) -> None:
-    """Refuse what only examples have, where the source holds others."""
+def check_layout(
+    format: str, template: str | None, targets: str | None, vocab_size: int | None = None, field: str = "text"
+) -> None:
+    """Refuse what only examples have, where the source holds others, and what they have not."""
+    if format == formats.SFT and field != "text":
+        raise RequestError(
+            "examples are read by the fields messages, or prompt and completion",
+            where=f"--field {field}",
+            fix="leave it out, and name the fields so",
+        )
+    if template == chat.TOKENIZER and vocab_size is not None:
+        raise chat.no_template()
     for option, value, choices in (
         ("--template", template, chat.CHOICES),
         ("--targets", targets, (chat.ALL, chat.LAST)),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from halfstep.launcher.config import mixture
 from halfstep.launcher.corpus import packing
 from halfstep.launcher.corpus.description import DataFacts, read_data
 from halfstep.launcher.corpus.vocabulary import of_folder
@@ -63,12 +64,19 @@ def evaluate(
     By default as many as the run's own evaluations read, of as many tokens, with documents apart or not as the run had
     them (`documents`: plain or masked), in the type that the weights were written in; the run's own precision gives
     what training measured. Of a corpus of examples it is the targets of all of them, or of the first `sequences`, each
-    by itself. Raises RequestError where corpus and model do not belong together.
+    by itself, those that are too long cut or dropped as in the run. Raises RequestError where corpus and model do not
+    belong together.
     """
     for option, value, least in (("--batch", batch, 1), ("--sequence", sequence, 1), ("--sequences", sequences, 0)):
         if value is not None and value < least:
             raise RequestError(f"{value} is too few", where=f"{option} {value}", fix=f"{option} {least} or more")
     note = exported.note(folder) or {}
+    if mixed := mixture.parts(data):
+        raise RequestError(
+            "one corpus is measured at a time, and this is a mixture",
+            where=f"--data {data}",
+            fix=f"--data {mixed[0].path}, and the others one after the other",
+        )
     facts = read_data(data)
     match = _match(folder, note, facts)
     prefix = facts.validation_prefix
@@ -76,7 +84,7 @@ def evaluate(
         raise RequestError(
             "the corpus has no validation split",
             where=f"--data {data}",
-            fix="prepare one with --validation-fraction, or name a prepared folder",
+            fix="prepare it with a larger --validation-fraction or with more text, or name a prepared folder",
         )
     network: Any = exported.load(folder, DTYPES[dtype] if dtype else "auto")
     context = exported.context(network)
@@ -100,8 +108,16 @@ def evaluate(
         count = _count(file.windows(length), sequences, note, length, facts)
         batches = _batches(file, count, batch, length, apart=how == "masked")
     else:
-        _require_room(facts, length)
-        examples = PackedExamples(prefix, length, pack=False, too_long="refuse", seed=0, vocabulary=vocabulary)
+        too_long = note.get("too_long") or "refuse"
+        if too_long == "refuse":
+            _require_room(facts, length, context)
+        if not packing.fitted(facts.validation_lengths, length, too_long):
+            raise RequestError(
+                f"all validation examples are longer than the sequence of {length} tokens, and the run dropped such",
+                where=f"--data {facts.path}",
+                fix="prepare a corpus with shorter ones" if context == length else "a longer --sequence",
+            )
+        examples = PackedExamples(prefix, length, pack=False, too_long=too_long, seed=0, vocabulary=vocabulary)
         count = min(len(examples), sequences or len(examples))
         batches = _examples(examples, count, batch)
     loss, tokens = _loss(network, batches)
@@ -148,13 +164,16 @@ def _count(windows: int, asked: int | None, note: dict[str, Any], length: int, f
     return min(windows, wanted) if wanted else windows
 
 
-def _require_room(facts: DataFacts, length: int) -> None:
+def _require_room(facts: DataFacts, length: int, context: int | None) -> None:
     lengths = facts.validation_lengths or ()
+    longest = max(each for each, _ in lengths)
     if (longer := packing.longer(lengths, length)) > 0:
         raise RequestError(
             f"{longer:,} validation examples are longer than the sequence of {length} tokens",
             where=f"--data {facts.path}",
-            fix=f"--sequence {max(each for each, _ in lengths)}, or prepare the corpus without them",
+            fix="prepare the corpus without them"
+            if context is not None and longest > context
+            else f"--sequence {longest}, or prepare the corpus without them",
         )
 
 

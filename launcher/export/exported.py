@@ -92,6 +92,12 @@ def _expect_model(folder: Path) -> None:
             where=f"DIR {folder}",
             fix=f"{shlex.join(['halfstep', 'checkpoint', 'export', str(folder), '--to', str(target)])}, then name that",
         )
+    if (folder / "adapter_config.json").is_file():
+        raise RequestError(
+            f"{folder} holds adapters alone, without the model that they belong to",
+            where=f"DIR {folder}",
+            fix="export the run without --adapter, which merges them, and name that",
+        )
     what = "holds no config.json, so it is no exported model" if folder.is_dir() else "does not exist"
     raise RequestError(f"{folder} {what}", where=f"DIR {folder}", fix="name a folder that `checkpoint export` made")
 

@@ -220,6 +220,7 @@ def note_of(
         "data": manifest.data,
         "sequence": manifest.sequence,
         "documents": manifest.identity.get("documents", "plain"),
+        "too_long": manifest.identity.get("too_long", "refuse"),
         "evaluation_sequences": _evaluation_sequences(chosen.run),
         "loss": source.losses(chosen.run).get(manifest.step),
         "trained": {"zero": manifest.zero, "precision": manifest.precision, "world_size": manifest.world_size},

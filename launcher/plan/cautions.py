@@ -6,7 +6,7 @@ from halfstep.launcher.config import precisions
 from halfstep.launcher.config.schema import RunSpec
 from halfstep.launcher.corpus.description import DataFacts
 from halfstep.launcher.plan.batch import Batch
-from halfstep.launcher.plan.data_plan import DataPlan
+from halfstep.launcher.plan.data_plan import DataPlan, Division, lost_targets
 from halfstep.launcher.plan.ds import effects
 from halfstep.launcher.plan.plan import Plan
 from halfstep.launcher.plan.schedule import Schedule
@@ -51,8 +51,10 @@ def warnings_of(spec: RunSpec, batch: Batch, data: DataPlan, curve: Schedule, se
     return said
 
 
-def of_beginnings(spec: RunSpec, weights: str | None, data: DataFacts | None, peak: float | None) -> list[str]:
-    """Return what to say of trained weights that a run begins with, and of documents that begin nowhere.
+def of_beginnings(
+    spec: RunSpec, weights: str | None, data: DataFacts | None, how: Division, peak: float | None
+) -> list[str]:
+    """Return what to say of trained weights that a run begins with, of documents that begin nowhere, of cut examples.
 
     `peak` is the learning rate where its default is taken, else None.
     """
@@ -63,6 +65,11 @@ def of_beginnings(spec: RunSpec, weights: str | None, data: DataFacts | None, pe
             "weights far: fine-tuning mostly takes 1e-5 to 5e-5"
         )
     for corpus in [part.corpus for part in data.parts] or [data] if data else ():
+        if lost := lost_targets(corpus, how):
+            said.append(
+                f"too_long=cut leaves {lost:,} examples of {corpus.path} without a target, which stands behind "
+                f"{how.sequence} tokens: nothing is learnt from them"
+            )
         if spec.documents == "masked" and corpus.train_lengths is None and corpus.train_documents in (0, 1):
             said.append(f"documents=masked keeps nothing apart in {corpus.path}: its index knows no second document")
     return said

@@ -139,6 +139,13 @@ def divided(data: DataFacts, how: Division) -> DataPlan:
     )
 
 
+def lost_targets(data: DataFacts, how: Division) -> int:
+    """Return how many training examples are cut before their first target, so that nothing is learnt from them."""
+    if how.too_long != "cut":
+        return 0
+    return sum(count for first, count in data.train_first_targets or () if first >= how.sequence)
+
+
 def _corpus(data: DataFacts, how: Division) -> dict[str, Any]:
     """Return the fields of a corpus's plan."""
     windows, validation, examples = _of_text(data, how) if data.train_lengths is None else _of_examples(data, how)
@@ -197,6 +204,13 @@ def _of_examples(data: DataFacts, how: Division) -> tuple[int, int, ExamplesPlan
                 where=where,
                 fix="take a longer sequence, or too_long=cut",
             )
+    targeted = sum(count for _, count in data.train_first_targets or ())
+    if targeted and lost_targets(data, how) == targeted:
+        raise RequestError(
+            f"too_long=cut leaves no example a target: all begin with {sequence} tokens or more that are none",
+            where=where,
+            fix="take a longer sequence, or too_long=drop for the examples that fit",
+        )
     tokens = sum(length * count for length, count in read[0])
     return (
         windows,

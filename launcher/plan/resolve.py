@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from halfstep.launcher.config import task_file
 from halfstep.launcher.config.bucket_sizes import Sizes
 from halfstep.launcher.config.digest import digest, identity
 from halfstep.launcher.config.load import Request
@@ -111,7 +112,7 @@ def _decided(
         "checkpoint": CheckpointPlan(**spec.checkpoint.model_dump()),
         "watch": WatchPlan(**spec.watch.model_dump()),
         "eval_every": spec.eval.every,
-        "tasks": _tasks(facts),
+        "tasks": _tasks(facts, shapes.from_hf_config(model.config)),
         "tasks_every": spec.eval.tasks_every,
         "log_every": spec.log.every,
         "peak_flops": hardware.peak_flops(spec.hardware, topology.device_name, spec.precision, facts.hardware),
@@ -120,7 +121,7 @@ def _decided(
         "memory": {},
         "warnings": [
             *warnings_of(spec, batch, data, curve, sequence),
-            *of_beginnings(spec, model.weights, facts.data, default_peak),
+            *of_beginnings(spec, model.weights, facts.data, _division(spec, sequence), default_peak),
             *routers.warnings(spec, facts, router_loss),
             *(own.warnings if own else ()),
             *composed.left_out,
@@ -248,13 +249,19 @@ def _data(spec: RunSpec, facts: Facts, sequence: int, vocabulary: int) -> DataPl
     if data is None:
         return DataPlan.unknown()
     _require_rows(spec, data, facts.model, vocabulary)
-    how = data_plan.Division(
+    return data_plan.divided(data, _division(spec, sequence))
+
+
+def _division(spec: RunSpec, sequence: int) -> data_plan.Division:
+    return data_plan.Division(
         sequence=sequence, evaluated=spec.eval.sequences, packing=spec.packing, too_long=spec.too_long
     )
-    return data_plan.divided(data, how)
 
 
-def _tasks(facts: Facts) -> list[TaskPlan]:
+def _tasks(facts: Facts, shape: shapes.Shape | None) -> list[TaskPlan]:
+    if shape is not None:
+        for task in facts.tasks:
+            task_file.require_room(task, shape.positions)
     if facts.tasks and facts.data is not None and not facts.data.has_tokenizer:
         raise RequestError(
             "a bare token pair says nothing of its tokenizer, without which a task is no tokens",

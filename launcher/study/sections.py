@@ -58,7 +58,7 @@ def make(where: Path, price: float | None = None) -> Report:
         results=collected,
         sections=sections,
         conditions=conditions(collected, about["axes"]),
-        price=about["price"] if price is None else price,
+        price=about.get("price") if price is None else price,
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from halfstep.launcher.config import task_file
 from halfstep.launcher.config.task_file import GENERATE, Task, TaskSpec
 from halfstep.launcher.data import chat
 from halfstep.launcher.data.chat import Template
@@ -51,6 +52,8 @@ def prepare(task: Task, tokenizer: Tokenizer, context: int | None) -> Prepared:
 
     Raises RequestError as reading does, and where a prompt is too long and the task does not say what to do about it.
     """
+    if context is not None:
+        task_file.require_room(task, context)
     read = task_rows.read(task)
     template = _template(task, tokenizer)
     asked, kept, cut = [], [], 0

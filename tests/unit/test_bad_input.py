@@ -79,6 +79,19 @@ def test_a_file_of_a_corpus_is_answered_with_its_folder(refuse: Refuse, tmp_path
     assert f"--source '{odd}' --out 'data/my rows' --vocab-size 4096" in refuse("run", "model=gpt2-nano", f"data={odd}")
 
 
+def test_corpora_without_weights_are_told_how_to_mix_them(refuse: Refuse, tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "other").mkdir()
+    said = refuse("run", "model=gpt2-nano", f"data={corpus},{tmp_path / 'other'}")
+    assert f"data={corpus}:1,{tmp_path / 'other'}:1 reads as much of each" in said
+
+
+def test_adapters_alone_are_no_model(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    said = refuse("generate", str(tmp_path), "--prompt", "a", main=cli_main)
+    assert "holds adapters alone" in said
+    assert "export the run without --adapter" in said
+
+
 def test_a_data_folder_without_a_manifest_is_half_written(refuse: Refuse, corpus: Path) -> None:
     (corpus / "manifest.json").unlink()
     assert "was not finished" in refuse("run", "model=gpt2-nano", f"data={corpus}")

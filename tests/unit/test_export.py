@@ -67,9 +67,11 @@ def sentencepiece(corpus: Path) -> SentencePiece:
 class Trained:
     """A run with one checkpoint, and the model that it is of."""
 
-    def __init__(self, home: Path, corpus: Path, pairs: list[str], ranks: int, precision: str = "fp32") -> None:
-        self.run = home / "run"
-        pairs = [*pairs, f"data={corpus}", f"sequence={SEQUENCE}", f"precision={precision}"]
+    def __init__(
+        self, home: Path, corpus: Path, pairs: list[str], ranks: int, precision: str = "fp32", sequence: int = SEQUENCE
+    ) -> None:
+        self.run, self.sequence = home / "run", sequence
+        pairs = [*pairs, f"data={corpus}", f"sequence={sequence}", f"precision={precision}"]
         request = load([*pairs, "eval.sequences=5", "batch.global=12"])
         world = Topology(world_size=ranks, ranks_per_node=ranks, accelerator="cpu")
         self.plan = resolve(request, world, facts.read(request.spec))
@@ -83,7 +85,7 @@ class Trained:
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - named.keys()
         state = self.model.state_dict().items()
         self.buffers = {name: tensor.numpy() for name, tensor in state if name not in {*self.parameters, *tied}}
-        tokens = probe_tokens(SEQUENCE, self.plan.model.vocabulary)
+        tokens = probe_tokens(sequence, self.plan.model.vocabulary)
         with torch.no_grad():
             self.logits = self.in_precision(precision)(input_ids=torch.tensor([tokens])).logits[0].float().numpy()
         self.corpus = corpus
@@ -103,7 +105,7 @@ class Trained:
             config=self.plan.model.config,
             logits=more.pop("logits", self.logits),
             buffers=more.pop("buffers", [self.buffers, *[{}] * (ranks - 1)]),
-            sequence=SEQUENCE,
+            sequence=self.sequence,
             precision=precision,
             identity=self.plan.identity,
             data={"path": str(self.corpus), "digest": read_data(str(self.corpus)).digest},
@@ -544,7 +546,7 @@ def of_examples(
             workers=1,
             progress=False,
         )
-        trained = Trained(folder, folder / "corpus", ["model=gpt2-nano", "too_long=cut"], 1)
+        trained = Trained(folder, folder / "corpus", ["model=gpt2-nano", "too_long=cut"], 1, sequence=128)
         done = write_page.export(trained.run, folder / "export")
         assert (done.template, done.warnings) == (template, ())
         return folder / "export"
@@ -750,6 +752,20 @@ def test_evaluation_of_examples_reads_the_targets_of_each_by_itself(
     done = evaluate_page.evaluate(exported, str(folder), sequence=32, batch=2)
     assert done.loss == pytest.approx(total / count, rel=1e-6)
     assert (done.tokens, done.sequences, done.tokenizer) == (count, 5, "same")
+    beyond = write_examples(tmp_path / "beyond", drawn([9], 2), drawn([4, 5, 150], 3), vocabulary, corpus / "tokenizer")
+    with pytest.raises(RequestError, match="1 validation examples are longer") as refused:
+        evaluate_page.evaluate(exported, str(beyond), sequence=128)
+    assert refused.value.fix == "prepare the corpus without them", "the model looks at no more"
+    for too_long, sequences in (("cut", 3), ("drop", 2)):
+        other = tmp_path / too_long
+        shutil.copytree(exported, other)
+        (other / "halfstep.json").write_text(
+            json.dumps(json.loads((exported / "halfstep.json").read_text()) | {"too_long": too_long})
+        )
+        assert evaluate_page.evaluate(other, str(beyond), sequence=128).sequences == sequences
+    with pytest.raises(RequestError, match="one corpus is measured at a time") as refused:
+        evaluate_page.evaluate(exported, f"{corpus}:1,{folder}:1")
+    assert refused.value.fix == f"--data {corpus}, and the others one after the other"
     with pytest.raises(RequestError, match="examples are always read each by itself"):
         evaluate_page.evaluate(exported, str(folder), sequence=32, documents="plain")
     with pytest.raises(

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from unit.test_models_attention import made
 
 from halfstep.launcher.config.load import load
-from halfstep.launcher.corpus import packing
+from halfstep.launcher.corpus import description, packing
 from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data.packed import PackedExamples
 from halfstep.launcher.data.tokens import open_writer
@@ -319,6 +319,32 @@ def test_what_is_cut_or_dropped_is_counted_and_shown(
     feed = Feed(plan, SimpleNamespace(rank=0), torch.device("cpu"))  # type: ignore[arg-type]
     assert len(list(feed.micro_batches(1))) == plan.batch.accumulation
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize("part", [1, 30, 1 << 24])
+def test_where_the_first_target_stands_is_read_from_the_mask(
+    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(description, "_MASK_PART", part)
+    given = drawn([1, 9, 17, 3, 40, 1, 25] * 3, 4)
+    expected = Counter(marks.index(1, 1) for _, marks in given if 1 in marks[1:])
+    found = read_data(str(write_examples(tmp_path / "made", given, drawn([9, 9], 1)))).train_first_targets
+    assert found == tuple(sorted(expected.items()))
+
+
+def test_examples_that_are_cut_before_their_first_target_are_counted_or_refused(tmp_path: Path) -> None:
+    def behind(tokens: int) -> tuple[list[int], list[int]]:
+        return [5] * (tokens + 4), [0] * tokens + [1] * 4
+
+    some = write_examples(tmp_path / "some", [behind(4), behind(15), behind(16), behind(40)], [behind(3)])
+    (said,) = [line for line in planned(some, "too_long=cut", "batch.global=2").warnings if "without a target" in line]
+    assert said.startswith(f"too_long=cut leaves 2 examples of {some} without a target, which stands behind 16 tokens")
+    for keys in (("too_long=cut", "sequence=64"), ("too_long=drop", "sequence=19")):
+        assert not [line for line in planned(some, *keys, "batch.global=2").warnings if "without a target" in line]
+    none = write_examples(tmp_path / "none", [behind(20), behind(16)], [behind(3)])
+    with pytest.raises(RequestError, match="too_long=cut leaves no example a target: all begin with 16") as refused:
+        planned(none, "too_long=cut", "batch.global=2")
+    assert refused.value.fix == "take a longer sequence, or too_long=drop for the examples that fit"
 
 
 def test_nothing_is_left_where_all_are_too_long(folder: Path) -> None:

@@ -86,6 +86,18 @@ def test_what_is_wrong_with_a_task_is_said_by_the_plan(
     assert where == f" from: {task}"
 
 
+def test_answers_that_leave_no_room_to_a_prompt_are_refused_by_the_plan(
+    plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    text = TEXT.replace("generate", 'generate"\nmax_new_tokens = 128\n#')
+    task = judges.task(tmp_path / "long", [{"prompt": "a", "completion": "b"}], text)
+    assert plan(f"eval.tasks={task}", "sequence=129").tasks
+    with pytest.raises(RequestError) as refused:
+        plan(f"eval.tasks={task}", "sequence=128")
+    assert refused.value.what.startswith("an answer may have 128 tokens, and the model looks at 128")
+    assert refused.value.where == f"answer.max_new_tokens in {task}"
+
+
 def test_a_plan_shows_its_tasks(task: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "model=gpt2-nano", f"data={corpus}", f"eval.tasks={task}", "eval.tasks_every=50"]) == 0
     line = f"task         small: {task}, at evaluations after multiples of 50 steps, and at the end"

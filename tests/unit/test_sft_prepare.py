@@ -176,6 +176,19 @@ BAD = {
     "message 1 of line 2 is no object with role and content": {"messages": ["hello"]},
     "prompt and completion of line 2 are not both text": {"prompt": 3, "completion": "a"},
     "line 2 has tools, which no template is given": {"messages": [USER], "tools": [{"name": "search"}]},
+    "line 2: message 2 has tool_calls, which the template plain does not write": {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+    },
+    "line 2: message 3 has tool_calls, which the template plain does not write": {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "hi"},
+            {"role": "assistant", "content": "let me", "tool_calls": [{"function": {"name": "f"}}]},
+        ]
+    },
+    "message 2 of line 2 has the weight 0, and every target counts alike": {
+        "messages": [USER, {"role": "assistant", "content": "hi", "weight": 0}]
+    },
     "line 2: the template plain has no place for the role 'system' here: it knows user and assistant": {
         "messages": [{"role": "system", "content": "be nice"}, USER, {"role": "assistant", "content": "hi"}]
     },
@@ -234,12 +247,16 @@ def test_options_that_cannot_be_are_refused_in_three_lines(
         (["--source", str(source), "--template", "plain"], "--template is about conversations, and these are read as"),
         (["--source", str(source), "--targets", "last"], "--targets is about conversations, and these are read as"),
         (["--source", str(tmp_path / "rows.txt"), "--format", "sft"], "rows.txt holds no examples by its name"),
+        (["--source", str(source), "--format", "sft", "--field", "prompt"], "examples are read by the fields messages"),
         (["--source", "stdlib", "--format", "sft"], "the standard library is text, and no examples of what to answer"),
     ):
         assert main([*base, *options]) == 2
         shown = capsys.readouterr().err.splitlines()
         assert len(shown) == 3
         assert what in shown[0]
+    trains = ["data", "prepare", "--out", str(tmp_path / "out"), "--vocab-size", "300", "--format", "sft"]
+    assert main([*trains, "--source", str(source), "--template", "tokenizer"]) == 2
+    assert "has no chat template of its own" in capsys.readouterr().err.splitlines()[0]
 
 
 @settings(max_examples=100, deadline=None)

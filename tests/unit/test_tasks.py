@@ -293,7 +293,7 @@ def test_what_is_too_long_is_refused_cut_or_left_out_as_asked(
     assert "all 1 prompts are too long" in capsys.readouterr().err
     answer = judges.task(tmp_path / "no room", ROWS, f'too_long = "cut"\n{GENERATE.replace("12", "64")}')
     assert main(["eval", str(models["gpt2"]), "--task", str(answer)]) == 2
-    assert "the answer alone is longer" in capsys.readouterr().err
+    assert "an answer may have 64 tokens, and the model looks at 64" in capsys.readouterr().err
 
 
 def test_results_say_what_was_judged_and_how(
