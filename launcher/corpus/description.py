@@ -232,7 +232,7 @@ def _first_targets(folder: Path, split: Split) -> Lengths | None:
     lengths = megatron.document_lengths(folder / split.prefix)
     ends = np.cumsum(lengths, dtype=np.int64)
     mask = np.memmap(folder / f"{split.mask.prefix}.bin", dtype=np.uint8, mode="r")
-    found, begin = Counter[int](), 0
+    firsts_of, begin = Counter[int](), 0
     while begin < len(lengths):
         start = int(ends[begin] - lengths[begin])
         end = max(begin + 1, int(np.searchsorted(ends, start + _MASK_PART, side="right")))
@@ -241,9 +241,9 @@ def _first_targets(folder: Path, split: Split) -> Lengths | None:
         # The first token of an example never is a target.
         places = np.append(marked, np.iinfo(np.int64).max)[np.searchsorted(marked, firsts + 1)]
         inside = places < firsts + lengths[begin:end]
-        found.update((places - firsts)[inside].tolist())
+        firsts_of.update((places - firsts)[inside].tolist())
         begin = end
-    return tuple(sorted(found.items()))
+    return tuple(sorted(firsts_of.items()))
 
 
 def _files(folder: Path, pair: Split | Mask) -> tuple[Path, Path]:

@@ -328,8 +328,8 @@ def test_where_the_first_target_stands_is_read_from_the_mask(
     monkeypatch.setattr(description, "_MASK_PART", part)
     given = drawn([1, 9, 17, 3, 40, 1, 25] * 3, 4)
     expected = Counter(marks.index(1, 1) for _, marks in given if 1 in marks[1:])
-    found = read_data(str(write_examples(tmp_path / "made", given, drawn([9, 9], 1)))).train_first_targets
-    assert found == tuple(sorted(expected.items()))
+    first = read_data(str(write_examples(tmp_path / "made", given, drawn([9, 9], 1)))).train_first_targets
+    assert first == tuple(sorted(expected.items()))
 
 
 def test_examples_that_are_cut_before_their_first_target_are_counted_or_refused(tmp_path: Path) -> None:
