@@ -3,22 +3,17 @@
 import glob
 import hashlib
 import shlex
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from halfstep.launcher.config.digest import digest
-from halfstep.launcher.corpus import corpus_manifest, file_hash, megatron
+from halfstep.launcher.corpus import corpus_manifest, example_counts, file_hash, megatron
 from halfstep.launcher.corpus.corpus_manifest import AGAIN, Manifest, Mask, Split
 from halfstep.launcher.corpus.packing import Lengths
 from halfstep.launcher.corpus.vocabulary import TokenizerFacts, table_digest, tokenizer_sha256
 from halfstep.launcher.errors import RequestError
 
-_MASK_PART = 1 << 24
-"""Tokens whose marks are read at a time."""
 _NOT_READ = ("left_out", "bad_rows", "duplicates")
 """Of the source in a manifest: what was passed over, and what is only counted."""
 
@@ -193,9 +188,9 @@ def _of_folder(folder: Path) -> DataFacts:
         validation_tokens=validation.tokens,
         vocabulary=about.tokenizer.vocabulary,
         max_token_id=about.max_token_id,
-        train_lengths=_lengths(folder, train),
-        validation_lengths=_lengths(folder, validation),
-        train_first_targets=_first_targets(folder, train),
+        train_lengths=example_counts.lengths(folder, train),
+        validation_lengths=example_counts.lengths(folder, validation),
+        train_first_targets=example_counts.first_targets(folder, train),
         tokenizer=TokenizerFacts(sha256=sha256, vocabulary_digest=table_digest(home)),
         has_tokenizer=True,
         digest=_digest(about, content),
@@ -216,34 +211,6 @@ def _digest(about: Manifest, content: dict[str, Any]) -> str:
 
 def _splits(about: Manifest) -> tuple[Split, Split]:
     return about.splits.train, about.splits.validation
-
-
-def _lengths(folder: Path, split: Split) -> Lengths | None:
-    if split.mask is None:
-        return None
-    lengths, counts = np.unique(megatron.document_lengths(folder / split.prefix), return_counts=True)
-    return tuple(zip(lengths.tolist(), counts.tolist(), strict=True))
-
-
-def _first_targets(folder: Path, split: Split) -> Lengths | None:
-    """Read a mask, some examples at a time: it is as long as the tokens are many."""
-    if split.mask is None:
-        return None
-    lengths = megatron.document_lengths(folder / split.prefix)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    mask = np.memmap(folder / f"{split.mask.prefix}.bin", dtype=np.uint8, mode="r")
-    firsts_of, begin = Counter[int](), 0
-    while begin < len(lengths):
-        start = int(ends[begin] - lengths[begin])
-        end = max(begin + 1, int(np.searchsorted(ends, start + _MASK_PART, side="right")))
-        firsts = ends[begin:end] - lengths[begin:end] - start
-        marked = np.flatnonzero(mask[start : int(ends[end - 1])] == 1)
-        # The first token of an example never is a target.
-        places = np.append(marked, np.iinfo(np.int64).max)[np.searchsorted(marked, firsts + 1)]
-        inside = places < firsts + lengths[begin:end]
-        firsts_of.update((places - firsts)[inside].tolist())
-        begin = end
-    return tuple(sorted(firsts_of.items()))
 
 
 def _files(folder: Path, pair: Split | Mask) -> tuple[Path, Path]:

@@ -71,21 +71,8 @@ def evaluate(
         if value is not None and value < least:
             raise RequestError(f"{value} is too few", where=f"{option} {value}", fix=f"{option} {least} or more")
     note = exported.note(folder) or {}
-    if mixed := mixture.parts(data):
-        raise RequestError(
-            "one corpus is measured at a time, and this is a mixture",
-            where=f"--data {data}",
-            fix=f"--data {mixed[0].path}, and the others one after the other",
-        )
-    facts = read_data(data)
+    facts, prefix = _corpus(data, documents)
     match = _match(folder, note, facts)
-    prefix = facts.validation_prefix
-    if prefix is None:
-        raise RequestError(
-            "the corpus has no validation split",
-            where=f"--data {data}",
-            fix="prepare it with a larger --validation-fraction or with more text, or name a prepared folder",
-        )
     network: Any = exported.load(folder, DTYPES[dtype] if dtype else "auto")
     context = exported.context(network)
     length = sequence or note.get("sequence") or min(context or _SEQUENCE, _SEQUENCE)
@@ -94,12 +81,6 @@ def evaluate(
             f"the model looks at {context} tokens at most", where=f"--sequence {length}", fix=f"--sequence {context}"
         )
     vocabulary = hf_config.vocabulary(network)
-    if facts.has_examples and documents == "plain":
-        raise RequestError(
-            "examples are always read each by itself, whatever else is asked for",
-            where=f"--documents plain and --data {facts.path}",
-            fix="leave --documents out",
-        )
     how = "masked" if facts.has_examples else documents or note.get("documents") or "plain"
     if facts.validation_lengths is None:
         if how == "masked":
@@ -109,14 +90,7 @@ def evaluate(
         batches = _batches(file, count, batch, length, apart=how == "masked")
     else:
         too_long = note.get("too_long") or "refuse"
-        if too_long == "refuse":
-            _require_room(facts, length, context)
-        if not packing.fitted(facts.validation_lengths, length, too_long):
-            raise RequestError(
-                f"all validation examples are longer than the sequence of {length} tokens, and the run dropped such",
-                where=f"--data {facts.path}",
-                fix="prepare a corpus with shorter ones" if context == length else "a longer --sequence",
-            )
+        _require_room(facts, length, context, too_long)
         examples = PackedExamples(prefix, length, pack=False, too_long=too_long, seed=0, vocabulary=vocabulary)
         count = min(len(examples), sequences or len(examples))
         batches = _examples(examples, count, batch)
@@ -134,6 +108,30 @@ def evaluate(
         dtype=str(network.dtype).removeprefix("torch."),
         device=str(network.device),
     )
+
+
+def _corpus(data: str, documents: str | None) -> tuple[DataFacts, str]:
+    """Return a corpus and the pair of its validation split; raises RequestError for what cannot be measured so."""
+    if mixed := mixture.parts(data):
+        raise RequestError(
+            "one corpus is measured at a time, and this is a mixture",
+            where=f"--data {data}",
+            fix=f"--data {mixed[0].path}, and the others one after the other",
+        )
+    facts = read_data(data)
+    if facts.has_examples and documents == "plain":
+        raise RequestError(
+            "examples are always read each by itself, whatever else is asked for",
+            where=f"--documents plain and --data {facts.path}",
+            fix="leave --documents out",
+        )
+    if facts.validation_prefix is None:
+        raise RequestError(
+            "the corpus has no validation split",
+            where=f"--data {data}",
+            fix="prepare it with a larger --validation-fraction or with more text, or name a prepared folder",
+        )
+    return facts, facts.validation_prefix
 
 
 def _match(folder: Path, note: dict[str, Any], facts: DataFacts) -> str:
@@ -164,10 +162,17 @@ def _count(windows: int, asked: int | None, note: dict[str, Any], length: int, f
     return min(windows, wanted) if wanted else windows
 
 
-def _require_room(facts: DataFacts, length: int, context: int | None) -> None:
+def _require_room(facts: DataFacts, length: int, context: int | None, too_long: str) -> None:
+    """Refuse examples that are too long where the run refused them, and where dropping them leaves none."""
     lengths = facts.validation_lengths or ()
     longest = max(each for each, _ in lengths)
-    if (longer := packing.longer(lengths, length)) > 0:
+    if not packing.fitted(lengths, length, too_long) and too_long != "refuse":
+        raise RequestError(
+            f"all validation examples are longer than the sequence of {length} tokens, and the run dropped such",
+            where=f"--data {facts.path}",
+            fix="prepare a corpus with shorter ones" if context == length else "a longer --sequence",
+        )
+    if too_long == "refuse" and (longer := packing.longer(lengths, length)) > 0:
         raise RequestError(
             f"{longer:,} validation examples are longer than the sequence of {length} tokens",
             where=f"--data {facts.path}",

@@ -763,6 +763,13 @@ def test_evaluation_of_examples_reads_the_targets_of_each_by_itself(
             json.dumps(json.loads((exported / "halfstep.json").read_text()) | {"too_long": too_long})
         )
         assert evaluate_page.evaluate(other, str(beyond), sequence=128).sequences == sequences
+    long = write_examples(tmp_path / "long", drawn([9], 2), drawn([130, 150], 3), vocabulary, corpus / "tokenizer")
+    for length, fix in ((128, "prepare a corpus with shorter ones"), (64, "a longer --sequence")):
+        with pytest.raises(
+            RequestError, match=f"all validation examples are longer than the sequence of {length} "
+        ) as refused:
+            evaluate_page.evaluate(tmp_path / "drop", str(long), sequence=length)
+        assert refused.value.fix == fix
     with pytest.raises(RequestError, match="one corpus is measured at a time") as refused:
         evaluate_page.evaluate(exported, f"{corpus}:1,{folder}:1")
     assert refused.value.fix == f"--data {corpus}, and the others one after the other"

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from unit.test_models_attention import made
 
 from halfstep.launcher.config.load import load
-from halfstep.launcher.corpus import description, packing
+from halfstep.launcher.corpus import example_counts, packing
 from halfstep.launcher.corpus.description import read_data
 from halfstep.launcher.data.packed import PackedExamples
 from halfstep.launcher.data.tokens import open_writer
@@ -325,7 +325,7 @@ def test_what_is_cut_or_dropped_is_counted_and_shown(
 def test_where_the_first_target_stands_is_read_from_the_mask(
     part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(description, "_MASK_PART", part)
+    monkeypatch.setattr(example_counts, "_MASK_PART", part)
     given = drawn([1, 9, 17, 3, 40, 1, 25] * 3, 4)
     expected = Counter(marks.index(1, 1) for _, marks in given if 1 in marks[1:])
     first = read_data(str(write_examples(tmp_path / "made", given, drawn([9, 9], 1)))).train_first_targets
